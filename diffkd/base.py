@@ -1,0 +1,15 @@
+"""What every room shares: the error for a user's mistake, and the strict typed config object."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message is one line: the thing, the value, the remedy."""
+
+
+class Strict(BaseModel):
+    """Base of every config object: unknown keys are errors, values cannot change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

@@ -1,0 +1,88 @@
+"""What lies beside a saved pipeline: README.md (its model card) and diffkd.json."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffkd.denoiser import Denoiser
+from diffkd.models import CARD
+
+
+
+def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
+    """The content of diffkd.json: what no config of diffusers says."""
+    schedule = denoiser.schedule
+    return {
+        "steps": denoiser.steps,
+        "sampler": "ddim",
+        "prediction": denoiser.prediction,
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "zero_terminal_snr": schedule.zero_terminal_snr,
+        "clip": denoiser.clip,
+        "num_classes": denoiser.num_classes,
+        "null_label": denoiser.null_label,
+        "parameters": sum(p.numel() for p in denoiser.network.parameters()),
+        **more,
+    }
+
+
+def write(folder: Path, card: Mapping[str, Any]) -> None:
+    """Both files, into a pipeline's folder. card: of `describe`, with "metrics" where it was measured."""
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+
+
+def _readme(card: Mapping[str, Any]) -> str:
+    steps = card["steps"]
+    classes = card["num_classes"]
+    call = (
+        "pipeline(batch_size=16"
+        + (f", class_labels=[i % {classes} for i in range(16)]" if classes else "")
+        + f", num_inference_steps={steps or 50})"
+    )
+    what = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [diffusion, distillation, diffkd]",
+        "---",
+        "",
+        f"# {what}",
+        "",
+        f"{what} made by [diffkd](https://pypi.org/project/diffkd/), a stock diffusers pipeline:",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+        f"images = {call}.images",
+        "```",
+        "",
+    ]
+    if steps:
+        lines += [f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others.", ""]
+    lines += ["| | |", "|---|---|"]
+    for key in ("prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "clip", "teacher", "method"):
+        if key in card:
+            lines.append(f"| {key.replace('_', ' ')} | {_escaped(card[key])} |")
+    if card.get("metrics"):
+        lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
+        for record in card["metrics"]:
+            protocol = record["protocol"]
+            lines.append(
+                f"| {record['steps']} | {record['nfe']} | {record['fid']:.3f} | {_escaped(protocol['features']['name'])} "
+                f"| {protocol['samples']} | {_escaped(protocol['reference']['name'])} |"
+            )
+        lines += ["", "The whole protocol of each number is in `diffkd.json`."]
+        if any(r["protocol"]["features"]["name"] != "inception" for r in card["metrics"]):
+            lines += ["FID by these features is not comparable with FID by Inception features."]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(value: Any) -> str:
+    """Text for a table's cell: no markup of the quoted value survives."""
+    return html.escape(" ".join(str(value).split())).replace("|", "\\|")

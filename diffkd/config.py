@@ -1,0 +1,213 @@
+"""Strict YAML into typed objects: the configs of `diffkd train` and `diffkd distill`."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from diffkd import method as methods
+from diffkd.base import Strict, UserError
+from diffkd.data import Data
+from diffkd.engine import Training
+from diffkd.method import Method
+from diffkd.methods.denoising import Denoising
+from diffkd.metrics.evaluation import Evaluation
+from diffkd.models.unet2d import UNet2D
+from diffkd.schedules import Schedule, from_diffusers
+
+
+class NoiseSchedule(Strict):
+    """The noise schedule that a teacher is trained with."""
+
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
+        "squaredcos_cap_v2", description="diffusers' name; squaredcos_cap_v2 is cosine"
+    )
+    num_train_timesteps: int = Field(1024, ge=1, description="T; students take step counts that divide it")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="of the linear schedules")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="of the linear schedules")
+    zero_terminal_snr: bool = Field(True, description="whether the last step is pure noise")
+
+    def build(self) -> Schedule:
+        from diffusers import DDIMScheduler
+
+        return from_diffusers(
+            DDIMScheduler(
+                num_train_timesteps=self.num_train_timesteps,
+                beta_schedule=self.beta_schedule,
+                beta_start=self.beta_start,
+                beta_end=self.beta_end,
+                rescale_betas_zero_snr=self.zero_terminal_snr,
+            )
+        )
+
+
+class Train(Strict):
+    """`diffkd train`: a teacher from images."""
+
+    out: Path = Field(description="the run's folder")
+    seed: int = Field(0, ge=0, description="of everything random")
+    data: Data
+    model: UNet2D = UNet2D()
+    schedule: NoiseSchedule = NoiseSchedule()
+    prediction: Literal["v_prediction", "epsilon", "sample"] = Field("v_prediction", description="what it outputs")
+    classes: bool = Field(True, description="whether it is conditioned on the data's labels, where it has any")
+    denoising: Denoising = Denoising()
+    training: Training = Training()
+    evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
+
+
+class Teacher(Strict):
+    """Where the teacher comes from: one of the two."""
+
+    path: str | None = Field(None, description="a diffusers pipeline, folder or hub id")
+    train: Path | None = Field(None, description="a config of `diffkd train`, relative to this file; run first")
+    null_label: int | None = Field(None, ge=0, description="the label that means no class, where a pipeline has one")
+
+    @model_validator(mode="after")
+    def _one(self) -> Teacher:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("teacher needs either path (a pipeline) or train (a config to train one from)")
+        return self
+
+
+def _method(given: Any) -> Any:
+    """{"name": ..., fields} -> the Method, or a list of such."""
+    if isinstance(given, list):
+        return [_method(one)[0] for one in given]
+    if isinstance(given, Method):
+        return [given]
+    if not isinstance(given, Mapping):
+        raise UserError(f"method {given!r} is no mapping with a name; use one of {', '.join(methods.names())}")
+    kind = methods.find(str(given.get("name", "progressive")))
+    try:
+        return [kind(**{key: value for key, value in given.items() if key != "name"})]
+    except ValidationError as error:
+        raise UserError(one_line(error, kind, "method")) from error
+
+
+class Distill(Strict):
+    """`diffkd distill`: students from a teacher."""
+
+    out: Path = Field(description="the run's folder")
+    seed: int = Field(0, ge=0, description="of everything random")
+    teacher: Teacher
+    data: Data
+    method: Annotated[list[SerializeAsAny[Method]], BeforeValidator(_method)] = Field(
+        min_length=1, description="one method or several, whose stages run one after another"
+    )
+    training: Training = Training()
+    evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
+
+
+Config = TypeVar("Config", Train, Distill)
+
+
+def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Config:
+    """A config file with `key.sub=value` overrides. Raises UserError, naming the nearest known key for an unknown one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}); give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} holds no keys; see configs/ for examples")
+    for override in overrides:
+        _override(content, override)
+    teacher = content.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
+        teacher["train"] = str(path.parent / teacher["train"])
+    try:
+        return kind(**content)
+    except ValidationError as error:
+        raise UserError(one_line(error, kind)) from error
+
+
+def resolved(config: Train | Distill) -> dict[str, Any]:
+    """The config as plain data, every default written out; the run folder keeps it."""
+    content = config.model_dump(mode="json")
+    if isinstance(config, Distill):
+        names = [type(m).__module__.removeprefix("diffkd.methods.") for m in config.method]
+        content["method"] = [{"name": n, **m} for n, m in zip(names, content["method"], strict=True)]
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key.sub=value")
+    place: Any = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
+            place = place[int(parent)]
+            continue
+        if not isinstance(place, dict):
+            raise UserError(f"override {override!r}: {parent} is inside a value that has no keys")
+        if not isinstance(place.get(parent), dict | list):
+            place[parent] = {}
+        place = place[parent]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r} has a value that is no YAML") from error
+    if isinstance(place, list):
+        if not last.isdigit() or int(last) >= len(place):
+            raise UserError(f"override {override!r}: a list is indexed by 0 to {len(place) - 1}")
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise UserError(f"override {override!r}: {key} is inside a value that has no keys")
+
+
+def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> str:
+    """The first of pydantic's complaints as one line: the key, the value, the remedy."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains others
+    known, loc = _known(kind, first["loc"])
+    key = ".".join(str(part) for part in ([prefix] if prefix else []) + loc)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else f"known here are {', '.join(known)}"
+        return f"config key {key} is unknown; {remedy}"
+    if first["type"] == "missing":
+        return f"config key {key} is missing; add it (see configs/ for examples)"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"config key {key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known(kind: type[Strict], loc: Sequence[int | str]) -> tuple[list[str], list[int | str]]:
+    """The keys of the object that the last part of loc lies in, and loc without pydantic's tags of union members."""
+    path: list[int | str] = []
+    choices: list[type[Strict]] = [kind]
+    for part in loc[:-1]:
+        tagged = [c for c in choices if len(choices) > 1 and _tag(c) == part]
+        if tagged:
+            choices = tagged
+            continue
+        path.append(part)
+        fields = [c.model_fields[str(part)].annotation for c in choices if str(part) in c.model_fields]
+        choices = [model for annotation in fields for model in _models(annotation)] or choices
+    return [name for c in choices for name in c.model_fields], [*path, loc[-1]] if loc else path
+
+
+def _tag(kind: type[Strict]) -> Any:
+    field = kind.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field is not None else None
+
+
+def _models(annotation: Any) -> list[type[Strict]]:
+    """The config classes in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return [annotation]
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, list):
+        return [model for inner in get_args(annotation) for model in _models(inner)]
+    return []

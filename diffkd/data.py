@@ -1,0 +1,226 @@
+"""Images and labels, from scikit-learn's digits, a folder of images, or a Hugging Face data set."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from torch import Tensor
+
+from diffkd.base import Strict, UserError
+
+log = logging.getLogger("diffkd")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_UNREADABLE = 0.01  # more of the files than this and the run stops
+IN_MEMORY = 4 << 30  # bytes of pixels beyond which they lie in a temporary file, mapped
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels: (N, C, H, W) uint8. labels: (N,) int64 or None. classes: their names. flip: at random in training."""
+
+    name: str
+    pixels: np.ndarray
+    labels: Tensor | None = None
+    classes: list[str] = field(default_factory=list)
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.labels is None else len(self.classes)
+
+    def uint8(self, indices: Tensor | slice) -> Tensor:
+        """Those images as they are, (B, C, H, W) uint8."""
+        chosen = indices if isinstance(indices, slice) else indices.numpy()
+        return torch.from_numpy(np.ascontiguousarray(self.pixels[chosen]))
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """A random batch: x0 (B, C, H, W) float32 in [-1, 1] and labels; depends on rng alone."""
+        indices = torch.randint(len(self), (size,), generator=rng)
+        x0 = self.uint8(indices).float() / 127.5 - 1
+        if self.flip:
+            flipped = torch.rand(size, generator=rng) < 0.5
+            x0[flipped] = x0[flipped].flip(-1)
+        return x0, None if self.labels is None else self.labels[indices]
+
+    def sha256(self) -> str:
+        """Of the pixels, in order: what a reference's numbers were computed from."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self), 4096):
+            digest.update(np.ascontiguousarray(self.pixels[start : start + 4096]).tobytes())
+        return digest.hexdigest()
+
+
+class Digits(Strict):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey (extra `digits`)."""
+
+    kind: Literal["digits"]
+
+    def load(self) -> Images:
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            raise UserError("data kind digits needs scikit-learn; install it with pip install 'diffkd[digits]'") from error
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+        return Images("digits", pixels, torch.from_numpy(digits.target).long(), [str(d) for d in range(10)])
+
+
+class Sized(Strict):
+    """What images of any size are turned into."""
+
+    size: int = Field(ge=1, description="height and width, by resizing the short side and cropping the centre")
+    channels: Literal[1, 3] = Field(3, description="1 is grey, 3 is RGB")
+    upscale: bool = Field(False, description="whether smaller images may be enlarged")
+    flip: bool = Field(False, description="flip left to right at random in training")
+    labelled: bool = Field(True, description="whether to use class labels where there are any")
+
+    def read(self, opened: Image.Image, name: str) -> np.ndarray:
+        """(C, H, W) uint8 of one image: turned upright, resized (bicubic, antialiased), centre-cropped."""
+        image = ImageOps.exif_transpose(opened)
+        if min(image.size) < self.size and not self.upscale:
+            raise UserError(
+                f"{name} is {image.width}x{image.height}, smaller than data.size {self.size}; "
+                "use a smaller size, or set data.upscale: true"
+            )
+        if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+    def read_all(
+        self, name: str, count: int, open_one: Callable[[int], Image.Image], name_of: Callable[[int], str]
+    ) -> tuple[np.ndarray, list[int]]:
+        """Pixels of all readable images and their indices; unreadable ones are named and skipped."""
+
+        def one(index: int) -> np.ndarray | None:
+            try:
+                with open_one(index) as opened:
+                    opened.load()
+                    return self.read(opened, name_of(index))
+            except UserError:
+                raise
+            except Exception as error:  # Pillow raises many kinds for a broken file; each means: unreadable
+                log.warning("unreadable image skipped: %s (%s)", name_of(index), error)
+                return None
+
+        pixels = _allocate((count, self.channels, self.size, self.size))
+        good: list[int] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for index, image in enumerate(pool.map(one, range(count))):
+                if image is not None:
+                    pixels[len(good)] = image
+                    good.append(index)
+        bad = count - len(good)
+        if bad > MAX_UNREADABLE * count:
+            raise UserError(f"{bad} of {count} images in {name} cannot be read (named above); remove or repair them")
+        return pixels[: len(good)], good
+
+
+class Folder(Sized):
+    """A folder of PNG, JPEG and WebP images; its subfolders, where it has any, are the classes."""
+
+    kind: Literal["folder"]
+    path: Path = Field(description="the folder")
+
+    def load(self) -> Images:
+        root = self.path.expanduser()
+        if not root.is_dir():
+            raise UserError(f"data.path {root} is no folder; give a folder of images")
+        classes = sorted(d.name for d in root.iterdir() if d.is_dir() and next(_images(d), None) is not None)
+        loose = [p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if classes and loose:
+            raise UserError(f"{root} holds both images and class folders ({classes[0]}, ...); keep one of the two")
+        paths = [p for c in classes for p in sorted(_images(root / c))] or sorted(loose)
+        if not paths:
+            raise UserError(f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders")
+        pixels, good = self.read_all(str(root), len(paths), lambda i: Image.open(paths[i]), lambda i: str(paths[i]))
+        labels = None
+        if classes and self.labelled:
+            number = {name: n for n, name in enumerate(classes)}
+            labels = torch.tensor([number[paths[i].relative_to(root).parts[0]] for i in good])
+        return Images(str(self.path), pixels, labels, classes if labels is not None else [], self.flip)
+
+
+class HubDataset(Sized):
+    """A Hugging Face data set, by name or by the path of a saved one (extra `datasets`)."""
+
+    kind: Literal["datasets"]
+    path: str = Field(description="name on the hub, or a folder written by save_to_disk")
+    subset: str | None = Field(None, description="configuration of a data set that has several")
+    split: str = Field("train", description="which split")
+    image: str | None = Field(None, description="column of images; default the first of that type")
+    label: str | None = Field(None, description="column of labels; default the first of type ClassLabel")
+
+    def load(self) -> Images:
+        rows = self._rows()
+        image = self.image or _first(rows.features, "Image")
+        if image not in rows.features:
+            raise UserError(f"data set {self.path} has no image column {image!r}; it has {', '.join(rows.features)}")
+        label = self.label or _first(rows.features, "ClassLabel")
+        if label is not None and label not in rows.features:
+            raise UserError(f"data set {self.path} has no column {label!r}; it has {', '.join(rows.features)}")
+        pixels, good = self.read_all(
+            self.path, len(rows), lambda i: rows[i][image].copy(), lambda i: f"{self.path}[{i}]"
+        )
+        labels, classes = None, []
+        if label is not None and self.labelled:
+            values = [int(v) for v in rows[label]]
+            labels = torch.tensor([values[i] for i in good])
+            classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
+        return Images(self.path, pixels, labels, classes, self.flip)
+
+    def _rows(self) -> Any:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise UserError("data kind datasets needs the datasets package; pip install 'diffkd[datasets]'") from error
+        try:
+            if Path(self.path).is_dir() and any(Path(self.path).glob("*dict.json")):
+                return datasets.load_from_disk(self.path)[self.split]
+            if (Path(self.path) / "state.json").is_file():
+                return datasets.load_from_disk(self.path)
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"data set {self.path} (split {self.split}) cannot be read: {reason}") from error
+
+
+Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]
+
+
+def _images(folder: Path) -> Iterable[Path]:
+    return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def _first(features: Any, kind: str) -> str | None:
+    return next((name for name, feature in features.items() if type(feature).__name__ == kind), None)
+
+
+def _allocate(shape: Sequence[int]) -> np.ndarray:
+    """Room for the pixels: memory, or beyond IN_MEMORY a file that goes when the process does."""
+    if int(np.prod(shape)) <= IN_MEMORY:
+        return np.empty(shape, np.uint8)
+    return np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=tuple(shape))

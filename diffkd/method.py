@@ -1,0 +1,119 @@
+"""The contract of a method, and how one is found by its file's name."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffkd.base import Strict, UserError
+from diffkd.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with its own step count, optimizer, EMA and learning-rate ramp.
+
+    name: of the student that it ends with. steps: the student's sampling steps, None for a model that has none of
+    its own. substeps: teacher steps that one student step replaces. guidance: of the teacher's predictions.
+    prediction: what the student outputs, None for what it already does.
+    """
+
+    name: str
+    updates: int
+    learning_rate: float
+    warmup: int = 0
+    steps: int | None = None
+    substeps: int = 1
+    guidance: float = 1.0
+    prediction: str | None = None
+
+    def rate(self, update: int) -> float:
+        """Learning rate of update 0, 1, ..., updates - 1: a linear warm-up, then a linear ramp to zero."""
+        ramp = 1 - update / self.updates
+        return self.learning_rate * min(1.0, (update + 1) / (self.warmup + 1)) * ramp
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0: (B, C, H, W) float32 in [-1, 1]. cond: what the denoiser is conditioned on, {} or {"class_labels": (B,)}."""
+
+    x0: Tensor
+    cond: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """network: the name of the one that gets gradients. value: a scalar.
+
+    metrics: detached values per example, each (B,); "t", the noise level of each example, sorts the others into bins.
+    """
+
+    network: str
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method(Strict, ABC):
+    """One distillation algorithm. Subclasses are final; their fields are their config.
+
+    `losses` is a generator: the engine updates the named network before it asks for the next loss, so that a method
+    with several optimizers reads like its algorithm box. Only the named network gets gradients.
+    """
+
+    reference: ClassVar[str]
+
+    @abstractmethod
+    def stages(self, start: Denoiser) -> list[Stage]:
+        """What is trained, in order. start: the model that the first stage begins from (not changed).
+
+        Raises UserError where the method does not fit it.
+        """
+
+    def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, torch.nn.Module]:
+        """Networks needed beside these two."""
+        return {}
+
+    @abstractmethod
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        """The losses of one update, each computed after the network of the one before was updated."""
+
+    def after_update(self, nets: Mapping[str, Any], stage: Stage) -> None:
+        """Called once per update: target networks."""
+
+
+def find(name: str) -> type[Method]:
+    """The Method in diffkd/methods/<name>.py, or in the user's own module for a dotted path."""
+    module_name = name if "." in name else f"diffkd.methods.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise UserError(
+            f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of a module of yours"
+        ) from error
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise UserError(f"module {module_name} defines {len(own)} methods; a method's file defines one")
+    return own[0]
+
+
+def names() -> list[str]:
+    """The methods that there are, by the names of their files."""
+    import pkgutil
+
+    import diffkd.methods
+
+    return sorted(m.name for m in pkgutil.iter_modules(diffkd.methods.__path__))

@@ -1,0 +1,1 @@
+"""Distillation algorithms, one file each; `diffkd.method.find` finds them by name."""

@@ -1,0 +1,48 @@
+"""Denoising on data: how a teacher is trained (Ho et al. 2020, with the weight of any prediction type)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkd.denoiser import Denoiser
+from diffkd.losses import Weighting, squared_error, weight
+from diffkd.method import Batch, Loss, Method, Stage
+
+
+class Denoising(Method):
+    """The denoising loss on data; trains a teacher from scratch, or goes on with one."""
+
+    reference: ClassVar[str] = "Ho et al. 2020, https://arxiv.org/abs/2006.11239"
+
+    updates: int = Field(1500, ge=1, description="updates in all")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
+    weight: Weighting = Field("snr_plus_one", description="weight of the squared error in x0; snr_plus_one is v's, snr eps's")
+    gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance")
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        return [Stage("teacher", self.updates, self.learning_rate, self.warmup)]
+
+    def losses(self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator) -> Iterator[Loss]:
+        student = nets["student"]
+        x0, device = batch.x0, batch.x0.device
+        # 1. a time of the table, and the noised data
+        total = student.schedule.num_train_timesteps
+        t = torch.randint(1, total + 1, (len(x0),), generator=rng).to(device).double() / total
+        eps = torch.randn(x0.shape, generator=rng).to(device)
+        alpha, sigma = student.schedule.at(t, like=x0)
+        x_t = alpha * x0 + sigma * eps
+        # 2. some labels hidden
+        cond = dict(batch.cond)
+        if "class_labels" in cond and student.null_label is not None and self.label_dropout > 0:
+            hidden = (torch.rand(len(x0), generator=rng) < self.label_dropout).to(device)
+            cond["class_labels"] = torch.where(hidden, student.null_label, cond["class_labels"])
+        # 3. the error in x0, weighted
+        error = squared_error(student(x_t, t, **cond), x0)
+        loss = weight(self.weight, student.schedule.snr(t), gamma=self.gamma).float() * error
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": error.detach().sqrt()})

@@ -1,0 +1,143 @@
+"""Progressive distillation (Salimans & Ho 2022, algorithm 2): one student step learns several teacher steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from diffkd import samplers
+from diffkd.base import UserError
+from diffkd.denoiser import Denoiser
+from diffkd.losses import Weighting, squared_error, weight
+from diffkd.method import Batch, Loss, Method, Stage
+
+
+def target(
+    teacher: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    substeps: int = 2,
+    sampler: str = "ddim",
+    *,
+    noise: samplers.Noise | None = None,
+    **cond: Any,
+) -> Tensor:
+    """The x0 whose one DDIM step from t lands where `substeps` steps of the teacher's sampler land at s.
+
+    x_t: (B, C, H, W); t, s: (B,), s < t. Returns (B, C, H, W) float64. Salimans & Ho 2022, appendix G, for any
+    sampler and number of steps. It subtracts near-equal states, so it is float64 throughout, and it is never
+    clipped. At s = 0, where sigma_s = 0, it is x_s itself. noise: what a stochastic sampler draws from. cond:
+    class_labels, guidance, eta.
+    """
+    x_t, t, s = x_t.double(), t.double(), s.double()
+    part = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
+    times = t + part * (s - t)
+    times[-1] = s
+    with torch.no_grad():
+        x_s = samplers.find(sampler)(teacher, x_t, times, clip=None, noise=noise, **cond)
+    alpha_t, sigma_t = teacher.schedule.at(t, like=x_t)
+    alpha_s, sigma_s = teacher.schedule.at(s, like=x_t)
+    ratio = sigma_s / sigma_t
+    return (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)
+
+
+class Progressive(Method):
+    """Progressive distillation: each stage's student takes one step where its teacher took several."""
+
+    reference: ClassVar[str] = "Salimans & Ho 2022, https://arxiv.org/abs/2202.00512"
+
+    steps: list[int] = Field([32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order")
+    substeps: int = Field(2, ge=1, description="teacher steps that one step of the first student replaces")
+    sampler: samplers.SamplerName = Field("ddim", description="the teacher's sampler in the target")
+    eta: float | None = Field(None, ge=0, le=1, description="noise of the ancestral sampler, 0 to 1")
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the first target; 1 is none")
+    weight: Weighting = Field("truncated_snr", description="weight of the squared error in x0")
+    gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
+    alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the rest denoises the data")
+    updates: int = Field(250, ge=1, description="updates of a stage")
+    updates_v: int | None = Field(None, ge=1, description="updates of stage 0 of an epsilon teacher; default updates")
+    updates_last: int | None = Field(None, ge=1, description="updates of the stages of 2 and 1 steps; default twice")
+    learning_rate: float = Field(5e-4, gt=0, description="at a stage's start; falls linearly to zero over the stage")
+    warmup: int = Field(0, ge=0, description="updates of a stage over which the learning rate rises")
+
+    @model_validator(mode="after")
+    def _steps_decrease(self) -> Progressive:
+        for before, after in zip(self.steps[:-1], self.steps[1:], strict=True):
+            if after >= before or after < 1:
+                raise ValueError(f"steps {self.steps} do not decrease ({before} then {after}); list them from most to least")
+            if before % after:
+                raise ValueError(f"steps {before} to {after} is no whole number of teacher steps; "
+                                 f"after {before} use one of {_divisors(before)}")
+        if self.eta is not None and self.sampler != "ancestral":
+            raise ValueError(f"eta is of the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral")
+        return self
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        """One stage per step count, and before them stage 0 for an epsilon teacher.
+
+        An epsilon network cannot do one step from (almost) pure noise, so stage 0 turns it into v-prediction at the
+        teacher's own step count: targets of one sub-step, which are the teacher's own predictions.
+        """
+        for steps in self.steps:
+            start.schedule.check_steps(steps)
+        if self.guidance != 1.0:
+            start.check_guidance()
+        stages: list[Stage] = []
+        guidance = self.guidance
+        if start.prediction == "epsilon":
+            steps = self.steps[0] * self.substeps
+            start.schedule.check_steps(steps)
+            stages.append(
+                Stage(
+                    f"{steps}-steps", self.updates_v or self.updates, self.learning_rate, self.warmup, steps=steps,
+                    guidance=guidance, prediction="v_prediction",
+                )
+            )
+            guidance = 1.0
+        before = self.steps[0] * self.substeps
+        for steps in self.steps:
+            updates = (self.updates_last or 2 * self.updates) if steps <= 2 else self.updates
+            stages.append(
+                Stage(
+                    f"{steps}-steps", updates, self.learning_rate, self.warmup, steps=steps, substeps=before // steps,
+                    guidance=guidance,
+                )
+            )
+            before, guidance = steps, 1.0
+        return stages
+
+    def losses(self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator) -> Iterator[Loss]:
+        student, teacher = nets["student"], nets["teacher"]
+        assert stage.steps is not None
+        x0, device = batch.x0, batch.x0.device
+        # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
+        i = torch.randint(1, stage.steps + 1, (len(x0),), generator=rng).to(device)
+        t, s = i.double() / stage.steps, (i - 1).double() / stage.steps
+        # 2. noise the data
+        eps = torch.randn(x0.shape, generator=rng).to(device)
+        alpha, sigma = student.schedule.at(t, like=x0)
+        x_t = alpha * x0 + sigma * eps
+        # 3. where the teacher's sub-steps land, as an x0
+        cond: dict[str, Any] = dict(batch.cond)
+        extra = {} if self.eta is None else {"eta": self.eta}
+        x0_target = target(
+            teacher, x_t, t, s, stage.substeps, self.sampler, guidance=stage.guidance,
+            noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device), **extra, **cond,
+        ).float()
+        # 4. the student's one step
+        denoised = student(x_t, t, **cond)
+        w = weight(self.weight, student.schedule.snr(t), gamma=self.gamma).float()
+        gap = squared_error(denoised, x0_target)
+        loss = w * gap
+        if self.alpha < 1:
+            loss = self.alpha * loss + (1 - self.alpha) * w * squared_error(denoised, x0)
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(number - 1, 0, -1) if number % n == 0)

@@ -1,0 +1,1 @@
+"""Measuring: feature networks, distances between sets of images, and models measured with their protocol."""

@@ -1,0 +1,81 @@
+"""Network families, one file each: a diffusers pipeline in as a Denoiser, a student out as a stock pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkd.base import UserError
+from diffkd.denoiser import Denoiser
+from diffkd.models import unet2d
+
+FAMILIES = (unet2d,)
+CARD = "diffkd.json"
+
+
+def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Denoiser:
+    """A diffusers pipeline, from a folder or a hub id, as a Denoiser in eval mode.
+
+    Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
+    """
+    folder = _folder(path_or_hub_id)
+    index = _read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    for family in FAMILIES:
+        if name in family.PIPELINES:
+            denoiser = family.load(folder, index, str(path_or_hub_id), card(folder))
+            return denoiser.to(device=device, dtype=dtype).eval()
+    supported = ", ".join(p for family in FAMILIES for p in family.PIPELINES)
+    raise UserError(f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported}")
+
+
+def save(denoiser: Denoiser, folder: Path) -> None:
+    """Writes a stock pipeline that opens with nothing of ours installed (without its card)."""
+    for family in FAMILIES:
+        if isinstance(denoiser.network, family.NETWORK):
+            family.save(denoiser, folder)
+            return
+    raise UserError(f"a {type(denoiser.network).__name__} has no pipeline to be saved as")
+
+
+def card(folder: Path) -> dict[str, Any]:
+    """What diffkd wrote beside a pipeline of its own, {} for any other."""
+    path = folder / CARD
+    return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); is the pipeline complete?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; is the pipeline complete?")
+    return content
+
+
+def _folder(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a pipeline; downloads a hub id's configs and safetensors."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it")
+        return path
+    if path.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+        raise UserError(
+            f"{path_or_hub_id} is neither a pipeline's folder nor a hub id (owner/name); check the path"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path_or_hub_id} is no folder here and could not be had from the hub ({reason}); "
+            "check the name, or download it and give its folder"
+        ) from error

@@ -1,0 +1,134 @@
+"""Pixel-space UNets: UNet2DModel with or without classes, read from and written to stock pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
+from pydantic import Field
+
+from diffkd.base import Strict, UserError
+from diffkd.denoiser import Denoiser
+from diffkd.schedules import PREDICTIONS, Schedule, from_diffusers, to_diffusers
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+NETWORK = UNet2DModel
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class UNet2D(Strict):
+    """A new UNet2DModel for a teacher to be trained."""
+
+    channels: list[int] = Field([32, 64], min_length=1, description="channels of each resolution, halved in between")
+    layers: int = Field(1, ge=1, description="residual blocks of each resolution")
+    attention: list[bool] | None = Field(None, description="self-attention at each resolution; default none")
+    mid_attention: bool = Field(True, description="self-attention in the innermost block")
+    attention_head_dim: int = Field(8, ge=1)
+    norm_groups: int = Field(8, ge=1, description="groups of group normalisation; divides every channel count")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
+        """A freshly initialised network for images of (C, H, W); num_classes counts the null label too."""
+        channels, height, width = shape
+        factor = 2 ** (len(self.channels) - 1)
+        if height % factor or width % factor:
+            raise UserError(f"images of {height}x{width} cannot be halved {len(self.channels) - 1} times; "
+                            f"use sizes that {factor} divides, or fewer model.channels")
+        for count in self.channels:
+            if count % self.norm_groups:
+                raise UserError(f"model.norm_groups {self.norm_groups} does not divide {count} channels; "
+                                "choose one that divides each of model.channels")
+        attention = self.attention or [False] * len(self.channels)
+        if len(attention) != len(self.channels):
+            raise UserError(f"model.attention has {len(attention)} entries for {len(self.channels)} resolutions; "
+                            "give one for each of model.channels")
+        return UNet2DModel(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(self.channels),
+            layers_per_block=self.layers,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            add_attention=self.mid_attention,
+            attention_head_dim=self.attention_head_dim,
+            norm_num_groups=self.norm_groups,
+            dropout=self.dropout,
+            num_class_embeds=num_classes,
+        )
+
+
+def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -> Denoiser:
+    """The pipeline in `folder` as a Denoiser in float32. name: how the user called it."""
+    entry = index.get("unet")
+    if not isinstance(entry, list) or entry[-1] != "UNet2DModel":
+        raise UserError(f"{name} has a network of type {entry}, which is not supported; supported is UNet2DModel")
+    network = _network(folder, name)
+    if network.config.time_embedding_type != "positional":
+        raise UserError(
+            f"{name} takes time as {network.config.time_embedding_type!r}, which is not supported; "
+            "supported are networks with time_embedding_type positional"
+        )
+    config = _scheduler_config(folder, name)
+    schedule = _schedule(config, name)
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{name} has prediction_type {prediction!r}; supported are {', '.join(PREDICTIONS[:3])}")
+    clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
+    if clip is not None and config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        clip = None  # other schedulers have no such option
+    num_classes = network.config.num_class_embeds
+    null_label = card.get("null_label")
+    return Denoiser(
+        network,
+        schedule,
+        prediction,
+        num_classes=num_classes if null_label is None or num_classes is None else num_classes - 1,
+        null_label=null_label,
+        clip=clip,
+        steps=card.get("steps"),
+    )
+
+
+def _network(folder: Path, name: str) -> UNet2DModel:
+    """The UNet of a pipeline: in its `unet` folder, or at the root as early repositories have it."""
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not any(place.glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no safetensors weights ({place / WEIGHTS}), and pickled ones are never opened; where the "
+            "source is trusted, convert them with pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+    try:
+        return UNet2DModel.from_pretrained(place, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: the network in {place} cannot be read ({reason}); is the download complete?") from error
+
+
+def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
+    for place in (folder / "scheduler", folder):
+        if (place / "scheduler_config.json").is_file():
+            config = diffusers.DDIMScheduler.load_config(place)
+            return dict(config)
+    raise UserError(f"{name} has no scheduler_config.json; save the pipeline with save_pretrained")
+
+
+def _schedule(config: dict[str, Any], name: str) -> Schedule:
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    scheduler_class = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
+    if scheduler_class is None:
+        raise UserError(f"{name} has scheduler {kind!r}, which diffusers does not know; use DDPMScheduler or DDIMScheduler")
+    return from_diffusers(scheduler_class.from_config(config))
+
+
+def save(denoiser: Denoiser, folder: Path) -> None:
+    """A DDIMPipeline, or for classes a ConsistencyModelPipeline, whose call takes `class_labels`."""
+    network = denoiser.network
+    if next(network.parameters()).dtype not in (torch.float32, torch.float16):
+        raise UserError("stock pixel pipelines cannot make pictures in bfloat16; save in float32 or float16")
+    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip)
+    pipeline = DDIMPipeline if network.config.num_class_embeds is None else ConsistencyModelPipeline
+    pipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

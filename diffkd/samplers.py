@@ -1,0 +1,176 @@
+"""Samplers: plain functions of a denoiser, one set for teacher targets, students and evaluation.
+
+Each takes a state x at times[0] to times[-1]. times: (K + 1, B) float64, decreasing along K, one column per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from diffkd.base import UserError
+from diffkd.denoiser import Denoiser
+from diffkd.schedules import Schedule
+
+SamplerName = Literal["ddim", "heun", "dpmpp_2m", "ancestral"]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Sampler(Protocol):
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None, noise: Noise | None, **cond: Any
+    ) -> Tensor: ...
+
+
+Noise = Callable[[Tensor], Tensor]
+
+
+def grid(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """(steps + 1,) float64 times 1, (N - 1)/N, ..., 0."""
+    return torch.arange(steps, -1, -1, dtype=torch.float64, device=device) / steps
+
+
+def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> Tensor:
+    """Standard normal noise in the dtype of `like`: from one generator, or image i from generator i.
+
+    Drawn on the generator's own device, then moved, as stock pipelines do.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = like.device if generator is None else generator.device
+        return torch.randn(*shape, generator=generator, device=source, dtype=like.dtype).to(like.device)
+    images = [torch.randn(1, *shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]
+    return torch.cat(images).to(like.device)
+
+
+def ddim_step(schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Deterministic step from time t to an earlier s (Song et al. 2021, equation 12 with eta = 0).
+
+    x_t, denoised: (B, ...). t, s: (B,), s < t. Returns x_s: (B, ...).
+    """
+    alpha_t, sigma_t = schedule.at(t, like=x_t)
+    alpha_s, sigma_s = schedule.at(s, like=x_t)
+    ratio = sigma_s / sigma_t
+    return ratio * x_t + (alpha_s - ratio * alpha_t) * denoised
+
+
+def ddim(
+    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+) -> Tensor:
+    """DDIM (Song et al. 2021, equation 12, eta = 0), order 1, one evaluation a step."""
+    return ancestral(denoiser, x, times, clip=clip, noise=noise, eta=0.0, **cond)
+
+
+def ancestral(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    *,
+    clip: float | None = None,
+    noise: Noise | None = None,
+    eta: float = 1.0,
+    **cond: Any,
+) -> Tensor:
+    """Stochastic DDIM (Song et al. 2021, equations 12 and 16): eta = 1 is DDPM's ancestral sampler.
+
+    The network's own eps carries the direction, not one derived from a clipped x0: the stock scheduler's step.
+    """
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x0, eps = denoiser.predict(x, t, **cond)
+        if clip is not None:
+            x0 = x0.clamp(-clip, clip)
+        alpha_s, sigma_s = denoiser.schedule.at(s, like=x)
+        if eta == 0:
+            x = alpha_s * x0 + sigma_s * eps
+            continue
+        alpha_t, sigma_t = denoiser.schedule.at(t, like=x)
+        variance = (sigma_s / sigma_t) ** 2 * (1 - (alpha_t / alpha_s) ** 2) * eta**2
+        fresh = noise(x) if noise is not None else torch.randn_like(x)
+        x = alpha_s * x0 + (sigma_s**2 - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * fresh
+    return x
+
+
+def heun(
+    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+) -> Tensor:
+    """Heun's method on d(x/sigma) / d(alpha/sigma) = denoised(x), order 2, two evaluations a step.
+
+    The trapezoid of Karras et al. 2022 (algorithm 1) in the coordinate where the probability-flow ODE's right side
+    is the denoised image itself: nothing divides by alpha, so it starts from zero terminal SNR, and a step is a
+    DDIM step towards a mean of two predictions. At s = 0, where there is no second evaluation, it is Euler.
+    """
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        denoised = _clipped(denoiser(x, t, **cond), clip)
+        if bool((s > 0).any()):
+            ahead = ddim_step(denoiser.schedule, x, denoised, t, s)
+            inside = (s > 0).reshape(-1, *[1] * (x.ndim - 1))
+            second = _clipped(denoiser(ahead, torch.where(s > 0, s, t), **cond), clip)
+            denoised = torch.where(inside, (denoised + second) / 2, denoised)
+        x = ddim_step(denoiser.schedule, x, denoised, t, s)
+    return x
+
+
+def dpmpp_2m(
+    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), order 2, one evaluation a step.
+
+    A step is a DDIM step towards an x0 extrapolated in the half log-SNR lambda from the last two predictions. The
+    first step, and one that ends at s = 0 (lambda infinite), are of first order.
+    """
+    previous = None
+    lambdas = [denoiser.schedule.half_log_snr(t) for t in times]
+    for k, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        denoised = _clipped(denoiser(x, t, **cond), clip)
+        towards = denoised
+        if previous is not None:
+            h, h_last = lambdas[k + 1] - lambdas[k], lambdas[k] - lambdas[k - 1]
+            slope = torch.where(h.isfinite(), h / (2 * h_last), 0.0).to(x.dtype)
+            towards = denoised + slope.reshape(-1, *[1] * (x.ndim - 1)) * (denoised - previous)
+        x = ddim_step(denoiser.schedule, x, towards, t, s)
+        previous = denoised
+    return x
+
+
+def _clipped(x0: Tensor, clip: float | None) -> Tensor:
+    return x0 if clip is None else x0.clamp(-clip, clip)
+
+
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m, "ancestral": ancestral}
+
+
+def find(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise UserError(f"sampler {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def nfe(sampler: str, steps: int) -> int:
+    """Network evaluations of a run down to t = 0, guidance not counted."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    steps: int,
+    sampler: str = "ddim",
+    *,
+    generator: Generators | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Images from noise: (B, C, H, W) -> x0 (B, C, H, W), in the dtype of `noise`, on an even grid of times.
+
+    generator: for the noise of a stochastic sampler, one or one per image. cond: class_labels (B,), guidance,
+    eta. The denoiser's own `clip` bounds x0 at every step.
+    """
+    if steps < 1:
+        raise UserError(f"steps {steps} is not a number of denoising steps; use 1 or more")
+    times = grid(steps, noise.device)[:, None].expand(-1, len(noise))
+
+    def fresh(x: Tensor) -> Tensor:
+        return randn(x.shape, generator, x)
+
+    return find(sampler)(denoiser, noise, times, clip=denoiser.clip, noise=fresh, **cond)
