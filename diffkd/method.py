@@ -20,8 +20,8 @@ class Stage:
     """One stretch of training with its own step count, optimizer, EMA and learning-rate ramp.
 
     name: of the student that it ends with. steps: the student's sampling steps, None for a model that has none of
-    its own. substeps: teacher steps that one student step replaces. guidance: of the teacher's predictions.
-    prediction: what the student outputs, None for what it already does.
+    its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken. guidance: of
+    the teacher's predictions. prediction: what the student outputs, None for what it already does.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Stage:
     warmup: int = 0
     steps: int | None = None
     substeps: int = 1
+    sampler: str = "ddim"
     guidance: float = 1.0
     prediction: str | None = None
 

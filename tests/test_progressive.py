@@ -175,7 +175,14 @@ def test_substeps_are_read_off_the_list():
     ]  # fmt: skip
     assert [s.substeps for s in Progressive(steps=[5, 1]).stages(rough(LINEAR))] == [2, 5]
     assert [s.updates for s in stage_list([4, 2, 1], updates=7)] == [7, 14, 14]
-    assert [s.updates for s in stage_list([4, 2, 1], updates=7, updates_last=5)] == [7, 5, 5]
+    assert [s.updates for s in stage_list([4, 2, 1], updates=[7, 5, 9])] == [7, 5, 9]
+
+
+def test_only_the_first_target_uses_the_teachers_sampler():
+    """A student's step is a DDIM step: another sampler would read it as the posterior mean that it is not."""
+    assert [s.sampler for s in stage_list([4, 2, 1], sampler="heun")] == ["heun", "ddim", "ddim"]
+    stages = stage_list([20, 10], gaussian(LINEAR, "epsilon"), sampler="dpmpp_2m")
+    assert [s.sampler for s in stages] == ["ddim", "dpmpp_2m", "ddim"]
 
 
 def test_an_epsilon_teacher_gets_a_stage_of_its_own():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,8 @@ from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 def target(
@@ -53,15 +55,16 @@ class Progressive(Method):
 
     steps: list[int] = Field([32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order")
     substeps: int = Field(2, ge=1, description="teacher steps that one step of the first student replaces")
-    sampler: samplers.SamplerName = Field("ddim", description="the teacher's sampler in the target")
+    sampler: samplers.SamplerName = Field("ddim", description="the teacher's in the first target; students step by ddim")
     eta: float | None = Field(None, ge=0, le=1, description="noise of the ancestral sampler, 0 to 1")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked into the first target; 1 is none")
     weight: Weighting = Field("truncated_snr", description="weight of the squared error in x0")
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the rest denoises the data")
-    updates: int = Field(250, ge=1, description="updates of a stage")
-    updates_v: int | None = Field(None, ge=1, description="updates of stage 0 of an epsilon teacher; default updates")
-    updates_last: int | None = Field(None, ge=1, description="updates of the stages of 2 and 1 steps; default twice")
+    updates: Positive | list[Positive] = Field(
+        250, description="updates of a stage, twice as many for 2 and 1 steps; or a list, one for each of steps"
+    )
+    updates_v: int | None = Field(None, ge=1, description="updates of stage 0 of an epsilon teacher; default the first")
     learning_rate: float = Field(5e-4, gt=0, description="at a stage's start; falls linearly to zero over the stage")
     warmup: int = Field(0, ge=0, description="updates of a stage over which the learning rate rises")
 
@@ -73,6 +76,8 @@ class Progressive(Method):
             if before % after:
                 raise ValueError(f"steps {before} to {after} is no whole number of teacher steps; "
                                  f"after {before} use one of {_divisors(before)}")
+        if isinstance(self.updates, list) and len(self.updates) != len(self.steps):
+            raise ValueError(f"updates has {len(self.updates)} entries for {len(self.steps)} steps; give one for each")
         if self.eta is not None and self.sampler != "ancestral":
             raise ValueError(f"eta is of the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral")
         return self
@@ -88,28 +93,29 @@ class Progressive(Method):
         if self.guidance != 1.0:
             start.check_guidance()
         stages: list[Stage] = []
-        guidance = self.guidance
-        if start.prediction == "epsilon":
-            steps = self.steps[0] * self.substeps
-            start.schedule.check_steps(steps)
-            stages.append(
-                Stage(
-                    f"{steps}-steps", self.updates_v or self.updates, self.learning_rate, self.warmup, steps=steps,
-                    guidance=guidance, prediction="v_prediction",
-                )
-            )
-            guidance = 1.0
+        guidance, sampler = self.guidance, self.sampler
         before = self.steps[0] * self.substeps
-        for steps in self.steps:
-            updates = (self.updates_last or 2 * self.updates) if steps <= 2 else self.updates
-            stages.append(
-                Stage(
-                    f"{steps}-steps", updates, self.learning_rate, self.warmup, steps=steps, substeps=before // steps,
-                    guidance=guidance,
-                )
-            )
-            before, guidance = steps, 1.0
+        updates = self._updates()
+        if start.prediction == "epsilon":
+            start.schedule.check_steps(before)
+            stages.append(self._stage(before, self.updates_v or updates[0], 1, "ddim", guidance, "v_prediction"))
+            guidance = 1.0
+        for steps, count in zip(self.steps, updates, strict=True):
+            stages.append(self._stage(steps, count, before // steps, sampler, guidance, None))
+            before, guidance, sampler = steps, 1.0, "ddim"
         return stages
+
+    def _updates(self) -> list[int]:
+        if isinstance(self.updates, list):
+            return self.updates
+        return [self.updates * (2 if steps <= 2 else 1) for steps in self.steps]
+
+    def _stage(
+        self, steps: int, updates: int, substeps: int, sampler: str, guidance: float, prediction: str | None
+    ) -> Stage:
+        return Stage(
+            f"{steps}-steps", updates, self.learning_rate, self.warmup, steps, substeps, sampler, guidance, prediction
+        )
 
     def losses(self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator) -> Iterator[Loss]:
         student, teacher = nets["student"], nets["teacher"]
@@ -124,9 +130,9 @@ class Progressive(Method):
         x_t = alpha * x0 + sigma * eps
         # 3. where the teacher's sub-steps land, as an x0
         cond: dict[str, Any] = dict(batch.cond)
-        extra = {} if self.eta is None else {"eta": self.eta}
+        extra = {"eta": self.eta} if self.eta is not None and stage.sampler == "ancestral" else {}
         x0_target = target(
-            teacher, x_t, t, s, stage.substeps, self.sampler, guidance=stage.guidance,
+            teacher, x_t, t, s, stage.substeps, stage.sampler, guidance=stage.guidance,
             noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device), **extra, **cond,
         ).float()
         # 4. the student's one step
