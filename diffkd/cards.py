@@ -12,7 +12,6 @@ from diffkd.denoiser import Denoiser
 from diffkd.models import CARD
 
 
-
 def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
     """The content of diffkd.json: what no config of diffusers says."""
     schedule = denoiser.schedule
@@ -64,9 +63,20 @@ def _readme(card: Mapping[str, Any]) -> str:
         "",
     ]
     if steps:
-        lines += [f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others.", ""]
+        lines += [
+            f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others.",
+            "",
+        ]
     lines += ["| | |", "|---|---|"]
-    for key in ("prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "clip", "teacher", "method"):
+    for key in (
+        "prediction",
+        "num_train_timesteps",
+        "zero_terminal_snr",
+        "parameters",
+        "clip",
+        "teacher",
+        "method",
+    ):
         if key in card:
             lines.append(f"| {key.replace('_', ' ')} | {_escaped(card[key])} |")
     if card.get("metrics"):
@@ -74,8 +84,9 @@ def _readme(card: Mapping[str, Any]) -> str:
         for record in card["metrics"]:
             protocol = record["protocol"]
             lines.append(
-                f"| {record['steps']} | {record['nfe']} | {record['fid']:.3f} | {_escaped(protocol['features']['name'])} "
-                f"| {protocol['samples']} | {_escaped(protocol['reference']['name'])} |"
+                f"| {record['steps']} | {record['nfe']} | {record['fid']:.3f} "
+                f"| {_escaped(protocol['features']['name'])} | {protocol['samples']} "
+                f"| {_escaped(protocol['reference']['name'])} |"
             )
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
         if any(r["protocol"]["features"]["name"] != "inception" for r in card["metrics"]):

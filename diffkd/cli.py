@@ -1,11 +1,14 @@
-"""The `diffkd` command. Exit status: 0 done, 2 a user's error (one line), 130 interrupted with a checkpoint saved."""
+"""The `diffkd` command.
+
+Exit status: 0 done, 2 a user's error (one line), 130 interrupted with a checkpoint saved.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -19,7 +22,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(help="Values to override, as key.sub=value.", show_default=False)  # noqa: UP045
+    list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 
@@ -58,23 +61,31 @@ def _job(name: str, path: Path, overrides: list[str] | None, dry_run: bool) -> N
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A student, or any supported pipeline: folder or hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="A folder of PNGs, or one .npz file (arr_0, uint8, NHWC).")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder of PNGs, or one .npz file (arr_0, uint8, NHWC).")
+    ],
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
-    classes: Annotated[str, typer.Option(help="Labels in turn: balanced, or a list such as 0-9 or 3,5,7.")] = "balanced",
+    classes: Annotated[
+        str, typer.Option(help="Labels in turn: balanced, or a list such as 0-9 or 3,5,7.")
+    ] = "balanced",
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Default: the student's own.")] = None,  # noqa: UP045
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the student's own.")] = None,
     sampler: Annotated[str, typer.Option(help="ddim, heun, dpmpp_2m or ancestral.")] = "ddim",
-    eta: Annotated[Optional[float], typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,  # noqa: UP045
-    guidance: Annotated[float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")] = 1.0,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
+    guidance: Annotated[
+        float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")
+    ] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    device: Annotated[Optional[str], typer.Option(help="Default: cuda where there is one.")] = None,  # noqa: UP045
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
 ) -> None:
     """Draw images from a student: a folder of PNGs or an .npz, and a grid of the first 64."""
     from diffkd import sampling
 
     _quiet_libraries()
-    options = {key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)}
+    options = {
+        key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
+    }
     sampling.sample_to(
         model, out, n=n, classes=classes, seed=seed, steps=steps, sampler=sampler, batch_size=batch_size,
         device=device, overwrite=overwrite, options=options,

@@ -55,8 +55,12 @@ class Train(Strict):
     data: Data
     model: UNet2D = UNet2D()
     schedule: NoiseSchedule = NoiseSchedule()
-    prediction: Literal["v_prediction", "epsilon", "sample"] = Field("v_prediction", description="what it outputs")
-    classes: bool = Field(True, description="whether it is conditioned on the data's labels, where it has any")
+    prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
+        "v_prediction", description="what it outputs"
+    )
+    classes: bool = Field(
+        True, description="whether it is conditioned on the data's labels, where it has any"
+    )
     denoising: Denoising = Denoising()
     training: Training = Training()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
@@ -66,8 +70,12 @@ class Teacher(Strict):
     """Where the teacher comes from: one of the two."""
 
     path: str | None = Field(None, description="a diffusers pipeline, folder or hub id")
-    train: Path | None = Field(None, description="a config of `diffkd train`, relative to this file; run first")
-    null_label: int | None = Field(None, ge=0, description="the label that means no class, where a pipeline has one")
+    train: Path | None = Field(
+        None, description="a config of `diffkd train`, relative to this file; run first"
+    )
+    null_label: int | None = Field(
+        None, ge=0, description="the label that means no class, where a pipeline has one"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Teacher:
@@ -83,7 +91,9 @@ def _method(given: Any) -> Any:
     if isinstance(given, Method):
         return [given]
     if not isinstance(given, Mapping):
-        raise UserError(f"method {given!r} is no mapping with a name; use one of {', '.join(methods.names())}")
+        raise UserError(
+            f"method {given!r} is no mapping with a name; use one of {', '.join(methods.names())}"
+        )
     kind = methods.find(str(given.get("name", "progressive")))
     try:
         return [kind(**{key: value for key, value in given.items() if key != "name"})]
@@ -109,7 +119,10 @@ Config = TypeVar("Config", Train, Distill)
 
 
 def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Config:
-    """A config file with `key.sub=value` overrides. Raises UserError, naming the nearest known key for an unknown one."""
+    """A config file with `key.sub=value` overrides.
+
+    Raises UserError, which for an unknown key names the nearest known one.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -169,7 +182,9 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> str:
     """The first of pydantic's complaints as one line: the key, the value, the remedy."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains others
+    first = min(
+        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+    )  # a misspelt key explains others
     known, loc = _known(kind, first["loc"])
     key = ".".join(str(part) for part in ([prefix] if prefix else []) + loc)
     if first["type"] == "extra_forbidden":
@@ -185,7 +200,7 @@ def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> st
 
 
 def _known(kind: type[Strict], loc: Sequence[int | str]) -> tuple[list[str], list[int | str]]:
-    """The keys of the object that the last part of loc lies in, and loc without pydantic's tags of union members."""
+    """The keys of the object that loc ends in, and loc without pydantic's tags of union members."""
     path: list[int | str] = []
     choices: list[type[Strict]] = [kind]
     for part in loc[:-1]:

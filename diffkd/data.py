@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ IN_MEMORY = 4 << 30  # bytes of pixels beyond which they lie in a temporary file
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: (N, C, H, W) uint8. labels: (N,) int64 or None. classes: their names. flip: at random in training."""
+    """pixels: (N, C, H, W) uint8. labels: (N,) int64 or None. classes: names. flip: at random in training."""
 
     name: str
     pixels: np.ndarray
@@ -79,7 +79,9 @@ class Digits(Strict):
         try:
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
-            raise UserError("data kind digits needs scikit-learn; install it with pip install 'diffkd[digits]'") from error
+            raise UserError(
+                "data kind digits needs scikit-learn; install it with pip install 'diffkd[digits]'"
+            ) from error
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
         return Images("digits", pixels, torch.from_numpy(digits.target).long(), [str(d) for d in range(10)])
@@ -88,7 +90,9 @@ class Digits(Strict):
 class Sized(Strict):
     """What images of any size are turned into."""
 
-    size: int = Field(ge=1, description="height and width, by resizing the short side and cropping the centre")
+    size: int = Field(
+        ge=1, description="height and width, by resizing the short side and cropping the centre"
+    )
     channels: Literal[1, 3] = Field(3, description="1 is grey, 3 is RGB")
     upscale: bool = Field(False, description="whether smaller images may be enlarged")
     flip: bool = Field(False, description="flip left to right at random in training")
@@ -103,7 +107,9 @@ class Sized(Strict):
                 "use a smaller size, or set data.upscale: true"
             )
         if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            image = Image.fromarray(
+                (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+            )
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.size, self.size):
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
@@ -135,7 +141,9 @@ class Sized(Strict):
                     good.append(index)
         bad = count - len(good)
         if bad > MAX_UNREADABLE * count:
-            raise UserError(f"{bad} of {count} images in {name} cannot be read (named above); remove or repair them")
+            raise UserError(
+                f"{bad} of {count} images in {name} cannot be read (named above); remove or repair them"
+            )
         return pixels[: len(good)], good
 
 
@@ -152,11 +160,17 @@ class Folder(Sized):
         classes = sorted(d.name for d in root.iterdir() if d.is_dir() and next(_images(d), None) is not None)
         loose = [p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
         if classes and loose:
-            raise UserError(f"{root} holds both images and class folders ({classes[0]}, ...); keep one of the two")
+            raise UserError(
+                f"{root} holds both images and class folders ({classes[0]}, ...); keep one of the two"
+            )
         paths = [p for c in classes for p in sorted(_images(root / c))] or sorted(loose)
         if not paths:
-            raise UserError(f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders")
-        pixels, good = self.read_all(str(root), len(paths), lambda i: Image.open(paths[i]), lambda i: str(paths[i]))
+            raise UserError(
+                f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
+            )
+        pixels, good = self.read_all(
+            str(root), len(paths), lambda i: Image.open(paths[i]), lambda i: str(paths[i])
+        )
         labels = None
         if classes and self.labelled:
             number = {name: n for n, name in enumerate(classes)}
@@ -178,10 +192,14 @@ class HubDataset(Sized):
         rows = self._rows()
         image = self.image or _first(rows.features, "Image")
         if image not in rows.features:
-            raise UserError(f"data set {self.path} has no image column {image!r}; it has {', '.join(rows.features)}")
+            raise UserError(
+                f"data set {self.path} has no image column {image!r}; it has {', '.join(rows.features)}"
+            )
         label = self.label or _first(rows.features, "ClassLabel")
         if label is not None and label not in rows.features:
-            raise UserError(f"data set {self.path} has no column {label!r}; it has {', '.join(rows.features)}")
+            raise UserError(
+                f"data set {self.path} has no column {label!r}; it has {', '.join(rows.features)}"
+            )
         pixels, good = self.read_all(
             self.path, len(rows), lambda i: rows[i][image].copy(), lambda i: f"{self.path}[{i}]"
         )
@@ -196,7 +214,9 @@ class HubDataset(Sized):
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise UserError("data kind datasets needs the datasets package; pip install 'diffkd[datasets]'") from error
+            raise UserError(
+                "data kind datasets needs the datasets package; pip install 'diffkd[datasets]'"
+            ) from error
         try:
             if Path(self.path).is_dir() and any(Path(self.path).glob("*dict.json")):
                 return datasets.load_from_disk(self.path)[self.split]
@@ -211,7 +231,7 @@ class HubDataset(Sized):
 Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]
 
 
-def _images(folder: Path) -> Iterable[Path]:
+def _images(folder: Path) -> Iterator[Path]:
     return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 

@@ -29,8 +29,9 @@ class Denoiser(nn.Module):
     clip: bound on x0 while images are sampled (never inside a distillation target), None for none.
     steps: its own number of sampling steps, None for a model that was not distilled.
 
-    States keep the dtype that they come in; the network runs in its own. Coefficients are float64, rounded once.
-    Raises UserError for an epsilon network on a schedule that reaches alpha = 0: eps says nothing of x0 there.
+    States keep the dtype that they come in; the network runs in its own. Coefficients are float64, rounded
+    once. Raises UserError for an epsilon network on a schedule that reaches alpha = 0: eps says nothing of x0
+    there.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Denoiser(nn.Module):
         return self.predict(x_t, t, guidance=guidance, **cond).x0
 
     def predict(self, x_t: Tensor, t: Tensor, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
-        """x0 and eps of one call. guidance: w of `uncond + w (cond - uncond)` (Ho & Salimans 2022); 1 is unguided."""
+        """x0 and eps of one call. guidance: w of `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
         if guidance != 1.0:
             x_t2, t2, cond2 = self._with_null(x_t, t, cond)
             x0, eps = (part.chunk(2) for part in self.predict(x_t2, t2, **cond2))
@@ -87,7 +88,9 @@ class Denoiser(nn.Module):
         alpha, sigma = self.schedule.at(t, like=x_t)
         return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
 
-    def _with_null(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _with_null(
+        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """One batch of the conditional and the unconditional half."""
         self.check_guidance()
         labels = cond["class_labels"]

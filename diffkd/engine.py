@@ -27,14 +27,22 @@ NOISE_BINS = 5  # equal bins of t in the log
 class Training(Strict):
     """How any method is trained."""
 
-    batch_size: int = Field(128, ge=1, description="images of one update, over all processes and micro-batches")
-    micro_batches: int | None = Field(
-        None, ge=1, description="parts that a batch is split into, over all processes; default one per process"
+    batch_size: int = Field(
+        128, ge=1, description="images of one update, over all processes and micro-batches"
     )
-    ema: float = Field(0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept")
+    micro_batches: int | None = Field(
+        None,
+        ge=1,
+        description="parts that a batch is split into, over all processes; default one per process",
+    )
+    ema: float = Field(
+        0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are clipped to this norm; null for never")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="gradients are clipped to this norm; null for never"
+    )
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast of the networks")
     log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
@@ -80,12 +88,16 @@ def run_stage(
     on_update: Callable[[int, dict[str, Any]], None] = lambda update, record: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains one stage, from its last checkpoint where there is one; leaves the EMA weights in nets["student"].
+    """Trains one stage, from its last checkpoint where there is one; leaves the EMA weights in
+    nets["student"].
 
-    nets: "student", "teacher" and what the method adds; those with parameters that require gradients are trained.
-    on_update: called with the number of updates done and the last log record. Raises NonFinite, Interrupted.
+    nets: "student", "teacher" and what the method adds; those with parameters that require gradients are
+    trained. on_update: called with the number of updates done and the last log record. Raises NonFinite,
+    Interrupted.
     """
-    learners = {name: _learner(accelerator, net, stage, training) for name, net in nets.items() if _is_trained(net)}
+    learners = {
+        name: _learner(accelerator, net, stage, training) for name, net in nets.items() if _is_trained(net)
+    }
     ema = EMAModel(learners["student"].network.parameters(), decay=training.ema, foreach=True)
     ema.to(dtype=torch.float32)
     done = _restore(accelerator, run, stage_index, learners, ema)
@@ -107,8 +119,8 @@ def run_stage(
         if done % training.log_every == 0 or last:
             record = meter.read(accelerator, training)
             meter.check(stage.name)
-            record = {"stage": stage.name, "stage_index": stage_index, "update": done, "updates": stage.updates,
-                      "learning_rate": stage.rate(update), **record}  # fmt: skip
+            place = {"stage": stage.name, "stage_index": stage_index, "update": done}
+            record = {**place, "updates": stage.updates, "learning_rate": stage.rate(update), **record}
             if accelerator.is_main_process:
                 run.append(record)
         on_update(done, record)
@@ -131,7 +143,7 @@ def _is_trained(net: nn.Module) -> bool:
 
 
 def _learner(accelerator: Accelerator, net: nn.Module, stage: Stage, training: Training) -> Learner:
-    """The network prepared in place (inside a Denoiser, so that the denoiser's own methods stay reachable)."""
+    """The network prepared in place: inside a Denoiser, whose own methods stay reachable."""
     network = accelerator.prepare(net.network if isinstance(net, Denoiser) else net)
     if isinstance(net, Denoiser):
         net.network = network
@@ -146,7 +158,11 @@ def _learner(accelerator: Accelerator, net: nn.Module, stage: Stage, training: T
 
 
 def _micro_batches(
-    accelerator: Accelerator, images: Images, student: nn.Module, training: Training, key: tuple[int, int, int]
+    accelerator: Accelerator,
+    images: Images,
+    student: nn.Module,
+    training: Training,
+    key: tuple[int, int, int],
 ) -> list[tuple[torch.Generator, Batch]]:
     """This process's parts of one update, each with the generator that all its random numbers come from."""
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -176,7 +192,7 @@ def _update(
     meter: _Meter,
     update: int,
 ) -> None:
-    """One update: the micro-batches' generators in step, so that each loss is summed before its network moves."""
+    """One update: the micro-batches' generators in step, each loss summed before its network moves."""
     while True:
         losses = []
         for k, (_, generator) in enumerate(runs):
@@ -204,7 +220,9 @@ class _Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bad = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # update and t of the first bad loss
+        self.bad = torch.full(
+            (2,), -1.0, dtype=torch.float64, device=device
+        )  # update and t of the first bad loss
         self.reset()
 
     def reset(self) -> None:
@@ -217,7 +235,9 @@ class _Meter:
         prefix = "" if name == "student" else f"{name}_"
         self.updates += name == "student"
         if norm is not None:
-            self._sum(f"{prefix}grad_norm", torch.stack([norm.detach().double(), torch.ones_like(norm).double()]))
+            self._sum(
+                f"{prefix}grad_norm", torch.stack([norm.detach().double(), torch.ones_like(norm).double()])
+            )
         for loss in losses:
             value = loss.value.detach().double()
             self._sum(f"{prefix}loss", torch.stack([value, torch.ones_like(value)]))
@@ -257,13 +277,18 @@ class _Meter:
         update, t = self.bad.tolist()
         if update >= 0:
             raise NonFinite(
-                f"the loss of stage {stage} became NaN or infinite at update {int(update)}, noise level t = {t:.4g}; "
-                "lower method.learning_rate (the last good checkpoint is kept)"
+                f"the loss of stage {stage} became NaN or infinite at update {int(update)}, "
+                f"noise level t = {t:.4g}; lower method.learning_rate (the last good checkpoint is kept)"
             )
 
 
 def _save(
-    accelerator: Accelerator, run: Run, stage_index: int, done: int, learners: Mapping[str, Learner], ema: EMAModel
+    accelerator: Accelerator,
+    run: Run,
+    stage_index: int,
+    done: int,
+    learners: Mapping[str, Learner],
+    ema: EMAModel,
 ) -> None:
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {"ema_step": ema.optimization_step}
@@ -282,7 +307,7 @@ def _save(
 def _restore(
     accelerator: Accelerator, run: Run, stage_index: int, learners: Mapping[str, Learner], ema: EMAModel
 ) -> int:
-    """Loads the stage's newest checkpoint into everything; the number of updates done, 0 where there is none."""
+    """Loads the stage's newest checkpoint; the number of updates done, 0 where there is none."""
     found = run.load_checkpoint(stage_index)
     if found is None:
         return 0
@@ -295,7 +320,7 @@ def _restore(
             index, _, field = key.partition(".")
             moments.setdefault(int(index), {})[field] = value
         learner.optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
-    for index, shadow in enumerate(ema.shadow_params):
-        shadow.copy_(tensors["ema"][str(index)])
+    for position, shadow in enumerate(ema.shadow_params):
+        shadow.copy_(tensors["ema"][str(position)])
     ema.optimization_step = state["ema_step"]
     return done

@@ -19,7 +19,8 @@ def to_uint8(x0: Tensor) -> Tensor:
 
 
 def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None) -> Tensor | None:
-    """Labels of images 0 to n - 1: those given, repeated in turn, or every class in turn; None if it takes none.
+    """Labels of images 0 to n - 1: those given, repeated in turn, or every class in turn; None if it takes
+    none.
 
     Raises UserError for labels that the model does not take.
     """
@@ -31,7 +32,9 @@ def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None
     wrong = given[(given < 0) | (given >= denoiser.num_classes)]
     if len(wrong) or not len(given):
         value = int(wrong[0]) if len(wrong) else "(none)"
-        raise UserError(f"class label {value} is out of range; this model has labels 0 to {denoiser.num_classes - 1}")
+        raise UserError(
+            f"class label {value} is out of range; this model has labels 0 to {denoiser.num_classes - 1}"
+        )
     return given[torch.arange(n) % len(given)]
 
 
@@ -49,15 +52,17 @@ def generate(
 ) -> Iterator[Tensor]:
     """n images as uint8 batches (B, H, W, C) on the denoiser's device.
 
-    steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts from the
-    noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is stochastic, so
-    the stock pipeline given these generators draws the same pictures. options: guidance, eta.
+    steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
+    from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is
+    stochastic, so the stock pipeline given these generators draws the same pictures. options: guidance, eta.
     """
     steps = steps or denoiser.steps
     if steps is None:
         raise UserError("this model has no step count of its own; say how many steps to take")
     if denoiser.shape is None:
-        raise UserError("the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)")
+        raise UserError(
+            "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
+        )
     every = labels_for(denoiser, n, labels)
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
@@ -65,4 +70,6 @@ def generate(
         like = torch.empty(0, dtype=torch.float32, device=denoiser.device)
         noise = samplers.randn((stop - start, *denoiser.shape), generators, like)
         cond = {} if every is None else {"class_labels": every[start:stop].to(denoiser.device)}
-        yield to_uint8(samplers.sample(denoiser, noise, steps, sampler, generator=generators, **cond, **options))
+        yield to_uint8(
+            samplers.sample(denoiser, noise, steps, sampler, generator=generators, **cond, **options)
+        )

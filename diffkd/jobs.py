@@ -14,7 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from diffkd import cards, config, models, pictures, report, students
@@ -116,7 +123,9 @@ def _teacher(settings: config.Distill, source: str) -> Denoiser:
     if null_label is not None:
         total = getattr(teacher.network.config, "num_class_embeds", None)
         if total is None or null_label >= total:
-            raise UserError(f"teacher.null_label {null_label} is no label of this teacher, which has {total or 'none'}")
+            raise UserError(
+                f"teacher.null_label {null_label} is no label of this teacher, which has {total or 'none'}"
+            )
         teacher.null_label = null_label
         teacher.num_classes = total - 1 if null_label == total - 1 else total
     return teacher
@@ -146,10 +155,14 @@ def _check_fits(denoiser: Denoiser, images: Images) -> None:
     if denoiser.num_classes is None:
         return
     if images.labels is None:
-        raise UserError(f"the model is class-conditional and {images.name} has no labels; give class subfolders")
+        raise UserError(
+            f"the model is class-conditional and {images.name} has no labels; give class subfolders"
+        )
     highest = int(images.labels.max())
     if highest >= denoiser.num_classes or int(images.labels.min()) < 0:
-        raise UserError(f"label {highest} of {images.name} is out of range for a model of {denoiser.num_classes} classes")
+        raise UserError(
+            f"label {highest} of {images.name} is out of range for a model of {denoiser.num_classes} classes"
+        )
 
 
 def _size(shape: tuple[int, int, int] | None) -> str:
@@ -168,7 +181,7 @@ def _preview_steps(settings: config.Train, denoiser: Denoiser) -> int:
 
 @contextmanager
 def _held(settings: config.Train | config.Distill, accelerator: Accelerator) -> Iterator[_Job]:
-    """The run folder, held; SIGINT and SIGTERM ask for a checkpoint and a stop, a second one stops at once."""
+    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once."""
     run = Run(settings.out, config.resolved(settings))
     job = _Job(settings, accelerator, run)
 
@@ -218,7 +231,8 @@ class _Job:
 
             run_stage(
                 self.accelerator, method, stage, nets, self.images, self.settings.training, self.run,
-                seed=self.settings.seed, stage_index=index, on_update=on_update, should_stop=lambda: self.stopping,
+                seed=self.settings.seed, stage_index=index, on_update=on_update,
+                should_stop=lambda: self.stopping,
             )  # fmt: skip
 
     def export(self, denoiser: Denoiser, folder: Path, **card: Any) -> None:
@@ -232,7 +246,11 @@ class _Job:
         self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
     ) -> None:
         """Appends the model's record to metrics.json and its card, unless it is there already."""
-        if self.settings.evaluation is None or not self.accelerator.is_main_process or self._record(name, steps):
+        if (
+            self.settings.evaluation is None
+            or not self.accelerator.is_main_process
+            or self._record(name, steps)
+        ):
             return
         if self._evaluator is None:
             self._evaluator = Evaluator(self.settings.evaluation, self.images, self.accelerator.device)
@@ -276,7 +294,7 @@ class _Job:
         path = self.run.folder / "samples" / f"{name}.png"
         if path.exists() or not self.accelerator.is_main_process:
             return
-        options = {} if guidance == 1.0 else {"guidance": guidance}
+        options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
         batches = generate(denoiser, PREVIEW, steps=steps, batch_size=PREVIEW, **options)
         pictures.save(pictures.grid(np.concatenate([b.cpu().numpy() for b in batches])), path)
 

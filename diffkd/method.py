@@ -19,9 +19,10 @@ from diffkd.denoiser import Denoiser
 class Stage:
     """One stretch of training with its own step count, optimizer, EMA and learning-rate ramp.
 
-    name: of the student that it ends with. steps: the student's sampling steps, None for a model that has none of
-    its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken. guidance: of
-    the teacher's predictions. prediction: what the student outputs, None for what it already does.
+    name: of the student that it ends with. steps: the student's sampling steps, None for a model that has
+    none of its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken.
+    guidance: of the teacher's predictions. prediction: what the student outputs, None for what it already
+    does.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """x0: (B, C, H, W) float32 in [-1, 1]. cond: what the denoiser is conditioned on, {} or {"class_labels": (B,)}."""
+    """x0: (B, C, H, W) float32 in [-1, 1]. cond: the conditioning, {} or {"class_labels": (B,)}."""
 
     x0: Tensor
     cond: Mapping[str, Tensor]
@@ -52,7 +53,8 @@ class Batch:
 class Loss:
     """network: the name of the one that gets gradients. value: a scalar.
 
-    metrics: detached values per example, each (B,); "t", the noise level of each example, sorts the others into bins.
+    metrics: detached values per example, each (B,); "t", the noise level of each example, sorts the others
+    into bins.
     """
 
     network: str
@@ -63,8 +65,8 @@ class Loss:
 class Method(Strict, ABC):
     """One distillation algorithm. Subclasses are final; their fields are their config.
 
-    `losses` is a generator: the engine updates the named network before it asks for the next loss, so that a method
-    with several optimizers reads like its algorithm box. Only the named network gets gradients.
+    `losses` is a generator: the engine updates the named network before it asks for the next loss, so that a
+    method with several optimizers reads like its algorithm box. Only the named network gets gradients.
     """
 
     reference: ClassVar[str]
@@ -99,7 +101,7 @@ def find(name: str) -> type[Method]:
         if error.name is None or not module_name.startswith(error.name):
             raise
         raise UserError(
-            f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of a module of yours"
+            f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of your own"
         ) from error
     own = [
         value

@@ -42,8 +42,12 @@ def commit() -> str | None:
     """The commit of this very code, with "+" where it was changed since; None outside a checkout."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -107,8 +111,8 @@ def _sync(path: Path) -> None:
 class Run:
     """One run's folder, held by one process at a time.
 
-    Raises UserError for a folder that belongs to another run, holds something else, or is held by another process.
-    config: the resolved config; where the folder has one already, they must be equal.
+    Raises UserError for a folder that belongs to another run, holds something else, or is held by another
+    process. config: the resolved config; where the folder has one already, they must be equal.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int = 2) -> None:
@@ -120,7 +124,9 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{folder} is in use by another diffkd process; wait for it, or use another out") from None
+            raise UserError(
+                f"{folder} is in use by another diffkd process; wait for it, or use another out"
+            ) from None
         if not (folder / "config.yaml").exists():
             with new_file(folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
@@ -158,7 +164,7 @@ class Run:
             }
             write_json(self.folder / "environment.json", content)
 
-    # log ---------------------------------------------------------------------------------------------------------
+    # log
 
     def append(self, record: Mapping[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
@@ -180,10 +186,14 @@ class Run:
         with new_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    # checkpoints -------------------------------------------------------------------------------------------------
+    # checkpoints
 
     def save_checkpoint(
-        self, stage_index: int, update: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]
+        self,
+        stage_index: int,
+        update: int,
+        tensors: Mapping[str, dict[str, Tensor]],
+        state: Mapping[str, Any],
     ) -> None:
         """tensors: one safetensors file each. Keeps the last `keep`."""
         path = self.folder / "checkpoints" / f"stage-{stage_index:02d}-update-{update:07d}"
@@ -193,12 +203,20 @@ class Run:
                 file = temporary / f"{name}.safetensors"
                 save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, file)
                 hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            content = {"schema": 1, "stage_index": stage_index, "update": update, "sha256": hashes, "state": state}
+            content = {
+                "schema": 1,
+                "stage_index": stage_index,
+                "update": update,
+                "sha256": hashes,
+                "state": state,
+            }
             (temporary / "checkpoint.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
-    def load_checkpoint(self, stage_index: int) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def load_checkpoint(
+        self, stage_index: int
+    ) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """(update, tensors, state) of the newest whole checkpoint of that stage; None where there is none."""
         for path in reversed(self._checkpoints()):
             try:
@@ -208,10 +226,14 @@ class Run:
                 for name, expected in content["sha256"].items():
                     if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
                         raise ValueError(f"{name} was altered or torn")
-                tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in content["sha256"]}
+                tensors = {
+                    name.removesuffix(".safetensors"): load_file(path / name) for name in content["sha256"]
+                }
                 return content["update"], tensors, content["state"]
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                log.warning("checkpoint %s cannot be used (%s); going back to the one before", path.name, error)
+                log.warning(
+                    "checkpoint %s cannot be used (%s); going back to the one before", path.name, error
+                )
         return None
 
     def _checkpoints(self) -> list[Path]:

@@ -1,6 +1,7 @@
 """Samplers: plain functions of a denoiser, one set for teacher targets, students and evaluation.
 
-Each takes a state x at times[0] to times[-1]. times: (K + 1, B) float64, decreasing along K, one column per image.
+Each takes a state x at times[0] to times[-1]. times: (K + 1, B) float64, decreasing along K, one column per
+image.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 class Sampler(Protocol):
     def __call__(
-        self, denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None, noise: Noise | None, **cond: Any
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        times: Tensor,
+        *,
+        clip: float | None,
+        noise: Noise | None,
+        **cond: Any,
     ) -> Tensor: ...
 
 
@@ -57,7 +65,13 @@ def ddim_step(schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Tensor, s: T
 
 
 def ddim(
-    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    *,
+    clip: float | None = None,
+    noise: Noise | None = None,
+    **cond: Any,
 ) -> Tensor:
     """DDIM (Song et al. 2021, equation 12, eta = 0), order 1, one evaluation a step."""
     return ancestral(denoiser, x, times, clip=clip, noise=noise, eta=0.0, **cond)
@@ -75,7 +89,8 @@ def ancestral(
 ) -> Tensor:
     """Stochastic DDIM (Song et al. 2021, equations 12 and 16): eta = 1 is DDPM's ancestral sampler.
 
-    The network's own eps carries the direction, not one derived from a clipped x0: the stock scheduler's step.
+    The network's own eps carries the direction, not one derived from a clipped x0: the stock scheduler's
+    step.
     """
     for t, s in zip(times[:-1], times[1:], strict=True):
         x0, eps = denoiser.predict(x, t, **cond)
@@ -93,13 +108,20 @@ def ancestral(
 
 
 def heun(
-    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    *,
+    clip: float | None = None,
+    noise: Noise | None = None,
+    **cond: Any,
 ) -> Tensor:
     """Heun's method on d(x/sigma) / d(alpha/sigma) = denoised(x), order 2, two evaluations a step.
 
-    The trapezoid of Karras et al. 2022 (algorithm 1) in the coordinate where the probability-flow ODE's right side
-    is the denoised image itself: nothing divides by alpha, so it starts from zero terminal SNR, and a step is a
-    DDIM step towards a mean of two predictions. At s = 0, where there is no second evaluation, it is Euler.
+    The trapezoid of Karras et al. 2022 (algorithm 1) in the coordinate where the probability-flow ODE's right
+    side is the denoised image itself: nothing divides by alpha, so it starts from zero terminal SNR, and a
+    step is a DDIM step towards a mean of two predictions. At s = 0, where there is no second evaluation, it
+    is Euler.
     """
     for t, s in zip(times[:-1], times[1:], strict=True):
         denoised = _clipped(denoiser(x, t, **cond), clip)
@@ -113,12 +135,18 @@ def heun(
 
 
 def dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, times: Tensor, *, clip: float | None = None, noise: Noise | None = None, **cond: Any
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    *,
+    clip: float | None = None,
+    noise: Noise | None = None,
+    **cond: Any,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), order 2, one evaluation a step.
 
-    A step is a DDIM step towards an x0 extrapolated in the half log-SNR lambda from the last two predictions. The
-    first step, and one that ends at s = 0 (lambda infinite), are of first order.
+    A step is a DDIM step towards an x0 extrapolated in the half log-SNR lambda from the last two predictions.
+    The first step, and one that ends at s = 0 (lambda infinite), are of first order.
     """
     previous = None
     lambdas = [denoiser.schedule.half_log_snr(t) for t in times]

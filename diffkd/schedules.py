@@ -126,8 +126,8 @@ class Schedule:
             fitting = self.fitting_steps()
             shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
             raise UserError(
-                f"a student of {steps} steps does not fit a teacher of {self.num_train_timesteps} time steps: "
-                f"the stock DDIM scheduler would drift. Use one of {shown}"
+                f"a student of {steps} steps does not fit a teacher of {self.num_train_timesteps} time "
+                f"steps: the stock DDIM scheduler would drift. Use one of {shown}"
             )
 
 
@@ -138,7 +138,7 @@ def from_diffusers(scheduler: Any) -> Schedule:
     """
     if not hasattr(scheduler, "betas"):
         raise UserError(
-            f"scheduler {type(scheduler).__name__} has no betas; supported are the discrete schedulers of diffusers "
+            f"scheduler {type(scheduler).__name__} has no betas; supported are discrete schedulers "
             "(DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, ...)"
         )
     config = scheduler.config
@@ -160,7 +160,9 @@ def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None)
     clip: bound on the predicted x0 while sampling, None for none.
     """
     if prediction not in PREDICTIONS[:3]:
-        raise UserError(f"prediction {prediction!r} has no DDIMScheduler; it knows {', '.join(PREDICTIONS[:3])}")
+        raise UserError(
+            f"prediction {prediction!r} has no DDIMScheduler; it knows {', '.join(PREDICTIONS[:3])}"
+        )
     return DDIMScheduler(
         **schedule.betas,
         prediction_type=prediction,
@@ -171,7 +173,9 @@ def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None)
     )
 
 
-def read_prediction(prediction: str, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def read_prediction(
+    prediction: str, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
     """Any network output as (x0, eps), each shaped like x_t.
 
     v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D); flow: u = eps - x0 (Liu et al. 2023).

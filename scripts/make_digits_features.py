@@ -2,8 +2,8 @@
 
     python scripts/make_digits_features.py
 
-Trains a small classifier on 1,437 of scikit-learn's 1,797 digits (the rest, every fifth, is held out), from a fixed
-seed. On torch 2.13.0 it reaches the accuracy that is stored in the file and printed at the end.
+Trains a small classifier on 1,437 of scikit-learn's 1,797 digits (the rest, every fifth, is held out), from a
+fixed seed. On torch 2.13.0 it reaches the accuracy that is stored in the file and printed at the end.
 """
 
 from pathlib import Path
@@ -33,7 +33,9 @@ def main(path: Path = DIGITS_WEIGHTS) -> float:
             group["lr"] = RATE * (1 - update / UPDATES)
         chosen = torch.randint(len(train_x), (BATCH,))
         batch = train_x[chosen]
-        shift = torch.randint(-1, 2, (2,)).tolist()  # a pixel of shift, and noise: features that look at the shape
+        shift = torch.randint(
+            -1, 2, (2,)
+        ).tolist()  # a pixel of shift, and noise: features that look at the shape
         batch = torch.roll(batch, shift, (2, 3)) + 0.1 * torch.randn_like(batch)
         loss = F.cross_entropy(network(batch), train_y[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
@@ -41,9 +43,14 @@ def main(path: Path = DIGITS_WEIGHTS) -> float:
         optimizer.step()
     with torch.no_grad():
         accuracy = float((network(x[held_out]).argmax(1) == y[held_out]).float().mean())
-    metadata = {"accuracy": f"{accuracy:.4f}", "held_out": str(int(held_out.sum())), "torch": torch.__version__}
+    metadata = {
+        "accuracy": f"{accuracy:.4f}",
+        "held_out": str(int(held_out.sum())),
+        "torch": torch.__version__,
+    }
     save_file(network.state_dict(), path, metadata=metadata)
-    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, accuracy {accuracy:.4f} on {int(held_out.sum())} held out")
+    size = path.stat().st_size / 1e3
+    print(f"{path}: {size:.0f} kB, accuracy {accuracy:.4f} on {int(held_out.sum())} held out")
     return accuracy
 
 

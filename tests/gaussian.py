@@ -27,7 +27,9 @@ def gaussian(schedule: Schedule, prediction: str = "sample", mean: float = 0.3, 
     return Denoiser(Gaussian(schedule, prediction, mean, std), schedule, prediction, shape=(1, 4, 4))
 
 
-def flow(schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, mean: float = 0.3, std: float = 0.5) -> Tensor:
+def flow(
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, mean: float = 0.3, std: float = 0.5
+) -> Tensor:
     """Where the probability-flow ODE carries x_t from t to s, exactly: the standardised state does not move."""
     alpha_t, sigma_t = schedule.at(t, like=x_t)
     alpha_s, sigma_s = schedule.at(s, like=x_t)

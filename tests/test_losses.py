@@ -31,7 +31,9 @@ def test_weights_of_x0_are_errors_of_eps_and_v():
     error = squared_error(other, x0)
     assert torch.allclose(weight("snr", snr) * error, squared_error(eps_of_other, eps))
     v_of_other = alpha * eps_of_other - sigma * other
-    assert torch.allclose(weight("snr_plus_one", snr) * error, squared_error(v_of_other, alpha * eps - sigma * x0))
+    assert torch.allclose(
+        weight("snr_plus_one", snr) * error, squared_error(v_of_other, alpha * eps - sigma * x0)
+    )
 
 
 def test_the_error_is_a_mean_and_does_not_change_with_size():

@@ -53,7 +53,9 @@ def salimans_ho(teacher, z_t, t, steps):
 
 
 @pytest.mark.parametrize("steps", COUNTS)
-@pytest.mark.parametrize("teacher", [rough(), rough(LINEAR), gaussian(COSINE), gaussian(COSINE, "v_prediction")])
+@pytest.mark.parametrize(
+    "teacher", [rough(), rough(LINEAR), gaussian(COSINE), gaussian(COSINE, "v_prediction")]
+)
 def test_the_target_is_salimans_and_hos(teacher, steps):
     x_t, t, s = states(steps)
     ours = target(teacher, x_t, t, s)
@@ -77,7 +79,10 @@ def test_the_target_is_a_convex_combination(steps, substeps):
             predictions.append(teacher(x, time))
             x = samplers.ddim_step(COSINE, x, predictions[-1], time, after)
     inside = (s > 0).reshape(-1, 1, 1, 1)
-    weights = [torch.where(inside, (a[j + 1] - a[j]) / (a[-1] - a[0]), float(j == substeps - 1)) for j in range(substeps)]
+    weights = [
+        torch.where(inside, (a[j + 1] - a[j]) / (a[-1] - a[0]), float(j == substeps - 1))
+        for j in range(substeps)
+    ]
     assert all((w >= 0).all() for w in weights) and torch.allclose(sum(weights), torch.ones(1).double())
     combined = sum(w * p for w, p in zip(weights, predictions, strict=True))
     assert (target(teacher, x_t, t, s, substeps) - combined).abs().max() < 1e-10
@@ -105,7 +110,8 @@ def test_a_gaussian_teachers_exact_student(sampler):
     x_t = torch.randn(4, 1, 4, 4, dtype=torch.float64)
     t, s = torch.ones(4).double(), torch.zeros(4).double()
     errors = [
-        (target(teacher, x_t, t, s, substeps, sampler) - flow(COSINE, x_t, t, s)).abs().max() for substeps in (8, 64, 512)
+        (target(teacher, x_t, t, s, substeps, sampler) - flow(COSINE, x_t, t, s)).abs().max()
+        for substeps in (8, 64, 512)
     ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 6e-3
 
@@ -150,7 +156,9 @@ def test_mistake_single_precision():
     exact = salimans_ho(teacher, x_t, t, steps)
     single = salimans_ho(teacher, x_t.float(), t, steps)
     assert (single - exact).abs().max() > 1e-4
-    assert (target(teacher, x_t.float(), t, s) - salimans_ho(teacher, x_t.float().double(), t, steps)).abs().max() < 1e-10
+    assert (
+        target(teacher, x_t.float(), t, s) - salimans_ho(teacher, x_t.float().double(), t, steps)
+    ).abs().max() < 1e-10
 
 
 def test_mistake_teacher_with_gradients():
@@ -220,7 +228,9 @@ def test_the_loss_is_the_weighted_error_of_both_targets():
     method = Progressive(steps=[8], alpha=0.3, weight="truncated_snr")
     stage = method.stages(teacher)[0]
     loss = next(
-        method.losses({"student": student, "teacher": teacher}, Batch(x0, {}), stage, torch.Generator().manual_seed(2))
+        method.losses(
+            {"student": student, "teacher": teacher}, Batch(x0, {}), stage, torch.Generator().manual_seed(2)
+        )
     )
     rng = torch.Generator().manual_seed(2)
     i = torch.randint(1, 9, (6,), generator=rng)
@@ -241,5 +251,7 @@ def test_a_student_that_is_its_target_has_no_loss():
     teacher = gaussian(COSINE)
     method = Progressive(steps=[512], substeps=1)
     nets = {"student": teacher, "teacher": teacher}
-    loss = next(method.losses(nets, Batch(torch.rand(8, 1, 4, 4), {}), method.stages(teacher)[0], torch.Generator()))
+    loss = next(
+        method.losses(nets, Batch(torch.rand(8, 1, 4, 4), {}), method.stages(teacher)[0], torch.Generator())
+    )
     assert loss.value < 1e-7

@@ -11,7 +11,13 @@ from tests.gaussian import flow, gaussian
 
 COSINE = Schedule.cosine(1024)
 LINEAR = from_diffusers(DDPMScheduler())
-CASES = [(LINEAR, "epsilon"), (LINEAR, "v_prediction"), (LINEAR, "sample"), (COSINE, "v_prediction"), (COSINE, "sample")]
+CASES = [
+    (LINEAR, "epsilon"),
+    (LINEAR, "v_prediction"),
+    (LINEAR, "sample"),
+    (COSINE, "v_prediction"),
+    (COSINE, "sample"),
+]
 
 
 def stock_images(scheduler, denoiser, noise, steps, **options):
@@ -54,9 +60,13 @@ def test_ancestral_is_diffusers_ddim_with_eta(schedule, prediction, eta):
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
 def test_dpmpp_2m_is_diffusers_dpm_solver(schedule, prediction, steps):
     """The same grid (trailing), midpoint, ending in one first-order step."""
-    if schedule.zero_terminal_snr:  # diffusers' solver cannot start at alpha = 0 and takes 2^-12, so here we do too
+    if (
+        schedule.zero_terminal_snr
+    ):  # diffusers' solver cannot start at alpha = 0 and takes 2^-12, so here we do too
         steps = {2: 2, 5: 4, 20: 32}[steps]
-        schedule = Schedule(torch.cat([schedule.alphas_cumprod[:-1], torch.tensor([2.0**-24])]), schedule.betas)
+        schedule = Schedule(
+            torch.cat([schedule.alphas_cumprod[:-1], torch.tensor([2.0**-24])]), schedule.betas
+        )
     scheduler = DPMSolverMultistepScheduler(
         **schedule.betas, prediction_type=prediction, timestep_spacing="trailing", algorithm_type="dpmsolver++",
         solver_type="midpoint", solver_order=2, final_sigmas_type="zero",
@@ -93,7 +103,9 @@ def test_the_exact_one_step_student():
     noise = torch.randn(4, 1, 4, 4, dtype=torch.float64)
     ones, zeros = torch.ones(4).double(), torch.zeros(4).double()
     exact = flow(COSINE, noise, ones, zeros)
-    assert torch.allclose(exact, 0.3 + 0.5 * noise)  # zero terminal SNR: the noise, given the data's mean and width
+    assert torch.allclose(
+        exact, 0.3 + 0.5 * noise
+    )  # zero terminal SNR: the noise, given the data's mean and width
     teacher = samplers.sample(gaussian(COSINE), noise, 1024)
     assert (teacher - exact).abs().max() < 5e-3
 
@@ -119,7 +131,9 @@ def test_every_image_has_its_own_times(sampler):
     options = {"eta": 0.0} if sampler == "ancestral" else {}
     together = samplers.find(sampler)(denoiser, x, times, clip=None, noise=None, **options)
     for i in range(3):
-        alone = samplers.find(sampler)(denoiser, x[i : i + 1], times[:, i : i + 1], clip=None, noise=None, **options)
+        alone = samplers.find(sampler)(
+            denoiser, x[i : i + 1], times[:, i : i + 1], clip=None, noise=None, **options
+        )
         assert torch.allclose(together[i : i + 1], alone, atol=1e-13)
     assert together.isfinite().all()
 
@@ -149,7 +163,9 @@ def test_stock_ddim_scheduler_of_the_defaults_differs():
     denoiser = gaussian(LINEAR, "v_prediction")
     noise = torch.randn(3, 1, 4, 4)
     default = DDIMScheduler(**LINEAR.betas, prediction_type="v_prediction")
-    assert (stock_images(default, denoiser, noise, 4) - samplers.sample(denoiser, noise, 4)).abs().max() > 1e-2
+    assert (
+        stock_images(default, denoiser, noise, 4) - samplers.sample(denoiser, noise, 4)
+    ).abs().max() > 1e-2
 
 
 def test_bad_requests():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from diffkd.base import UserError
-from diffkd.schedules import PREDICTIONS, Schedule, from_diffusers, read_prediction, to_diffusers, write_prediction
+from diffkd.schedules import (
+    PREDICTIONS,
+    Schedule,
+    from_diffusers,
+    read_prediction,
+    to_diffusers,
+    write_prediction,
+)
 
 LINEAR = diffusers.DDPMScheduler(num_train_timesteps=1000)
 SCHEDULERS = {
@@ -100,7 +107,9 @@ def test_predictions_read_and_written(prediction):
     """Both readings explain x_t, and writing inverts reading, in float64 to rounding."""
     generator = torch.Generator().manual_seed(7)
     x0, eps = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
-    alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in Schedule.cosine(64).at(torch.rand(6).double() * 0.9 + 0.05))
+    alpha, sigma = (
+        v.reshape(-1, 1, 1, 1) for v in Schedule.cosine(64).at(torch.rand(6).double() * 0.9 + 0.05)
+    )
     x_t = alpha * x0 + sigma * eps
     output = write_prediction(prediction, x_t, x0, alpha, sigma)
     defined = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0, "flow": eps - x0}
@@ -114,7 +123,9 @@ def test_network_time_is_the_tables_index():
     assert time.tolist() == [0.0, 511.0, 1023.0, 0.5] and time.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("total", "steps", "fits"), [(1000, 6, False), (1000, 40, True), (1024, 32, True), (1024, 0, False)])
+@pytest.mark.parametrize(
+    ("total", "steps", "fits"), [(1000, 6, False), (1000, 40, True), (1024, 32, True), (1024, 0, False)]
+)
 def test_steps_that_fit(total, steps, fits):
     schedule = Schedule.cosine(total)
     if fits:

@@ -21,14 +21,20 @@ class Denoising(Method):
     updates: int = Field(1500, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
-    weight: Weighting = Field("snr_plus_one", description="weight of the squared error in x0; snr_plus_one is v's, snr eps's")
+    weight: Weighting = Field(
+        "snr_plus_one", description="weight of the squared error in x0; snr_plus_one is v's, snr eps's"
+    )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance"
+    )
 
     def stages(self, start: Denoiser) -> list[Stage]:
         return [Stage("teacher", self.updates, self.learning_rate, self.warmup)]
 
-    def losses(self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator) -> Iterator[Loss]:
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
         student = nets["student"]
         x0, device = batch.x0, batch.x0.device
         # 1. a time of the table, and the noised data

@@ -1,4 +1,4 @@
-"""Progressive distillation (Salimans & Ho 2022, algorithm 2): one student step learns several teacher steps."""
+"""Progressive distillation (Salimans & Ho 2022, algorithm 2): one step learns several of the teacher's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffkd import samplers
-from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
 
 Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 def target(
@@ -31,10 +31,10 @@ def target(
 ) -> Tensor:
     """The x0 whose one DDIM step from t lands where `substeps` steps of the teacher's sampler land at s.
 
-    x_t: (B, C, H, W); t, s: (B,), s < t. Returns (B, C, H, W) float64. Salimans & Ho 2022, appendix G, for any
-    sampler and number of steps. It subtracts near-equal states, so it is float64 throughout, and it is never
-    clipped. At s = 0, where sigma_s = 0, it is x_s itself. noise: what a stochastic sampler draws from. cond:
-    class_labels, guidance, eta.
+    x_t: (B, C, H, W); t, s: (B,), s < t. Returns (B, C, H, W) float64. Salimans & Ho 2022, appendix G, for
+    any sampler and number of steps. It subtracts near-equal states, so it is float64 throughout, and it is
+    never clipped. At s = 0, where sigma_s = 0, it is x_s itself. noise: what a stochastic sampler draws from.
+    cond: class_labels, guidance, eta.
     """
     x_t, t, s = x_t.double(), t.double(), s.double()
     part = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
@@ -53,40 +53,61 @@ class Progressive(Method):
 
     reference: ClassVar[str] = "Salimans & Ho 2022, https://arxiv.org/abs/2202.00512"
 
-    steps: list[int] = Field([32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order")
+    steps: list[int] = Field(
+        [32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order"
+    )
     substeps: int = Field(2, ge=1, description="teacher steps that one step of the first student replaces")
-    sampler: samplers.SamplerName = Field("ddim", description="the teacher's in the first target; students step by ddim")
+    sampler: samplers.SamplerName = Field(
+        "ddim", description="the teacher's in the first target; students step by ddim"
+    )
     eta: float | None = Field(None, ge=0, le=1, description="noise of the ancestral sampler, 0 to 1")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked into the first target; 1 is none")
     weight: Weighting = Field("truncated_snr", description="weight of the squared error in x0")
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
-    alpha: float = Field(1.0, ge=0, le=1, description="share of the distillation loss; the rest denoises the data")
-    updates: Positive | list[Positive] = Field(
-        250, description="updates of a stage, twice as many for 2 and 1 steps; or a list, one for each of steps"
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="share of the distillation loss; the rest denoises the data"
     )
-    updates_v: int | None = Field(None, ge=1, description="updates of stage 0 of an epsilon teacher; default the first")
-    learning_rate: float = Field(5e-4, gt=0, description="at a stage's start; falls linearly to zero over the stage")
+    updates: Positive | list[Positive] = Field(
+        250,
+        description="updates of a stage, twice as many for 2 and 1 steps; or a list, one for each of steps",
+    )
+    updates_v: int | None = Field(
+        None, ge=1, description="updates of stage 0 of an epsilon teacher; default the first"
+    )
+    learning_rate: Rate | list[Rate] = Field(
+        5e-4,
+        description="at a stage's start, falls linearly to zero over it; or a list, one for each of steps",
+    )
     warmup: int = Field(0, ge=0, description="updates of a stage over which the learning rate rises")
 
     @model_validator(mode="after")
     def _steps_decrease(self) -> Progressive:
         for before, after in zip(self.steps[:-1], self.steps[1:], strict=True):
             if after >= before or after < 1:
-                raise ValueError(f"steps {self.steps} do not decrease ({before} then {after}); list them from most to least")
+                raise ValueError(
+                    f"steps {self.steps} do not decrease ({before} then {after}); list most first"
+                )
             if before % after:
-                raise ValueError(f"steps {before} to {after} is no whole number of teacher steps; "
-                                 f"after {before} use one of {_divisors(before)}")
-        if isinstance(self.updates, list) and len(self.updates) != len(self.steps):
-            raise ValueError(f"updates has {len(self.updates)} entries for {len(self.steps)} steps; give one for each")
+                raise ValueError(
+                    f"steps {before} to {after} is no whole number of teacher steps; "
+                    f"after {before} use one of {_divisors(before)}"
+                )
+        for name, value in (("updates", self.updates), ("learning_rate", self.learning_rate)):
+            if isinstance(value, list) and len(value) != len(self.steps):
+                raise ValueError(
+                    f"{name} has {len(value)} entries for {len(self.steps)} steps; give one for each"
+                )
         if self.eta is not None and self.sampler != "ancestral":
-            raise ValueError(f"eta is of the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral")
+            raise ValueError(
+                f"eta is of the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral"
+            )
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
         """One stage per step count, and before them stage 0 for an epsilon teacher.
 
-        An epsilon network cannot do one step from (almost) pure noise, so stage 0 turns it into v-prediction at the
-        teacher's own step count: targets of one sub-step, which are the teacher's own predictions.
+        An epsilon network cannot do one step from (almost) pure noise, so stage 0 turns it into v-prediction
+        at the teacher's own step count: targets of one sub-step, which are the teacher's own predictions.
         """
         for steps in self.steps:
             start.schedule.check_steps(steps)
@@ -95,13 +116,27 @@ class Progressive(Method):
         stages: list[Stage] = []
         guidance, sampler = self.guidance, self.sampler
         before = self.steps[0] * self.substeps
-        updates = self._updates()
+        updates, rates = self._updates(), self._rates()
         if start.prediction == "epsilon":
             start.schedule.check_steps(before)
-            stages.append(self._stage(before, self.updates_v or updates[0], 1, "ddim", guidance, "v_prediction"))
+            stages.append(
+                Stage(
+                    f"{before}-steps",
+                    self.updates_v or updates[0],
+                    rates[0],
+                    self.warmup,
+                    before,
+                    1,
+                    "ddim",
+                    guidance,
+                    "v_prediction",
+                )  # fmt: skip
+            )
             guidance = 1.0
-        for steps, count in zip(self.steps, updates, strict=True):
-            stages.append(self._stage(steps, count, before // steps, sampler, guidance, None))
+        for steps, count, rate in zip(self.steps, updates, rates, strict=True):
+            stages.append(
+                Stage(f"{steps}-steps", count, rate, self.warmup, steps, before // steps, sampler, guidance)
+            )
             before, guidance, sampler = steps, 1.0, "ddim"
         return stages
 
@@ -110,14 +145,16 @@ class Progressive(Method):
             return self.updates
         return [self.updates * (2 if steps <= 2 else 1) for steps in self.steps]
 
-    def _stage(
-        self, steps: int, updates: int, substeps: int, sampler: str, guidance: float, prediction: str | None
-    ) -> Stage:
-        return Stage(
-            f"{steps}-steps", updates, self.learning_rate, self.warmup, steps, substeps, sampler, guidance, prediction
+    def _rates(self) -> list[float]:
+        return (
+            self.learning_rate
+            if isinstance(self.learning_rate, list)
+            else [self.learning_rate] * len(self.steps)
         )
 
-    def losses(self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator) -> Iterator[Loss]:
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
         student, teacher = nets["student"], nets["teacher"]
         assert stage.steps is not None
         x0, device = batch.x0, batch.x0.device
@@ -132,8 +169,16 @@ class Progressive(Method):
         cond: dict[str, Any] = dict(batch.cond)
         extra = {"eta": self.eta} if self.eta is not None and stage.sampler == "ancestral" else {}
         x0_target = target(
-            teacher, x_t, t, s, stage.substeps, stage.sampler, guidance=stage.guidance,
-            noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device), **extra, **cond,
+            teacher,
+            x_t,
+            t,
+            s,
+            stage.substeps,
+            stage.sampler,
+            guidance=stage.guidance,
+            noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device),
+            **extra,
+            **cond,
         ).float()
         # 4. the student's one step
         denoised = student(x_t, t, **cond)

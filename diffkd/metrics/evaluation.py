@@ -24,7 +24,9 @@ class Evaluation(Strict):
 
     features: str = Field("digits", description="feature network: digits, or the dotted path of an nn.Module")
     samples: int | None = Field(None, ge=2, description="generated images; default as many as the data has")
-    teacher_steps: list[int] = Field([64], description="step counts of the teacher's curve, beside the students' own")
+    teacher_steps: list[int] = Field(
+        [64], description="step counts of the teacher's curve, beside the students' own"
+    )
     sampler: samplers.SamplerName = Field("ddim", description="of teacher and students")
     batch_size: int = Field(256, ge=1, description="images sampled at a time")
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
@@ -54,7 +56,7 @@ class Evaluator:
         how = self.evaluation
         count = how.samples or len(self.images)
         labels = None if denoiser.num_classes is None else labels_for(denoiser, count, self.images.labels)
-        options = {} if guidance == 1.0 else {"guidance": guidance}
+        options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
         seconds = 0.0
 
         def batches() -> Iterator[Tensor]:

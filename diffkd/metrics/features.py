@@ -43,7 +43,8 @@ class DigitsClassifier(nn.Module):
 
 
 class DigitsFeatures(nn.Module):
-    """The 64 features of the digits classifier that ships with diffkd (made by scripts/make_digits_features.py).
+    """The 64 features of the digits classifier that ships with diffkd (made by
+    scripts/make_digits_features.py).
 
     Images of other sizes are averaged down to 8x8, colours to grey. Always in eval mode.
     """
@@ -66,7 +67,7 @@ class DigitsFeatures(nn.Module):
 
 
 def load(name: str) -> nn.Module:
-    """The feature network of that name: "digits", or the dotted path `module.Class` of one of the user's own."""
+    """The feature network of that name: "digits", or the dotted path `module.Class` of the user's own."""
     if name == "digits":
         return DigitsFeatures()
     module_name, _, class_name = name.rpartition(".")
@@ -74,7 +75,7 @@ def load(name: str) -> nn.Module:
         network = getattr(importlib.import_module(module_name), class_name)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"feature network {name!r} cannot be had ({error}); use digits, or the dotted path of an nn.Module"
+            f"feature network {name!r} cannot be had ({error}); use digits, or an nn.Module's dotted path"
         ) from error
     if not isinstance(network, nn.Module) or not isinstance(getattr(network, "num_features", None), int):
         raise UserError(f"feature network {name!r} is no nn.Module with an integer num_features; give it one")

@@ -15,7 +15,9 @@ class FID:
     features: uint8 (B, C, H, W) -> (B, num_features). Images come as uint8 batches (B, H, W, C).
     """
 
-    def __init__(self, features: nn.Module, reference: Iterable[Tensor], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, features: nn.Module, reference: Iterable[Tensor], device: torch.device | str = "cpu"
+    ) -> None:
         self.metric = FrechetInceptionDistance(feature=features, reset_real_features=False).to(device)
         self.count = self._add(reference, real=True)
 

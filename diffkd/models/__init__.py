@@ -1,4 +1,4 @@
-"""Network families, one file each: a diffusers pipeline in as a Denoiser, a student out as a stock pipeline."""
+"""Network families, one file each: a pipeline in as a Denoiser, a student out as a stock pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ FAMILIES = (unet2d,)
 CARD = "diffkd.json"
 
 
-def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Denoiser:
+def load(
+    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Denoiser:
     """A diffusers pipeline, from a folder or a hub id, as a Denoiser in eval mode.
 
     Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
@@ -29,7 +31,9 @@ def load(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtyp
             denoiser = family.load(folder, index, str(path_or_hub_id), card(folder))
             return denoiser.to(device=device, dtype=dtype).eval()
     supported = ", ".join(p for family in FAMILIES for p in family.PIPELINES)
-    raise UserError(f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported}")
+    raise UserError(
+        f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported}"
+    )
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
@@ -62,9 +66,15 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise UserError(f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it")
+            raise UserError(
+                f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it"
+            )
         return path
-    if path.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+    if (
+        path.exists()
+        or str(path_or_hub_id).count("/") != 1
+        or str(path_or_hub_id).startswith((".", "/", "~"))
+    ):
         raise UserError(
             f"{path_or_hub_id} is neither a pipeline's folder nor a hub id (owner/name); check the path"
         )

@@ -22,12 +22,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class UNet2D(Strict):
     """A new UNet2DModel for a teacher to be trained."""
 
-    channels: list[int] = Field([32, 64], min_length=1, description="channels of each resolution, halved in between")
+    channels: list[int] = Field(
+        [32, 64], min_length=1, description="channels of each resolution, halved in between"
+    )
     layers: int = Field(1, ge=1, description="residual blocks of each resolution")
     attention: list[bool] | None = Field(None, description="self-attention at each resolution; default none")
     mid_attention: bool = Field(True, description="self-attention in the innermost block")
     attention_head_dim: int = Field(8, ge=1)
-    norm_groups: int = Field(8, ge=1, description="groups of group normalisation; divides every channel count")
+    norm_groups: int = Field(
+        8, ge=1, description="groups of group normalisation; divides every channel count"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
 
     def build(self, shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
@@ -35,16 +39,22 @@ class UNet2D(Strict):
         channels, height, width = shape
         factor = 2 ** (len(self.channels) - 1)
         if height % factor or width % factor:
-            raise UserError(f"images of {height}x{width} cannot be halved {len(self.channels) - 1} times; "
-                            f"use sizes that {factor} divides, or fewer model.channels")
+            raise UserError(
+                f"images of {height}x{width} cannot be halved {len(self.channels) - 1} times; "
+                f"use sizes that {factor} divides, or fewer model.channels"
+            )
         for count in self.channels:
             if count % self.norm_groups:
-                raise UserError(f"model.norm_groups {self.norm_groups} does not divide {count} channels; "
-                                "choose one that divides each of model.channels")
+                raise UserError(
+                    f"model.norm_groups {self.norm_groups} does not divide {count} channels; "
+                    "choose one that divides each of model.channels"
+                )
         attention = self.attention or [False] * len(self.channels)
         if len(attention) != len(self.channels):
-            raise UserError(f"model.attention has {len(attention)} entries for {len(self.channels)} resolutions; "
-                            "give one for each of model.channels")
+            raise UserError(
+                f"model.attention has {len(attention)} entries for {len(self.channels)} resolutions; "
+                "give one for each of model.channels"
+            )
         return UNet2DModel(
             sample_size=height if height == width else (height, width),
             in_channels=channels,
@@ -65,7 +75,9 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
     """The pipeline in `folder` as a Denoiser in float32. name: how the user called it."""
     entry = index.get("unet")
     if not isinstance(entry, list) or entry[-1] != "UNet2DModel":
-        raise UserError(f"{name} has a network of type {entry}, which is not supported; supported is UNet2DModel")
+        raise UserError(
+            f"{name} has a network of type {entry}, which is not supported; supported is UNet2DModel"
+        )
     network = _network(folder, name)
     if network.config.time_embedding_type != "positional":
         raise UserError(
@@ -76,7 +88,9 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
     schedule = _schedule(config, name)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise UserError(f"{name} has prediction_type {prediction!r}; supported are {', '.join(PREDICTIONS[:3])}")
+        raise UserError(
+            f"{name} has prediction_type {prediction!r}; supported are {', '.join(PREDICTIONS[:3])}"
+        )
     clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
     if clip is not None and config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
         clip = None  # other schedulers have no such option
@@ -98,14 +112,17 @@ def _network(folder: Path, name: str) -> UNet2DModel:
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     if not any(place.glob("*.safetensors")):
         raise UserError(
-            f"{name} has no safetensors weights ({place / WEIGHTS}), and pickled ones are never opened; where the "
-            "source is trusted, convert them with pipeline.save_pretrained(folder, safe_serialization=True)"
+            f"{name} has no safetensors weights ({place / WEIGHTS}), and pickled ones are never opened; "
+            "where the source is trusted, convert them with "
+            "pipeline.save_pretrained(folder, safe_serialization=True)"
         )
     try:
         return UNet2DModel.from_pretrained(place, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: the network in {place} cannot be read ({reason}); is the download complete?") from error
+        raise UserError(
+            f"{name}: the network in {place} cannot be read ({reason}); is the download complete?"
+        ) from error
 
 
 def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
@@ -120,13 +137,15 @@ def _schedule(config: dict[str, Any], name: str) -> Schedule:
     kind = str(config.get("_class_name", "DDPMScheduler"))
     scheduler_class = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
     if scheduler_class is None:
-        raise UserError(f"{name} has scheduler {kind!r}, which diffusers does not know; use DDPMScheduler or DDIMScheduler")
+        raise UserError(
+            f"{name} has scheduler {kind!r}, unknown to diffusers; use DDPMScheduler or DDIMScheduler"
+        )
     return from_diffusers(scheduler_class.from_config(config))
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
     """A DDIMPipeline, or for classes a ConsistencyModelPipeline, whose call takes `class_labels`."""
-    network = denoiser.network
+    network: Any = denoiser.network
     if next(network.parameters()).dtype not in (torch.float32, torch.float16):
         raise UserError("stock pixel pipelines cannot make pictures in bfloat16; save in float32 or float16")
     scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip)

@@ -1,0 +1,180 @@
+"""The rooms run one way, nothing is unpickled, and the command's help costs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffkd
+
+ROOT = Path(diffkd.__file__).parent
+ORDER = [
+    "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method", "methods",
+    "runs", "engine", "generation", "metrics", "cards", "pictures", "report", "config", "sampling", "jobs", "cli",
+]  # fmt: skip
+FORBIDDEN = {
+    "torchvision",
+    "torch_fidelity",
+    "scipy",
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "shelve",
+    "marshal",
+}
+UNPICKLERS = {
+    ("torch", "load"),
+    ("yaml", "load"),
+    ("yaml", "load_all"),
+    ("yaml", "unsafe_load"),
+    ("yaml", "full_load"),
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("diffkd", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imported(source: str, modules: set[str] = MODULES) -> set[str]:
+    """The modules that a source imports, at its top or inside a function; of diffkd down to the submodule."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "house style is absolute imports"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in modules else node.module)
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def backward(source: str, module: str, modules: set[str] = MODULES) -> list[str]:
+    """What a module imports from its own room's other methods, or from a room that is not above it."""
+    wrong = []
+    for other in sorted(imported(source, modules)):
+        if not other.startswith("diffkd.") or other == module:
+            continue
+        if other == "diffkd.methods" and module == "diffkd.method":
+            continue  # the bare package, to list the files in it
+        here, there = room(module), room(other)
+        later = ORDER.index(there) > ORDER.index(here)
+        another_method = here == there == "methods"
+        strangers = {here, there} == {"engine", "methods"}
+        if later or another_method or strangers:
+            wrong.append(other)
+    return wrong
+
+
+def unsafe(source: str) -> list[str]:
+    """Imports of what the house does without, and calls that unpickle."""
+    wrong = [name for name in sorted(imported(source)) if name.split(".")[0] in FORBIDDEN]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            wrong += [f"{m}.{a}" for m, a in UNPICKLERS if (node.value.id, node.attr) == (m, a)]
+        if isinstance(node, ast.ImportFrom):
+            wrong += [
+                f"{m}.{a}" for m, a in UNPICKLERS if node.module == m and any(n.name == a for n in node.names)
+            ]
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            wrong += [
+                f"{node.arg}={node.value.value}"
+                for pair in (("allow_pickle", True), ("weights_only", False), ("trust_remote_code", True))
+                if (node.arg, node.value.value) == pair
+            ]
+    return wrong
+
+
+def test_every_file_has_a_room():
+    assert {room(module) for module in MODULES if module != "diffkd"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_of(p) != "diffkd"], ids=module_of)
+def test_rooms_run_one_way(path):
+    assert backward(path.read_text(encoding="utf-8"), module_of(path)) == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    graph = {module_of(path): imported(path.read_text(encoding="utf-8")) & MODULES for path in FILES}
+    graph["diffkd"] = set()
+    graph["diffkd.method"] -= {"diffkd.methods"}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        free = {module for module, needs in graph.items() if module not in done and needs - {module} <= done}
+        assert free, f"in a circle: {sorted(graph.keys() - done)}"
+        done |= free
+
+
+def test_the_method_package_itself_is_empty():
+    assert imported((ROOT / "methods" / "__init__.py").read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_nothing_is_unpickled(path):
+    assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "expected"),
+    [
+        ("from diffkd import engine", "diffkd.methods.x", ["diffkd.engine"]),
+        ("from diffkd.methods.progressive import target", "diffkd.engine", ["diffkd.methods.progressive"]),
+        ("def f():\n    import diffkd.runs", "diffkd.methods.x", ["diffkd.runs"]),
+        ("from diffkd.methods import denoising", "diffkd.methods.progressive", ["diffkd.methods.denoising"]),
+        ("from diffkd.methods import denoising", "diffkd.method", ["diffkd.methods.denoising"]),
+        ("from diffkd.config import load\nfrom diffkd.data import Images", "diffkd.cards", ["diffkd.config"]),
+        ("import diffkd.methods\nfrom diffkd.base import Strict", "diffkd.method", []),
+    ],
+)
+def test_a_wrong_import_is_seen(source, module, expected):
+    assert backward(source, module) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "from yaml import load",
+        "import yaml\nyaml.load(x, yaml.Loader)",
+        "def f():\n    from scipy.linalg import sqrtm",
+        "import torchvision.transforms as T",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+    ],
+)
+def test_unpickling_is_seen(source):
+    assert len(unsafe(source)) == 1
+
+
+def test_help_imports_no_torch():
+    script = """
+import sys
+import diffkd, diffkd.cli
+for arguments in (["--help"], ["distill", "--help"], ["sample", "--help"]):
+    sys.argv = ["diffkd", *arguments]
+    try:
+        diffkd.cli.main()
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+heavy = [m for m in ("torch", "diffusers", "accelerate", "numpy", "PIL") if m in sys.modules]
+print("HEAVY", *heavy)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "distill" in ran.stdout and "--guidance" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "HEAVY"
