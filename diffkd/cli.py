@@ -118,17 +118,26 @@ def main() -> None:
     from diffkd.base import UserError
 
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
     except UserError as error:
-        print(f"diffkd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":
+        if type(error).__name__ == "Interrupted":  # of the engine, which is not imported for --help
             print("diffkd: interrupted; a checkpoint is saved, the same command goes on", file=sys.stderr)
             sys.exit(130)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.exit(2)  # the help was shown
+        if hasattr(error, "format_message"):  # click's usage errors
+            _fail(f"{error.format_message()} (see diffkd --help)")
         raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"diffkd: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

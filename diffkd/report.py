@@ -15,13 +15,11 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from diffkd import charts
 
 Record = dict[str, Any]
 Stages = dict[str, list[Record]]
@@ -30,15 +28,6 @@ COLUMNS = 8  # of a grid in samples/
 TILES = 10  # of a strip: one of each class where there are ten in turn, and legible on a phone
 TILE = 128  # the most pixels of a strip's tile, so that a page of many models stays small
 LAST = 10  # records of a stage whose mean is its value by noise
-# Plots are drawn in these, and the page's own take their place: so they follow its light or dark scheme.
-COLOURS = {"ink": "#0b0b01", "faint": "#0b0b02", "teacher": "#0b0b03", "student": "#0b0b04"}
-INK, FAINT, TEACHER, STUDENT = COLOURS.values()
-PLOTS: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "diffkd", "text.parse_math": False, "font.size": 9.5,
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.edgecolor": FAINT, "grid.color": FAINT, "figure.facecolor": "none", "axes.facecolor": "none",
-    "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
 
 
 class _Measured(NamedTuple):
@@ -69,7 +58,7 @@ def write(folder: Path) -> Path | None:
     measured, stages = _measured(folder / "metrics.json"), _stages(folder / "log.jsonl")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the user's own settings are for the user's own plots
-        matplotlib.rcParams.update(PLOTS)
+        matplotlib.rcParams.update(charts.PLOTS)
         parts = [_summary(measured, stages), _fid(measured), _noise(folder / "samples", measured)]
         parts += [_training(stages), _details(folder, measured)]
     path = folder / "report.html"
@@ -200,9 +189,10 @@ def _seconds(record: Record) -> str:
 
 
 def _fid_chart(measured: _Measured) -> str:
-    figure, axes = _axes()
+    figure, axes = charts.axes()
     for records, colour, marker, label in (
-        (measured.teacher, TEACHER, "o", "teacher"), (measured.students, STUDENT, "s", "students"),
+        (measured.teacher, charts.TEACHER, "o", "teacher"),
+        (measured.students, charts.STUDENT, "s", "students"),
     ):  # fmt: skip
         shown = {steps: r["fid"] for steps, r in records.items() if r["fid"] > 0}  # the axis is a logarithm
         axes.plot(list(shown), list(shown.values()), color=colour, marker=marker, markersize=4.5, label=label)
@@ -225,37 +215,7 @@ def _fid_chart(measured: _Measured) -> str:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("steps")
     axes.legend(frameon=False, loc="upper right")
-    return _svg(figure, "FID against steps, of the teacher and the students")
-
-
-def _axes() -> tuple[Figure, Axes]:
-    """Small, so that its text is legible when the plot is as narrow as a phone."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.9, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(axis="y", linewidth=0.6)
-    axes.tick_params(length=3)
-    axes.set_yscale("log")
-    return figure, axes
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as an element of the page, in the page's colours."""
-    from matplotlib.ticker import LogLocator
-
-    axis, (low, high) = figure.axes[0].yaxis, figure.axes[0].get_ylim()
-    subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 60 * low else (1,)
-    axis.set_major_locator(LogLocator(subs=subs))  # a narrow range may hold no power of ten
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
-    text = stream.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in every figure, and unused
-    for name, colour in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+    return charts.svg(figure, "FID against steps, of the teacher and the students")
 
 
 def _noise(folder: Path, measured: _Measured) -> str:
@@ -329,11 +289,11 @@ def _curve(records: list[Record], key: str) -> list[tuple[float, float]]:
 
 def _curves_chart(stages: Stages, curves: list[list[tuple[float, float]]], label: str) -> str:
     """Stages side by side and equally wide: the last may have ten times the updates of the first."""
-    figure, axes = _axes()
+    figure, axes = charts.axes()
     for i, points in enumerate(curves):
         if i:
-            axes.axvline(i, color=FAINT, linewidth=0.6)
-        axes.plot([i + u for u, _ in points], [v for _, v in points], color=STUDENT, linewidth=1.3)
+            axes.axvline(i, color=charts.FAINT, linewidth=0.6)
+        axes.plot([i + u for u, _ in points], [v for _, v in points], color=charts.STUDENT, linewidth=1.3)
     names = [name.removesuffix("-steps").encode("ascii", "replace").decode()[:10] for name in stages]
     updates = [records[-1].get("updates") or records[-1]["update"] for records in stages.values()]
     if len(stages) > 1:
@@ -345,7 +305,7 @@ def _curves_chart(stages: Stages, curves: list[list[tuple[float, float]]], label
         axes.set_xticks([0, 0.5, 1], ["0", f"{updates[0] / 2:g}", str(updates[0])])
         axes.set_xlabel("updates")
     axes.set_xlim(0, len(names))
-    return _svg(figure, label)
+    return charts.svg(figure, label)
 
 
 def _heat(stages: Stages, key: str) -> str:
@@ -396,61 +356,14 @@ def _details(folder: Path, measured: _Measured) -> str:
 
 def _page(name: str, body: str) -> str:
     title = html.escape(name)
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>{CSS}</style></head>
+<style>{style}</style></head>
 <body><main><h1>{title}</h1>
 {body}
 </main></body></html>
-"""
-
-
-CSS = """
-:root { --page: #f6f7f8; --card: #fff; --ink: #1b2430; --soft: #5b6673; --faint: #d9dee3;
-  --teacher: #6b7787; --student: #0c7d74; }
-@media (prefers-color-scheme: dark) { :root { --page: #12161b; --card: #1b2128; --ink: #e4e8ec;
-  --soft: #9aa5b1; --faint: #36404a; --teacher: #9aa7b6; --student: #3cc4b4; } }
-* { box-sizing: border-box; overflow-wrap: anywhere; }
-body { margin: 0; padding: 2.5rem 1rem 4rem; background: var(--page); color: var(--ink); }
-body, svg text { font-family: system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif !important; }
-main { max-width: 64rem; margin: auto; line-height: 1.55; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; }
-h3 { font-size: 1rem; margin: 0; }
-p { margin: .3rem 0 .8rem; }
-.lead { font-size: 1.1rem; max-width: 46rem; }
-.note { color: var(--soft); border-left: 3px solid var(--student); padding-left: .8rem; }
-.small, figcaption { color: var(--soft); font-size: .85rem; }
-.card, details { background: var(--card); border: 1px solid var(--faint); border-radius: 10px; min-width: 0; }
-.card { padding: 1rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.numbers :is(th, td) { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--faint);
-  overflow-wrap: normal; }
-.numbers th { color: var(--soft); font-weight: 500; font-size: .9em; line-height: 1.25; }
-th { vertical-align: bottom; }
-.heat { margin: .8rem 0; font-size: .8rem; }
-.heat :is(th, td):first-child { text-align: left; padding-left: 0; max-width: 6rem; white-space: nowrap;
-  overflow: hidden; text-overflow: ellipsis; }
-.facts td { padding: .3rem .8rem .3rem 0; vertical-align: top; }
-.facts td:first-child { color: var(--soft); width: 12rem; }
-.strip { display: grid; grid-template-columns: 9rem 1fr; align-items: center; gap: .8rem; margin: 0 0 5px; }
-.strip b { display: block; color: var(--ink); font-weight: 600; }
-.strip img { display: block; width: 100%; height: auto;
-  --tile: calc(100% / var(--tiles)); /* a thin line of nothing between the tiles */
-  mask: repeating-linear-gradient(90deg, #000 0 calc(var(--tile) - 2px), transparent 0 var(--tile)); }
-.teacher + .student { border-top: 1px solid var(--faint); margin-top: .9rem; padding-top: .9rem; }
-details { margin-top: .8rem; }
-section + details { margin-top: 2.6rem; }
-summary { padding: .7rem 1rem; cursor: pointer; font-weight: 600; }
-details > :not(summary) { margin: 0 1rem 1rem; width: calc(100% - 2rem); }
-pre { overflow-x: auto; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-@media (max-width: 640px) { body { padding: 1.4rem .7rem 3rem; } .card { padding: .8rem .7rem; }
-  .numbers :is(th, td) { padding: .35rem .2rem; } .heat { font-size: .72rem; }
-  .facts td:first-child { width: 8rem; } .strip { grid-template-columns: 1fr; gap: .1rem; margin: 0 0 .5rem; }
-  .strip figcaption { display: flex; justify-content: space-between; } }
 """

@@ -112,12 +112,16 @@ class Run:
     """One run's folder, held by one process at a time.
 
     Raises UserError for a folder that belongs to another run, holds something else, or is held by another
-    process. config: the resolved config; where the folder has one already, they must be equal.
+    process. config: the resolved config; where the folder has one already, they must be equal. owner: whether
+    this process holds and writes it; of several processes in one run only the main one does.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, owner: bool = True, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._lock: FileLock | None = None
+        if not owner:
+            return
         self._check(config)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
@@ -145,11 +149,12 @@ class Run:
                     f"{self.folder} belongs to a run of another config ({'; '.join(differ[:3])}"
                     f"{'; ...' if len(differ) > 3 else ''}); use another out, or delete the folder"
                 )
-        elif any(p.name != ".lock" for p in self.folder.iterdir()):
+        elif any(not p.name.startswith(".") for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no run of diffkd; use another out")
 
     def close(self) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def describe(self, device: str) -> None:
         """Writes environment.json, once."""

@@ -1,6 +1,5 @@
 """Teachers in closed form: data from N(mean, std² I)."""
 
-import torch
 from torch import Tensor, nn
 
 from diffkd.denoiser import Denoiser
@@ -8,7 +7,7 @@ from diffkd.schedules import Schedule, write_prediction
 
 
 class Gaussian(nn.Module):
-    """The exact posterior mean E[x0 | x_t], given as any prediction type. Called with a table index as time."""
+    """The exact posterior mean E[x0 | x_t], as any prediction type. Its time is a table index."""
 
     def __init__(self, schedule: Schedule, prediction: str, mean: float = 0.3, std: float = 0.5) -> None:
         super().__init__()
@@ -30,7 +29,7 @@ def gaussian(schedule: Schedule, prediction: str = "sample", mean: float = 0.3, 
 def flow(
     schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, mean: float = 0.3, std: float = 0.5
 ) -> Tensor:
-    """Where the probability-flow ODE carries x_t from t to s, exactly: the standardised state does not move."""
+    """Where the probability-flow ODE carries x_t from t to s, exactly: in units of its width it stays."""
     alpha_t, sigma_t = schedule.at(t, like=x_t)
     alpha_s, sigma_s = schedule.at(s, like=x_t)
     width_t = (alpha_t**2 * std**2 + sigma_t**2).sqrt()

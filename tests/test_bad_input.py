@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffkd import jobs
+from diffkd import session
 
 TRAIN = {
     "out": "runs/teacher",
@@ -63,7 +63,7 @@ def here(tmp_path, monkeypatch, pipelines) -> Path:
     write(tmp_path / "distill.yaml", DISTILL)
     monkeypatch.chdir(tmp_path)
     for name in ("PREVIEW", "TEACHER_STEPS"):  # small pictures of what the runs that do work make
-        monkeypatch.setattr(jobs, name, 2)
+        monkeypatch.setattr(session, name, 2)
     return tmp_path
 
 
@@ -234,7 +234,7 @@ def test_values_of_a_config(refused, command, override, says):
     ],
 )
 def test_steps_of_a_teacher_of_1000(refused, cli, override, says):
-    """Stage 0 of an epsilon teacher has twice as many steps as the first student: 1000 fits, 2000 does not."""
+    """Stage 0 of an epsilon teacher has twice the steps of the first student: 10 of them fit, 2000 do not."""
     if says is None:
         assert cli("distill", "distill.yaml", "teacher.path=linear", override).code == 0
     else:
@@ -359,6 +359,12 @@ def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def pickled_beside_another(folder: Path) -> None:
+    """Safetensors there are, but not the ones that would be loaded: no reason to open the pickled ones."""
+    (folder / "unet" / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    pickled(folder)
+
+
 INDEX, CONFIG, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 UNREADABLE = ["the network in plain/unet cannot be read"]
 HARMED = {
@@ -385,6 +391,7 @@ HARMED = {
     "torn network's config": (put(CONFIG, '{"sample_si'), UNREADABLE),
     "a value that is none": (edit(CONFIG, block_out_channels="x"), UNREADABLE),
     "pickled": (pickled, ["never opened", "convert", "save_pretrained(folder, safe_serialization=True)"]),
+    "pickled, beside others": (pickled_beside_another, UNREADABLE),
     "torn weights": (torn, [*UNREADABLE, "complete?"]),
     "empty weights": (put(WEIGHTS, b""), UNREADABLE),
     "weights that are none": (put(WEIGHTS, b"\x80\x04pickle" * 9), UNREADABLE),
@@ -562,6 +569,13 @@ def test_what_is_there_already_is_left(refused, cli, here):
         assert cli(*args, "--seed", 5, "--overwrite").code == 0
         after = tree(here)
         assert after.keys() == before.keys() and after != before
+
+
+def test_a_grid_that_is_there_already_is_left(refused, here):
+    """The picture beside an .npz is written too."""
+    (here / "drawn.grid.png").write_bytes(b"of another run")
+    args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", "drawn.npz"]
+    refused(*args, says=["drawn.grid.png", "is there already", "--overwrite"])
 
 
 def test_an_empty_folder_may_be_drawn_into(cli, here):

@@ -22,7 +22,10 @@ from diffkd.methods.progressive import Progressive
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAIN = "out: runs/t\ndata: {kind: folder, path: images, size: 8}\n"
-DISTILL = "out: runs/d\nteacher: {path: teacher}\ndata: {kind: digits}\nmethod: {name: progressive, steps: [8, 4, 2]}\n"
+DISTILL = (
+    "out: runs/d\nteacher: {path: teacher}\ndata: {kind: digits}\n"
+    "method: {name: progressive, steps: [8, 4, 2]}\n"
+)
 
 
 def kind_of(path: Path) -> type[Train] | type[Distill]:
@@ -259,7 +262,7 @@ def test_a_value_out_of_range_is_named_with_its_key(tmp_path, override, key):
         ("method.updates=0", "method.updates is 0"),
         ("method.updates=many", "method.updates is 'many'"),
         ("method.learning_rate=0", "method.learning_rate is 0"),
-        ("method.learning_rate=[1, x, 1]", "method.learning_rate"),
+        ("method.learning_rate=[1, x, 1]", "method.learning_rate.* is .*x.*"),
         ("method.sampler=euler", "method.sampler is 'euler'"),
     ],
 )

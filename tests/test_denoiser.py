@@ -93,9 +93,16 @@ def test_states_keep_their_dtype_and_the_network_its_own(state, weights):
 def test_a_time_between_nodes_reaches_the_network():
     """UNet2DModel truncates Python floats to integers; a tensor is passed on as it is."""
     network = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1, add_attention=False,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        add_attention=False,
+    )
     denoiser = Denoiser(network, COSINE, "sample")
     x_t = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
@@ -105,7 +112,15 @@ def test_a_time_between_nodes_reaches_the_network():
 
 
 def test_the_shape_is_read_from_the_networks_config():
-    network = UNet2DModel(sample_size=(8, 16), in_channels=2, out_channels=2, block_out_channels=(8,), norm_num_groups=4,
-                          down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False)  # fmt: skip
+    network = UNet2DModel(
+        sample_size=(8, 16),
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+    )
     assert Denoiser(network, COSINE, "sample").shape == (2, 8, 16)
     assert Denoiser(Labelled(), COSINE, "sample").shape is None

@@ -41,10 +41,18 @@ def run_one(folder, *, updates=12, training=None, method=None, stop_at=None, see
     done = []
     try:
         run_stage(
-            Accelerator(), method, method.stages(teacher)[0], {"student": pupil, "teacher": teacher.requires_grad_(False)},
-            images(), training, run, seed=seed, stage_index=0, on_update=lambda n, record: done.append(n),
+            Accelerator(),
+            method,
+            method.stages(teacher)[0],
+            {"student": pupil, "teacher": teacher.requires_grad_(False)},
+            images(),
+            training,
+            run,
+            seed=seed,
+            stage_index=0,
+            on_update=lambda n, record: done.append(n),
             should_stop=lambda: bool(done) and done[-1] == stop_at,
-        )  # fmt: skip
+        )
     finally:
         run.close()
     return pupil, teacher, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -202,7 +210,16 @@ def test_only_the_named_network_gets_gradients(tmp_path):
     judge, pupil = Judge(), student(3, "v_prediction", COSINE)
     method = Two(updates=30, learning_rate=1e-2, warmup=0)
     run = Run(tmp_path / "run", {})
-    run_stage(Accelerator(), method, method.stages(pupil)[0], {"student": pupil, "judge": judge}, images(),
-              Training(batch_size=8), run, seed=0, stage_index=0)  # fmt: skip
+    run_stage(
+        Accelerator(),
+        method,
+        method.stages(pupil)[0],
+        {"student": pupil, "judge": judge},
+        images(),
+        Training(batch_size=8),
+        run,
+        seed=0,
+        stage_index=0,
+    )
     run.close()
     assert 1.05 < judge.scale.item() < 1.3

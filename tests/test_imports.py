@@ -14,7 +14,8 @@ import diffkd
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
     "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method", "methods",
-    "runs", "engine", "generation", "metrics", "cards", "pictures", "report", "config", "sampling", "jobs", "cli",
+    "runs", "engine", "generation", "metrics", "cards", "pictures", "charts", "report", "config",
+    "sampling", "session", "jobs", "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",

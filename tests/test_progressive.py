@@ -66,7 +66,7 @@ def test_the_target_is_salimans_and_hos(teacher, steps):
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("substeps", [1, 2, 3, 5])
 def test_the_target_is_a_convex_combination(steps, substeps):
-    """sum_j w_j denoised_j, w_j = (a_{j+1} - a_j) / (a_k - a_0), a = alpha / sigma: what DDIM sub-steps average to."""
+    """sum_j w_j denoised_j, w_j = (a_{j+1} - a_j) / (a_k - a_0), a = alpha / sigma: DDIM sub-steps."""
     teacher = rough()
     x_t, t, s = states(steps)
     x, predictions, a = x_t, [], []
@@ -105,7 +105,7 @@ def test_one_ddim_step_towards_the_target_lands_where_the_teacher_does(sampler, 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
 def test_a_gaussian_teachers_exact_student(sampler):
-    """With many sub-steps the target of the one-step student is the flow to the data, known in closed form."""
+    """With many sub-steps the one-step student's target is the flow to the data, known in closed form."""
     teacher = gaussian(COSINE)
     x_t = torch.randn(4, 1, 4, 4, dtype=torch.float64)
     t, s = torch.ones(4).double(), torch.zeros(4).double()
@@ -179,8 +179,10 @@ def stage_list(steps, start=None, **fields):
 def test_substeps_are_read_off_the_list():
     stages = stage_list([16, 4, 1], substeps=3, updates=10)
     assert [(s.name, s.steps, s.substeps, s.updates) for s in stages] == [
-        ("16-steps", 16, 3, 10), ("4-steps", 4, 4, 10), ("1-steps", 1, 4, 20)
-    ]  # fmt: skip
+        ("16-steps", 16, 3, 10),
+        ("4-steps", 4, 4, 10),
+        ("1-steps", 1, 4, 20),
+    ]
     assert [s.substeps for s in Progressive(steps=[5, 1]).stages(rough(LINEAR))] == [2, 5]
     assert [s.updates for s in stage_list([4, 2, 1], updates=7)] == [7, 14, 14]
     assert [s.updates for s in stage_list([4, 2, 1], updates=[7, 5, 9])] == [7, 5, 9]
@@ -197,8 +199,12 @@ def test_an_epsilon_teacher_gets_a_stage_of_its_own():
     start = gaussian(LINEAR, "epsilon")
     stages = stage_list([20, 10, 5, 1], start, updates=10, updates_v=30)
     assert [(s.steps, s.substeps, s.prediction, s.updates) for s in stages] == [
-        (40, 1, "v_prediction", 30), (20, 2, None, 10), (10, 2, None, 10), (5, 2, None, 10), (1, 5, None, 20)
-    ]  # fmt: skip
+        (40, 1, "v_prediction", 30),
+        (20, 2, None, 10),
+        (10, 2, None, 10),
+        (5, 2, None, 10),
+        (1, 5, None, 20),
+    ]
     # its target, of one sub-step, is the teacher's own prediction
     x_t, t, s = states(40)
     assert torch.allclose(target(start, x_t, t, s, 1), start(x_t, t), atol=1e-9)
@@ -222,7 +228,7 @@ def test_steps_that_the_stock_scheduler_cannot_take(steps):
 
 
 def test_the_loss_is_the_weighted_error_of_both_targets():
-    """(1 - alpha) denoising + alpha distillation, each with the weight of its noise level, a mean over pixels."""
+    """(1 - alpha) denoising + alpha distillation, weighted by noise level, a mean over pixels."""
     teacher, student = gaussian(COSINE), rough()
     x0 = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     method = Progressive(steps=[8], alpha=0.3, weight="truncated_snr")

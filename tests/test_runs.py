@@ -99,6 +99,17 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path, there):
     assert tree(tmp_path) == before
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """Where results lie on another disk, they go on doing so."""
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
+    with new_folder(tmp_path / "link") as temporary:
+        (temporary / "a").write_bytes(b"1")
+    assert (tmp_path / "link").is_symlink() and tree(tmp_path / "disk" / "folder") == {"a": b"1"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["folder"]
+
+
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     """The temporary of an earlier process of the same number, as after a reboot."""
     with pytest.raises(Boom), new_folder(tmp_path / "folder") as temporary:

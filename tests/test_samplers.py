@@ -68,7 +68,8 @@ def test_dpmpp_2m_is_diffusers_dpm_solver(schedule, prediction, steps):
             torch.cat([schedule.alphas_cumprod[:-1], torch.tensor([2.0**-24])]), schedule.betas
         )
     scheduler = DPMSolverMultistepScheduler(
-        **schedule.betas, prediction_type=prediction, timestep_spacing="trailing", algorithm_type="dpmsolver++",
+        **schedule.betas, prediction_type=prediction, timestep_spacing="trailing",
+        algorithm_type="dpmsolver++",
         solver_type="midpoint", solver_order=2, final_sigmas_type="zero",
     )  # fmt: skip
     denoiser = gaussian(schedule, prediction)

@@ -136,7 +136,7 @@ def test_steps_that_fit(total, steps, fits):
 
 
 def test_the_stock_scheduler_drifts_where_steps_do_not_divide():
-    """Why such step counts are refused: its previous index is t - T // N, not the next of its own timesteps."""
+    """Why such step counts are refused: its previous index is t - T // N, not its own next one."""
     stock = to_diffusers(Schedule.cosine(1000), "v_prediction")
     stock.set_timesteps(6)
     assert (stock.timesteps[:-1] - 1000 // 6 != stock.timesteps[1:]).any()

@@ -1,0 +1,52 @@
+"""How every plot looks: small figures, drawn as part of the page in the page's own colours."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Plots are drawn in these, and the page's own take their place: so they follow its light or dark scheme.
+COLOURS = {"ink": "#0b0b01", "faint": "#0b0b02", "teacher": "#0b0b03", "student": "#0b0b04"}
+INK, FAINT, TEACHER, STUDENT = COLOURS.values()
+PLOTS: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "diffkd", "text.parse_math": False, "font.size": 9.5,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.edgecolor": FAINT, "grid.color": FAINT, "figure.facecolor": "none", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+def axes() -> tuple[Figure, Axes]:
+    """Small, so that its text is legible when the plot is as narrow as a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 2.9), layout="constrained")
+    plot = figure.add_subplot()
+    plot.grid(axis="y", linewidth=0.6)
+    plot.tick_params(length=3)
+    plot.set_yscale("log")
+    return figure, plot
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as an element of the page, in the page's colours."""
+    from matplotlib.ticker import LogLocator
+
+    axis, (low, high) = figure.axes[0].yaxis, figure.axes[0].get_ylim()
+    subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 60 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))  # a narrow range may hold no power of ten
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    text = stream.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in every figure, and unused
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
