@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class UserError(ValueError):
@@ -13,3 +15,6 @@ class Strict(BaseModel):
     """Base of every config object: unknown keys are errors, values cannot change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Positive = Annotated[int, Field(ge=1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ def _readme(card: Mapping[str, Any]) -> str:
     call = (
         "pipeline(batch_size=16"
         + (f", class_labels=[i % {classes} for i in range(16)]" if classes else "")
-        + f", num_inference_steps={steps or 50})"
+        + f", num_inference_steps={steps or _many(card['num_train_timesteps'])})"
     )
     what = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
@@ -94,6 +93,11 @@ def _readme(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _many(total: int) -> int:
+    """A teacher's step count for the example: the most up to 64 that fit its time steps."""
+    return max(n for n in range(1, 65) if total % n == 0)
+
+
 def _escaped(value: Any) -> str:
-    """Text for a table's cell: no markup of the quoted value survives."""
-    return html.escape(" ".join(str(value).split())).replace("|", "\\|")
+    """Text for a table's cell: no markup of the quoted value survives, HTML's or Markdown's."""
+    return "".join(c if c.isalnum() or c in " /,-" else f"&#{ord(c)};" for c in " ".join(str(value).split()))

@@ -28,7 +28,7 @@ class NoiseSchedule(Strict):
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
         "squaredcos_cap_v2", description="diffusers' name; squaredcos_cap_v2 is cosine"
     )
-    num_train_timesteps: int = Field(1024, ge=1, description="T; students take step counts that divide it")
+    num_train_timesteps: int = Field(1024, ge=2, description="T; students take step counts that divide it")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="of the linear schedules")
     beta_end: float = Field(0.02, gt=0, lt=1, description="of the linear schedules")
     zero_terminal_snr: bool = Field(True, description="whether the last step is pure noise")
@@ -64,6 +64,7 @@ class Train(Strict):
     denoising: Denoising = Denoising()
     training: Training = Training()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
+    pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
 
 
 class Teacher(Strict):
@@ -96,7 +97,7 @@ def _method(given: Any) -> Any:
         )
     kind = methods.find(str(given.get("name", "progressive")))
     try:
-        return [kind(**{key: value for key, value in given.items() if key != "name"})]
+        return [kind.model_validate({key: value for key, value in given.items() if key != "name"})]
     except ValidationError as error:
         raise UserError(one_line(error, kind, "method")) from error
 
@@ -113,6 +114,7 @@ class Distill(Strict):
     )
     training: Training = Training()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
+    pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
 
 
 Config = TypeVar("Config", Train, Distill)
@@ -135,9 +137,9 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         _override(content, override)
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
-        teacher["train"] = str(path.parent / teacher["train"])
+        teacher["train"] = str((path.parent / teacher["train"]).resolve())
     try:
-        return kind(**content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise UserError(one_line(error, kind)) from error
 
@@ -158,7 +160,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     place: Any = content
     *parents, last = key.split(".")
     for parent in parents:
-        if isinstance(place, list) and parent.isdigit() and int(parent) < len(place):
+        if isinstance(place, list) and _is_index(parent) and int(parent) < len(place):
             place = place[int(parent)]
             continue
         if not isinstance(place, dict):
@@ -171,7 +173,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r} has a value that is no YAML") from error
     if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
+        if not _is_index(last) or int(last) >= len(place):
             raise UserError(f"override {override!r}: a list is indexed by 0 to {len(place) - 1}")
         place[int(last)] = parsed
     elif isinstance(place, dict):
@@ -180,38 +182,58 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: {key} is inside a value that has no keys")
 
 
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> str:
     """The first of pydantic's complaints as one line: the key, the value, the remedy."""
-    first = min(
-        error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-    )  # a misspelt key explains others
+    order = ("extra_forbidden", "invalid_key")  # a misspelt key explains what else is wrong
+    first = min(error.errors(), key=lambda one: one["type"] not in order)
     known, loc = _known(kind, first["loc"])
     key = ".".join(str(part) for part in ([prefix] if prefix else []) + loc)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in order:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else f"known here are {', '.join(known)}"
+        remedy = f"did you mean {near[0]}?" if near else f"known here are {', '.join(known) or '(none)'}"
         return f"config key {key} is unknown; {remedy}"
     if first["type"] == "missing":
         return f"config key {key} is missing; add it (see configs/ for examples)"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"config key {key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+    message = f"{message[0].lower()}{message[1:]}"
+    if len(kinds := [tag for tag in map(_tag, _fields_at(kind, loc)) if tag]) > 1:
+        message = f"it needs a kind, one of {', '.join(kinds)}"
+    return f"config key {key} is {first['input']!r}: {message}"
+
+
+def _fields_at(kind: type[Strict], loc: Sequence[int | str]) -> list[type[Strict]]:
+    """The config classes that the value at loc may be."""
+    choices = [kind]
+    for part in loc:
+        fields = [c.model_fields[str(part)].annotation for c in choices if str(part) in c.model_fields]
+        choices = [model for annotation in fields for model in _models(annotation)]
+    return choices
 
 
 def _known(kind: type[Strict], loc: Sequence[int | str]) -> tuple[list[str], list[int | str]]:
     """The keys of the object that loc ends in, and loc without pydantic's tags of union members."""
     path: list[int | str] = []
     choices: list[type[Strict]] = [kind]
+    inside = False  # a value that has no keys
     for part in loc[:-1]:
         tagged = [c for c in choices if len(choices) > 1 and _tag(c) == part]
         if tagged:
             choices = tagged
             continue
-        path.append(part)
         fields = [c.model_fields[str(part)].annotation for c in choices if str(part) in c.model_fields]
+        if fields or isinstance(part, int):
+            path.append(part)
+        inside = inside or (bool(fields) and not [m for a in fields for m in _models(a)])
         choices = [model for annotation in fields for model in _models(annotation)] or choices
-    return [name for c in choices for name in c.model_fields], [*path, loc[-1]] if loc else path
+    if loc and not (inside and isinstance(loc[-1], str)):
+        path.append(loc[-1])
+    return [name for c in choices for name in c.model_fields], path
 
 
 def _tag(kind: type[Strict]) -> Any:

@@ -110,6 +110,8 @@ class Sized(Strict):
             image = Image.fromarray(
                 (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
             )
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
         image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.size, self.size):
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
@@ -190,25 +192,42 @@ class HubDataset(Sized):
 
     def load(self) -> Images:
         rows = self._rows()
-        image = self.image or _first(rows.features, "Image")
-        if image not in rows.features:
-            raise UserError(
-                f"data set {self.path} has no image column {image!r}; it has {', '.join(rows.features)}"
-            )
-        label = self.label or _first(rows.features, "ClassLabel")
-        if label is not None and label not in rows.features:
-            raise UserError(
-                f"data set {self.path} has no column {label!r}; it has {', '.join(rows.features)}"
-            )
+        image = self._column(rows.features, self.image, "image column", "Image")
+        if image is None:
+            raise UserError(f"data set {self.path} has no image column; it has {', '.join(rows.features)}")
+        label = (
+            self._column(rows.features, self.label, "column", "ClassLabel", "Value")
+            if self.labelled
+            else None
+        )
         pixels, good = self.read_all(
             self.path, len(rows), lambda i: rows[i][image].copy(), lambda i: f"{self.path}[{i}]"
         )
-        labels, classes = None, []
-        if label is not None and self.labelled:
-            values = [int(v) for v in rows[label]]
-            labels = torch.tensor([values[i] for i in good])
-            classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
-        return Images(self.path, pixels, labels, classes, self.flip)
+        if not good:
+            raise UserError(f"data set {self.path} (split {self.split}) holds no images")
+        if label is None:
+            return Images(self.path, pixels, flip=self.flip)
+        values = [int(v) for v in rows[label]]
+        if min(values) < 0:
+            raise UserError(
+                f"data set {self.path} has label {min(values)} in row {values.index(min(values))}, no class; "
+                "use a split with labels, or set data.labelled: false"
+            )
+        classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
+        return Images(self.path, pixels, torch.tensor([values[i] for i in good]), classes, self.flip)
+
+    def _column(self, features: Any, name: str | None, what: str, *kinds: str) -> str | None:
+        """The column asked for, or the first of the first kind; None where there is none."""
+        if name is None:
+            return next((n for n, feature in features.items() if type(feature).__name__ == kinds[0]), None)
+        if name not in features:
+            raise UserError(f"data set {self.path} has no {what} {name!r}; it has {', '.join(features)}")
+        kind = type(features[name]).__name__
+        if kind not in kinds or (kind == "Value" and "int" not in features[name].dtype):
+            raise UserError(
+                f"data set {self.path} has no {kinds[0]} in column {name!r}; it has {', '.join(features)}"
+            )
+        return name
 
     def _rows(self) -> Any:
         try:
@@ -218,13 +237,16 @@ class HubDataset(Sized):
                 "data kind datasets needs the datasets package; pip install 'diffkd[datasets]'"
             ) from error
         try:
-            if Path(self.path).is_dir() and any(Path(self.path).glob("*dict.json")):
-                return datasets.load_from_disk(self.path)[self.split]
+            if (Path(self.path) / "dataset_dict.json").is_file():
+                splits = datasets.load_from_disk(self.path)
+                if self.split not in splits:
+                    raise ValueError(f"it has {', '.join(splits)}")
+                return splits[self.split]
             if (Path(self.path) / "state.json").is_file():
                 return datasets.load_from_disk(self.path)
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"data set {self.path} (split {self.split}) cannot be read: {reason}") from error
 
 
@@ -235,12 +257,9 @@ def _images(folder: Path) -> Iterator[Path]:
     return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
-def _first(features: Any, kind: str) -> str | None:
-    return next((name for name, feature in features.items() if type(feature).__name__ == kind), None)
-
-
 def _allocate(shape: Sequence[int]) -> np.ndarray:
     """Room for the pixels: memory, or beyond IN_MEMORY a file that goes when the process does."""
     if int(np.prod(shape)) <= IN_MEMORY:
         return np.empty(shape, np.uint8)
-    return np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=tuple(shape))
+    with tempfile.TemporaryFile() as file:  # the mapping keeps it
+        return np.memmap(file, np.uint8, "w+", shape=tuple(shape))

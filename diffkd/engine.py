@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from diffkd.denoiser import Denoiser
 from diffkd.method import Batch, Loss, Method, Stage
 from diffkd.runs import Run
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 NOISE_BINS = 5  # equal bins of t in the log
 
 
@@ -38,14 +39,24 @@ class Training(Strict):
     ema: float = Field(
         0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients are clipped to this norm; null for never"
     )
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast of the networks")
+    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="autocast of the networks")
     log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+
+    def parts(self, processes: int) -> int:
+        """Micro-batches of one update. Raises UserError where they do not spread evenly."""
+        parts = self.micro_batches or processes
+        if parts % processes or self.batch_size % parts:
+            raise UserError(
+                f"training.batch_size {self.batch_size} in {parts} micro-batches does not spread evenly over "
+                f"{processes} processes; micro_batches must divide the batch and {processes} divide them"
+            )
+        return parts
 
 
 class NonFinite(UserError):
@@ -166,12 +177,7 @@ def _micro_batches(
 ) -> list[tuple[torch.Generator, Batch]]:
     """This process's parts of one update, each with the generator that all its random numbers come from."""
     processes, rank = accelerator.num_processes, accelerator.process_index
-    parts = training.micro_batches or processes
-    if parts % processes or training.batch_size % parts:
-        raise UserError(
-            f"training.batch_size {training.batch_size} in {parts} micro-batches does not spread evenly over "
-            f"{processes} processes; choose micro_batches that {processes} divides and that divide the batch"
-        )
+    parts = training.parts(processes)
     share = parts // processes
     batches = []
     for micro in range(rank * share, (rank + 1) * share):

@@ -28,14 +28,14 @@ def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None
         if labels is not None:
             raise UserError("class labels were given, and this model is unconditional; leave them out")
         return None
-    given = torch.arange(denoiser.num_classes) if labels is None else torch.as_tensor(labels).long().cpu()
-    wrong = given[(given < 0) | (given >= denoiser.num_classes)]
-    if len(wrong) or not len(given):
-        value = int(wrong[0]) if len(wrong) else "(none)"
+    given = list(range(denoiser.num_classes) if labels is None else map(int, labels))
+    wrong = [label for label in given if not 0 <= label < denoiser.num_classes]
+    if wrong or not given:
+        value = wrong[0] if wrong else "(none)"
         raise UserError(
             f"class label {value} is out of range; this model has labels 0 to {denoiser.num_classes - 1}"
         )
-    return given[torch.arange(n) % len(given)]
+    return torch.tensor(given)[torch.arange(n) % len(given)]
 
 
 @torch.inference_mode()
@@ -59,6 +59,10 @@ def generate(
     steps = steps or denoiser.steps
     if steps is None:
         raise UserError("this model has no step count of its own; say how many steps to take")
+    if sampler != "ancestral" and "eta" in options:
+        raise UserError(f"eta is the noise of the ancestral sampler, and the sampler is {sampler}")
+    if not 0 <= seed < 2**63 - n:
+        raise UserError(f"seed {seed} is out of range; use 0 to {2**63 - n - 1}")
     if denoiser.shape is None:
         raise UserError(
             "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"

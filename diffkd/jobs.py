@@ -21,19 +21,17 @@ def train(settings: config.Train, console: Console) -> Path:
     """Trains a teacher, or goes on where it stopped; the folder of its pipeline."""
     images = settings.data.load()
     accelerator = _accelerator(settings)
+    fresh = _fresh(settings, images)
+    method, folder = settings.denoising, settings.out / "teacher"
     with session.held(settings, accelerator, images, console) as job:
-        folder = settings.out / "teacher"
-        method = settings.denoising
         if not folder.exists():
-            denoiser = _fresh(settings, images).to(accelerator.device).train()
-            stage = method.stages(denoiser)[0]
-            job.run_stage(method, stage, {"student": denoiser}, 0)
+            denoiser = fresh.to(accelerator.device).train()
+            job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, 0)
             job.export(denoiser.eval(), folder, data=images.name, classes=images.classes)
         denoiser = models.load(folder, device=accelerator.device)
-        _check_fits(denoiser, images)
-        for steps in settings.evaluation.teacher_steps if settings.evaluation else []:
+        for steps in job.teacher_steps(denoiser):
             job.measure("teacher", "teacher", denoiser, steps, folder)
-        steps = _preview_steps(settings, denoiser)
+        steps = max(job.teacher_steps(denoiser))
         job.preview(f"teacher-{steps}-steps", denoiser, steps)
         job.finish()
     return folder
@@ -42,15 +40,20 @@ def train(settings: config.Train, console: Console) -> Path:
 def distill(settings: config.Distill, console: Console) -> Path:
     """Distils the teacher stage by stage, or goes on where it stopped; the folder of the last student."""
     images = settings.data.load()
+    accelerator = _accelerator(settings)
+    teaching, source = None, str(settings.teacher.path)
     if settings.teacher.train is not None:
         teaching = config.load(settings.teacher.train, config.Train)
-        source = str(train(teaching, console))
+        source = str(teaching.out / "teacher")
+        teacher = _fresh(teaching, teaching.data.load())  # what it will be, enough to check the rest against
     else:
-        source = str(settings.teacher.path)
-    accelerator = _accelerator(settings)
-    teacher = _teacher(settings, source)
+        teacher = _teacher(settings, source)
     _check_fits(teacher, images)
     plan = _plan(settings.method, teacher)
+    session.check(settings, accelerator)
+    if teaching is not None:
+        train(teaching, console)
+        teacher = _teacher(settings, source)
     with session.held(settings, accelerator, images, console) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
@@ -63,16 +66,21 @@ def distill(settings: config.Distill, console: Console) -> Path:
                 student.steps = stage.steps
                 nets = {"student": student, "teacher": current.requires_grad_(False)}
                 job.run_stage(method, stage, nets | method.networks(current, student), index)
-                card = {
-                    "teacher": source, "method": type(method).__name__, "config": config.resolved(settings),
-                    "stage": stage.name, "classes": images.classes, "guidance_baked_in": guidance,
-                }  # fmt: skip
-                job.export(student, folder, **card)
+                job.export(
+                    student,
+                    folder,
+                    teacher=source,
+                    method=type(method).__name__,
+                    config=config.resolved(settings),
+                    stage=stage.name,
+                    classes=images.classes,
+                    guidance_baked_in=guidance,
+                )
             current = models.load(folder, device=accelerator.device)
-            assert current.steps is not None
-            job.measure(stage.name, "student", current, current.steps, folder)
-            job.preview(stage.name, current, current.steps)
-            job.stage_line(stage)
+            steps = current.steps or max(job.teacher_steps(current))
+            job.measure(stage.name, "student", current, steps, folder)
+            job.preview(stage.name, current, steps)
+            job.stage_line(stage, steps)
         job.finish()
     return folder
 
@@ -147,9 +155,4 @@ def _size(shape: tuple[int, int, int] | None) -> str:
 
 def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
     AcceleratorState._reset_state()  # a teacher's training before may have had another precision
-    return Accelerator(mixed_precision=settings.training.precision)
-
-
-def _preview_steps(settings: config.Train, denoiser: Denoiser) -> int:
-    steps = settings.evaluation.teacher_steps if settings.evaluation else [session.TEACHER_STEPS]
-    return min(max(steps, default=session.TEACHER_STEPS), denoiser.schedule.num_train_timesteps)
+    return Accelerator(mixed_precision=settings.training.precision.replace("float32", "no"))

@@ -97,19 +97,22 @@ def find(name: str) -> type[Method]:
     module_name = name if "." in name else f"diffkd.methods.{name}"
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
+            raise  # found, and itself in want of a module
         raise UserError(
             f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of your own"
         ) from error
     own = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module_name
+        if value is not Method
     ]
     if len(own) != 1:
-        raise UserError(f"module {module_name} defines {len(own)} methods; a method's file defines one")
+        raise UserError(
+            f"module {module_name} defines {len(own)} methods; a method's file defines one (method {name!r})"
+        )
     return own[0]
 
 

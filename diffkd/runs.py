@@ -39,9 +39,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this very code, with "+" where it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of this very code, with "+" where it was changed since; None outside a checkout of it."""
+    here, own = Path(__file__).parent, Path(__file__).name
     try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", own], cwd=here, capture_output=True, check=True)
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
@@ -70,6 +71,7 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; one that was there is replaced."""
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -123,7 +125,10 @@ class Run:
         if not owner:
             return
         self._check(config)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out {folder} cannot be made ({error.strerror}); use another out") from error
         self._lock = FileLock(folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -215,6 +220,7 @@ class Run:
                 "sha256": hashes,
                 "state": state,
             }
+            content["digest"] = _digest(content)
             (temporary / "checkpoint.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
@@ -226,6 +232,8 @@ class Run:
         for path in reversed(self._checkpoints()):
             try:
                 content = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+                if content.pop("digest") != _digest(content):
+                    raise ValueError("checkpoint.json was altered")
                 if content["stage_index"] != stage_index:
                     continue
                 for name, expected in content["sha256"].items():
@@ -244,6 +252,10 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         folder = self.folder / "checkpoints"
         return sorted(folder.glob("stage-*-update-*")) if folder.is_dir() else []
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: Any, now: Any, where: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from diffkd.base import UserError
 from diffkd.generation import generate, labels_for
 from diffkd.runs import new_file, new_folder
 
+MOST_CLASSES = 1_000_000
+OURS = re.compile(r"\d{6,}\.png|grid\.png")  # what a folder of drawn images holds
+
 
 def parse_classes(text: str) -> list[int] | None:
     """ "0-9" or "3,5,7" or a mix as labels in turn; "balanced" as None, which is every class in turn."""
@@ -21,14 +25,18 @@ def parse_classes(text: str) -> list[int] | None:
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not (_is_number(first) and (_is_number(last) or not dash)) or int(last or first) < int(first):
             raise UserError(
                 f"--classes {text!r} is not understood; use balanced, or labels such as 0-9 or 3,5,7"
             )
-        labels += range(int(first), int(last if dash else first) + 1)
-    if not labels:
-        raise UserError(f"--classes {text!r} names no class; write the lower label of a range first")
+        if int(last or first) > MOST_CLASSES:
+            raise UserError(f"--classes {text!r} is out of range; no model has so many classes")
+        labels += range(int(first), int(last or first) + 1)
     return labels
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def sample_to(
@@ -47,12 +55,7 @@ def sample_to(
 ) -> None:
     """Draws n images; nothing is at `out` before all of it is."""
     asked = parse_classes(classes)
-    if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; use another --out, or --overwrite")
-    if out.suffix == ".npz" and out.is_dir() or out.suffix != ".npz" and out.is_file():
-        raise UserError(
-            f"--out {out} is a {'folder' if out.is_dir() else 'file'}; give a folder, or a name in .npz"
-        )
+    _check_out(out, overwrite)
     denoiser = models.load(model, device=_device(device))
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is no student); say --steps")
@@ -87,13 +90,37 @@ def sample_to(
     print(f"{n} images of {steps or denoiser.steps} steps: {out}")
 
 
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raises UserError where something would be lost: --overwrite replaces images of ours alone."""
+    for parent in out.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"--out {out} is inside {parent}, which is a file; use another --out")
+            break
+    if out.suffix == ".npz":
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; give a file's name in .npz, or another folder")
+        there = [path for path in (out, out.with_suffix(".grid.png")) if path.exists()]
+    else:
+        if out.is_file():
+            raise UserError(f"--out {out} is a file; give a folder, or a name in .npz")
+        there = [out] if out.is_dir() and any(out.iterdir()) else []
+        foreign = [p.name for p in out.iterdir() if not OURS.fullmatch(p.name)] if there else []
+        if foreign or (out.exists() and out.resolve() == Path.cwd()):
+            raise UserError(
+                f"--out {out} holds more than images ({', '.join(foreign[:2])}); use another --out"
+            )
+    if there and not overwrite:
+        raise UserError(f"{there[0]} is there already; use another --out, or --overwrite")
+
+
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"--device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu"
         ) from error

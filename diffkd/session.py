@@ -28,11 +28,18 @@ from diffkd.denoiser import Denoiser
 from diffkd.engine import Interrupted, run_stage
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
+from diffkd.metrics import features
 from diffkd.metrics.evaluation import Evaluator
 from diffkd.runs import Run, new_folder, read_json, write_json
 
-PREVIEW = 64  # images of a grid in samples/
 TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
+
+
+def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
+    """Raises UserError for what could only fail later, when there is a run folder already."""
+    settings.training.parts(accelerator.num_processes)
+    if settings.evaluation is not None:
+        features.load(settings.evaluation.features)
 
 
 @contextmanager
@@ -40,6 +47,7 @@ def held(
     settings: config.Train | config.Distill, accelerator: Accelerator, images: Images, console: Console
 ) -> Iterator[Session]:
     """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once."""
+    check(settings, accelerator)
     run = Run(settings.out, config.resolved(settings), owner=accelerator.is_main_process)
     session = Session(settings, accelerator, run, images, console)
 
@@ -142,10 +150,15 @@ class Session:
     def _record(self, name: str, steps: int) -> dict[str, Any] | None:
         return next((r for r in self.records() if r["model"] == name and r["steps"] == steps), None)
 
+    def teacher_steps(self, teacher: Denoiser) -> list[int]:
+        """Step counts of a model that has none of its own."""
+        evaluation = self.settings.evaluation
+        wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [TEACHER_STEPS]
+        return [min(steps, teacher.schedule.num_train_timesteps) for steps in wanted]
+
     def teacher_curve(self, teacher: Denoiser, student_steps: list[int], guidance: float) -> None:
         """The teacher's FID at its own step counts and at the students', with pictures at most and fewest."""
-        evaluation = self.settings.evaluation
-        own = evaluation.teacher_steps if evaluation else [TEACHER_STEPS]
+        own = self.teacher_steps(teacher)
         for steps in sorted({*own, *student_steps}, reverse=True):
             self.measure("teacher", "teacher", teacher, steps, None, guidance)
         for steps in sorted({*own, *student_steps}, reverse=True):
@@ -155,14 +168,15 @@ class Session:
     def preview(self, name: str, denoiser: Denoiser, steps: int, guidance: float = 1.0) -> None:
         """samples/<name>.png, the same noises and labels for every model."""
         path = self.run.folder / "samples" / f"{name}.png"
-        if path.exists() or not self.accelerator.is_main_process:
+        count = self.settings.pictures
+        if count == 0 or path.exists() or not self.accelerator.is_main_process:
             return
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        batches = generate(denoiser, PREVIEW, steps=steps, batch_size=PREVIEW, **options)
+        batches = generate(denoiser, count, steps=steps, batch_size=64, **options)
         pictures.save(pictures.grid(np.concatenate([b.cpu().numpy() for b in batches])), path)
 
-    def stage_line(self, stage: Stage) -> None:
-        record = self._record(stage.name, stage.steps or 0)
+    def stage_line(self, stage: Stage, steps: int) -> None:
+        record = self._record(stage.name, steps)
         teacher = [r["fid"] for r in self.records() if r["role"] == "teacher"]
         text = f"{stage.name}: {stage.updates} updates"
         if record:

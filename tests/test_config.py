@@ -153,12 +153,6 @@ def test_null_takes_a_section_away_and_a_key_brings_it_back(tmp_path):
     assert content.evaluation is not None and content.evaluation.samples == 5
 
 
-def test_a_default_can_be_written_as_it_is_called(tmp_path):
-    """YAML reads a bare no as false."""
-    assert train(tmp_path, "training.precision=no").training.precision == "no"
-    assert train(tmp_path, content=TRAIN + "training: {precision: no}\n").training.precision == "no"
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -360,6 +354,22 @@ def test_every_field_has_a_line_of_help(kind):
         if not field.description and not is_nested(field.annotation) and not tag:
             bare.append(name)
     assert bare == []
+
+
+def words(annotation: Any) -> set[str]:
+    """The values that a field may be given by name."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return {value for value in inner if isinstance(value, str)}
+    return set().union(*(words(one) for one in inner))
+
+
+@pytest.mark.parametrize("kind", strict_classes(), ids=lambda k: k.__name__)
+def test_every_choice_can_be_written_in_yaml_as_it_is_called(kind):
+    """`precision: no` would be read as false."""
+    for field in kind.model_fields.values():
+        for word in words(field.annotation):
+            assert yaml.safe_load(f"key: {word}") == {"key": word}
 
 
 @pytest.mark.parametrize("kind", strict_classes(), ids=lambda k: k.__name__)

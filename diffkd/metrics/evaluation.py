@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffkd import samplers
-from diffkd.base import Strict
+from diffkd.base import Positive, Strict
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.generation import generate, labels_for
@@ -24,7 +24,7 @@ class Evaluation(Strict):
 
     features: str = Field("digits", description="feature network: digits, or the dotted path of an nn.Module")
     samples: int | None = Field(None, ge=2, description="generated images; default as many as the data has")
-    teacher_steps: list[int] = Field(
+    teacher_steps: list[Positive] = Field(
         [64], description="step counts of the teacher's curve, beside the students' own"
     )
     sampler: samplers.SamplerName = Field("ddim", description="of teacher and students")

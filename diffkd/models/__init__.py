@@ -79,12 +79,11 @@ def _folder(path_or_hub_id: str | Path) -> Path:
             f"{path_or_hub_id} is neither a pipeline's folder nor a hub id (owner/name); check the path"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever the hub's client and the network raise: the model is not here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path_or_hub_id} is no folder here and could not be had from the hub ({reason}); "
             "check the name, or download it and give its folder"

@@ -10,7 +10,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
 from pydantic import Field
 
-from diffkd.base import Strict, UserError
+from diffkd.base import Positive, Strict, UserError
 from diffkd.denoiser import Denoiser
 from diffkd.schedules import PREDICTIONS, Schedule, from_diffusers, to_diffusers
 
@@ -22,17 +22,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class UNet2D(Strict):
     """A new UNet2DModel for a teacher to be trained."""
 
-    channels: list[int] = Field(
+    channels: list[Positive] = Field(
         [32, 64], min_length=1, description="channels of each resolution, halved in between"
     )
     layers: int = Field(1, ge=1, description="residual blocks of each resolution")
     attention: list[bool] | None = Field(None, description="self-attention at each resolution; default none")
     mid_attention: bool = Field(True, description="self-attention in the innermost block")
-    attention_head_dim: int = Field(8, ge=1)
+    attention_head_dim: int = Field(8, ge=1, description="channels of an attention head")
     norm_groups: int = Field(
         8, ge=1, description="groups of group normalisation; divides every channel count"
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the residual blocks, while training")
 
     def build(self, shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
         """A freshly initialised network for images of (C, H, W); num_classes counts the null label too."""
@@ -84,6 +84,11 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
             f"{name} takes time as {network.config.time_embedding_type!r}, which is not supported; "
             "supported are networks with time_embedding_type positional"
         )
+    if network.config.out_channels != network.config.in_channels:
+        raise UserError(
+            f"{name} has out_channels {network.config.out_channels}, {network.config.in_channels} in, "
+            "a learned variance perhaps; supported are networks that predict the image alone"
+        )
     config = _scheduler_config(folder, name)
     schedule = _schedule(config, name)
     prediction = config.get("prediction_type", "epsilon")
@@ -100,7 +105,7 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
         network,
         schedule,
         prediction,
-        num_classes=num_classes if null_label is None or num_classes is None else num_classes - 1,
+        num_classes=card.get("num_classes", num_classes),
         null_label=null_label,
         clip=clip,
         steps=card.get("steps"),
@@ -117,19 +122,29 @@ def _network(folder: Path, name: str) -> UNet2DModel:
             "pipeline.save_pretrained(folder, safe_serialization=True)"
         )
     try:
-        return UNet2DModel.from_pretrained(place, use_safetensors=True, low_cpu_mem_usage=False)
+        network, loading = UNet2DModel.from_pretrained(
+            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{name}: the network in {place} cannot be read ({reason}); is the download complete?"
+            f"{name}: the network in {place} cannot be read ({reason}); is it complete?"
         ) from error
+    if loading["missing_keys"]:
+        raise UserError(
+            f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
+        )
+    return network
 
 
 def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
     for place in (folder / "scheduler", folder):
         if (place / "scheduler_config.json").is_file():
-            config = diffusers.DDIMScheduler.load_config(place)
-            return dict(config)
+            try:
+                return dict(diffusers.DDIMScheduler.load_config(place))
+            except (OSError, ValueError) as error:
+                path = place / "scheduler_config.json"
+                raise UserError(f"{path} cannot be read as JSON; is the pipeline complete?") from error
     raise UserError(f"{name} has no scheduler_config.json; save the pipeline with save_pretrained")
 
 
@@ -140,7 +155,10 @@ def _schedule(config: dict[str, Any], name: str) -> Schedule:
         raise UserError(
             f"{name} has scheduler {kind!r}, unknown to diffusers; use DDPMScheduler or DDIMScheduler"
         )
-    return from_diffusers(scheduler_class.from_config(config))
+    try:
+        return from_diffusers(scheduler_class.from_config(config))
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"{name} has a scheduler that diffusers cannot make: {error}") from error
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
