@@ -136,6 +136,8 @@ class Run:
             raise UserError(
                 f"{folder} is in use by another diffkd process; wait for it, or use another out"
             ) from None
+        for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (folder / "config.yaml").exists():
             with new_file(folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")

@@ -81,7 +81,8 @@ def test_images_to_students_in_one_command(here, cli):
     for n in (4, 2, 1):
         card = json.loads((run / f"students/{n}-steps/diffkd.json").read_text())
         assert card["steps"] == n and card["metrics"] == [r for r in records if r["model"] == f"{n}-steps"]
-        assert Image.open(run / f"samples/{n}-steps.png").size == (256, 256)
+        with Image.open(run / f"samples/{n}-steps.png") as grid:
+            assert grid.size == (256, 256)
     stages = {r["stage"]: r for r in log(run)}
     assert {name: r["updates"] for name, r in stages.items()} == {"4-steps": 3, "2-steps": 6, "1-steps": 6}
     assert "not comparable with FID by Inception" in out and "report.html" in out
@@ -263,7 +264,10 @@ def test_a_folder_of_images_needs_no_change_of_code(here, cli):
         "cpu",
     )
     assert (code, err) == (0, "")
-    pictures = [np.asarray(Image.open(here / f"drawn/{i:06d}.png")) for i in range(10)]
+    pictures = []
+    for i in range(10):
+        with Image.open(here / f"drawn/{i:06d}.png") as picture:
+            pictures.append(np.asarray(picture))
     assert all(p.shape == (16, 16, 3) for p in pictures) and np.std(pictures) > 5
 
 

@@ -218,6 +218,11 @@ def test_guidance_is_baked_in_once():
         stage_list([4, 2], guidance=2.0)
 
 
+def test_more_substeps_than_the_table_has_are_refused():
+    with pytest.raises(UserError, match="512 steps of 4 sub-steps are more than the teacher's 1024"):
+        stage_list([512], substeps=4)
+
+
 @pytest.mark.parametrize("steps", [[6, 3], [2048, 1024]])
 def test_steps_that_the_stock_scheduler_cannot_take(steps):
     with pytest.raises(UserError, match="does not fit a teacher of 1024 time steps.*Use one of 1, 2, 4, 8"):

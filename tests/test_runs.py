@@ -434,3 +434,12 @@ def test_versions_are_those_that_run():
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["diffusers"] == diffusers.__version__ and found["numpy"] == numpy.__version__
     assert found["pillow"] == PIL.__version__ and found["diffkd"] == diffkd.__version__
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    for place in ("checkpoints/.stage-00-update-0000001.999.tmp", "students/.4-steps.999.tmp"):
+        (tmp_path / "run" / place).mkdir(parents=True)
+    (tmp_path / "run/.metrics.json.999.tmp").write_text("[")
+    (tmp_path / "run/config.yaml").write_text("{}")
+    runs.Run(tmp_path / "run", {}).close()
+    assert [p for p in (tmp_path / "run").rglob("*.tmp")] == []

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffkd import samplers
-from diffkd.base import Positive
+from diffkd.base import Positive, UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
@@ -116,6 +116,11 @@ class Progressive(Method):
         stages: list[Stage] = []
         guidance, sampler = self.guidance, self.sampler
         before = self.steps[0] * self.substeps
+        if before > start.schedule.num_train_timesteps:
+            raise UserError(
+                f"{self.steps[0]} steps of {self.substeps} sub-steps are more than the teacher's "
+                f"{start.schedule.num_train_timesteps} time steps; use fewer of either"
+            )
         updates, rates = self._updates(), self._rates()
         if start.prediction == "epsilon":
             start.schedule.check_steps(before)
