@@ -63,7 +63,7 @@ def distill(settings: config.Distill, console: Console) -> Path:
             folder = settings.out / "students" / stage.name
             if not folder.exists():
                 student = students.copy_of(current, stage.prediction).requires_grad_(True)
-                student.steps = stage.steps
+                student.steps, student.clip = stage.steps, None  # its targets were not clipped
                 nets = {"student": student, "teacher": current.requires_grad_(False)}
                 job.run_stage(method, stage, nets | method.networks(current, student), index)
                 job.export(

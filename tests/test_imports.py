@@ -120,8 +120,18 @@ def test_modules_do_not_import_each_other_in_a_circle():
         done |= free
 
 
-def test_the_method_package_itself_is_empty():
-    assert imported((ROOT / "methods" / "__init__.py").read_text(encoding="utf-8")) == set()
+def test_the_method_package_itself_imports_no_room():
+    found = imported((ROOT / "methods" / "__init__.py").read_text(encoding="utf-8"))
+    assert not {module for module in found if module.startswith("diffkd")}
+
+
+def test_public_names_need_no_import_of_their_own():
+    code = (
+        "import diffkd; assert callable(diffkd.methods.progressive.target);"
+        "assert callable(diffkd.samplers.sample) and not hasattr(diffkd.methods, 'nothing');"
+        "assert callable(diffkd.schedules.from_diffusers) and not hasattr(diffkd, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
