@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffkd.denoiser import Denoiser
 from diffkd.models import CARD
+from diffkd.runs import new_file, write_json
 
 
 def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
 
 def write(folder: Path, card: Mapping[str, Any]) -> None:
     """Both files, into a pipeline's folder. card: of `describe`, with "metrics" where it was measured."""
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    write_json(folder / CARD, dict(card))
+    with new_file(folder / "README.md") as temporary:
+        temporary.write_text(_readme(card), encoding="utf-8")
 
 
 def _readme(card: Mapping[str, Any]) -> str:

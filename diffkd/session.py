@@ -117,12 +117,19 @@ class Session:
         self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
     ) -> None:
         """Appends the model's record to metrics.json and its card, unless it is there already."""
-        if (
-            self.settings.evaluation is None
-            or not self.accelerator.is_main_process
-            or self._record(name, steps)
-        ):
+        if self.settings.evaluation is None or not self.accelerator.is_main_process:
             return
+        record = self._record(name, steps)
+        if record is None:
+            record = {"model": name, "role": role, **self._evaluate(name, denoiser, steps, guidance)}
+            write_json(self.run.folder / "metrics.json", [*self.records(), record])
+        if folder is not None:
+            card = models.card(folder)
+            if record not in card.get("metrics", []):
+                cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
+
+    def _evaluate(self, name: str, denoiser: Denoiser, steps: int, guidance: float) -> dict[str, Any]:
+        assert self.settings.evaluation is not None
         if self._evaluator is None:
             self._evaluator = Evaluator(self.settings.evaluation, self.images, self.accelerator.device)
         count = self.settings.evaluation.samples or len(self.images)
@@ -136,12 +143,7 @@ class Session:
                 done += more
                 advance(done, "")
 
-            record = self._evaluator(denoiser, steps, guidance=guidance, on_images=on_images)
-        record = {"model": name, "role": role, **record}
-        write_json(self.run.folder / "metrics.json", [*self.records(), record])
-        if folder is not None:
-            card = models.card(folder)
-            cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
+            return self._evaluator(denoiser, steps, guidance=guidance, on_images=on_images)
 
     def records(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = read_json(self.run.folder / "metrics.json", [])
