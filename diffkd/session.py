@@ -220,15 +220,17 @@ class Session:
 
 def _table(records: list[dict[str, Any]]) -> Table:
     """FID by steps, teacher and students side by side."""
-    table = Table(title="FID by sampling steps")
-    for column in ("steps", "nfe", "teacher", "student", "student / teacher's best"):
+    table = Table(title="FID by sampling steps (nfe: network evaluations)")
+    for column in ("steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"):
         table.add_column(column, justify="right")
-    teacher = {r["steps"]: r["fid"] for r in records if r["role"] == "teacher"}
-    student = {r["steps"]: r["fid"] for r in records if r["role"] == "student"}
-    best = min(teacher.values()) if teacher else None
-    nfe = {r["steps"]: r["nfe"] for r in records}
+    teacher = {r["steps"]: r for r in records if r["role"] == "teacher"}
+    student = {r["steps"]: r for r in records if r["role"] == "student"}
+    best = min((r["fid"] for r in teacher.values()), default=None)
     for steps in sorted(teacher.keys() | student.keys(), reverse=True):
-        ratio = f"{student[steps] / best:.2f}" if steps in student and best else ""
-        cells = [f"{found[steps]:.2f}" if steps in found else "" for found in (teacher, student)]
-        table.add_row(str(steps), str(nfe[steps]), *cells, ratio)
+        cells = []
+        for found in (teacher, student):
+            record = found.get(steps)
+            cells += [str(record["nfe"]), f"{record['fid']:.2f}"] if record else ["", ""]
+        ratio = f"{student[steps]['fid'] / best:.2f}" if steps in student and best else ""
+        table.add_row(str(steps), *cells, ratio)
     return table
