@@ -210,6 +210,24 @@ def test_an_epsilon_teacher_gets_a_stage_of_its_own():
     assert torch.allclose(target(start, x_t, t, s, 1), start(x_t, t), atol=1e-9)
 
 
+def test_stage_0_matches_the_epsilon_teacher_in_eps():
+    """Its loss is the mean squared difference of eps, the student read as v."""
+    teacher = gaussian(LINEAR, "epsilon")
+    student = Denoiser(Rough(), LINEAR, "v_prediction", shape=(1, 4, 4))
+    method = Progressive(steps=[20])
+    x0 = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    nets = {"student": student, "teacher": teacher}
+    rng = torch.Generator().manual_seed(2)
+    loss = next(method.losses(nets, Batch(x0, {}), method.stages(teacher)[0], rng))
+    rng = torch.Generator().manual_seed(2)
+    t = torch.randint(1, 41, (6,), generator=rng).double() / 40
+    eps = torch.randn(x0.shape, generator=rng)
+    alpha, sigma = LINEAR.at(t, like=x0)
+    x_t = (alpha * x0 + sigma * eps).double()
+    difference = student.predict(x_t, t).eps - teacher.predict(x_t, t).eps
+    assert loss.value.item() == pytest.approx(difference.square().mean().item(), rel=1e-3)
+
+
 def test_guidance_is_baked_in_once():
     start = rough()
     start.null_label = 3

@@ -62,7 +62,9 @@ class Progressive(Method):
     )
     eta: float | None = Field(None, ge=0, le=1, description="noise of the ancestral sampler, 0 to 1")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked into the first target; 1 is none")
-    weight: Weighting = Field("truncated_snr", description="weight of the squared error in x0")
+    weight: Weighting = Field(
+        "truncated_snr", description="weight of the squared error in x0; of stage 0 it is snr"
+    )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     alpha: float = Field(
         1.0, ge=0, le=1, description="share of the distillation loss; the rest denoises the data"
@@ -187,7 +189,9 @@ class Progressive(Method):
         ).float()
         # 4. the student's one step
         denoised = student(x_t, t, **cond)
-        w = weight(self.weight, student.schedule.snr(t), gamma=self.gamma).float()
+        # an epsilon teacher's x0 is its eps amplified, near noise beyond use; its eps is good everywhere
+        name: Weighting = "snr" if stage.prediction == "v_prediction" else self.weight
+        w = weight(name, student.schedule.snr(t), gamma=self.gamma).float()
         gap = squared_error(denoised, x0_target)
         loss = w * gap
         if self.alpha < 1:
