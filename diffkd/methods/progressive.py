@@ -118,11 +118,6 @@ class Progressive(Method):
         stages: list[Stage] = []
         guidance, sampler = self.guidance, self.sampler
         before = self.steps[0] * self.substeps
-        if before > start.schedule.num_train_timesteps:
-            raise UserError(
-                f"{self.steps[0]} steps of {self.substeps} sub-steps are more than the teacher's "
-                f"{start.schedule.num_train_timesteps} time steps; use fewer of either"
-            )
         updates, rates = self._updates(), self._rates()
         if start.prediction == "epsilon":
             start.schedule.check_steps(before)
@@ -140,6 +135,11 @@ class Progressive(Method):
                 )  # fmt: skip
             )
             guidance = 1.0
+        if before > start.schedule.num_train_timesteps:
+            raise UserError(
+                f"{self.steps[0]} steps of {self.substeps} sub-steps are more than the teacher's "
+                f"{start.schedule.num_train_timesteps} time steps; use fewer of either"
+            )
         for steps, count, rate in zip(self.steps, updates, rates, strict=True):
             stages.append(
                 Stage(f"{steps}-steps", count, rate, self.warmup, steps, before // steps, sampler, guidance)
