@@ -19,7 +19,7 @@ OURS = re.compile(r"\d{6,}\.png|grid\.png")  # what a folder of drawn images hol
 
 
 def parse_classes(text: str) -> list[int] | None:
-    """ "0-9" or "3,5,7" or a mix as labels in turn; "balanced" as None, which is every class in turn."""
+    """Labels in turn, from text such as 0-9 or 3,5,7; None for "balanced", which is every class in turn."""
     if text == "balanced":
         return None
     labels: list[int] = []
