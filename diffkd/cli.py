@@ -92,6 +92,155 @@ def sample(
     )  # fmt: skip
 
 
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="inception, digits, dinov2, clip or an nn.Module's dotted path; default as the reference."
+    ),
+]
+Weights = Annotated[str | None, typer.Option(help="File or folder of the feature network's weights.")]
+FeatureResize = Annotated[
+    str | None, typer.Option(help="How inception resizes: tf1 (default), bilinear, antialias or clean.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
+ImageSize = Annotated[
+    int | None, typer.Option("--resize", min=1, help="Bring images of folders and data sets to this size.")
+]
+Split = Annotated[str, typer.Option(help="Of a Hugging Face data set.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="A model (folder or hub id), a folder of images, or an image .npz.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="digits, a folder of images, an .npz of images or statistics, or a data set."),
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Such as 1,2,4,8,64; default the student's own.")] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, agreement; comma-separated.")
+    ] = "fid",
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Images; default as many as the reference has, or 50000.")
+    ] = None,
+    features: Features = None,
+    weights: Weights = None,
+    feature_resize: FeatureResize = None,
+    dtype: Dtype = None,
+    resize: ImageSize = None,
+    split: Split = "train",
+    classes: Annotated[
+        str, typer.Option(help="Labels: data (the reference's, else balanced), balanced, or such as 0-9.")
+    ] = "data",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, heun, dpmpp_2m, ancestral, or stock: the pipeline's own code.")
+    ] = "ddim",
+    guidance: Annotated[float, typer.Option("-w", "--guidance", min=0, help="1 is none.")] = 1.0,
+    null_label: Annotated[
+        int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Of agreement: the model to draw the same noise with.")
+    ] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 64,
+    teacher_guidance: Annotated[float, typer.Option(min=0, help="Its guidance weight.")] = 1.0,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamplings for a 95% interval of FID; 0 for none, 200 is usual.")
+    ] = 0,
+    dino_weights: Annotated[
+        str | None, typer.Option(help="Of fd_dino; default facebook/dinov2-large.")
+    ] = None,
+    clip_weights: Annotated[
+        str | None, typer.Option(help="Of cmmd; default openai/clip-vit-large-patch14-336.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    device: Device = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Use reference statistics that other features made.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the records to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
+    repeat: Annotated[
+        Path | None, typer.Option(help="Measure again what a record says, from the record alone.")
+    ] = None,
+) -> int | None:
+    """Measure a model or images: FID and friends, each number with its whole protocol."""
+    from rich.console import Console
+
+    from diffkd import evaluating
+    from diffkd.base import UserError
+
+    _quiet_libraries()
+    if repeat is not None:
+        if target is not None or reference is not None:
+            raise UserError("--repeat takes all from the record; leave out the target and --reference")
+        return 0 if evaluating.repeat(repeat, Console(), device=device) else 1
+    if target is None or reference is None:
+        raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
+    compared = evaluating.reference_of(reference, resize=resize, split=split)
+    subject = evaluating.Subject(
+        target, steps=evaluating.parse_steps(steps), guidance=guidance, stock=sampler == "stock",
+        resize=resize, teacher=teacher, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
+        null_label=null_label,
+    )  # fmt: skip
+    how = evaluating.evaluation(
+        features=features or evaluating.usual_features(compared), weights=weights, resize=feature_resize,
+        dtype=dtype, metrics=metrics.split(","), samples=samples, labels=evaluating.parse_labels(classes),
+        sampler="ddim" if sampler == "stock" else sampler, batch_size=batch_size, seed=seed,
+        bootstrap=bootstrap, dinov2_weights=dino_weights, clip_weights=clip_weights,
+        allow_mismatch=allow_mismatch,
+    )  # fmt: skip
+    evaluating.evaluate(subject, how, compared, Console(), device=device, out=out, as_json=json)
+    return 0
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A file of `diffkd evaluate --out`.", show_default=False)],
+    two: Annotated[Path, typer.Argument(help="Another.", show_default=False)],
+) -> int:
+    """Two records side by side; where their protocols differ, what differs (exit status 1)."""
+    from rich.console import Console
+
+    from diffkd import evaluating
+
+    return 0 if evaluating.compare(one, two, Console()) else 1
+
+
+@app.command()
+def stats(
+    images: Annotated[str, typer.Argument(help="digits, a folder of images, an image .npz, or a data set.")],
+    out: Annotated[Path, typer.Option("--out", help="The .npz to write: mu, sigma, and their protocol.")],
+    features: Features = None,
+    weights: Weights = None,
+    feature_resize: FeatureResize = None,
+    dtype: Dtype = None,
+    resize: ImageSize = None,
+    split: Split = "train",
+    store_features: Annotated[
+        bool, typer.Option("--store-features", help="Keep every feature, for kid, prdc and cmmd.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+) -> None:
+    """Compute reference statistics of images once, in the format that other FID tools read."""
+    from rich.console import Console
+
+    from diffkd import evaluating
+
+    _quiet_libraries()
+    evaluating.stats(
+        images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
+        dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
+        overwrite=overwrite,
+    )  # fmt: skip
+
+
 @app.command()
 def methods() -> None:
     """List the distillation methods: their papers and their config."""

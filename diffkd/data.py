@@ -106,13 +106,7 @@ class Sized(Strict):
                 f"{name} is {image.width}x{image.height}, smaller than data.size {self.size}; "
                 "use a smaller size, or set data.upscale: true"
             )
-        if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
-            image = Image.fromarray(
-                (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-            )
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = plain(image, self.channels)
         if image.size != (self.size, self.size):
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
         pixels = np.asarray(image)
@@ -159,13 +153,15 @@ class Folder(Sized):
         root = self.path.expanduser()
         if not root.is_dir():
             raise UserError(f"data.path {root} is no folder; give a folder of images")
-        classes = sorted(d.name for d in root.iterdir() if d.is_dir() and next(_images(d), None) is not None)
+        classes = sorted(
+            d.name for d in root.iterdir() if d.is_dir() and next(image_files(d), None) is not None
+        )
         loose = [p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
         if classes and loose:
             raise UserError(
                 f"{root} holds both images and class folders ({classes[0]}, ...); keep one of the two"
             )
-        paths = [p for c in classes for p in sorted(_images(root / c))] or sorted(loose)
+        paths = [p for c in classes for p in sorted(image_files(root / c))] or sorted(loose)
         if not paths:
             raise UserError(
                 f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
@@ -253,7 +249,18 @@ class HubDataset(Sized):
 Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as 8-bit grey (1 channel) or RGB (3)."""
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def image_files(folder: Path) -> Iterator[Path]:
     return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 

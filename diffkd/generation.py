@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,13 +50,16 @@ def generate(
     labels: Sequence[int] | Tensor | None = None,
     batch_size: int = 64,
     sampler: str = "ddim",
+    share: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> Iterator[Tensor]:
     """n images as uint8 batches (B, H, W, C) on the denoiser's device.
 
     steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
     from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is
-    stochastic, so the stock pipeline given these generators draws the same pictures. options: guidance, eta.
+    stochastic, so the stock pipeline given these generators draws the same pictures. share: (rank, world)
+    draws batches rank, rank + world, ... alone, each as it would be drawn in one process. options: guidance,
+    eta. Raises UserError where the model draws values that are not finite; on a GPU once all are drawn.
     """
     steps = steps or denoiser.steps
     if steps is None:
@@ -68,12 +73,63 @@ def generate(
             "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
         )
     every = labels_for(denoiser, n, labels)
-    for start in range(0, n, batch_size):
+    rank, world = share
+    finite = torch.ones((), dtype=torch.bool, device=denoiser.device)
+    for start in range(rank * batch_size, n, world * batch_size):
         stop = min(start + batch_size, n)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
         like = torch.empty(0, dtype=torch.float32, device=denoiser.device)
         noise = samplers.randn((stop - start, *denoiser.shape), generators, like)
         cond = {} if every is None else {"class_labels": every[start:stop].to(denoiser.device)}
-        yield to_uint8(
-            samplers.sample(denoiser, noise, steps, sampler, generator=generators, **cond, **options)
+        x0 = samplers.sample(denoiser, noise, steps, sampler, generator=generators, **cond, **options)
+        finite &= x0.isfinite().all()
+        if denoiser.device.type == "cpu":  # elsewhere it would be a wait for the device in every batch
+            _check_finite(finite)
+        yield to_uint8(x0)
+    _check_finite(finite)
+
+
+@torch.inference_mode()
+def generate_stock(
+    pipeline: Any,
+    n: int,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
+    """The same from any diffusers pipeline, by its own code and scheduler: uint8 batches (B, H, W, C).
+
+    labels: (n,), for a pipeline that takes class labels. Raises UserError for one that needs more than these.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    name = type(pipeline).__name__
+    needs = [
+        key for key, p in takes.items() if p.default is p.empty and key not in ("class_labels", "kwargs")
+    ]
+    if needs or "prompt" in takes or "generator" not in takes:
+        raise UserError(
+            f"a {name} does not draw from noise and class labels alone (it takes "
+            f"{', '.join(needs or ['prompt'])}); draw its images to a folder, and evaluate that"
+        )
+    rank, world = share
+    for start in range(rank * batch_size, n, world * batch_size):
+        count = min(batch_size, n - start)
+        options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+        if "batch_size" in takes:
+            options["batch_size"] = count
+        if labels is not None:
+            options["class_labels"] = labels[start : start + count].tolist()
+        options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
+        images = torch.from_numpy(np.ascontiguousarray(pipeline(**options, output_type="np").images))
+        _check_finite(images.isfinite().all())
+        yield (images * 255).round().to(torch.uint8)
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not finite:
+        raise UserError(
+            "the model draws images with NaN or infinite values; its weights or its steps are broken"
         )

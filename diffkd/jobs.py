@@ -57,6 +57,7 @@ def distill(settings: config.Distill, console: Console) -> Path:
     with session.held(settings, accelerator, images, console) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
+        job.teacher, job.source = (teacher, guidance), source
         job.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps], guidance)
         current = teacher
         for index, (method, stage) in enumerate(plan):
@@ -105,13 +106,7 @@ def _teacher(settings: config.Distill, source: str) -> Denoiser:
     teacher = models.load(source)
     null_label = settings.teacher.null_label
     if null_label is not None:
-        total = getattr(teacher.network.config, "num_class_embeds", None)
-        if total is None or null_label >= total:
-            raise UserError(
-                f"teacher.null_label {null_label} is no label of this teacher, which has {total or 'none'}"
-            )
-        teacher.null_label = null_label
-        teacher.num_classes = total - 1 if null_label == total - 1 else total
+        models.name_null_label(teacher, null_label)
     return teacher
 
 

@@ -102,6 +102,20 @@ def read_json(path: Path, default: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
+def append_json(path: Path, record: Any) -> None:
+    """Adds to a list in a file that other processes may be adding to."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        write_json(path, [*read_json(path, []), record])
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """Where two nested mappings differ, each as "key was x, now y"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [d for k in keys for d in differences(before.get(k), now.get(k), f"{where}.{k}".lstrip("."))]
+    return [] if before == now else [f"{where} was {before}, now {now}"]
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -150,7 +164,7 @@ class Run:
         known = self.folder / "config.yaml"
         if known.is_file():
             before = yaml.safe_load(known.read_text(encoding="utf-8"))
-            differ = _differences(before, json.loads(json.dumps(config)))
+            differ = differences(before, json.loads(json.dumps(config)))
             if differ:
                 raise UserError(
                     f"{self.folder} belongs to a run of another config ({'; '.join(differ[:3])}"
@@ -258,11 +272,3 @@ class Run:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """Where two configs differ, each as "key: was, now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{where}.{k}".lstrip("."))]
-    return [] if before == now else [f"{where} was {before}, now {now}"]

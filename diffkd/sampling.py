@@ -15,7 +15,7 @@ from diffkd.generation import generate, labels_for
 from diffkd.runs import new_file, new_folder
 
 MOST_CLASSES = 1_000_000
-OURS = re.compile(r"\d{6,}\.png|grid\.png")  # what a folder of drawn images holds
+OURS = re.compile(r"\d{6,}\.png")  # what a folder of drawn images holds
 
 
 def parse_classes(text: str) -> list[int] | None:
@@ -75,7 +75,7 @@ def sample_to(
         arrays: dict[str, Any] = {"arr_0": images} | ({} if labels is None else {"arr_1": labels.numpy()})
         with new_file(out) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **arrays)
-        pictures.save(pictures.grid(images[:64]), out.with_suffix(".grid.png"))
+        pictures.save(pictures.grid(images[:64]), _grid(out))
     else:
         first: list[np.ndarray] = []
         with new_folder(out) as temporary:
@@ -86,8 +86,14 @@ def sample_to(
                     done += 1
                     if len(first) < 64:
                         first.append(image)
-            pictures.grid(np.stack(first)).save(temporary / "grid.png")
+        pictures.save(pictures.grid(np.stack(first)), _grid(out))
     print(f"{n} images of {steps or denoiser.steps} steps: {out}")
+
+
+def _grid(out: Path) -> Path:
+    """Beside the images and not among them: a folder of images is what any tool of FID may read."""
+    out = out.resolve()
+    return out.with_suffix(".grid.png") if out.suffix == ".npz" else out.with_name(f"{out.name}-grid.png")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -100,12 +106,12 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.suffix == ".npz":
         if out.is_dir():
             raise UserError(f"--out {out} is a folder; give a file's name in .npz, or another folder")
-        there = [path for path in (out, out.with_suffix(".grid.png")) if path.exists()]
+        there = [path for path in (out, _grid(out)) if path.exists()]
     else:
         if out.is_file():
             raise UserError(f"--out {out} is a file; give a folder, or a name in .npz")
-        there = [out] if out.is_dir() and any(out.iterdir()) else []
-        foreign = [p.name for p in out.iterdir() if not OURS.fullmatch(p.name)] if there else []
+        there = [out] if out.is_dir() and any(out.iterdir()) else [_grid(out)] if _grid(out).exists() else []
+        foreign = [p.name for p in out.iterdir() if not OURS.fullmatch(p.name)] if out.is_dir() else []
         if foreign or (out.exists() and out.resolve() == Path.cwd()):
             raise UserError(
                 f"--out {out} holds more than images ({', '.join(foreign[:2])}); use another --out"

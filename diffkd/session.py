@@ -5,32 +5,30 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from diffkd import cards, config, models, pictures, report
+from diffkd.base import UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.engine import Interrupted, run_stage
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import Evaluator
-from diffkd.runs import Run, new_folder, read_json, write_json
+from diffkd.metrics.evaluation import Evaluation, Evaluator, Target, identity, model_target
+from diffkd.metrics.processes import Processes
+from diffkd.metrics.reference import Reference
+from diffkd.metrics.sources import DataSource
+from diffkd.progress import bar
+from diffkd.runs import Run, append_json, new_folder, read_json
 
 TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
 
@@ -38,8 +36,13 @@ TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
 def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
     """Raises UserError for what could only fail later, when there is a run folder already."""
     settings.training.parts(accelerator.num_processes)
-    if settings.evaluation is not None:
-        features.load(settings.evaluation.features)
+    how = settings.evaluation
+    if how is not None:
+        if "fid" not in how.metrics:
+            raise UserError(
+                f"evaluation.metrics {how.metrics} has no fid, which a run's report is drawn from; add it"
+            )
+        features.load(how.features, weights=how.weights, resize=how.resize, dtype=how.dtype)
 
 
 @contextmanager
@@ -88,6 +91,10 @@ class Session:
         self.images = images
         self.console = console
         self.stopping = False
+        self.teacher: tuple[Denoiser, float] | None = (
+            None  # with its guidance weight, where students have one
+        )
+        self.source = ""  # where it is
         self._evaluator: Evaluator | None = None
 
     def run_stage(self, method: Method, stage: Stage, nets: dict[str, Any], index: int) -> None:
@@ -116,41 +123,82 @@ class Session:
     def measure(
         self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
     ) -> None:
-        """Appends the model's record to metrics.json and its card, unless it is there already."""
-        if self.settings.evaluation is None or not self.accelerator.is_main_process:
+        """Appends the model's record to metrics.json and its card, unless it is there already.
+
+        All processes measure together. folder: where the model is, None for one of another run.
+        """
+        if self.settings.evaluation is None:
             return
-        record = self._record(name, steps)
+        known = [self._record(name, steps)]
+        broadcast_object_list(known)  # what the main process finds, which writes the file
+        record = known[0]
         if record is None:
             record = {"model": name, "role": role, **self._evaluate(name, denoiser, steps, guidance)}
-            write_json(self.run.folder / "metrics.json", [*self.records(), record])
-        if folder is not None:
+            record["protocol"]["target"] = self._identity(denoiser, folder)
+            if self.accelerator.is_main_process:
+                append_json(self.run.folder / "metrics.json", record)
+        if folder is not None and self.accelerator.is_main_process:
             card = models.card(folder)
             if record not in card.get("metrics", []):
                 cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
 
     def _evaluate(self, name: str, denoiser: Denoiser, steps: int, guidance: float) -> dict[str, Any]:
-        assert self.settings.evaluation is not None
+        how = self.settings.evaluation
+        assert how is not None
         if self._evaluator is None:
-            self._evaluator = Evaluator(self.settings.evaluation, self.images, self.accelerator.device)
-        count = self.settings.evaluation.samples or len(self.images)
-        with self._bar(f"FID of {name} in {steps}", count) as advance:
-            done = 0
+            spec = how.reference or self.settings.data
+            reference = Reference(spec, None if how.reference else DataSource(self.images))
+            with self._bar("features of the reference", reference.count or 0) as advance:
+                self._evaluator = Evaluator(
+                    how, reference, Processes(self.accelerator.device), self._counted(advance)
+                )
+        target = model_target(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
+        teacher = self._teacher_target(how)
+        with self._bar(f"FID of {name} in {steps}", target.count) as advance:
+            return self._evaluator(target, teacher=teacher, on_images=self._counted(advance))
 
-            def on_images(more: int) -> None:
-                nonlocal done
-                if self.stopping:
-                    raise Interrupted
-                done += more
-                advance(done, "")
+    def _identity(self, denoiser: Denoiser, folder: Path | None) -> dict[str, Any]:
+        named = None
+        if folder is None and isinstance(self.settings, config.Distill):
+            named = self.settings.teacher.null_label
+        return identity(denoiser, str(folder or self.source), named)
 
-            return self._evaluator(denoiser, steps, guidance=guidance, on_images=on_images)
+    def _teacher_target(self, how: Evaluation) -> Target | None:
+        """The teacher at its most steps, where students are compared with it image by image."""
+        if "agreement" not in how.metrics or self.teacher is None or self._evaluator is None:
+            return None
+        denoiser, guidance = self.teacher
+        steps = max(self.teacher_steps(denoiser))
+        target = model_target(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
+        target.protocol |= self._identity(denoiser, None)
+        return target
+
+    def _counted(self, advance: Callable[[int, str], None]) -> Callable[[int], None]:
+        """Moves a bar on by so many images, and stops where a stop was asked for."""
+        done = 0
+
+        def on_images(more: int) -> None:
+            nonlocal done
+            if self.stopping:
+                raise Interrupted
+            done += more * self.accelerator.num_processes
+            advance(done, "")
+
+        return on_images
 
     def records(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = read_json(self.run.folder / "metrics.json", [])
         return found
 
     def _record(self, name: str, steps: int) -> dict[str, Any] | None:
-        return next((r for r in self.records() if r["model"] == name and r["steps"] == steps), None)
+        return next(
+            (
+                r
+                for r in self.records()
+                if (r["model"], r["steps"]) == (name, steps) and r["role"] != "evaluated"
+            ),
+            None,
+        )
 
     def teacher_steps(self, teacher: Denoiser) -> list[int]:
         """Step counts of a model that has none of its own."""
@@ -205,17 +253,8 @@ class Session:
         if self.accelerator.is_main_process:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    @contextmanager
-    def _bar(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A progress bar with rate and time left; silent where the output is no terminal."""
-        shown = self.console.is_terminal and self.accelerator.is_main_process
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=self.console, disable=not shown, transient=True) as progress:
-            task = progress.add_task(title, total=total, text="")
-            yield lambda done, text: progress.update(task, completed=done, text=text)
+    def _bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
+        return bar(self.console, title, total, shown=self.accelerator.is_main_process)
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

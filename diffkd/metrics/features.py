@@ -1,81 +1,56 @@
-"""Feature networks: modules from uint8 images (B, C, H, W) to features (B, num_features), in float64."""
+"""Feature networks by name: modules from uint8 images (B, C, H, W) to features (B, num_features).
+
+One that also has `probabilities(features)`, (B, classes), can be used for the Inception Score. Those of
+diffkd say in `describe()` all that their features depend on.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from diffkd.base import UserError
+from diffkd.metrics.digits import DigitsFeatures
+from diffkd.metrics.inception import InceptionV3
+from diffkd.metrics.resize import Resize
+from diffkd.metrics.vision import CLIP, DINOv2
+from diffkd.metrics.weights import digest
 
-DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
-
-
-class DigitsClassifier(nn.Module):
-    """A small convolutional classifier of 8x8 digits; the 64 features are the inputs of its last layer."""
-
-    num_features = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * 2 * 2, self.num_features)
-        self.classify = nn.Linear(self.num_features, 10)
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B, 1, 8, 8) in [-1, 1] -> (B, 64)."""
-        x = F.max_pool2d(F.silu(self.conv2(F.silu(self.conv1(x)))), 2)
-        x = F.max_pool2d(F.silu(self.conv3(x)), 2)
-        return F.silu(self.hidden(x.flatten(1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, 8, 8) in [-1, 1] -> logits (B, 10)."""
-        logits: Tensor = self.classify(self.features(x))
-        return logits
+NAMES = ("digits", "inception", "dinov2", "clip")
+USUAL = 50_000  # images that FID by such features is usually reported with
 
 
-class DigitsFeatures(nn.Module):
-    """The 64 features of the digits classifier that ships with diffkd (made by
-    scripts/make_digits_features.py).
+def load(
+    name: str, *, weights: str | None = None, resize: Resize | None = None, dtype: str | None = None
+) -> nn.Module:
+    """The feature network of that name, or of the dotted path `module.Class` of the user's own.
 
-    Images of other sizes are averaged down to 8x8, colours to grey. Always in eval mode.
+    weights: a file (inception) or folder (dinov2, clip); default as each of them documents. resize, dtype: of
+    inception. Raises UserError for what cannot be had, and for an option that the network does not have.
     """
-
-    num_features = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = DigitsClassifier()
-        self.network.load_state_dict(load_file(DIGITS_WEIGHTS))
-        self.double().requires_grad_(False)
-        super().train(False)
-
-    def train(self, mode: bool = True) -> DigitsFeatures:
-        return self  # locked: a metric that is put in train mode keeps its features
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.double().mean(1, keepdim=True) / 127.5 - 1
-        return self.network.features(F.adaptive_avg_pool2d(x, 8))
+    if name == "inception":
+        return InceptionV3(weights, resize=resize or "tf1", dtype=getattr(torch, dtype or "float32"))
+    for option, value in (("resize", resize), ("dtype", dtype)):
+        if value is not None:
+            raise UserError(f"{option} {value!r} is for inception features, and the features are {name}")
+    if name in ("dinov2", "clip"):
+        return (DINOv2 if name == "dinov2" else CLIP)(weights)
+    if weights is not None:
+        raise UserError(f"weights {weights!r} are for inception, dinov2 and clip; the features are {name}")
+    return DigitsFeatures() if name == "digits" else _own(name)
 
 
-def load(name: str) -> nn.Module:
-    """The feature network of that name: "digits", or the dotted path `module.Class` of the user's own."""
-    if name == "digits":
-        return DigitsFeatures()
+def _own(name: str) -> nn.Module:
     module_name, _, class_name = name.rpartition(".")
     try:
         network = getattr(importlib.import_module(module_name), class_name)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"feature network {name!r} cannot be had ({error}); use digits, or an nn.Module's dotted path"
+            f"feature network {name!r} cannot be had ({error}); "
+            f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
         ) from error
     if not isinstance(network, nn.Module) or not isinstance(getattr(network, "num_features", None), int):
         raise UserError(f"feature network {name!r} is no nn.Module with an integer num_features; give it one")
@@ -83,12 +58,8 @@ def load(name: str) -> nn.Module:
 
 
 def describe(name: str, network: nn.Module) -> dict[str, Any]:
-    """What a protocol says of a feature network: its name, size, and the sha256 of its weights."""
-    if name == "digits":
-        sha256 = hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest()
-    else:
-        digest = hashlib.sha256()
-        for key, value in sorted(network.state_dict().items()):
-            digest.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        sha256 = digest.hexdigest()
-    return {"name": name, "sha256": sha256, "num_features": network.num_features}
+    """What a protocol says of a feature network: its name, sha256 of its weights, what it does to images."""
+    own: Any = getattr(network, "describe", None)
+    if own is not None:
+        return dict(own())
+    return {"name": name, "sha256": digest(network.state_dict()), "num_features": network.num_features}

@@ -45,6 +45,15 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     raise UserError(f"a {type(denoiser.network).__name__} has no pipeline to be saved as")
 
 
+def name_null_label(denoiser: Denoiser, null_label: int) -> None:
+    """Says which of a pipeline's labels means "no class", where its config does not."""
+    total = getattr(denoiser.network.config, "num_class_embeds", None)
+    if total is None or null_label >= total:
+        raise UserError(f"null_label {null_label} is no label of this model, which has {total or 'none'}")
+    denoiser.null_label = null_label
+    denoiser.num_classes = total - 1 if null_label == total - 1 else total
+
+
 def card(folder: Path) -> dict[str, Any]:
     """What diffkd wrote beside a pipeline of its own, {} for any other."""
     path = folder / CARD

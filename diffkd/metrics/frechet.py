@@ -1,0 +1,83 @@
+"""The Fréchet distance between two Gaussians: the formula of FID (Heusel et al. 2017, equation 6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffkd.base import UserError
+
+SYMMETRY = 1e-6  # of the largest entry: beyond it a covariance was not one
+WELL_CONDITIONED = 1e-10  # ratio of Cholesky pivots above which that factor is as exact as the eigenvectors
+
+
+class Gaussian(NamedTuple):
+    """mu: (d,). factor: (d, r) with sigma = factor factorᵀ. trace: of sigma. All float64."""
+
+    mu: Tensor
+    factor: Tensor
+    trace: Tensor
+
+
+def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
+    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), in float64.
+
+    mu: (d,), sigma: (d, d), tensors or arrays, of any rank: exact with fewer samples than features. Raises
+    UserError for shapes that do not fit, values that are not finite, and matrices that are not symmetric.
+    """
+    one, two = gaussian(mu1, sigma1), gaussian(mu2, sigma2)
+    if one.mu.shape != two.mu.shape:
+        raise UserError(
+            f"the distance of {len(one.mu)} features from {len(two.mu)} is undefined; "
+            "use one feature network for both"
+        )
+    return distance(one, two)
+
+
+def distance(one: Gaussian, two: Gaussian) -> float:
+    """The same from Gaussians whose factors are known.
+
+    tr (sigma1 sigma2)^½ is the sum of the singular values of factor1ᵀ factor2: no root of a matrix is taken,
+    and a singular value that should be 0 is off by rounding, not by the root of it.
+    """
+    cross = torch.linalg.svdvals(one.factor.T @ two.factor.to(one.factor.device)).sum()
+    shift = (one.mu - two.mu.to(one.mu.device)).square().sum()
+    return max(float(shift + one.trace + two.trace.to(one.trace.device) - 2 * cross), 0.0)
+
+
+def gaussian(mu: Any, sigma: Any, name: str = "the statistics") -> Gaussian:
+    """Checks mu and sigma and factors sigma."""
+    mu, sigma = checked(mu, sigma, name)
+    return Gaussian(mu, _factor(sigma), sigma.trace())
+
+
+def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, Tensor]:
+    """mu (d,) and sigma (d, d) as float64 tensors. Raises UserError, naming `name`, where they are none."""
+    mu, sigma = torch.as_tensor(mu).double(), torch.as_tensor(sigma).double()
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or len(mu) == 0:
+        raise UserError(
+            f"{name}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit; "
+            "they must be (d,) and (d, d)"
+        )
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise UserError(f"{name}: mu or sigma has values that are not finite; compute them again")
+    if (sigma - sigma.T).abs().max() > SYMMETRY * sigma.abs().max():
+        raise UserError(f"{name}: sigma is not symmetric, so it is no covariance; compute it again")
+    return mu, (sigma + sigma.T) / 2
+
+
+def _factor(sigma: Tensor) -> Tensor:
+    """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned, else from the eigenvectors.
+
+    Eigenvalues that are rounding errors are dropped: their roots would not be.
+    """
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        pivots = lower.diagonal().square()
+        if pivots.min() > WELL_CONDITIONED * pivots.max():
+            return lower
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()

@@ -1,0 +1,63 @@
+"""The Inception Score, of class probabilities that are summed as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffkd.base import UserError
+
+
+class InceptionScore(NamedTuple):
+    """mean, std: over the splits."""
+
+    mean: float
+    std: float
+
+
+def inception_score(probs: Tensor, splits: int = 10) -> InceptionScore:
+    """exp of the mean KL(p(y|x) ‖ p(y)), by splits of consecutive images (Salimans et al. 2016, section 4).
+
+    probs: (N, classes), rows that sum to 1. std with divisor `splits`.
+    """
+    sums = ScoreSums(len(probs), splits)
+    sums.update(probs, 0)
+    return sums.score()
+
+
+class ScoreSums:
+    """All that the score needs of `count` images: per split, the sum of p and of p log p. Float64."""
+
+    def __init__(self, count: int, splits: int = 10) -> None:
+        if not 1 <= splits <= count:
+            raise UserError(f"the Inception Score of {splits} splits needs as many images; there are {count}")
+        self.bounds = torch.tensor([i * count // splits for i in range(splits + 1)])
+        self.p = torch.zeros(splits, 0, dtype=torch.float64)
+        self.p_log_p = torch.zeros(splits, dtype=torch.float64)
+
+    def update(self, probs: Tensor, first: int) -> None:
+        """probs: (B, classes) of the images `first`, `first + 1`, ..."""
+        p = probs.double()
+        if self.p.shape[1] == 0:
+            self.p = p.new_zeros(len(self.bounds) - 1, p.shape[1])
+            self.p_log_p = self.p_log_p.to(p.device)
+        split = torch.searchsorted(self.bounds, torch.arange(first, first + len(p)), right=True) - 1
+        split = split.to(p.device)
+        self.p.index_add_(0, split, p)
+        self.p_log_p.index_add_(0, split, torch.special.xlogy(p, p).sum(1))
+
+    def merge_across(self, add: Callable[[Tensor], Tensor], classes: int) -> None:
+        """Adds up all processes, each of which must call it, with images or without."""
+        if self.p.shape[1] == 0:
+            self.p = torch.zeros(len(self.bounds) - 1, classes, dtype=torch.float64)
+        self.p, self.p_log_p = add(self.p), add(self.p_log_p)
+
+    def score(self) -> InceptionScore:
+        count = (self.bounds[1:] - self.bounds[:-1]).to(self.p)
+        mean = self.p / count[:, None]
+        divergence = self.p_log_p / count - torch.special.xlogy(mean, mean).sum(1)
+        scores = divergence.exp()
+        return InceptionScore(float(scores.mean()), float(scores.std(unbiased=False)))

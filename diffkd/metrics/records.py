@@ -1,0 +1,79 @@
+"""Records of measurements: what makes two numbers comparable, and what to measure again from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffkd.base import UserError
+from diffkd.runs import differences
+
+Record = dict[str, Any]
+VALUES = {  # title, format, and the keys of what is shown beside it
+    "fid": ("FID", ".3f", "fid_low", "fid_high"), "fd_inf": ("FD-infinity", ".3f"),
+    "fd_dino": ("FD-DINOv2", ".2f"), "kid": ("KID", ".5f", "kid_std"), "cmmd": ("CMMD", ".4f"),
+    "is": ("Inception Score", ".3f", "is_std"),
+    "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
+    "density": ("density", ".3f"), "coverage": ("coverage", ".3f"),
+    "psnr": ("PSNR to teacher, dB", ".2f"), "feature_distance": ("feature distance to teacher", ".3f"),
+}  # fmt: skip
+# What a number depends on beside the model. The rest of a protocol says which model, how it was sampled, and
+# on what machine, where numbers differ by rounding alone.
+DEFINING = ("features", "more_features", "samples", "labels", "metrics", "teacher")
+
+
+def keys(record: Mapping[str, Any]) -> list[str]:
+    """The keys of a record's numbers."""
+    every = [key for name, (_, _, *more) in VALUES.items() for key in (name, *more)]
+    return [key for key in [*every, "fd_inf_slope", "fid_std"] if key in record]
+
+
+def shown(record: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a record, for a table: title -> text. A PSNR of None is infinite: JSON has no such."""
+    found = {}
+    for key, (title, form, *more) in VALUES.items():
+        if key in record:
+            value = record[key]
+            found[title] = "inf" if value is None else f"{value:{form}}"
+            beside = [f"{record[name]:{form}}" for name in more if name in record]
+            if len(beside) == 2:
+                found[title] += f" [{beside[0]}, {beside[1]}]"
+            elif beside:
+                found[title] += f" ± {beside[0]}"
+    return found
+
+
+def mismatch(one: Record, two: Record) -> list[str]:
+    """Why the numbers of two records cannot be compared, each as "key was x, now y"; [] where they can."""
+    a, b = one["protocol"], two["protocol"]
+    found = differences({k: a.get(k) for k in DEFINING}, {k: b.get(k) for k in DEFINING})
+    one_set, other = ({k: p["reference"].get(k) for k in ("sha256", "count")} for p in (a, b))
+    return found + differences(one_set, other, "reference")
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a file: one, or a list such as a run's metrics.json.
+
+    Raises UserError for what is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a record ({error}); give a file of --out") from error
+    records = content if isinstance(content, list) else [content]
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("protocol"), dict):
+            raise UserError(
+                f"{path} holds no record with a protocol; give a file of --out, or a metrics.json"
+            )
+        missing = [k for k in ("evaluation", "reference", "target") if k not in record["protocol"]]
+        if missing:
+            raise UserError(
+                f"{path}: a record's protocol has no {', '.join(missing)}; it was made by an older diffkd, "
+                "measure again"
+            )
+    if not records:
+        raise UserError(f"{path} holds no record")
+    return records

@@ -1,0 +1,209 @@
+"""Sets of images to measure or to compare with: a folder, an .npz, a data set. Read batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from torch import Tensor
+
+from diffkd.base import Strict, UserError
+from diffkd.data import SUFFIXES, Digits, Folder, HubDataset, Images, image_files, plain
+from diffkd.metrics.statistics import PICKLES, read_npz
+
+WORKERS = 8  # threads that decode images
+
+
+class Source(Protocol):
+    """Images 0 to len - 1 in a fixed order, uint8 (H, W, C), with class labels (N,) where there are any."""
+
+    name: str
+    labels: Tensor | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Images start to stop - 1, (B, H, W, C) uint8."""
+
+
+class ImageFolder(Strict):
+    """A folder of images as they are: any one size, subfolders included, in the order of their names."""
+
+    kind: Literal["images"] = "images"
+    path: Path = Field(description="the folder")
+    resize: int | None = Field(
+        None,
+        ge=1,
+        description="height and width, by resizing the short side (bicubic) and cropping the centre",
+    )
+
+
+class File(Strict):
+    """An .npz of images (arr_0, uint8, NHWC), of statistics (mu, sigma), or of both."""
+
+    kind: Literal["npz"] = "npz"
+    path: Path = Field(description="the file")
+
+
+Spec = Annotated[Digits | ImageFolder | File | Folder | HubDataset, Field(discriminator="kind")]
+
+
+def parse(
+    text: str, *, resize: int | None = None, split: str = "train"
+) -> Digits | ImageFolder | File | HubDataset:
+    """What a user names on the command line: digits, an .npz, a folder, or a Hugging Face data set."""
+    path = Path(text).expanduser()
+    if text == "digits":
+        return Digits(kind="digits")
+    if path.suffix.lower() == ".npz" or path.suffix.lower() in PICKLES:
+        return File(path=path)
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if path.is_dir() and not saved:
+        return ImageFolder(path=path, resize=resize)
+    if path.exists() and not saved:
+        raise UserError(f"{text} is no .npz, folder or data set; give one of these, or digits")
+    if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
+        raise UserError(f"{text} is not there; give digits, an .npz, a folder, or a data set (owner/name)")
+    if resize is None:
+        raise UserError(f"data set {text} needs a size to bring its images to; say --resize")
+    return HubDataset(kind="datasets", path=text, size=resize, split=split)
+
+
+def images_of(spec: Digits | ImageFolder | File | Folder | HubDataset) -> Source:
+    """Opens it. Raises UserError for fewer than 2 images and for what cannot be read."""
+    if isinstance(spec, ImageFolder):
+        source: Source = FolderSource(spec.path, spec.resize)
+    elif isinstance(spec, File):
+        source = ArraySource(spec.path, read_npz(spec.path))
+    else:
+        source = DataSource(spec.load())
+    if len(source) < 2:
+        raise UserError(f"{source.name} holds {len(source)} image; a covariance needs at least 2")
+    return source
+
+
+class DataSource:
+    """Images in memory, as training reads them."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.name, self.labels = images.name, images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.images.uint8(slice(start, stop)).permute(0, 2, 3, 1)
+
+
+class ArraySource:
+    """The images of an .npz, as ADM and `diffkd sample` write it."""
+
+    def __init__(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        self.name = str(path)
+        if "arr_0" not in arrays:
+            raise UserError(f"{path} holds no images (arr_0); it has {', '.join(arrays) or 'nothing'}")
+        images = arrays["arr_0"]
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            raise UserError(f"{path} has images with NaN or infinite values; find out where they come from")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+            raise UserError(
+                f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
+                "images are uint8 of shape (N, H, W, 1 or 3)"
+            )
+        labels = arrays.get("arr_1", arrays.get("labels"))
+        whole = labels is not None and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        self.labels = torch.from_numpy(labels.astype(np.int64)) if labels is not None and whole else None
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self.images[start:stop])
+
+
+class FolderSource:
+    """A folder of images, always read as RGB, turned upright. All of one size, or resized to one."""
+
+    def __init__(self, root: Path, resize: int | None) -> None:
+        self.name, self.resize = str(root), resize
+        self.paths = sorted(image_files(root))
+        if not self.paths:
+            raise UserError(
+                f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
+            )
+        self.labels = self._labels(root)
+        self.pool = ThreadPoolExecutor(WORKERS)
+        sizes: dict[tuple[int, int], Path] = {}
+        for path, size in zip(self.paths, self.pool.map(_size, self.paths), strict=True):
+            sizes.setdefault(size, path)
+        if len(sizes) > 1 and resize is None:
+            (one, path), (two, other) = list(sizes.items())[:2]
+            raise UserError(
+                f"{root} holds images of different sizes ({path.name} is {one[0]}x{one[1]}, {other.name} "
+                f"{two[0]}x{two[1]}); say --resize to bring them to one"
+            )
+
+    def _labels(self, root: Path) -> Tensor | None:
+        """The subfolder of each image, where every image is in one."""
+        parents = [path.relative_to(root).parts[:-1] for path in self.paths]
+        if not all(parents):
+            return None
+        number = {name: i for i, name in enumerate(sorted({parts[0] for parts in parents}))}
+        return torch.tensor([number[parts[0]] for parts in parents])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(np.stack(list(self.pool.map(self._one, self.paths[start:stop]))))
+
+    def _one(self, path: Path) -> np.ndarray:
+        with _opened(path) as image:
+            try:
+                image.load()
+            except Exception as error:  # Pillow raises many kinds for a broken file
+                raise _unreadable(path, error) from error
+            upright = plain(ImageOps.exif_transpose(image), 3)
+        if self.resize is not None and upright.size != (self.resize, self.resize):
+            upright = ImageOps.fit(upright, (self.resize, self.resize), Image.Resampling.BICUBIC)
+        return np.asarray(upright)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height when upright, from the header alone."""
+    with _opened(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"image {path} cannot be read ({error}); repair it, or take it out")
+
+
+def batches(
+    source: Source, count: int, size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first, (B, H, W, C) uint8) of each batch that falls to this process; the next one is read
+    while one is worked on."""
+    starts = list(range(rank * size, count, world * size))
+    with ThreadPoolExecutor(1) as ahead:
+        waiting: Any = None
+        for start, after in zip(starts, [*starts[1:], None], strict=True):
+            batch = waiting.result() if waiting else source.read(start, min(start + size, count))
+            waiting = None if after is None else ahead.submit(source.read, after, min(after + size, count))
+            yield start, batch

@@ -1,0 +1,211 @@
+"""Mean and covariance of features: gathered in one pass, merged, written to and read from .npz."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from diffkd.base import UserError
+from diffkd.metrics.frechet import Gaussian, checked, gaussian
+from diffkd.runs import new_file
+
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+
+
+class _Features(nn.Module):
+    """Stands in the metric's place for a network: what it is given are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class Statistics:
+    """Mean and covariance of features, the two things that FID compares.
+
+    mu: (d,), sigma: (d, d) with divisor N - 1, float64 tensors. num_samples: N, None where a file does not
+    say. The sums are those of torchmetrics' FID metric, in float64, of features minus the mean of the first
+    batch: they do not cancel, however far from the origin the features are.
+    """
+
+    def __init__(self, num_features: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.num_samples: int | None = 0
+        self._shift = torch.zeros(num_features or 0, dtype=torch.float64, device=device)
+        self._sums = _sums(self._shift)
+
+    @classmethod
+    def of(
+        cls, mu: Any, sigma: Any, num_samples: int | None = None, name: str = "the statistics"
+    ) -> Statistics:
+        """From a mean and a covariance that are known. name: what an error calls them."""
+        mu, sigma = checked(mu, sigma, name)
+        made = cls()
+        made._set(mu, sigma * ((num_samples or 2) - 1), num_samples)
+        return made
+
+    def update(self, features: Tensor) -> None:
+        """Adds features (B, d)."""
+        if features.ndim != 2:
+            raise UserError(
+                f"features of shape {tuple(features.shape)} cannot be taken; give (batch, features)"
+            )
+        if self.num_samples is None:
+            raise UserError("statistics of an unknown number of samples cannot take more of them")
+        if len(features) == 0:
+            return
+        features = features.detach().double()
+        if self.num_samples == 0:
+            self._shift = features.mean(0)
+            self._sums = _sums(self._shift)
+        if features.shape[1] != self.num_features:
+            raise UserError(
+                f"{features.shape[1]} features do not fit the {self.num_features} of the ones before"
+            )
+        self._sums.update(features - self._shift, real=True)
+        self.num_samples += len(features)
+
+    def merge(self, other: Statistics) -> None:
+        """Adds the samples of `other`."""
+        if self.num_samples is None or other.num_samples is None:
+            raise UserError("statistics of an unknown number of samples cannot be merged")
+        if other.num_samples == 0:
+            return
+        if self.num_samples == 0:
+            self._set(other.mu, other._scatter(other.mu), other.num_samples)
+            return
+        if self.num_features != other.num_features:
+            raise UserError(
+                f"statistics of {self.num_features} and {other.num_features} features do not merge"
+            )
+        count = self.num_samples + other.num_samples
+        mu = self.mu + (other.mu - self.mu) * (other.num_samples / count)
+        self._set(mu, self._scatter(mu) + other._scatter(mu), count)
+
+    def merge_across(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Adds up all processes, each of which must call it, with samples or without.
+
+        add: the sum of a tensor over processes.
+        """
+        assert self.num_samples is not None and self.num_features
+        here = self.num_samples
+        count = int(add(torch.tensor(float(here), dtype=torch.float64, device=self._shift.device)))
+        if count == 0:
+            return
+        origin = (
+            add(self._shift * here) / count
+        )  # the same everywhere, and near the data: what is added is small
+        mean = self.mu if here else origin
+        mu = origin + add((mean - origin) * here) / count
+        self._set(mu, add(self._scatter(mu)), count)
+
+    @property
+    def num_features(self) -> int:
+        return len(self._shift)
+
+    @property
+    def mu(self) -> Tensor:
+        if self.num_samples == 0:
+            raise UserError("statistics of no images have no mean; give at least 2 images")
+        return self._shift + self._sums.real_features_sum / self._sums.real_features_num_samples
+
+    @property
+    def sigma(self) -> Tensor:
+        if self.num_samples is not None and self.num_samples < 2:
+            raise UserError(f"a covariance needs at least 2 images, and there are {self.num_samples}")
+        return self._scatter(self.mu) / (self._sums.real_features_num_samples - 1)
+
+    def gaussian(self, name: str = "the statistics") -> Gaussian:
+        return gaussian(self.mu, self.sigma, name)
+
+    def _scatter(self, centre: Tensor) -> Tensor:
+        """Sum of (x - centre)(x - centre)ᵀ over the samples, of which there may be none."""
+        count = self._sums.real_features_num_samples
+        if count == 0:
+            return self._sums.real_features_cov_sum
+        mean = self._sums.real_features_sum / count
+        about_mean = self._sums.real_features_cov_sum - count * torch.outer(mean, mean)
+        return about_mean + count * torch.outer(self._shift + mean - centre, self._shift + mean - centre)
+
+    def _set(self, mu: Tensor, scatter: Tensor, num_samples: int | None) -> None:
+        self.num_samples, self._shift, self._sums = num_samples, mu, _sums(mu)
+        self._sums.real_features_cov_sum = scatter
+        self._sums.real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
+
+    def save(self, path: Path | str, **more: Any) -> None:
+        """An .npz of mu and sigma (float64) as pytorch-fid, EDM, ADM and clean-fid read it.
+
+        more: arrays beside them, which those tools ignore; a mapping is kept as JSON.
+        """
+        arrays: dict[str, Any] = {key: _array(value) for key, value in more.items() if value is not None}
+        if self.num_samples is not None:
+            arrays["num_samples"] = np.asarray(self.num_samples)
+        with new_file(_npz(path)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, mu=self.mu.cpu().numpy(), sigma=self.sigma.cpu().numpy(), **arrays)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Statistics:
+        """From any .npz with mu and sigma. Raises UserError for what is not one."""
+        arrays = read_npz(path)
+        missing = [key for key in ("mu", "sigma") if key not in arrays]
+        if missing:
+            raise UserError(
+                f"{path} has no {' and no '.join(missing)} (it has {', '.join(arrays) or 'nothing'}); "
+                "write one with diffkd stats"
+            )
+        count = arrays.get("num_samples")
+        if count is not None and (count.size != 1 or count.dtype.kind not in "iu" or int(count) < 2):
+            raise UserError(
+                f"{path}: num_samples is no whole number of at least 2; write it with diffkd stats"
+            )
+        return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count), str(path))
+
+
+def _sums(shift: Tensor) -> FrechetInceptionDistance:
+    metric = FrechetInceptionDistance(feature=_Features(len(shift)), sync_on_compute=False)
+    return metric.to(shift.device)
+
+
+def read_npz(path: Path | str) -> dict[str, np.ndarray]:
+    """Every array of an .npz. Raises UserError for what cannot be read without unpickling."""
+    path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened; where you trust it, convert it: "
+            "numpy.savez('ref.npz', mu=..., sigma=...) of what pickle.load gives"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is a single array; write an .npz with named ones (numpy.savez)")
+            return {key: file[key] for key in file.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; check the path, or write it with diffkd stats") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} cannot be read as an .npz of plain arrays ({reason}); write it again"
+        ) from error
+
+
+def _npz(path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"{path} is no name for statistics; end it in .npz")
+    return path
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, Mapping):
+        return np.asarray(json.dumps(value))
+    return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -1,0 +1,19 @@
+"""What identifies the weights of a network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and float32 values in the order of names: of the weights, whatever file they
+    came in. Counters of batches that batch normalisation keeps are no weights."""
+    total = hashlib.sha256()
+    for name in sorted(name for name in tensors if not name.endswith("num_batches_tracked")):
+        values = tensors[name].detach().float().cpu().contiguous()
+        total.update(f"{name} {tuple(values.shape)} ".encode())
+        total.update(values.numpy().tobytes())
+    return total.hexdigest()
