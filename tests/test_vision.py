@@ -84,7 +84,31 @@ def reference_input(batch: Tensor, size: int, mean: tuple[float, ...], std: tupl
         ]
         for image in batch.numpy()
     ]
-    pixels = np.clip(np.asarray(resized, dtype=np.float64), 0, 255) / 255
+    return normalised(np.clip(np.asarray(resized, dtype=np.float64), 0, 255), mean, std)
+
+
+def cubic_weights(size: int, length: int) -> np.ndarray:
+    """(size, length): the cubic convolution of Keys 1981 with a = -0.75 at half-pixel centres, no filter."""
+    a = -0.75
+    weights = np.zeros((size, length))
+    for i in range(size):
+        centre = (i + 0.5) * length / size - 0.5
+        for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            d = abs(centre - j)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            w = near if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[i, min(max(j, 0), length - 1)] += w
+    return weights
+
+
+def unfiltered_input(batch: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Bicubic without antialias or clipping, as CMMD's code resizes."""
+    rows, columns = cubic_weights(size, batch.shape[2]), cubic_weights(size, batch.shape[3])
+    return normalised(rows @ batch.double().numpy() @ columns.T, mean, std)
+
+
+def normalised(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    pixels = pixels / 255
     pixels = (pixels - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     return torch.from_numpy(pixels.astype(np.float32))
 
@@ -117,7 +141,7 @@ def test_dinov2_is_the_cls_token_after_the_last_norm(models: dict[type, Any], si
 def test_clip_is_the_projected_embedding_of_unit_norm(models: dict[type, Any], size: tuple[int, int]) -> None:
     batch = images(3, 3, *size)
     network = models[CLIP]
-    x = reference_input(batch, 56, *OPENAI)
+    x = unfiltered_input(batch, 56, *OPENAI)
     pooled = network.vision_model(pixel_values=x).pooler_output.double().numpy()
     embedding = pooled @ network.visual_projection.weight.double().numpy().T
     expected = embedding / np.sqrt((embedding**2).sum(1, keepdims=True))
@@ -211,11 +235,14 @@ def test_the_digest_sees_weights_that_change_places(
 
 
 def test_describe_is_all_that_a_protocol_records(models: dict[type, Any]) -> None:
-    for kind, name, size, count in ((DINOv2, "dinov2", 224, 32), (CLIP, "clip", 56, 24)):
+    for kind, name, size, count, how in (
+        (DINOv2, "dinov2", 224, 32, "clean"),
+        (CLIP, "clip", 56, 24, "bicubic"),
+    ):
         features = kind(models[kind].folder)
         found = features.describe()
         assert found == {
-            "name": name, "sha256": features.weights_sha256, "num_features": count, "resize": "clean",
+            "name": name, "sha256": features.weights_sha256, "num_features": count, "resize": how,
             "size": size, "weights": str(models[kind].folder),
         }  # fmt: skip
         assert json.loads(json.dumps(found)) == found

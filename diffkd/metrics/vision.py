@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.base import UserError
@@ -57,6 +58,7 @@ class VisionFeatures(nn.Module):
 
     num_features: int
     size: int
+    resize: str
     mean: Tensor
     std: Tensor
 
@@ -75,8 +77,12 @@ class VisionFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1 or 3, H, W) uint8 -> (B, num_features), in the dtype and on the device of the weights."""
-        x = resize(images.to(self.mean.device), self.size, "clean", dtype=self.mean.dtype)
-        return self.features((x.expand(-1, 3, -1, -1) / 255 - self.mean) / self.std)
+        x = self.resized(images.to(self.mean.device)).expand(-1, 3, -1, -1)
+        return self.features((x / 255 - self.mean) / self.std)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> (B, C, size, size) in 0..255, as the metric's authors do it."""
+        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, size, size), normalised -> (B, num_features)."""
@@ -100,7 +106,7 @@ class VisionFeatures(nn.Module):
             "name": self.kind.name,
             "sha256": self.weights_sha256,
             "num_features": self.num_features,
-            "resize": "clean",
+            "resize": self.resize,
             "size": self.size,
             "weights": self.weights,
         }
@@ -113,11 +119,15 @@ class DINOv2(VisionFeatures):
     weights: a folder or a hub id. Raises UserError where they cannot be had, or are not DINOv2's.
     """
 
+    resize = "clean"
     size = 224  # the paper's, whatever size the config says: position embeddings are interpolated
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__(DINOV2, weights)
         self.num_features = self.network.config.hidden_size
+
+    def resized(self, images: Tensor) -> Tensor:
+        return resize(images, self.size, "clean", dtype=self.mean.dtype)
 
     def features(self, x: Tensor) -> Tensor:
         cls: Tensor = self.network(pixel_values=x).last_hidden_state[:, 0]
@@ -126,15 +136,22 @@ class DINOv2(VisionFeatures):
 
 class CLIP(VisionFeatures):
     """The image embedding of CLIP (ViT-L/14 at 336x336) divided by its L2 norm, 768 features, for CMMD
-    (Jayasumana et al. 2024, "Rethinking FID: Towards a better evaluation metric for image generation").
+    (Jayasumana et al. 2024, "Rethinking FID: Towards a better evaluation metric for image generation"). Its
+    code resizes without a filter and without clipping; so does this.
 
     weights: a folder or a hub id. Raises UserError where they cannot be had, or are not CLIP's.
     """
+
+    resize = "bicubic"
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__(CLIP_VISION, weights)
         self.num_features = self.network.config.projection_dim
         self.size = self.network.config.image_size
+
+    def resized(self, images: Tensor) -> Tensor:
+        x = images.to(self.mean.dtype)
+        return F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False)
 
     def features(self, x: Tensor) -> Tensor:
         embedding: Tensor = self.network(pixel_values=x).image_embeds
