@@ -5,7 +5,12 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from diffkd.metrics.records import seconds_per_image
+from diffkd.runs import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,3 +55,39 @@ def svg(figure: Figure, label: str) -> str:
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID.
+
+    A line for each model with several step counts, and one for all models with one.
+    """
+    rows = [r for r in found if r.get("fid", 0) > 0 and r.get("nfe")]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    names = [r["model"] for r in rows]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["model"] if names.count(row["model"]) > 1 else "one step count each", []).append(
+            row
+        )
+    drawn = []
+    for name, label, of in (
+        ("fid-nfe", "network evaluations", lambda r: r["nfe"]),
+        ("fid-seconds", "seconds per image", seconds_per_image),
+    ):
+        if not rows:
+            break
+        figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+        plot = figure.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="FID")
+        plot.grid(linewidth=0.4)
+        for title, of_line in lines.items():
+            points = sorted((of(r), r["fid"]) for r in of_line)
+            plot.plot(*zip(*points, strict=True), marker="o", markersize=4, label=title)
+        plot.legend(frameon=False)
+        with new_file(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png")
+        drawn.append(folder / f"{name}.png")
+    return drawn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,13 @@ def _job(name: str, path: Path, overrides: list[str] | None, dry_run: bool) -> N
     from diffkd import config, jobs
 
     _quiet_libraries()
-    if name == "train":
+    work: Callable[[], object]
+    if name == "benchmark":
+        from diffkd import benchmarking
+
+        measuring = config.load(path, config.Benchmark, overrides or ())
+        shown, work = config.resolved(measuring), lambda: benchmarking.run(measuring, Console())
+    elif name == "train":
         teaching = config.load(path, config.Train, overrides or ())
         shown, work = config.resolved(teaching), lambda: jobs.train(teaching, Console())
     else:
@@ -171,7 +178,7 @@ def evaluate(
     """Measure a model or images: FID and friends, each number with its whole protocol."""
     from rich.console import Console
 
-    from diffkd import evaluating
+    from diffkd import evaluating, subjects
     from diffkd.base import UserError
 
     _quiet_libraries()
@@ -182,7 +189,7 @@ def evaluate(
     if target is None or reference is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
     compared = evaluating.reference_of(reference, resize=resize, split=split)
-    subject = evaluating.Subject(
+    subject = subjects.Subject(
         target, steps=evaluating.parse_steps(steps), guidance=guidance, stock=sampler == "stock",
         resize=resize, teacher=teacher, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
         null_label=null_label,
@@ -206,9 +213,9 @@ def compare(
     """Two records side by side; where their protocols differ, what differs (exit status 1)."""
     from rich.console import Console
 
-    from diffkd import evaluating
+    from diffkd import tables
 
-    return 0 if evaluating.compare(one, two, Console()) else 1
+    return 0 if tables.compare(one, two, Console()) else 1
 
 
 @app.command()
@@ -231,14 +238,20 @@ def stats(
     """Compute reference statistics of images once, in the format that other FID tools read."""
     from rich.console import Console
 
-    from diffkd import evaluating
+    from diffkd import stats as statistics
 
     _quiet_libraries()
-    evaluating.stats(
+    statistics.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
         dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
         overwrite=overwrite,
     )  # fmt: skip
+
+
+@app.command()
+def benchmark(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Measure models x steps x metrics into one table. The same command goes on where it stopped."""
+    _job("benchmark", config, overrides, dry_run)
 
 
 @app.command()

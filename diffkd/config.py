@@ -1,4 +1,4 @@
-"""Strict YAML into typed objects: the configs of `diffkd train` and `diffkd distill`."""
+"""Strict YAML into typed objects: the configs of `diffkd train`, `diffkd distill` and `diffkd benchmark`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from diffkd import method as methods
-from diffkd.base import Strict, UserError
+from diffkd.base import Positive, Strict, UserError
 from diffkd.data import Data
 from diffkd.engine import Training
 from diffkd.method import Method
@@ -117,7 +117,47 @@ class Distill(Strict):
     pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
 
 
-Config = TypeVar("Config", Train, Distill)
+class Measured(Strict):
+    """One model of a benchmark, or the teacher that the others are compared with."""
+
+    path: str = Field(description="a diffusers pipeline, folder or hub id")
+    name: str | None = Field(None, description="in the table; default the last part of the path")
+    steps: list[Positive] = Field([], description="step counts; default a student's own")
+    guidance: float = Field(1.0, ge=0, description="guidance weight; 1 is none")
+    null_label: int | None = Field(
+        None, ge=0, description="the label that means no class, where a pipeline has one"
+    )
+    stock: bool = Field(False, description="drawn by the pipeline's own code and scheduler")
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.path).name
+
+
+class Benchmark(Strict):
+    """`diffkd benchmark`: models x steps x metrics, in one table."""
+
+    out: Path = Field(description="the run's folder")
+    models: list[Measured] = Field(min_length=1, description="what is measured")
+    teacher: Measured | None = Field(None, description="what agreement is with")
+    evaluation: Evaluation = Field(description="how; it has to name a reference")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Benchmark:
+        if self.evaluation.reference is None:
+            raise ValueError(
+                "config key evaluation.reference is missing; name what to compare with, such as digits"
+            )
+        rows = [(model.title, steps) for model in self.models for steps in model.steps or [0]]
+        for row in rows:
+            if rows.count(row) > 1:
+                raise ValueError(f"models name {row[0]} twice with the same steps; give one another name")
+        if "agreement" in self.evaluation.metrics and self.teacher is None:
+            raise ValueError("config key teacher is missing, which the metric agreement is with; name it")
+        return self
+
+
+Config = TypeVar("Config", Train, Distill, Benchmark)
 
 
 def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Config:
@@ -144,7 +184,7 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         raise UserError(one_line(error, kind)) from error
 
 
-def resolved(config: Train | Distill) -> dict[str, Any]:
+def resolved(config: Train | Distill | Benchmark) -> dict[str, Any]:
     """The config as plain data, every default written out; the run folder keeps it."""
     content = config.model_dump(mode="json")
     if isinstance(config, Distill):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +11,19 @@ import torch
 from filelock import Timeout
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from diffkd import cards, models
+from diffkd import cards, models, tables
 from diffkd.base import UserError
 from diffkd.config import one_line
-from diffkd.denoiser import Denoiser
-from diffkd.generation import generate_stock
-from diffkd.metrics import features, records, sources
-from diffkd.metrics.collect import Collector, Pixels
-from diffkd.metrics.evaluation import Evaluation, Evaluator, Target, identity, images_target, model_target
+from diffkd.metrics import records, sources
+from diffkd.metrics.evaluation import Evaluation, Evaluator, Target
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
 from diffkd.progress import bar
-from diffkd.runs import append_json, commit, differences, versions, write_json
+from diffkd.runs import append_json, differences, write_json
 from diffkd.sampling import parse_classes
-
-TEACHER_STEPS = 64  # of the teacher that a student is compared with image by image
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: its name, and for a model the step counts and the guidance it is drawn with."""
-
-    path: str
-    steps: tuple[int, ...] = ()
-    guidance: float = 1.0
-    stock: bool = False  # drawn by the pipeline's own code
-    resize: int | None = None  # of a folder of images
-    teacher: str | None = None
-    teacher_steps: int = TEACHER_STEPS
-    teacher_guidance: float = 1.0
-    null_label: int | None = None
-
-
-def is_model(path: str) -> bool:
-    """Whether it is a pipeline: a folder with a model_index.json, or what only a hub can have."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        return (place / "model_index.json").is_file()
-    return (
-        not place.exists()
-        and path.count("/") == 1
-        and not path.startswith((".", "/", "~"))
-        and not place.suffix
-    )
+from diffkd.subjects import TEACHER_STEPS, Subject, is_model, opened, teacher_of
 
 
 class Work:
@@ -67,6 +32,7 @@ class Work:
     def __init__(self, console: Console, device: str | None = None) -> None:
         self.console = console
         self.processes = Processes(device)
+        self.teachers: dict[Any, Target | None] = {}  # the last one, which may hold its images
 
     def say(self, text: str) -> None:
         if self.processes.main:
@@ -86,103 +52,24 @@ class Work:
         with bar(self.console, "reference", reference.count or 0, shown=self.processes.main) as advance:
             return Evaluator(how, reference, self.processes, self.counted(advance))
 
-    def measure(self, evaluator: Evaluator, subject: Subject) -> Iterator[Record]:
-        """A record for each of the subject's step counts, or of its images."""
-        for title, target, teacher, where in self._targets(evaluator, subject):
+    def measure(self, evaluator: Evaluator, subject: Subject, *, warm_up: bool = False) -> Iterator[Record]:
+        """A record for each of the subject's step counts, or of its images.
+
+        warm_up: draws a batch before, so that the first one's cost is not in "seconds".
+        """
+        place = self.processes.rank, self.processes.world
+        given = subject, evaluator.how, evaluator.reference, self.processes.device
+        key = subject.teacher, subject.teacher_steps, subject.teacher_guidance, subject.null_label
+        for title, target, where, parameters in opened(*given):
+            if key not in self.teachers:
+                self.teachers = {key: teacher_of(*given)}
+            if warm_up:
+                next(target.batches(*place), None)
             with bar(self.console, title, target.count, shown=self.processes.main) as advance:
-                found = evaluator(target, teacher=teacher, on_images=self.counted(advance))
+                found = evaluator(target, teacher=self.teachers[key], on_images=self.counted(advance))
             found["protocol"]["target"] = where
-            yield {"model": Path(subject.path).name or subject.path, "role": "evaluated", **found}
-
-    def _targets(
-        self, evaluator: Evaluator, subject: Subject
-    ) -> Iterator[tuple[str, Target, Target | None, dict[str, Any]]]:
-        how, reference = evaluator.how, evaluator.reference
-        place = Path(subject.path).expanduser()
-        path = str(place.resolve()) if place.exists() else subject.path
-        if not is_model(subject.path):
-            if subject.steps or subject.teacher or subject.guidance != 1:
-                raise UserError(
-                    f"{subject.path} is a set of images: steps, guidance and teacher are for models"
-                )
-            spec = sources.parse(subject.path, resize=subject.resize)
-            target = images_target(sources.images_of(spec), how.samples, how.batch_size)
-            yield (
-                subject.path,
-                target,
-                None,
-                {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")},
-            )
-            return
-        if subject.stock:
-            pipeline = self._pipeline(subject.path)
-            where = {"kind": "stock", "path": path}
-            for steps in subject.steps or (None,):
-                yield f"{steps or ''} steps", self._stock_target(pipeline, evaluator, steps), None, where
-            return
-        denoiser = self._load(subject.path, subject.null_label)
-        where = identity(denoiser, subject.path, subject.null_label)
-        teaching = self._load(subject.teacher, None) if subject.teacher else None
-        for steps in subject.steps or self._own_steps(denoiser, subject.path):
-            teacher = None
-            if teaching is not None and subject.teacher is not None:
-                teacher = model_target(
-                    teaching, how, reference, subject.teacher_steps, guidance=subject.teacher_guidance
-                )
-                teacher.protocol |= identity(teaching, subject.teacher)
-            target = model_target(denoiser, how, reference, steps, guidance=subject.guidance)
-            yield f"{steps} steps", target, teacher, where
-
-    def _load(self, path: str, null_label: int | None) -> Denoiser:
-        denoiser = models.load(path, device=self.processes.device)
-        if null_label is not None:
-            models.name_null_label(denoiser, null_label)
-        return denoiser
-
-    def _own_steps(self, denoiser: Denoiser, path: str) -> tuple[int]:
-        if denoiser.steps is None:
-            raise UserError(f"{path} has no step count of its own (it is no student); say --steps")
-        return (denoiser.steps,)
-
-    def _pipeline(self, path: str) -> Any:
-        from diffusers import DiffusionPipeline
-
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} cannot be opened as a diffusers pipeline ({reason})") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.processes.device)
-
-    def _stock_target(self, pipeline: Any, evaluator: Evaluator, steps: int | None) -> Target:
-        how, reference = evaluator.how, evaluator.reference
-        count = how.samples or reference.count or features.USUAL
-        network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        sizes = getattr(network, "config", {})
-        classes = sizes.get("num_class_embeds") or sizes.get("num_embeds_ada_norm")
-        given: Any = how.labels if isinstance(how.labels, list) else None
-        if how.labels == "data":
-            given = reference.labels
-        labels = None
-        if classes:
-            every = given if given is not None else range(classes)
-            labels = torch.as_tensor([int(label) for label in every])[torch.arange(count) % len(every)]
-
-        def drawn(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
-            images = generate_stock(
-                pipeline, count, steps=steps, seed=how.seed, labels=labels, batch_size=how.batch_size,
-                share=(rank, world),
-            )  # fmt: skip
-            for number, batch in enumerate(images):
-                yield (rank + number * world) * how.batch_size, batch
-
-        kind = None if labels is None else "balanced" if given is None else how.labels
-        made = {"steps": steps} if steps else {}
-        return Target(count, drawn, {
-            **made, "sampler": "stock", "scheduler": type(pipeline.scheduler).__name__, "labels": kind,
-            "seed": how.seed, "dtype": str(pipeline.dtype).removeprefix("torch."),
-        })  # fmt: skip
+            known = {} if parameters is None else {"parameters": parameters}
+            yield {"model": Path(subject.path).name or subject.path, "role": "evaluated", **known, **found}
 
 
 def reference_of(text: str, *, resize: int | None = None, split: str = "train") -> Reference:
@@ -224,28 +111,12 @@ def evaluate(
     if as_json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return found
-    console.print(table(found, f"{subject.path} against {reference.name}"))
+    console.print(tables.table(found, f"{subject.path} against {reference.name}"))
     for line in notes(evaluator, found):
         work.say(line)
     if out is not None:
         work.say(f"records: {out}")
     return found
-
-
-def table(found: Sequence[Record], title: str) -> Table:
-    """A column for each record, a row for each number. They share a protocol but for the steps."""
-    shown = Table(title=title)
-    shown.add_column("steps" if "steps" in found[0] else "")
-    for record in found:
-        shown.add_column(str(record.get("steps", "")), justify="right")
-    values = [records.shown(record) for record in found]
-    for name in values[0]:
-        shown.add_row(name, *(value[name] for value in values))
-    if "nfe" in found[0]:
-        shown.add_row("network evaluations", *(str(record["nfe"]) for record in found))
-        rates = (r["protocol"]["samples"] / r["seconds"] / r["protocol"]["processes"] for r in found)
-        shown.add_row("images/s of a process", *(f"{rate:.0f}" for rate in rates))
-    return shown
 
 
 def notes(evaluator: Evaluator, found: Sequence[Record]) -> list[str]:
@@ -342,81 +213,6 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
 def _differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = ("versions", "commit", "device", "threads", "processes", "batch_size", "dtype")
     return differences({k: before.get(k) for k in keys}, {k: now.get(k) for k in keys})
-
-
-def compare(one: Path, two: Path, console: Console) -> bool:
-    """Two records side by side; or, where their protocols differ, what differs instead of any number."""
-    first, second = records.load(one), records.load(two)
-    for a in first:
-        for b in second:
-            differ = records.mismatch(a, b)
-            if differ:
-                lines = [f"{one} and {two} cannot be compared:", *(f"  {line}" for line in differ)]
-                for line in lines:
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
-                return False
-    shown = Table(title="the same protocol")
-    shown.add_column("")
-    found = [(path, record) for path, group in ((one, first), (two, second)) for record in group]
-    for path, record in found:
-        steps = f", {record['steps']} steps" if "steps" in record else ""
-        shown.add_column(f"{path}: {record['model']}{steps}", justify="right")
-    values = [records.shown(record) for _, record in found]
-    for name in dict.fromkeys(name for value in values for name in value):
-        shown.add_row(name, *(value.get(name, "") for value in values))
-    console.print(shown)
-    return True
-
-
-def stats(
-    text: str,
-    out: Path,
-    console: Console,
-    *,
-    features_name: str | None = None,
-    weights: str | None = None,
-    feature_resize: Any = None,
-    dtype: str | None = None,
-    resize: int | None = None,
-    split: str = "train",
-    store: bool = False,
-    batch_size: int = 64,
-    device: str | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes the statistics of a set of images, with their protocol, to an .npz."""
-    if out.suffix != ".npz":
-        raise UserError(f"--out {out} is no name for statistics; end it in .npz")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} is there already; use another --out, or --overwrite")
-    if is_model(text) and Path(text).is_dir():
-        raise UserError(f"{text} is a model; give images (diffkd sample draws them)")
-    spec = sources.parse(text, resize=resize, split=split)
-    source = sources.images_of(spec)
-    name = features_name or ("digits" if source.name == "digits" else "inception")
-    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
-    work = Work(console, device)
-    collector = Collector(network.to(work.processes.device), len(source), work.processes.device, store=store)
-    pixels = Pixels(len(source))
-    with bar(console, f"{name} features of {source.name}", len(source), shown=work.processes.main) as advance:
-        counted = work.counted(advance)
-        place = work.processes.rank, work.processes.world
-        for first, images in sources.batches(source, len(source), batch_size, *place):
-            pixels.update(first, images)
-            collector.update(first, images.to(work.processes.device))
-            counted(len(images))
-    collector.merge_across(work.processes.add)
-    protocol = {
-        "features": features.describe(name, network), "samples": len(source), "name": source.name,
-        "spec": spec.model_dump(mode="json"), "sha256": pixels.sha256(work.processes.add),
-        "versions": versions(), "commit": commit(),
-    }  # fmt: skip
-    if work.processes.main:
-        collector.statistics.save(
-            out, protocol=protocol, labels=source.labels, features=collector.features if store else None
-        )
-    work.say(f"{len(source):,} images, {name} features: {out}")
-    return out
 
 
 def parse_steps(text: str | None) -> tuple[int, ...]:

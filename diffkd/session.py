@@ -23,7 +23,7 @@ from diffkd.engine import Interrupted, run_stage
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import Evaluation, Evaluator, Target, identity, model_target
+from diffkd.metrics.evaluation import Evaluation, Evaluator, Target, identity, model_target, remembered
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import DataSource
@@ -96,6 +96,7 @@ class Session:
         )
         self.source = ""  # where it is
         self._evaluator: Evaluator | None = None
+        self._teacher: Target | None = None
 
     def run_stage(self, method: Method, stage: Stage, nets: dict[str, Any], index: int) -> None:
         with self._bar(stage.name, stage.updates) as advance:
@@ -167,11 +168,14 @@ class Session:
         """The teacher at its most steps, where students are compared with it image by image."""
         if "agreement" not in how.metrics or self.teacher is None or self._evaluator is None:
             return None
+        if self._teacher is not None:
+            return self._teacher
         denoiser, guidance = self.teacher
         steps = max(self.teacher_steps(denoiser))
         target = model_target(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
         target.protocol |= self._identity(denoiser, None)
-        return target
+        self._teacher = remembered(target)
+        return self._teacher
 
     def _counted(self, advance: Callable[[int, str], None]) -> Callable[[int], None]:
         """Moves a bar on by so many images, and stops where a stop was asked for."""

@@ -14,10 +14,11 @@ import yaml
 import diffkd
 from diffkd import config
 from diffkd.base import Strict, UserError
-from diffkd.config import Distill, Train, load, resolved
+from diffkd.config import Benchmark, Distill, Train, load, resolved
 from diffkd.data import Digits, Folder, HubDataset
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
+from diffkd.metrics.sources import parse
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -28,8 +29,16 @@ DISTILL = (
 )
 
 
-def kind_of(path: Path) -> type[Train] | type[Distill]:
-    return Distill if "teacher" in yaml.safe_load(path.read_text(encoding="utf-8")) else Train
+KINDS = {"train": Train, "distill": Distill, "benchmark": Benchmark}
+
+
+def command_of(path: Path) -> str:
+    keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    return "benchmark" if "models" in keys else "distill" if "teacher" in keys else "train"
+
+
+def kind_of(path: Path) -> Any:
+    return KINDS[command_of(path)]
 
 
 def written(tmp_path: Path, content: str | dict[str, Any], name: str = "c.yaml") -> Path:
@@ -50,16 +59,17 @@ def distill(tmp_path: Path, *overrides: str, content: str = DISTILL) -> Distill:
 
 
 def test_there_are_configs():
-    assert {kind_of(path) for path in FILES} == {Train, Distill}
+    assert {kind_of(path) for path in FILES} == {Train, Distill, Benchmark}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_a_config_is_one_of_the_two_kinds_and_resolves_to_itself(path, tmp_path):
-    kind, other = (Train, Distill) if kind_of(path) is Train else (Distill, Train)
+def test_a_config_is_of_one_kind_and_resolves_to_itself(path, tmp_path):
+    kind = kind_of(path)
     once = resolved(load(path, kind))
     assert resolved(load(written(tmp_path, once), kind)) == once
-    with pytest.raises(UserError):
-        load(path, other)
+    for other in {Train, Distill, Benchmark} - {kind}:
+        with pytest.raises(UserError):
+            load(path, other)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -75,6 +85,8 @@ def test_what_a_config_says_is_what_is_read(path):
             assert len(said) == len(read), where
             for i, value in enumerate(said):
                 check(value, read[i], f"{where}.{i}" if where != ".method" else "")
+        elif where == ".evaluation.reference":
+            assert read == parse(said).model_dump(mode="json")
         else:
             assert read == said, where
 
@@ -96,13 +108,18 @@ def test_a_teacher_to_be_trained_has_a_config(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_dry_run_prints_a_config_that_reads_the_same(path, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = "distill" if kind_of(path) is Distill else "train"
+    command = command_of(path)
     overrides = ["seed=7", "training.batch_size=32", "evaluation=null"]
+    if command == "benchmark":
+        overrides = ["evaluation.seed=7"]
     code, out, err = cli(command, path, *overrides, "--dry-run")
     assert (code, err) == (0, "") and list(tmp_path.iterdir()) == []
     again = resolved(load(written(tmp_path, out), kind_of(path)))
     assert again == resolved(load(path, kind_of(path), overrides))
-    assert again["seed"] == 7 and again["training"]["batch_size"] == 32 and again["evaluation"] is None
+    if command == "benchmark":
+        assert again["evaluation"]["seed"] == 7
+    else:
+        assert again["seed"] == 7 and again["training"]["batch_size"] == 32 and again["evaluation"] is None
 
 
 def test_a_dry_run_by_a_relative_path_still_finds_the_teacher(tmp_path, cli, monkeypatch):

@@ -15,7 +15,7 @@ ROOT = Path(diffkd.__file__).parent
 ORDER = [
     "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method", "methods",
     "runs", "engine", "generation", "metrics", "cards", "pictures", "charts", "report", "config", "progress",
-    "sampling", "evaluating", "session", "jobs", "cli",
+    "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",

@@ -19,16 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffkd.base import UserError
-from diffkd.metrics import inception
-from diffkd.metrics.inception import (
-    NAMES,
-    URL,
-    VARIABLE,
-    InceptionV3,
-    find_weights,
-    random_weights,
-    read_weights,
-)
+from diffkd.metrics import inception, inception_weights
+from diffkd.metrics.inception import InceptionV3, random_weights
+from diffkd.metrics.inception_weights import NAMES, URL, VARIABLE, find_weights, read_weights
 from diffkd.metrics.resize import RESIZES, resize
 
 # The published layout: name, outputs and kernel (rows x columns) of every convolution.
@@ -409,7 +402,7 @@ def files(state, tmp_path_factory) -> Iterator[Path]:
 
 def trust(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """As if this file were the published one."""
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(inception_weights, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
 
 
 def test_every_kind_of_file_gives_the_same(state, net, files, monkeypatch):
@@ -498,7 +491,7 @@ def test_the_download(places, monkeypatch):
     find_weights()
     find_weights()
     assert asked == [
-        (URL, str(places / NAMES[0]), inception.SHA256, False)
+        (URL, str(places / NAMES[0]), inception_weights.SHA256, False)
     ]  # once, and no bar: stderr is captured
 
 

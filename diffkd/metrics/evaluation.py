@@ -30,6 +30,7 @@ from diffkd.metrics.weights import digest
 from diffkd.runs import commit, versions
 
 MetricName = Literal["fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "agreement"]
+REMEMBERED = 1 << 30  # bytes of a teacher's images
 MAIN, DINO, CLIP = (
     "main",
     "dinov2",
@@ -119,6 +120,27 @@ def model_target(
         "sampler": how.sampler, "guidance": guidance, "labels": chosen, "seed": how.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
     })  # fmt: skip
+
+
+def remembered(target: Target) -> Target:
+    """The same, drawn once and kept, unless it is more than REMEMBERED: a teacher that many students are
+    compared with."""
+    kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+
+    def batches(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
+        if (rank, world) in kept:
+            yield from kept[rank, world]
+            return
+        drawn: list[tuple[int, Tensor]] | None = []
+        for first, images in target.batches(rank, world):
+            if drawn is not None:
+                drawn.append((first, images))
+                drawn = None if sum(len(x) for _, x in drawn) * images[0].numel() > REMEMBERED else drawn
+            yield first, images
+        if drawn is not None:
+            kept[rank, world] = drawn
+
+    return Target(target.count, batches, target.protocol)
 
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:

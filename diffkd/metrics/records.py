@@ -45,6 +45,12 @@ def shown(record: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def seconds_per_image(record: Mapping[str, Any]) -> float:
+    """Of one process, drawing alone. "seconds" is of the main process, which draws its share."""
+    seconds: float = record["seconds"] * record["protocol"]["processes"] / record["protocol"]["samples"]
+    return seconds
+
+
 def mismatch(one: Record, two: Record) -> list[str]:
     """Why the numbers of two records cannot be compared, each as "key was x, now y"; [] where they can."""
     a, b = one["protocol"], two["protocol"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from diffkd.base import Strict, UserError
@@ -51,9 +51,6 @@ class File(Strict):
     path: Path = Field(description="the file")
 
 
-Spec = Annotated[Digits | ImageFolder | File | Folder | HubDataset, Field(discriminator="kind")]
-
-
 def parse(
     text: str, *, resize: int | None = None, split: str = "train"
 ) -> Digits | ImageFolder | File | HubDataset:
@@ -73,6 +70,15 @@ def parse(
     if resize is None:
         raise UserError(f"data set {text} needs a size to bring its images to; say --resize")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
+
+
+Spec = Annotated[
+    Digits | ImageFolder | File | Folder | HubDataset,
+    Field(discriminator="kind"),
+    BeforeValidator(
+        lambda given: parse(given) if isinstance(given, str) else given
+    ),  # as on the command line
+]
 
 
 def images_of(spec: Digits | ImageFolder | File | Folder | HubDataset) -> Source:

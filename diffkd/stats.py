@@ -1,0 +1,67 @@
+"""`diffkd stats`: the statistics of a set of images, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diffkd.base import UserError
+from diffkd.evaluating import Work
+from diffkd.metrics import features, sources
+from diffkd.metrics.collect import Collector, Pixels
+from diffkd.progress import bar
+from diffkd.runs import commit, versions
+from diffkd.subjects import is_model
+
+
+def stats(
+    text: str,
+    out: Path,
+    console: Console,
+    *,
+    features_name: str | None = None,
+    weights: str | None = None,
+    feature_resize: Any = None,
+    dtype: str | None = None,
+    resize: int | None = None,
+    split: str = "train",
+    store: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the statistics of a set of images, with their protocol, to an .npz."""
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out} is no name for statistics; end it in .npz")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already; use another --out, or --overwrite")
+    if is_model(text) and Path(text).is_dir():
+        raise UserError(f"{text} is a model; give images (diffkd sample draws them)")
+    spec = sources.parse(text, resize=resize, split=split)
+    source = sources.images_of(spec)
+    name = features_name or ("digits" if source.name == "digits" else "inception")
+    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
+    work = Work(console, device)
+    collector = Collector(network.to(work.processes.device), len(source), work.processes.device, store=store)
+    pixels = Pixels(len(source))
+    with bar(console, f"{name} features of {source.name}", len(source), shown=work.processes.main) as advance:
+        counted = work.counted(advance)
+        place = work.processes.rank, work.processes.world
+        for first, images in sources.batches(source, len(source), batch_size, *place):
+            pixels.update(first, images)
+            collector.update(first, images.to(work.processes.device))
+            counted(len(images))
+    collector.merge_across(work.processes.add)
+    protocol = {
+        "features": features.describe(name, network), "samples": len(source), "name": source.name,
+        "spec": spec.model_dump(mode="json"), "sha256": pixels.sha256(work.processes.add),
+        "versions": versions(), "commit": commit(),
+    }  # fmt: skip
+    if work.processes.main:
+        collector.statistics.save(
+            out, protocol=protocol, labels=source.labels, features=collector.features if store else None
+        )
+    work.say(f"{len(source):,} images, {name} features: {out}")
+    return out
