@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,7 @@ def run(settings: config.Benchmark, console: Console) -> Path:
         if work.processes.main:
             found: list[Record] = read_json(place, [])
             _write(settings.out, found)
-            console.print(_table(found))
+            _show(console, found)
             drawn = charts.tradeoffs(settings.out, found)
             work.say(f"table: {settings.out / 'benchmark.md'}")
             work.say(
@@ -87,14 +88,17 @@ def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["model", "steps", "nfe", *titles, "images/s", "parameters"], rows
 
 
-def _table(found: Sequence[Record]) -> Table:
+def _show(console: Console, found: Sequence[Record]) -> None:
+    """The table at its full width, without the spreads that benchmark.md has beside some numbers."""
     titles, rows = _cells(found)
-    shown = Table(title="benchmark")
+    shown = Table(title="benchmark", box=box.SIMPLE, padding=(0, 1))
     for title in titles:
-        shown.add_column(title, justify="left" if title == "model" else "right")
+        short = title.replace(" to teacher", "").replace("feature ", "")
+        shown.add_column(short, justify="left" if title == "model" else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        shown.add_row(*(cell.split(" ±")[0].split(" [")[0] for cell in row))
+    wide = console.measure(shown, options=console.options.update(max_width=1000)).maximum
+    Console(file=console.file, width=max(wide, console.width)).print(shown)
 
 
 def _write(folder: Path, found: Sequence[Record]) -> None:

@@ -70,9 +70,9 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
     names = [r["model"] for r in rows]
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(row["model"] if names.count(row["model"]) > 1 else "one step count each", []).append(
-            row
-        )
+        lines.setdefault(
+            row["model"] if names.count(row["model"]) > 1 else "models of one step count", []
+        ).append(row)
     drawn = []
     for name, label, of in (
         ("fid-nfe", "network evaluations", lambda r: r["nfe"]),
@@ -86,6 +86,8 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
         for title, of_line in lines.items():
             points = sorted((of(r), r["fid"]) for r in of_line)
             plot.plot(*zip(*points, strict=True), marker="o", markersize=4, label=title)
+        plot.xaxis.set_major_formatter("{x:g}")
+        plot.yaxis.set_major_formatter("{x:g}")
         plot.legend(frameon=False)
         with new_file(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
