@@ -153,7 +153,9 @@ def test_cmmd_beside_numpy_in_blocks(monkeypatch, n, m, d, options, block):
     x, y = unit(features(n, d, 1)), unit(features(m, d, 2) + 0.5)
     ours = cmmd(torch.from_numpy(x), torch.from_numpy(y), **options)
     assert ours == pytest.approx(biased(x, y, **options), rel=1e-9, abs=1e-10)
-    assert cmmd(torch.from_numpy(y), torch.from_numpy(x), **options) == pytest.approx(ours, rel=1e-9, abs=1e-10)
+    assert cmmd(torch.from_numpy(y), torch.from_numpy(x), **options) == pytest.approx(
+        ours, rel=1e-9, abs=1e-10
+    )
 
 
 def test_cmmd_of_equal_sets_and_of_two_points():

@@ -185,7 +185,9 @@ def test_means_that_lie_far_apart(gap):
 # over processes
 
 
-def in_processes(members: Sequence[object], call: Callable[[object, Callable[[Tensor], Tensor]], None]) -> None:
+def in_processes(
+    members: Sequence[object], call: Callable[[object, Callable[[Tensor], Tensor]], None]
+) -> None:
     """Runs call(member, add) for all of them at once, `add` being a sum over them, as all_reduce is.
 
     As in all_reduce, shapes and types must be the same everywhere, all must call it equally often, and the
@@ -221,7 +223,9 @@ def in_processes(members: Sequence[object], call: Callable[[object, Callable[[Te
         raise (genuine or failures)[0]
 
 
-@pytest.mark.parametrize("sizes", [[30], [30, 30], [1, 59], [0, 60], [60, 0], [0, 0, 2], [1, 1], [7, 0, 0, 13, 1, 40]])
+@pytest.mark.parametrize(
+    "sizes", [[30], [30, 30], [1, 59], [0, 60], [60, 0], [0, 0, 2], [1, 1], [7, 0, 0, 13, 1, 40]]
+)
 def test_over_processes(sizes):
     x = features(sum(sizes), 6)
     members = []
@@ -323,7 +327,11 @@ def test_a_file_is_what_pytorch_fid_reads(tmp_path):
     x = features(40, 7)
     protocol = {"features": {"name": "inception"}, "count": 40, "none": None}
     of(x).save(
-        str(tmp_path / "a.npz"), protocol=protocol, labels=torch.arange(40), features=x.astype(np.float32), gone=None
+        str(tmp_path / "a.npz"),
+        protocol=protocol,
+        labels=torch.arange(40),
+        features=x.astype(np.float32),
+        gone=None,
     )
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert set(file.files) == {"mu", "sigma", "num_samples", "protocol", "labels", "features"}
@@ -368,8 +376,8 @@ def test_adms_file(tmp_path):
     """Images, and statistics of two feature networks."""
     x = features(40, 7)
     path = write(
-        tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=x.mean(0), sigma=np.cov(x, rowvar=False),
-        mu_s=np.zeros(9), sigma_s=np.eye(9),
+        tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8),
+        mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=np.zeros(9), sigma_s=np.eye(9),
     )  # fmt: skip
     read = Statistics.load(path)
     assert read.num_samples is None and np.array_equal(read.mu, x.mean(0))

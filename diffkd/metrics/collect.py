@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffkd.metrics.inception_score import ScoreSums
 from diffkd.metrics.statistics import Statistics
 
+BATCH = 128  # images that a feature network takes at a time, whatever the sampler's batches are
 Add = Callable[[Tensor], Tensor]
 
 
@@ -56,8 +57,8 @@ class Collector:
     @torch.no_grad()
     def of(self, images: Tensor) -> Tensor:
         """Features (B, d) of images (B, H, W, C) uint8, which are not gathered."""
-        features: Tensor = self.network(images.permute(0, 3, 1, 2))
-        return features
+        parts = [self.network(part.permute(0, 3, 1, 2)) for part in images.split(BATCH)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stored(self) -> Tensor:
         assert self.features is not None

@@ -30,7 +30,7 @@ class DensityCoverage(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 to 3). real: (N, d), fake: (M, d).
+    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2). real: (N, d), fake: (M, d).
 
     The ball around a sample reaches to its k-th nearest neighbour in its own set.
     """
@@ -45,7 +45,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020, equations 3 and 5). real: (N, d), fake: (M, d)."""
+    """Density and coverage (Naeem et al. 2020). real: (N, d), fake: (M, d)."""
     real, fake = _prepared(real, fake, k)
     radii = _radii(real, k)
     balls = covered = 0

@@ -62,7 +62,7 @@ class Infinity(NamedTuple):
 def frechet_infinity(
     features: Tensor, reference: Gaussian, *, points: int = 15, smallest: float = 0.1, seed: int = 0
 ) -> Infinity:
-    """FD-infinity (Chong & Forsyth 2020, section 4): a line through the distance in 1 / N, at 1 / N = 0.
+    """FD-infinity (Chong & Forsyth 2020): a line through the distance in 1 / N, at 1 / N = 0.
 
     features: (N, d). Random subsets of `points` sizes, even between `smallest` N and N.
     """
@@ -99,7 +99,7 @@ def bootstrap(
     """An interval for the distance at this number of samples, by resampling the features (N, d).
 
     A resample holds fewer distinct samples, so its distance is larger: the deviations from the resamples'
-    mean are put around the distance of the sample itself (Efron & Tibshirani 1993, chapter 13).
+    mean are put around the distance of the sample itself (a bootstrap interval without bias).
     """
     value = distance(_of(features), reference)
     rng = torch.Generator().manual_seed(seed)
