@@ -25,7 +25,7 @@ def run(settings: config.Benchmark, console: Console) -> Path:
     folder = Run(settings.out, config.resolved(settings), owner=work.processes.main)
     try:
         if work.processes.main:
-            folder.describe(str(work.processes.device))
+            folder.describe(str(work.processes.device), work.processes.world)
         _measure(settings, work, place)
         if work.processes.main:
             found: list[Record] = read_json(place, [])

@@ -150,4 +150,6 @@ def _size(shape: tuple[int, int, int] | None) -> str:
 
 def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
     AcceleratorState._reset_state()  # a teacher's training before may have had another precision
-    return Accelerator(mixed_precision=settings.training.precision.replace("float32", "no"))
+    # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=settings.training.precision.replace("float32", "no"))

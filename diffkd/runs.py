@@ -177,7 +177,7 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
-    def describe(self, device: str) -> None:
+    def describe(self, device: str, processes: int = 1) -> None:
         """Writes environment.json, once."""
         if not (self.folder / "environment.json").exists():
             content = {
@@ -186,6 +186,7 @@ class Run:
                 "versions": versions(),
                 "platform": platform.platform(),
                 "device": device,
+                "processes": processes,
                 "cores": os.cpu_count(),
             }
             write_json(self.folder / "environment.json", content)

@@ -62,7 +62,7 @@ def held(
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     try:
         if accelerator.is_main_process:
-            run.describe(str(accelerator.device))
+            run.describe(str(accelerator.device), accelerator.num_processes)
         yield session
     finally:
         for number, handler in before.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -137,3 +139,19 @@ def image_folder() -> Callable[..., Path]:
         return parent / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launched() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """launched(2, *args): the `diffkd` command in so many processes that know of each other, on CPUs.
+
+    By torchrun, which `accelerate launch` calls for several GPUs; its own `--cpu` starts one process only.
+    """
+
+    def run(processes: int, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc_per_node", str(processes), "-m", "diffkd.cli", *map(str, args)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+    return run

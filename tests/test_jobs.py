@@ -180,43 +180,27 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli, how):
 
 
 @pytest.mark.slow
-def test_two_processes_are_two_micro_batches(here, cli):
-    """`accelerate launch` on two: the learning rate advances once per update, the weights are the same."""
+def test_two_processes_are_two_micro_batches(here, cli, launched):
+    """Two of them: the learning rate advances once per update, the weights are the same."""
     assert cli("train", "teacher.yaml", "evaluation=null").code == 0
     overrides = [
-        "evaluation=null",
+        "evaluation={samples: 10, batch_size: 4, teacher_steps: [8], metrics: [fid, agreement]}",
         "teacher={path: runs/teacher/teacher}",
         "training.micro_batches=2",
         "method.steps=[4,1]",
     ]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/one").code == 0
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_cpu_threads_per_process",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--num_machines",
-        "1",
-        "-m",
-        "diffkd.cli",
-        "distill",
-        "distill.yaml",
-        *overrides,
-        "out=runs/two",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "1"}
-    )
+    done = launched(2, "distill", "distill.yaml", *overrides, "out=runs/two")
     assert done.returncode == 0, done.stderr
+    processes = [
+        json.loads((here / f"runs/{n}/environment.json").read_text())["processes"] for n in ("one", "two")
+    ]
+    assert processes == [1, 2]
+    records = [json.loads((here / f"runs/{n}/metrics.json").read_text()) for n in ("one", "two")]
+    assert [r["protocol"]["processes"] for r in records[1]] == [2] * len(records[0])
+    for one, two in zip(*records, strict=True):
+        assert one["fid"] == pytest.approx(two["fid"], rel=1e-3)
+        assert (one["psnr"] is None) == (two["psnr"] is None)
     for name in ("4-steps", "1-steps"):
         one, two = network(here / f"runs/one/students/{name}"), network(here / f"runs/two/students/{name}")
         difference = max((one[k] - two[k]).abs().max().item() for k in one)

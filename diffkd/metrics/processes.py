@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch` that measure together; one, where there is no launcher."""
+"""The processes of a launcher that measure together; one, where there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class Processes:
     """rank of world. device: of this process; default accelerate's choice."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        state = PartialState(cpu=True) if str(device) == "cpu" else PartialState()
+        # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
+        state = PartialState(cpu=str(device) == "cpu" or not torch.accelerator.is_available())
         self.rank, self.world = state.process_index, state.num_processes
         self.device = state.device if device is None or self.world > 1 else torch.device(device)
 

@@ -99,7 +99,7 @@ def bootstrap(
     """An interval for the distance at this number of samples, by resampling the features (N, d).
 
     A resample holds fewer distinct samples, so its distance is larger: the deviations from the resamples'
-    mean are put around the distance of the sample itself (a bootstrap interval without bias).
+    mean are put around the distance of the sample itself.
     """
     value = distance(_of(features), reference)
     rng = torch.Generator().manual_seed(seed)
