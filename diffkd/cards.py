@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkd.denoiser import Denoiser
+from diffkd.metrics.records import shown
 from diffkd.models import CARD
 from diffkd.runs import new_file, write_json
 
@@ -83,8 +84,11 @@ def _readme(card: Mapping[str, Any]) -> str:
         lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
         for record in card["metrics"]:
             protocol = record["protocol"]
+            numbers = shown(record)
+            fid = numbers.pop("FID", "")
+            more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
             lines.append(
-                f"| {record['steps']} | {record['nfe']} | {record['fid']:.3f} "
+                f"| {record.get('steps', '')} | {record.get('nfe', '')} | {fid}{more} "
                 f"| {_escaped(protocol['features']['name'])} | {protocol['samples']} "
                 f"| {_escaped(protocol['reference']['name'])} |"
             )
