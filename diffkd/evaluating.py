@@ -16,10 +16,12 @@ from diffkd import cards, models, tables
 from diffkd.base import UserError
 from diffkd.config import one_line
 from diffkd.metrics import records, sources
-from diffkd.metrics.evaluation import Evaluation, Evaluator, Target
+from diffkd.metrics.evaluation import Evaluation
+from diffkd.metrics.evaluator import Evaluator
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
+from diffkd.metrics.targets import Target
 from diffkd.progress import bar
 from diffkd.runs import append_json, differences, write_json
 from diffkd.sampling import parse_classes

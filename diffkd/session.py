@@ -23,10 +23,12 @@ from diffkd.engine import Interrupted, run_stage
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import Evaluation, Evaluator, Target, identity, model_target, remembered
+from diffkd.metrics.evaluation import Evaluation
+from diffkd.metrics.evaluator import MAIN, Evaluator, networks_of
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import DataSource
+from diffkd.metrics.targets import Target, identity, model_target, remembered
 from diffkd.progress import bar
 from diffkd.runs import Run, append_json, new_folder, read_json
 
@@ -42,7 +44,10 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
             raise UserError(
                 f"evaluation.metrics {how.metrics} has no fid, which a run's report is drawn from; add it"
             )
-        features.load(how.features, weights=how.weights, resize=how.resize, dtype=how.dtype)
+        networks = networks_of(how)
+        if how.reference is not None:
+            described = features.describe(how.features, networks[MAIN])
+            Reference(how.reference).check(described, how.allow_mismatch)
 
 
 @contextmanager

@@ -14,9 +14,17 @@ from diffkd import models
 from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
 from diffkd.generation import generate_stock
-from diffkd.metrics import features, sources
-from diffkd.metrics.evaluation import Evaluation, Target, identity, images_target, model_target, remembered
+from diffkd.metrics import sources
+from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
+from diffkd.metrics.targets import (
+    Target,
+    default_count,
+    identity,
+    images_target,
+    model_target,
+    remembered,
+)
 
 TEACHER_STEPS = 64  # of the teacher that a student is compared with image by image
 
@@ -79,6 +87,9 @@ def opened(subject: Subject, how: Evaluation, reference: Reference, device: torc
 def _images(subject: Subject, how: Evaluation) -> Opened:
     if subject.steps or subject.teacher or subject.guidance != 1:
         raise UserError(f"{subject.path} is no model: steps, guidance and teacher are for models")
+    inside = sorted(p.parent.name for p in Path(subject.path).expanduser().glob("*/model_index.json"))
+    if inside:
+        raise UserError(f"{subject.path} holds models ({', '.join(inside)}); name one of them")
     spec = sources.parse(subject.path, resize=subject.resize)
     target = images_target(sources.images_of(spec), how.samples, how.batch_size)
     where = {"kind": "images", "path": _absolute(subject.path), "spec": spec.model_dump(mode="json")}
@@ -117,7 +128,7 @@ def _stock(subject: Subject, how: Evaluation, reference: Reference, device: torc
     pipeline = pipeline.to(device)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     parameters = sum(p.numel() for p in network.parameters()) if network is not None else None
-    count = how.samples or reference.count or features.USUAL
+    count = default_count(how, reference)
     said, labels = _stock_labels(getattr(network, "config", {}), how, reference, count)
 
     def target(steps: int | None) -> Target:

@@ -108,7 +108,7 @@ def test_one_set_inside_the_other():
 
 @pytest.mark.parametrize("shift", [1e6, -1e6])
 def test_far_from_the_origin(block, shift):
-    real, fake = features(60, 5, 1) + shift, 0.8 * features(45, 5, 2) + 0.3 + shift
+    real, fake = 0.01 * features(60, 5, 1) + shift, 0.008 * features(45, 5, 2) + 0.003 + shift
     expected = by_loops(real, fake, 3)
     assert ours(real, fake, 3) == pytest.approx(expected)
     assert expected == pytest.approx(by_loops(real - shift, fake - shift, 3))

@@ -18,7 +18,7 @@ _HOMES = {
     "CLIP": "vision",
     "DigitsFeatures": "digits",
     "Evaluation": "evaluation",
-    "Evaluator": "evaluation",
+    "Evaluator": "evaluator",
 }
 __all__ = list(_HOMES)  # noqa: PLE0604
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffkd.metrics.statistics import Statistics
 
+ROUNDING = 1e-24  # of the squared mean: a spread that is none
+
 
 class Agreement:
     """Compares image i of one model with image i of another, batch by batch.
@@ -39,10 +41,13 @@ class Agreement:
         self.teacher.merge_across(add)
 
     def result(self) -> dict[str, float | None]:
-        """psnr is None where it is infinite, which JSON has no number for."""
+        """None is for what is infinite, which JSON has no number for."""
         error, pixels, distance, images = self.sums.tolist()
         spread = 2 * float(self.teacher.sigma.trace())
+        if spread <= ROUNDING * float(self.teacher.mu.square().sum()):
+            spread = 0.0  # the teacher's images are all one
+        unrelated = math.sqrt(distance / images / spread) if spread else None
         return {
             "psnr": 10 * math.log10(255**2 * pixels / error) if error else None,
-            "feature_distance": math.sqrt(distance / images / spread) if spread else 0.0,
+            "feature_distance": unrelated if distance else 0.0,
         }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffkd.base import UserError
 
-SYMMETRY = 1e-6  # of the largest entry: beyond it a covariance was not one
+SYMMETRY = 1e-6  # of the largest entry or eigenvalue: what is further off is no covariance
 WELL_CONDITIONED = 1e-10  # ratio of Cholesky pivots above which that factor is as exact as the eigenvectors
 
 
@@ -50,12 +51,12 @@ def distance(one: Gaussian, two: Gaussian) -> float:
 def gaussian(mu: Any, sigma: Any, name: str = "the statistics") -> Gaussian:
     """Checks mu and sigma and factors sigma."""
     mu, sigma = checked(mu, sigma, name)
-    return Gaussian(mu, _factor(sigma), sigma.trace())
+    return Gaussian(mu, _factor(sigma, name), sigma.trace())
 
 
 def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, Tensor]:
     """mu (d,) and sigma (d, d) as float64 tensors. Raises UserError, naming `name`, where they are none."""
-    mu, sigma = torch.as_tensor(mu).double(), torch.as_tensor(sigma).double()
+    mu, sigma = _float64(mu, name), _float64(sigma, name)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or len(mu) == 0:
         raise UserError(
             f"{name}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit; "
@@ -68,7 +69,16 @@ def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, 
     return mu, (sigma + sigma.T) / 2
 
 
-def _factor(sigma: Tensor) -> Tensor:
+def _float64(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.double()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{name}: mu or sigma is of type {array.dtype}; both must be real numbers")
+    return torch.from_numpy(array.astype(np.float64))  # a copy, in this machine's byte order
+
+
+def _factor(sigma: Tensor, name: str) -> Tensor:
     """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned, else from the eigenvectors.
 
     Eigenvalues that are rounding errors are dropped: their roots would not be.
@@ -79,5 +89,7 @@ def _factor(sigma: Tensor) -> Tensor:
         if pivots.min() > WELL_CONDITIONED * pivots.max():
             return lower
     values, vectors = torch.linalg.eigh(sigma)
+    if values[0] < -SYMMETRY * values.abs().max():
+        raise UserError(f"{name}: sigma has negative eigenvalues, so it is no covariance; compute it again")
     kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()

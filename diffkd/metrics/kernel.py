@@ -38,6 +38,8 @@ def kernel_distance(
     """
     size = min(subset_size, len(x), len(y))
     _check(x, y, 2)
+    if subsets < 1 or subset_size < 2:
+        raise UserError(f"{subsets} subsets of {subset_size} give no KID; use at least 1 of at least 2")
     rng = torch.Generator().manual_seed(seed)
 
     def subset(of: Tensor) -> Tensor:

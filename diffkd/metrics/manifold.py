@@ -30,9 +30,10 @@ class DensityCoverage(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2). real: (N, d), fake: (M, d).
+    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2).
 
-    The ball around a sample reaches to its k-th nearest neighbour in its own set.
+    real: (N, d), fake: (M, d). The ball around a sample reaches to its k-th nearest neighbour in its own set
+    and leaves that one out, as in the code of Naeem et al.: exact copies alone show the difference.
     """
     real, fake = _prepared(real, fake, k)
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)

@@ -54,9 +54,17 @@ def seconds_per_image(record: Mapping[str, Any]) -> float:
 def mismatch(one: Record, two: Record) -> list[str]:
     """Why the numbers of two records cannot be compared, each as "key was x, now y"; [] where they can."""
     a, b = one["protocol"], two["protocol"]
-    found = differences({k: a.get(k) for k in DEFINING}, {k: b.get(k) for k in DEFINING})
+    keys = [k for k in DEFINING if k != "labels" or ("labels" in a and "labels" in b)]  # of a folder unknown
+    found = differences(*(_anywhere({k: p.get(k) for k in keys}) for p in (a, b)))
     one_set, other = ({k: p["reference"].get(k) for k in ("sha256", "count")} for p in (a, b))
     return found + differences(one_set, other, "reference")
+
+
+def _anywhere(content: Any) -> Any:
+    """Without the places where things were: the same may lie elsewhere."""
+    if not isinstance(content, dict):
+        return content
+    return {k: _anywhere(v) for k, v in content.items() if k not in ("path", "weights")}
 
 
 def load(path: Path) -> list[Record]:

@@ -91,7 +91,7 @@ class Reference:
         first = next(iter(networks))
         known: dict[str, Collected] = {}
         if self.statistics is not None:
-            self._check(descriptions[first], allow_mismatch)
+            self.check(descriptions[first], allow_mismatch)
             known[first] = Collected(self.statistics, self.stored_features)
         missing = [n for n in networks if n not in known or (n in store and known[n].features is None)]
         if missing and self.source is None:
@@ -141,8 +141,10 @@ class Reference:
         self.sha256 = self.sha256 or pixels.sha256(processes.add)
         return {name: Collected(c.statistics, c.features) for name, c in collectors.items()}
 
-    def _check(self, description: Mapping[str, Any], allow_mismatch: bool) -> None:
-        assert self.statistics is not None
+    def check(self, description: Mapping[str, Any], allow_mismatch: bool = False) -> None:
+        """Raises UserError where the statistics of a file are not by the features described."""
+        if self.statistics is None:
+            return
         wide = description["num_features"]
         if self.statistics.num_features != wide:
             raise UserError(

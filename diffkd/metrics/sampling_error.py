@@ -24,6 +24,8 @@ def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> 
     (1/N1 + 1/N2) (tr + ½ sum_ij l_i l_j / (l_i + l_j) + ¼ tr) for eigenvalues l, which for the identity is
     (1/N1 + 1/N2) (d + d (d + 1) / 4). With few, by drawing Gaussian samples of this spectrum.
     """
+    if min(num_samples, num_reference or 2) < 2:
+        raise UserError(f"a covariance needs at least 2 samples, and {num_samples} are asked about")
     spectrum = torch.linalg.eigvalsh(sigma.double()).clamp(min=0)
     spectrum = spectrum[spectrum > spectrum.max() * len(spectrum) * torch.finfo(torch.float64).eps]
     counts = [num_samples] + ([] if num_reference is None else [num_reference])
@@ -36,7 +38,7 @@ def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> 
 def _simulated(spectrum: Tensor, counts: list[int]) -> float:
     rng = torch.Generator(spectrum.device).manual_seed(0)
     exact = Gaussian(torch.zeros_like(spectrum), spectrum.sqrt().diag(), spectrum.sum())
-    draws = max(2, 256 // len(spectrum))
+    draws = max(8, 4096 // len(spectrum))
 
     def drawn(count: int) -> Gaussian:
         x = torch.randn(count, len(spectrum), dtype=torch.float64, device=spectrum.device, generator=rng)
@@ -44,12 +46,12 @@ def _simulated(spectrum: Tensor, counts: list[int]) -> float:
         factor = ((x * spectrum.sqrt() - mu) / (count - 1) ** 0.5).T
         if count > len(spectrum):  # the same covariance from a smaller factor
             factor = torch.linalg.qr(factor.T, mode="r").R.T
-        return Gaussian(mu, factor, factor.square().sum())
+        return Gaussian(exact.mu, factor, factor.square().sum())
 
     values = [
         distance(drawn(counts[0]), drawn(counts[1]) if len(counts) > 1 else exact) for _ in range(draws)
     ]
-    return sum(values) / draws
+    return sum(values) / draws + sum(1 / n for n in counts) * float(spectrum.sum())  # the means' part
 
 
 class Infinity(NamedTuple):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ def parse(
     text: str, *, resize: int | None = None, split: str = "train"
 ) -> Digits | ImageFolder | File | HubDataset:
     """What a user names on the command line: digits, an .npz, a folder, or a Hugging Face data set."""
+    if not text:
+        raise UserError("an empty name is no set of images; give digits, an .npz, a folder, or a data set")
     path = Path(text).expanduser()
     if text == "digits":
         return Digits(kind="digits")
@@ -68,7 +71,7 @@ def parse(
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
         raise UserError(f"{text} is not there; give digits, an .npz, a folder, or a data set (owner/name)")
     if resize is None:
-        raise UserError(f"data set {text} needs a size to bring its images to; say --resize")
+        raise UserError(f"{text} is no folder or file here; as a data set it needs a size, say --resize")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
 
 
@@ -118,7 +121,12 @@ class ArraySource:
         images = arrays["arr_0"]
         if images.dtype.kind == "f" and not np.isfinite(images).all():
             raise UserError(f"{path} has images with NaN or infinite values; find out where they come from")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] not in (1, 3)
+            or 0 in images.shape[1:]
+        ):
             raise UserError(
                 f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
                 "images are uint8 of shape (N, H, W, 1 or 3)"
@@ -150,6 +158,7 @@ class FolderSource:
         sizes: dict[tuple[int, int], Path] = {}
         for path, size in zip(self.paths, self.pool.map(_size, self.paths), strict=True):
             sizes.setdefault(size, path)
+        self.size = next(iter(sizes))
         if len(sizes) > 1 and resize is None:
             (one, path), (two, other) = list(sizes.items())[:2]
             raise UserError(
@@ -172,29 +181,32 @@ class FolderSource:
         return torch.from_numpy(np.stack(list(self.pool.map(self._one, self.paths[start:stop]))))
 
     def _one(self, path: Path) -> np.ndarray:
-        with _opened(path) as image:
-            try:
+        try:
+            with Image.open(path) as image:
                 image.load()
-            except Exception as error:  # Pillow raises many kinds for a broken file
-                raise _unreadable(path, error) from error
-            upright = plain(ImageOps.exif_transpose(image), 3)
+                upright = plain(ImageOps.exif_transpose(image), 3)
+        except Exception as error:  # Pillow raises many kinds for a broken file
+            raise _unreadable(path, error) from error
         if self.resize is not None and upright.size != (self.resize, self.resize):
             upright = ImageOps.fit(upright, (self.resize, self.resize), Image.Resampling.BICUBIC)
+        if self.resize is None and upright.size != self.size:  # a turn that no header told of
+            raise UserError(
+                f"image {path} is {upright.width}x{upright.height} and others are "
+                f"{self.size[0]}x{self.size[1]}; say --resize to bring them to one size"
+            )
         return np.asarray(upright)
 
 
-def _opened(path: Path) -> Image.Image:
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height when upright, from the header: EXIF behind the pixels of a PNG is not seen."""
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            width, height = image.size
     except Exception as error:
         raise _unreadable(path, error) from error
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height when upright, from the header alone."""
-    with _opened(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else (image.width, image.height)
+    return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -206,10 +218,12 @@ def batches(
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the first, (B, H, W, C) uint8) of each batch that falls to this process; the next one is read
     while one is worked on."""
-    starts = list(range(rank * size, count, world * size))
     with ThreadPoolExecutor(1) as ahead:
-        waiting: Any = None
-        for start, after in zip(starts, [*starts[1:], None], strict=True):
-            batch = waiting.result() if waiting else source.read(start, min(start + size, count))
-            waiting = None if after is None else ahead.submit(source.read, after, min(after + size, count))
-            yield start, batch
+        waiting: deque[tuple[int, Future[Tensor]]] = deque()
+        for start in range(rank * size, count, world * size):
+            waiting.append((start, ahead.submit(source.read, start, min(start + size, count))))
+            if len(waiting) > 1:
+                first, batch = waiting.popleft()
+                yield first, batch.result()
+        for first, batch in waiting:
+            yield first, batch.result()

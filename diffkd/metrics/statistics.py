@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Statistics:
 
     def __init__(self, num_features: int | None = None, device: torch.device | str = "cpu") -> None:
         self.num_samples: int | None = 0
+        self._given: Tensor | None = None  # the covariance as it was read, to the last bit
         self._shift = torch.zeros(num_features or 0, dtype=torch.float64, device=device)
         self._sums = _sums(self._shift)
 
@@ -52,6 +54,7 @@ class Statistics:
         mu, sigma = checked(mu, sigma, name)
         made = cls()
         made._set(mu, sigma * ((num_samples or 2) - 1), num_samples)
+        made._given = sigma
         return made
 
     def update(self, features: Tensor) -> None:
@@ -64,14 +67,15 @@ class Statistics:
             raise UserError("statistics of an unknown number of samples cannot take more of them")
         if len(features) == 0:
             return
+        if self.num_features not in (0, features.shape[1]):
+            raise UserError(
+                f"{features.shape[1]} features do not fit the {self.num_features} of the ones before"
+            )
         features = features.detach().double()
         if self.num_samples == 0:
             self._shift = features.mean(0)
             self._sums = _sums(self._shift)
-        if features.shape[1] != self.num_features:
-            raise UserError(
-                f"{features.shape[1]} features do not fit the {self.num_features} of the ones before"
-            )
+        self._given = None
         self._sums.update(features - self._shift, real=True)
         self.num_samples += len(features)
 
@@ -123,7 +127,10 @@ class Statistics:
     def sigma(self) -> Tensor:
         if self.num_samples is not None and self.num_samples < 2:
             raise UserError(f"a covariance needs at least 2 images, and there are {self.num_samples}")
-        return self._scatter(self.mu) / (self._sums.real_features_num_samples - 1)
+        if self._given is not None:
+            return self._given
+        sigma = self._scatter(self.mu) / (self._sums.real_features_num_samples - 1)
+        return (sigma + sigma.T) / 2
 
     def gaussian(self, name: str = "the statistics") -> Gaussian:
         return gaussian(self.mu, self.sigma, name)
@@ -138,7 +145,7 @@ class Statistics:
         return about_mean + count * torch.outer(self._shift + mean - centre, self._shift + mean - centre)
 
     def _set(self, mu: Tensor, scatter: Tensor, num_samples: int | None) -> None:
-        self.num_samples, self._shift, self._sums = num_samples, mu, _sums(mu)
+        self.num_samples, self._shift, self._sums, self._given = num_samples, mu, _sums(mu), None
         self._sums.real_features_cov_sum = scatter
         self._sums.real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
 
@@ -164,11 +171,19 @@ class Statistics:
                 "write one with diffkd stats"
             )
         count = arrays.get("num_samples")
-        if count is not None and (count.size != 1 or count.dtype.kind not in "iu" or int(count) < 2):
+        if count is not None and not _is_count(count):
             raise UserError(
                 f"{path}: num_samples is no whole number of at least 2; write it with diffkd stats"
             )
         return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count), str(path))
+
+
+def _is_count(array: np.ndarray) -> bool:
+    return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
+
+
+def _is_count(array: np.ndarray) -> bool:
+    return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
 
 
 def _sums(shift: Tensor) -> FrechetInceptionDistance:
@@ -185,17 +200,21 @@ def read_npz(path: Path | str) -> dict[str, np.ndarray]:
             "numpy.savez('ref.npz', mu=..., sigma=...) of what pickle.load gives"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
                 raise UserError(f"{path} is a single array; write an .npz with named ones (numpy.savez)")
-            return {key: file[key] for key in file.files}
+            members = {key: file[key] for key in file.files}
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; check the path, or write it with diffkd stats") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} cannot be read as an .npz of plain arrays ({reason}); write it again"
         ) from error
+    return {key: array for key, array in members.items() if isinstance(array, np.ndarray)}
 
 
 def _npz(path: Path | str) -> Path:
