@@ -182,10 +182,6 @@ def _is_count(array: np.ndarray) -> bool:
     return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
 
 
-def _is_count(array: np.ndarray) -> bool:
-    return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
-
-
 def _sums(shift: Tensor) -> FrechetInceptionDistance:
     metric = FrechetInceptionDistance(feature=_Features(len(shift)), sync_on_compute=False)
     return metric.to(shift.device)
