@@ -113,30 +113,30 @@ def evaluate(
     if as_json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return found
-    console.print(tables.table(found, f"{subject.path} against {reference.name}"))
-    for line in notes(evaluator, found):
+    work.say(f"{subject.path} against {reference.name}")
+    console.print(tables.table(found))
+    for line in notes(found):
         work.say(line)
     if out is not None:
         work.say(f"records: {out}")
     return found
 
 
-def notes(evaluator: Evaluator, found: Sequence[Record]) -> list[str]:
+def notes(found: Sequence[Record]) -> list[str]:
     """What a reader must know of these numbers."""
-    protocol = found[0]["protocol"]
+    record = found[0]
+    protocol = record["protocol"]
     name, count = protocol["features"]["name"], protocol["samples"]
     lines = [f"{count:,} images, {name} features, labels: {protocol.get('labels') or 'none'}"]
-    if "fid" in found[0]:
-        floor = evaluator.few(count)
-        if floor is not None:
-            lines.append(
-                f"{count:,} images are few: a perfect model would have an FID of about {floor:.3g} here "
-                "(expected from the spectrum of the reference's covariance); compare at equal counts only"
-            )
-        if name != "inception":
-            lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
-    if evaluator.how.allow_mismatch:
-        lines.append("the reference was made with other features: these numbers compare with no others")
+    if "fid_floor" in record:
+        lines.append(
+            f"{count:,} images are few: a perfect model would have an FID of about {record['fid_floor']:.3g} "
+            "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
+        )
+    if "fid" in record and name != "inception":
+        lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
+    if protocol["evaluation"]["allow_mismatch"]:
+        lines.append("a mismatch of features was allowed: these numbers compare with no others")
     return lines
 
 

@@ -12,9 +12,9 @@ from diffkd.metrics import records
 from diffkd.metrics.records import Record
 
 
-def table(found: Sequence[Record], title: str) -> Table:
+def table(found: Sequence[Record]) -> Table:
     """A column for each record, a row for each number. They share a protocol but for the steps."""
-    shown = Table(title=title)
+    shown = Table()
     shown.add_column("steps" if "steps" in found[0] else "")
     for record in found:
         shown.add_column(str(record.get("steps", "")), justify="right")

@@ -65,6 +65,7 @@ class Evaluator:
             self.networks, self.descriptions, stored, processes, batch_size=how.batch_size,
             allow_mismatch=how.allow_mismatch, on_images=on_images,
         )  # fmt: skip
+        self._floors: dict[int, float] = {}
         self._gaussians = {key: c.statistics.gaussian(reference.name) for key, c in self.real.items()}
 
     def __call__(
@@ -117,6 +118,8 @@ class Evaluator:
         for metric in dict.fromkeys(how.metrics):
             if metric == "fid":
                 values["fid"] = distance(main.statistics.gaussian(), self._gaussians[MAIN])
+                floor = self._floor(main.count)
+                values |= {} if floor is None else {"fid_floor": floor}
                 if how.bootstrap:
                     interval = sampling_error.bootstrap(
                         main.stored(), self._gaussians[MAIN], draws=how.bootstrap, seed=how.seed
@@ -147,12 +150,14 @@ class Evaluator:
         assert stored is not None
         return stored.to(self.processes.device)
 
-    def few(self, samples: int) -> float | None:
+    def _floor(self, samples: int) -> float | None:
         """The FID that a perfect model would have with so few images; None where they are not few."""
         usual = features.USUAL if self.how.features != "digits" else self.reference.count or features.USUAL
         if samples >= usual and samples >= self.real[MAIN].statistics.num_features:
             return None
-        return sampling_error.floor(self.real[MAIN].statistics.sigma, samples)
+        if samples not in self._floors:
+            self._floors[samples] = sampling_error.floor(self.real[MAIN].statistics.sigma, samples)
+        return self._floors[samples]
 
     def _protocol(self, target: Target, teacher: Target | None) -> dict[str, Any]:
         how, device = self.how, self.processes.device
