@@ -1,4 +1,4 @@
-"""`diffkd evaluate`, `diffkd compare` and `diffkd stats`: models and images measured, and measured again."""
+"""`diffkd evaluate`: models and images measured, and measured again."""
 
 from __future__ import annotations
 

@@ -4,10 +4,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffkd import students
+from diffkd import models, students
 from diffkd.engine import Training, run_stage
 from diffkd.generation import generate
 from diffkd.methods.progressive import Progressive, target
+from diffkd.metrics import Evaluation, Evaluator
+from diffkd.metrics.processes import Processes
+from diffkd.metrics.reference import Reference
+from diffkd.metrics.sources import parse
+from diffkd.metrics.targets import model_target
 from diffkd.runs import Run
 from diffkd.schedules import Schedule
 from tests.test_engine import images, weights
@@ -52,3 +57,18 @@ def test_a_stage_learns_there(tmp_path, precision):
     run.close()
     assert torch.equal(before, weights(teacher)) and not torch.equal(before, weights(pupil))
     assert weights(pupil).isfinite().all()
+
+
+def test_evaluation_on_the_gpu_is_the_one_on_the_cpu(make_pipeline, tmp_path):
+    """The same images but for rounding, and features and statistics that never leave the device."""
+    folder = make_pipeline(tmp_path)
+    how = Evaluation(samples=200, batch_size=64, metrics=["fid", "kid", "is", "prdc"])
+    found = {}
+    for device in ("cpu", "cuda"):
+        evaluator = Evaluator(how, Reference(parse("digits")), Processes(device))
+        drawn = model_target(models.load(folder, device=device), how, evaluator.reference, 4)
+        found[device] = evaluator(drawn)
+        assert evaluator.real["main"].statistics.mu.device.type == device
+        assert found[device]["seconds"] > 0
+    for key in ("fid", "kid", "is", "precision", "coverage"):
+        assert found["cuda"][key] == pytest.approx(found["cpu"][key], rel=1e-2, abs=1e-2), key
