@@ -5,30 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from diffkd import charts, config
+from diffkd import charts, config, tables
 from diffkd.evaluating import Work
 from diffkd.metrics import records
+from diffkd.metrics.evaluator import require
 from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
-from diffkd.runs import Run, append_json, new_file, read_json
-from diffkd.subjects import Subject
+from diffkd.runs import Run, append_json, new_file
+from diffkd.subjects import TEACHER_STEPS, Subject, opened, teacher_of
 
 
 def run(settings: config.Benchmark, console: Console) -> Path:
     """Measures every row that metrics.json does not hold yet; the benchmark's folder."""
     work = Work(console)
     place = settings.out / "metrics.json"
+    wanted = _wanted(settings, _rows(place))
+    if wanted:
+        _check(settings, wanted, work)
     folder = Run(settings.out, config.resolved(settings), owner=work.processes.main)
     try:
         if work.processes.main:
             folder.describe(str(work.processes.device), work.processes.world)
-        _measure(settings, work, place)
+        _measure(settings, wanted, work, place)
         if work.processes.main:
-            found: list[Record] = read_json(place, [])
+            order = [model.title for model in settings.models]
+            found = sorted(_rows(place), key=lambda r: (order.index(r["model"]), -r.get("steps", 0)))
             _write(settings.out, found)
             _show(console, found)
             drawn = charts.tradeoffs(settings.out, found)
@@ -43,33 +46,46 @@ def run(settings: config.Benchmark, console: Console) -> Path:
     return settings.out
 
 
-def _measure(settings: config.Benchmark, work: Work, place: Path) -> None:
-    found = read_json(place, [])
-    done = {(r["model"], r.get("steps")) for r in found} | {(r["model"], None) for r in found}
+def _rows(place: Path) -> list[Record]:
+    return records.load(place) if place.exists() else []
+
+
+def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Subject]:
+    """What is left to measure, each model with its step counts that have no row yet."""
+    done = {(r["model"], r.get("steps")) for r in found}
+    names = {r["model"] for r in found}
+    teacher = settings.teacher if "agreement" in settings.evaluation.metrics else None
     wanted = []
     for model in settings.models:
         left = tuple(steps for steps in model.steps if (model.title, steps) not in done)
-        if left or (not model.steps and (model.title, None) not in done):
-            wanted.append((model, left))
+        if left or (not model.steps and model.title not in names):
+            wanted.append(Subject(
+                model.path, name=model.title, steps=left, guidance=model.guidance, stock=model.stock,
+                null_label=model.null_label, teacher=teacher.path if teacher else None,
+                teacher_steps=teacher.steps[0] if teacher and teacher.steps else TEACHER_STEPS,
+                teacher_guidance=teacher.guidance if teacher else 1.0,
+            ))  # fmt: skip
+    return wanted
+
+
+def _check(settings: config.Benchmark, wanted: Sequence[Subject], work: Work) -> None:
+    """Raises UserError for what could only fail later, when there is a folder already."""
+    how = settings.evaluation
+    reference = Reference(how.reference)
+    require(how, reference)
+    for subject in wanted:
+        next(opened(subject, how, reference, work.processes.device))
+    teacher_of(wanted[0], how, reference, work.processes.device)
+
+
+def _measure(settings: config.Benchmark, wanted: Sequence[Subject], work: Work, place: Path) -> None:
     if not wanted:
         return
     evaluator = work.evaluator(settings.evaluation, Reference(settings.evaluation.reference))
-    teacher = settings.teacher
-    for model, steps in wanted:
-        subject = Subject(
-            model.path,
-            steps=steps,
-            guidance=model.guidance,
-            stock=model.stock,
-            null_label=model.null_label,
-            teacher=teacher.path if teacher and not model.stock else None,
-            teacher_steps=teacher.steps[0] if teacher and teacher.steps else Subject.teacher_steps,
-            teacher_guidance=teacher.guidance if teacher else 1.0,
-        )
+    for subject in wanted:
         for record in work.measure(evaluator, subject, warm_up=True):
-            record |= {"model": model.title, "role": "benchmark"}
             if work.processes.main:
-                append_json(place, record)
+                append_json(place, {**record, "role": "benchmark"})
 
 
 def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -89,16 +105,10 @@ def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def _show(console: Console, found: Sequence[Record]) -> None:
-    """The table at its full width, without the spreads that benchmark.md has beside some numbers."""
+    """Without the spreads that benchmark.md has beside some numbers."""
     titles, rows = _cells(found)
-    shown = Table(title="benchmark", box=box.SIMPLE, padding=(0, 1))
-    for title in titles:
-        short = title.replace(" to teacher", "").replace("feature ", "")
-        shown.add_column(short, justify="left" if title == "model" else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*(cell.split(" ±")[0].split(" [")[0] for cell in row))
-    wide = console.measure(shown, options=console.options.update(max_width=1000)).maximum
-    Console(file=console.file, width=max(wide, console.width)).print(shown)
+    short = [title.replace(" to teacher", "").replace("feature ", "") for title in titles]
+    tables.show(console, short, [[cell.split(" ±")[0].split(" [")[0] for cell in row] for row in rows])
 
 
 def _write(folder: Path, found: Sequence[Record]) -> None:
@@ -107,7 +117,7 @@ def _write(folder: Path, found: Sequence[Record]) -> None:
     lines = [
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
         "",
         f"{protocol['samples']:,} images, {protocol['features']['name']} features, against "
         f"{protocol['reference']['name']}; images/s are of one process on {protocol['device']}. "

@@ -88,7 +88,8 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
             plot.plot(*zip(*points, strict=True), marker="o", markersize=4, label=title)
         plot.xaxis.set_major_formatter("{x:g}")
         plot.yaxis.set_major_formatter("{x:g}")
-        plot.legend(frameon=False)
+        for text in plot.legend(frameon=False).get_texts():
+            text.set_parse_math(False)  # a name is no formula
         with new_file(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
         drawn.append(folder / f"{name}.png")

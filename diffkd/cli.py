@@ -1,6 +1,7 @@
 """The `diffkd` command.
 
-Exit status: 0 done, 2 a user's error (one line), 130 interrupted with a checkpoint saved.
+Exit status: 0 done, 1 numbers that differ (evaluate --repeat) or do not compare (compare), 2 a user's error
+(one line), 130 interrupted with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -117,8 +118,19 @@ Split = Annotated[str, typer.Option(help="Of a Hugging Face data set.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 
 
+# Options of `diffkd evaluate` that mean something for a model only, or with a metric: it refuses them else.
+OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "seed", "teacher", "teacher_steps",
+             "teacher_guidance")  # fmt: skip
+OF_METRICS = {
+    "teacher": "agreement", "teacher_steps": "agreement", "teacher_guidance": "agreement",
+    "bootstrap": "fid", "dino_weights": "fd_dino", "clip_weights": "cmmd",
+}  # fmt: skip
+OF_REPEAT = ("repeat", "device")
+
+
 @app.command()
 def evaluate(
+    context: typer.Context,
     target: Annotated[
         str | None, typer.Argument(help="A model (folder or hub id), a folder of images, or an image .npz.")
     ] = None,
@@ -182,12 +194,24 @@ def evaluate(
     from diffkd.base import UserError
 
     _quiet_libraries()
+    given = [
+        name for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]  # fmt: skip
     if repeat is not None:
-        if target is not None or reference is not None:
-            raise UserError("--repeat takes all from the record; leave out the target and --reference")
-        return 0 if evaluating.repeat(repeat, Console(), device=device) else 1
+        more = [name for name in given if name not in OF_REPEAT]
+        if more:
+            raise UserError(f"--repeat takes all from the record; leave out {_option(more[0])}")
+        same = evaluating.repeat(repeat, Console(), device=device)
+        return 0 if same else 1
     if target is None or reference is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
+    asked = [part.strip() for part in metrics.split(",")]
+    for name in given:
+        if name in OF_MODELS and not subjects.is_model(target) and subjects.is_there(target):
+            raise UserError(f"{_option(name)} is for models, and {target} is a set of images; leave it out")
+        if name in OF_METRICS and OF_METRICS[name] not in asked:
+            raise UserError(f"{_option(name)} is for the metric {OF_METRICS[name]}; add it to --metrics")
     compared = evaluating.reference_of(reference, resize=resize, split=split)
     subject = subjects.Subject(
         target, steps=evaluating.parse_steps(steps), guidance=guidance, stock=sampler == "stock",
@@ -196,13 +220,17 @@ def evaluate(
     )  # fmt: skip
     how = evaluating.evaluation(
         features=features or evaluating.usual_features(compared), weights=weights, resize=feature_resize,
-        dtype=dtype, metrics=metrics.split(","), samples=samples, labels=evaluating.parse_labels(classes),
+        dtype=dtype, metrics=asked, samples=samples, labels=evaluating.parse_labels(classes),
         sampler="ddim" if sampler == "stock" else sampler, batch_size=batch_size, seed=seed,
         bootstrap=bootstrap, dinov2_weights=dino_weights, clip_weights=clip_weights,
         allow_mismatch=allow_mismatch,
     )  # fmt: skip
     evaluating.evaluate(subject, how, compared, Console(), device=device, out=out, as_json=json)
     return 0
+
+
+def _option(name: str) -> str:
+    return {"target": "the target", "guidance": "--guidance"}.get(name, f"--{name.replace('_', '-')}")
 
 
 @app.command()

@@ -148,12 +148,17 @@ class Benchmark(Strict):
             raise ValueError(
                 "config key evaluation.reference is missing; name what to compare with, such as digits"
             )
-        rows = [(model.title, steps) for model in self.models for steps in model.steps or [0]]
-        for row in rows:
-            if rows.count(row) > 1:
-                raise ValueError(f"models name {row[0]} twice with the same steps; give one another name")
-        if "agreement" in self.evaluation.metrics and self.teacher is None:
+        titles = [model.title for model in self.models]
+        for model in self.models:
+            if titles.count(model.title) > 1 or len({*model.steps}) < len(model.steps):
+                raise ValueError(f"models name {model.title} twice; give one another name, or other steps")
+        agreeing = "agreement" in self.evaluation.metrics
+        if agreeing and self.teacher is None:
             raise ValueError("config key teacher is missing, which the metric agreement is with; name it")
+        if self.teacher is not None and not agreeing:
+            raise ValueError(
+                f"teacher {self.teacher.path} is for the metric agreement; add that, or leave it out"
+            )
         return self
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffkd.base import Strict, UserError
 
 log = logging.getLogger("diffkd")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_UNREADABLE = 0.01  # more of the files than this and the run stops
 IN_MEMORY = 4 << 30  # bytes of pixels beyond which they lie in a temporary file, mapped
 
@@ -144,7 +144,7 @@ class Sized(Strict):
 
 
 class Folder(Sized):
-    """A folder of PNG, JPEG and WebP images; its subfolders, where it has any, are the classes."""
+    """A folder of images (PNG, JPEG, WebP, ...); its subfolders, where it has any, are the classes."""
 
     kind: Literal["folder"]
     path: Path = Field(description="the folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from diffkd.base import UserError
 from diffkd.config import one_line
 from diffkd.metrics import records, sources
 from diffkd.metrics.evaluation import Evaluation
-from diffkd.metrics.evaluator import Evaluator
+from diffkd.metrics.evaluator import MAIN, Evaluator
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.targets import Target
 from diffkd.progress import bar
-from diffkd.runs import append_json, differences, write_json
+from diffkd.runs import append_json, check_place, differences, read_json, write_json
 from diffkd.sampling import parse_classes
 from diffkd.subjects import TEACHER_STEPS, Subject, is_model, opened, teacher_of
+
+log = logging.getLogger("diffkd")
 
 
 class Work:
@@ -54,24 +57,43 @@ class Work:
         with bar(self.console, "reference", reference.count or 0, shown=self.processes.main) as advance:
             return Evaluator(how, reference, self.processes, self.counted(advance))
 
-    def measure(self, evaluator: Evaluator, subject: Subject, *, warm_up: bool = False) -> Iterator[Record]:
+    def measure(
+        self, evaluator: Evaluator, subject: Subject, *, warm_up: bool = False, expected: str | None = None
+    ) -> Iterator[Record]:
         """A record for each of the subject's step counts, or of its images.
 
-        warm_up: draws a batch before, so that the first one's cost is not in "seconds".
+        warm_up: draws a batch before, so that the first one's cost is not in "seconds". expected: sha256 that
+        a model's weights must have.
         """
         place = self.processes.rank, self.processes.world
         given = subject, evaluator.how, evaluator.reference, self.processes.device
         key = subject.teacher, subject.teacher_steps, subject.teacher_guidance, subject.null_label
         for title, target, where, parameters in opened(*given):
+            same_as(expected, where.get("sha256"), subject.path)
             if key not in self.teachers:
                 self.teachers = {key: teacher_of(*given)}
-            if warm_up:
-                next(target.batches(*place), None)
             with bar(self.console, title, target.count, shown=self.processes.main) as advance:
-                found = evaluator(target, teacher=self.teachers[key], on_images=self.counted(advance))
-            found["protocol"]["target"] = where
+                try:
+                    if warm_up:
+                        next(target.batches(*place), None)
+                    found = evaluator(target, teacher=self.teachers[key], on_images=self.counted(advance))
+                except UserError as error:
+                    raise UserError(f"{subject.path}: {error}") from error
+            pixels = found["protocol"].pop("pixels", None)
+            found["protocol"]["target"] = {**where, **({} if pixels is None else {"sha256": pixels})}
+            same_as(expected, found["protocol"]["target"].get("sha256"), subject.path)
             known = {} if parameters is None else {"parameters": parameters}
-            yield {"model": Path(subject.path).name or subject.path, "role": "evaluated", **known, **found}
+            name = subject.name or Path(subject.path).name or subject.path
+            yield {"model": name, "role": "evaluated", **known, **found}
+
+
+def same_as(expected: str | None, found: str | None, what: str) -> None:
+    """Raises UserError where something is not what was measured."""
+    if expected and found and expected != found:
+        raise UserError(
+            f"{what} is not what was measured (sha256 {expected[:12]} then, {found[:12]} now); "
+            "bring back what it was, or measure anew"
+        )
 
 
 def reference_of(text: str, *, resize: int | None = None, split: str = "train") -> Reference:
@@ -97,24 +119,26 @@ def evaluate(
     as_json: bool = False,
 ) -> list[Record]:
     """Measures, prints, writes: the records, one for each step count."""
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file's name in .json")
+    if out is not None:
+        check_place(out, "--out")
+    keep = _run_of(subject)
     work = Work(Console(stderr=True, quiet=True) if as_json else console, device)
     found: list[Record] = []
     evaluator = work.evaluator(how, reference)
     for record in work.measure(evaluator, subject):
         found.append(record)
         if work.processes.main:
-            _keep(record)
+            if out is not None:
+                write_json(out, found[0] if len(found) == 1 else found)
+            if keep is not None:
+                _keep(record, keep)
     if not work.processes.main:
         return found
-    if out is not None:
-        write_json(out, found[0] if len(found) == 1 else found)
     if as_json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return found
     work.say(f"{subject.path} against {reference.name}")
-    console.print(tables.table(found))
+    tables.one_evaluation(console, found)
     for line in notes(found):
         work.say(line)
     if out is not None:
@@ -140,50 +164,82 @@ def notes(found: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _keep(record: Record) -> None:
-    """Into the metrics.json of the run and the card of the model, where the model is of a run."""
-    folder = Path(record["protocol"]["target"]["path"])
+def _run_of(subject: Subject) -> Path | None:
+    """The run that a model is of, whose metrics.json takes its records. UserError where that is not ours."""
+    if not is_model(subject.path):
+        return None
+    folder = Path(subject.path).expanduser().resolve()
     run = folder.parent.parent if folder.parent.name == "students" else folder.parent
-    if record["protocol"]["target"]["kind"] == "images" or not (run / "config.yaml").is_file():
-        return
+    if not (run / "config.yaml").is_file():
+        return None
+    kept = run / "metrics.json"
+    if kept.exists():
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{kept} cannot be read ({error}); repair it, or move it away") from error
+        if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+            raise UserError(f"{kept} holds no records of diffkd; copy the model out of that folder")
+    return run
+
+
+def _keep(record: Record, run: Path) -> None:
+    """Into the metrics.json of the run and the card of the model, once. The numbers are not lost without."""
+    folder = Path(record["protocol"]["target"]["path"])
     try:
-        append_json(run / "metrics.json", record)
+        known = read_json(run / "metrics.json", [])
+        if record["protocol"] not in [r.get("protocol") for r in known]:
+            append_json(run / "metrics.json", record)
+            card = models.card(folder)
+            if card:
+                cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
     except (OSError, Timeout) as error:
-        raise UserError(
-            f"{run / 'metrics.json'} cannot be written ({error}); say --out for the record"
-        ) from error
-    card = models.card(folder)
-    if card:
-        cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
+        log.warning("%s does not take the record (%s); --out keeps it", run / "metrics.json", error)
 
 
 def repeat(path: Path, console: Console, *, device: str | None = None) -> bool:
-    """Measures again from records alone and says whether the numbers are the same to the last digit."""
+    """Measures again from records alone and says whether the numbers are the same to the last digit.
+
+    Raises UserError where models, images or references are not those that were measured.
+    """
     same = True
+    held: tuple[Any, Work, Evaluator] | None = None
     for old in records.load(path):
         protocol = old["protocol"]
         subject, how, spec = _again(protocol, path)
-        torch.set_num_threads(protocol["threads"])
-        work = Work(console, device or protocol["device"])
-        reference = Reference(spec)
-        evaluator = work.evaluator(how, reference)
-        now = next(iter(work.measure(evaluator, subject)))
-        for key, where in (("target", "path"), ("reference", "name")):
-            before, after = (p[key].get("sha256") for p in (protocol, now["protocol"]))
-            if before and after and before != after:
-                raise UserError(
-                    f"{protocol[key][where]} is not what was measured "
-                    f"(sha256 {before[:12]} then, {after[:12]} now)"
-                )
-        keys = records.keys(old)
-        differ = [key for key in keys if old[key] != now.get(key)]
-        for key in keys:
-            verdict = f"{now.get(key)!r} now" if key in differ else "the same to the last digit"
-            work.say(f"{old['model']} {old.get('steps', '')} {key} {old[key]!r}: {verdict}")
-        if differ:
-            same = False
-            for line in _differ(protocol, now["protocol"]):
-                work.say(f"  {line}")
+        key = (protocol["evaluation"], protocol["reference"]["spec"], protocol["threads"], protocol["device"])
+        if held is None or held[0] != key:
+            torch.set_num_threads(protocol["threads"])
+            work = Work(console, device or protocol["device"])
+            evaluator = work.evaluator(how, Reference(spec))
+            now = evaluator.reference.describe()["sha256"]
+            same_as(protocol["reference"].get("sha256"), now, protocol["reference"]["name"])
+            held = key, work, evaluator
+        _, work, evaluator = held
+        same_as(
+            protocol["features"].get("sha256"), evaluator.descriptions[MAIN]["sha256"], "the feature network"
+        )
+        found = next(iter(work.measure(evaluator, subject, expected=protocol["target"].get("sha256"))))
+        if protocol.get("teacher"):
+            same_as(
+                protocol["teacher"].get("sha256"), found["protocol"]["teacher"].get("sha256"), "the teacher"
+            )
+        same = _report(old, found, work) and same
+    return same
+
+
+def _report(old: Record, now: Record, work: Work) -> bool:
+    same = True
+    for key in records.keys(old):
+        equal = old[key] == now.get(key)
+        same = same and equal
+        verdict = "the same to the last digit" if equal else f"{now.get(key)!r} now"
+        work.say(f"{old['model']} {old.get('steps', '')} {key} {old[key]!r}: {verdict}")
+    if not same:
+        aside = ("evaluation", "target")
+        before, after = ({k: v for k, v in r["protocol"].items() if k not in aside} for r in (old, now))
+        for line in differences(before, after):
+            work.say(f"  {line}")
     return same
 
 
@@ -193,9 +249,12 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
         how = Evaluation.model_validate(protocol["evaluation"])
         spec: Any = TypeAdapter(sources.Spec).validate_python(protocol["reference"]["spec"])
     except ValidationError as error:
-        raise UserError(
-            f"{path}: a record's protocol is not understood ({error.errors()[0]['msg']})"
-        ) from error
+        reason = error.errors()[0]["msg"]
+        raise UserError(f"{path}: a record's protocol is not understood ({reason})") from error
+    if not is_model(target["path"]) and target["kind"] != "images":
+        raise UserError(f"{target['path']}, which was measured, is not there any more; bring it back")
+    if target["kind"] == "images" and target["path"] != "digits" and not Path(target["path"]).exists():
+        raise UserError(f"{target['path']}, which was measured, is not there any more; bring it back")
     subject = Subject(
         target["path"],
         steps=(protocol["steps"],) if "steps" in protocol else (),
@@ -207,14 +266,7 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
         teacher_guidance=teacher.get("guidance", 1.0),
         null_label=target.get("null_label"),
     )
-    if target["kind"] == "images" and not Path(subject.path).exists() and subject.path != "digits":
-        raise UserError(f"{subject.path}, which was measured, is not there any more; bring it back")
     return subject, how, spec
-
-
-def _differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = ("versions", "commit", "device", "threads", "processes", "batch_size", "dtype")
-    return differences({k: before.get(k) for k in keys}, {k: now.get(k) for k in keys})
 
 
 def parse_steps(text: str | None) -> tuple[int, ...]:
@@ -234,7 +286,11 @@ def parse_labels(text: str) -> str | list[int]:
 
 def evaluation(**given: Any) -> Evaluation:
     """The config of these options. Raises UserError that names the option."""
+    options = {"resize": "feature-resize", "labels": "classes", "dinov2_weights": "dino-weights"}
     try:
         return Evaluation.model_validate(given)
     except ValidationError as error:
-        raise UserError(one_line(error, Evaluation).replace("config key ", "option ")) from error
+        key = str(error.errors()[0]["loc"][0])
+        option = options.get(key, key.replace("_", "-"))
+        line = one_line(error, Evaluation).partition(" is ")[2]
+        raise UserError(f"--{option} is {line}") from error

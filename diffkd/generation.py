@@ -102,18 +102,9 @@ def generate_stock(
 ) -> Iterator[Tensor]:
     """The same from any diffusers pipeline, by its own code and scheduler: uint8 batches (B, H, W, C).
 
-    labels: (n,), for a pipeline that takes class labels. Raises UserError for one that needs more than these.
+    labels: (n,), for a pipeline that takes class labels. Raises UserError where it refuses what it is given.
     """
     takes = inspect.signature(pipeline.__call__).parameters
-    name = type(pipeline).__name__
-    needs = [
-        key for key, p in takes.items() if p.default is p.empty and key not in ("class_labels", "kwargs")
-    ]
-    if needs or "prompt" in takes or "generator" not in takes:
-        raise UserError(
-            f"a {name} does not draw from noise and class labels alone (it takes "
-            f"{', '.join(needs or ['prompt'])}); draw its images to a folder, and evaluate that"
-        )
     rank, world = share
     for start in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - start)
@@ -123,9 +114,25 @@ def generate_stock(
         if labels is not None:
             options["class_labels"] = labels[start : start + count].tolist()
         options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
-        images = torch.from_numpy(np.ascontiguousarray(pipeline(**options, output_type="np").images))
+        try:
+            drawn = pipeline(**options, output_type="np").images
+        except ValueError as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise UserError(f"the pipeline does not draw ({reason}); use other --steps") from error
+        images = torch.from_numpy(np.ascontiguousarray(drawn))
         _check_finite(images.isfinite().all())
         yield (images * 255).round().to(torch.uint8)
+
+
+def stock_defaults(pipeline: Any) -> dict[str, Any]:
+    """The arguments that a pipeline's own defaults decide, such as guidance_scale and eta."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return scalars({key: p.default for key, p in takes.items()})
+
+
+def scalars(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a mapping a record can hold."""
+    return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -102,9 +102,20 @@ def read_json(path: Path, default: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
+def check_place(path: Path, option: str) -> None:
+    """Raises UserError where no file can be written at `path`, before any work is done for it."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file's name")
+    parent = next((p for p in path.absolute().parents if p.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise UserError(f"{option} {path} is inside {parent}, which is a file; use another place")
+    if parent is not None and not os.access(parent, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written in {parent}; use another place")
+
+
 def append_json(path: Path, record: Any) -> None:
     """Adds to a list in a file that other processes may be adding to."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
         write_json(path, [*read_json(path, []), record])
 
 

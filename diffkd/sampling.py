@@ -12,6 +12,7 @@ import torch
 from diffkd import models, pictures
 from diffkd.base import UserError
 from diffkd.generation import generate, labels_for
+from diffkd.metrics.processes import usable
 from diffkd.runs import new_file, new_folder
 
 MOST_CLASSES = 1_000_000
@@ -121,13 +122,4 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu"
-        ) from error
-    return device
+    return usable(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)

@@ -22,9 +22,8 @@ from diffkd.denoiser import Denoiser
 from diffkd.engine import Interrupted, run_stage
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
-from diffkd.metrics import features
 from diffkd.metrics.evaluation import Evaluation
-from diffkd.metrics.evaluator import MAIN, Evaluator, networks_of
+from diffkd.metrics.evaluator import Evaluator, networks_of, require
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import DataSource
@@ -44,10 +43,11 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
             raise UserError(
                 f"evaluation.metrics {how.metrics} has no fid, which a run's report is drawn from; add it"
             )
-        networks = networks_of(how)
-        if how.reference is not None:
-            described = features.describe(how.features, networks[MAIN])
-            Reference(how.reference).check(described, how.allow_mismatch)
+        if "agreement" in how.metrics and isinstance(settings, config.Train):
+            raise UserError(
+                "evaluation.metrics has agreement, which is with a teacher: it is for diffkd distill"
+            )
+        networks_of(how) if how.reference is None else require(how, Reference(how.reference))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from diffkd.evaluating import Work
 from diffkd.metrics import features, sources
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.progress import bar
-from diffkd.runs import commit, versions
+from diffkd.runs import check_place, commit, versions
 from diffkd.subjects import is_model
 
 
@@ -35,6 +35,7 @@ def stats(
     """Writes the statistics of a set of images, with their protocol, to an .npz."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out} is no name for statistics; end it in .npz")
+    check_place(out, "--out")
     if out.exists() and not overwrite:
         raise UserError(f"{out} is there already; use another --out, or --overwrite")
     if is_model(text) and Path(text).is_dir():
@@ -42,8 +43,8 @@ def stats(
     spec = sources.parse(text, resize=resize, split=split)
     source = sources.images_of(spec)
     name = features_name or ("digits" if source.name == "digits" else "inception")
-    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
     work = Work(console, device)
+    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
     collector = Collector(network.to(work.processes.device), len(source), work.processes.device, store=store)
     pixels = Pixels(len(source))
     with bar(console, f"{name} features of {source.name}", len(source), shown=work.processes.main) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from diffkd import models
 from diffkd.base import UserError
+from diffkd.data import SUFFIXES
 from diffkd.denoiser import Denoiser
-from diffkd.generation import generate_stock
-from diffkd.metrics import sources
+from diffkd.generation import generate_stock, scalars, stock_defaults
+from diffkd.metrics import features, sources
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
+from diffkd.metrics.statistics import PICKLES
 from diffkd.metrics.targets import (
     Target,
     default_count,
@@ -25,6 +28,7 @@ from diffkd.metrics.targets import (
     model_target,
     remembered,
 )
+from diffkd.metrics.weights import digest
 
 TEACHER_STEPS = 64  # of the teacher that a student is compared with image by image
 
@@ -34,6 +38,7 @@ class Subject:
     """What is measured: where it is, and for a model how it is drawn and with which teacher compared."""
 
     path: str
+    name: str | None = None  # default the last part of the path
     steps: tuple[int, ...] = ()  # none: a student's own
     guidance: float = 1.0
     null_label: int | None = None
@@ -58,8 +63,13 @@ def is_model(path: str) -> bool:
     place = Path(path).expanduser()
     if place.is_dir():
         return (place / "model_index.json").is_file()
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.suffix
-    return not local and not place.exists()
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    a_file = place.suffix.lower() in (".npz", ".json", ".yaml", *PICKLES, *SUFFIXES)
+    return not local and not a_file and not place.exists()
+
+
+def is_there(path: str) -> bool:
+    return path == "digits" or Path(path).expanduser().exists()
 
 
 def teacher_of(
@@ -85,15 +95,20 @@ def opened(subject: Subject, how: Evaluation, reference: Reference, device: torc
 
 
 def _images(subject: Subject, how: Evaluation) -> Opened:
+    place = Path(subject.path).expanduser()
+    spec = sources.parse(subject.path, resize=subject.resize)
+    if not is_there(subject.path) and place.suffix.lower() not in PICKLES:
+        raise UserError(f"{subject.path} is not there; give a model, a folder of images, or an image .npz")
     if subject.steps or subject.teacher or subject.guidance != 1:
         raise UserError(f"{subject.path} is no model: steps, guidance and teacher are for models")
-    inside = sorted(p.parent.name for p in Path(subject.path).expanduser().glob("*/model_index.json"))
+    inside = sorted(p.parent.name for p in place.glob("*/model_index.json"))
     if inside:
         raise UserError(f"{subject.path} holds models ({', '.join(inside)}); name one of them")
-    spec = sources.parse(subject.path, resize=subject.resize)
     target = images_target(sources.images_of(spec), how.samples, how.batch_size)
-    where = {"kind": "images", "path": _absolute(subject.path), "spec": spec.model_dump(mode="json")}
-    return Opened(subject.path, target, where)
+    path = "digits" if subject.path == "digits" else _absolute(subject.path)
+    return Opened(
+        subject.path, target, {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")}
+    )
 
 
 def _model(subject: Subject, how: Evaluation, reference: Reference, device: torch.device) -> Iterator[Opened]:
@@ -115,21 +130,24 @@ def _load(path: str, device: torch.device, null_label: int | None) -> Denoiser:
 
 
 def _stock(subject: Subject, how: Evaluation, reference: Reference, device: torch.device) -> Iterator[Opened]:
-    from diffusers import DiffusionPipeline
-
-    if subject.teacher or subject.guidance != 1:
-        raise UserError("--sampler stock draws as the pipeline does: guidance and teacher are not for it")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(subject.path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{subject.path} cannot be opened as a diffusers pipeline ({reason})") from error
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline = pipeline.to(device)
+    """By the pipeline's own code. Its card, where it is a student of ours, says its steps and its classes."""
+    if subject.guidance != 1:
+        raise UserError("--sampler stock draws as the pipeline does: --guidance is not for it")
+    if not 0 <= how.seed < 2**63 - features.USUAL:
+        raise UserError(f"seed {how.seed} is out of range; use 0 to {2**63 - features.USUAL - 1}")
+    pipeline = models.open_stock(subject.path).to(device)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     parameters = sum(p.numel() for p in network.parameters()) if network is not None else None
+    card = models.card(Path(subject.path).expanduser())
     count = default_count(how, reference)
-    said, labels = _stock_labels(getattr(network, "config", {}), how, reference, count)
+    said, labels = _stock_labels(pipeline, network, card, subject, how, reference, count)
+    config = scalars(dict(pipeline.scheduler.config))
+    scheduler = {"name": type(pipeline.scheduler).__name__, **config}
+    where: dict[str, Any] = {"kind": "stock", "path": _absolute(subject.path)}
+    if network is not None:
+        where["sha256"] = digest(network.state_dict())
+    if subject.null_label is not None:
+        where["null_label"] = subject.null_label
 
     def target(steps: int | None) -> Target:
         def drawn(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
@@ -141,29 +159,49 @@ def _stock(subject: Subject, how: Evaluation, reference: Reference, device: torc
                 yield (rank + number * world) * how.batch_size, batch
 
         return Target(count, drawn, {
-            **({"steps": steps} if steps else {}), "sampler": "stock",
-            "scheduler": type(pipeline.scheduler).__name__, "labels": said, "seed": how.seed,
-            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            **({"steps": steps} if steps else {}), "sampler": "stock", "scheduler": scheduler,
+            "pipeline": {"name": type(pipeline).__name__, **stock_defaults(pipeline)},
+            "labels": said, "seed": how.seed, "dtype": str(pipeline.dtype).removeprefix("torch."),
         })  # fmt: skip
 
-    where = {"kind": "stock", "path": _absolute(subject.path)}
-    for steps in subject.steps or (None,):
+    for steps in subject.steps or (card.get("steps"),):
         yield Opened(f"{steps or 'its own'} steps", target(steps), where, parameters)
 
 
-def _stock_labels(sizes: Any, how: Evaluation, reference: Reference, count: int) -> tuple[Any, Tensor | None]:
+def _stock_labels(
+    pipeline: Any,
+    network: Any,
+    card: dict[str, Any],
+    subject: Subject,
+    how: Evaluation,
+    reference: Reference,
+    count: int,
+) -> tuple[Any, Tensor | None]:
     """(what the protocol says of the labels, (count,)); None for a network without classes."""
-    classes = sizes.get("num_class_embeds") or sizes.get("num_embeds_ada_norm")
+    sizes = getattr(network, "config", {})
+    total = sizes.get("num_class_embeds") or sizes.get("num_embeds_ada_norm")
+    null = card.get("null_label", subject.null_label)
+    classes = card.get("num_classes") or (total - 1 if total and null == total - 1 else total)
     if not classes:
+        if isinstance(how.labels, list):
+            raise UserError("class labels were given, and this model is unconditional; leave them out")
         return None, None
+    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(
+            f"{subject.path} has {classes} classes, and a {type(pipeline).__name__} takes no class labels; "
+            "leave out --sampler stock"
+        )
     said: Any = how.labels
     if isinstance(how.labels, list):
-        every = torch.tensor(how.labels)
+        every = torch.tensor(how.labels)[torch.arange(count) % len(how.labels)]
     elif how.labels == "data" and reference.labels is not None:
-        every = reference.labels
+        every = reference.labels[sources.spread(len(reference.labels), count)]
     else:
-        said, every = "balanced", torch.arange(classes)
-    return said, every[torch.arange(count) % len(every)]
+        said, every = "balanced", torch.arange(count) % classes
+    if not 0 <= int(every.min()) <= int(every.max()) < classes:
+        wrong = int(every.min()) if int(every.min()) < 0 else int(every.max())
+        raise UserError(f"class label {wrong} is out of range; this model has labels 0 to {classes - 1}")
+    return said, every
 
 
 def _absolute(path: str) -> str:

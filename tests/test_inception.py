@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffkd.base import UserError
 from diffkd.metrics import inception, inception_weights
+from diffkd.metrics.exact import exact
 from diffkd.metrics.inception import InceptionV3, random_weights
 from diffkd.metrics.inception_weights import NAMES, URL, VARIABLE, find_weights, read_weights
 from diffkd.metrics.resize import RESIZES, resize
@@ -361,7 +362,7 @@ def test_tf32_is_off_in_the_trunk_only(state, fails):
 def test_tf32_is_off_with_an_older_torch(monkeypatch):
     cudnn = types.SimpleNamespace(allow_tf32=True, benchmark=True)
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
-    with inception._exact_convolutions():
+    with exact("cpu"):
         assert (cudnn.allow_tf32, cudnn.benchmark) == (False, True)
     assert (cudnn.allow_tf32, cudnn.benchmark) == (True, True)
 

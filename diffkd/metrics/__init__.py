@@ -9,7 +9,7 @@ _HOMES = {
     "Statistics": "statistics",
     "kernel_distance": "kernel",
     "cmmd": "kernel",
-    "inception_score": "inception_score",
+    "inception_score": "score",
     "precision_recall": "manifold",
     "density_coverage": "manifold",
     "frechet_infinity": "sampling_error",

@@ -23,7 +23,7 @@ class Agreement:
 
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         self.teacher = Statistics(num_features, device)
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # errors, pixels, distances, images
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # errors, distances, pixels, images
 
     def update(
         self, images: Tensor, teacher_images: Tensor, features: Tensor, teacher_features: Tensor
@@ -31,8 +31,9 @@ class Agreement:
         """images: uint8 of equal shapes (B, ...). features: (B, d)."""
         error = (images.double() - teacher_images.double()).square().sum()
         distance = (features.double() - teacher_features.double()).square().sum()
-        counts = self.sums.new_tensor([images.numel(), len(images)])
-        self.sums += torch.stack([error, counts[0], distance, counts[1]])
+        self.sums[:2] += torch.stack([error, distance])
+        self.sums[2] += images.numel()
+        self.sums[3] += len(images)
         self.teacher.update(teacher_features)
 
     def merge_across(self, add: Callable[[Tensor], Tensor]) -> None:
@@ -42,7 +43,7 @@ class Agreement:
 
     def result(self) -> dict[str, float | None]:
         """None is for what is infinite, which JSON has no number for."""
-        error, pixels, distance, images = self.sums.tolist()
+        error, distance, pixels, images = self.sums.tolist()
         spread = 2 * float(self.teacher.sigma.trace())
         if spread <= ROUNDING * float(self.teacher.mu.square().sum()):
             spread = 0.0  # the teacher's images are all one

@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.metrics.inception_score import ScoreSums
+from diffkd.base import UserError
+from diffkd.metrics.exact import exact
+from diffkd.metrics.score import ScoreSums
 from diffkd.metrics.statistics import Statistics
 
 BATCH = 128  # images that a feature network takes at a time, whatever the sampler's batches are
 Add = Callable[[Tensor], Tensor]
+
+
+SPLIT_SEED = 0
+
+
+def split_order(count: int) -> Tensor:
+    """A fixed random order of images for the splits of the Inception Score: images often come class by class,
+    and a split of one class has a score of 1."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
 class Collector:
@@ -41,7 +52,7 @@ class Collector:
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32  # of stored features
         self.statistics = Statistics(self.num_features, device)
         self.features: Tensor | None = None
-        self.score = ScoreSums(count, splits) if splits else None
+        self.score = ScoreSums(count, splits, split_order(count)) if splits else None
 
     @torch.no_grad()
     def update(self, first: int, images: Tensor) -> Tensor:
@@ -57,7 +68,18 @@ class Collector:
     @torch.no_grad()
     def of(self, images: Tensor) -> Tensor:
         """Features (B, d) of images (B, H, W, C) uint8, which are not gathered."""
-        parts = [self.network(part.permute(0, 3, 1, 2)) for part in images.split(BATCH)]
+        try:
+            with exact(images.device.type):
+                parts = [self.network(part.permute(0, 3, 1, 2)) for part in images.split(BATCH)]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            size = "x".join(map(str, images.shape[1:]))
+            kind = type(self.network)
+            raise UserError(
+                f"the feature network {kind.__module__}.{kind.__qualname__} cannot take images of "
+                f"{size} (height x width x channels): {str(error).splitlines()[0]}"
+            ) from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def stored(self) -> Tensor:

@@ -32,6 +32,8 @@ def load(
     inception. Raises UserError for what cannot be had, and for an option that the network does not have.
     """
     if name == "inception":
+        if dtype not in (None, "float32", "float64"):
+            raise UserError(f"dtype {dtype!r} is none of inception's; use float32 or float64")
         return InceptionV3(weights, resize=resize or "tf1", dtype=getattr(torch, dtype or "float32"))
     for option, value in (("resize", resize), ("dtype", dtype)):
         if value is not None:
@@ -46,13 +48,15 @@ def load(
 def _own(name: str) -> nn.Module:
     module_name, _, class_name = name.rpartition(".")
     try:
-        network = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError, ValueError) as error:
+        kind = getattr(importlib.import_module(module_name), class_name)
+        network = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
+    except Exception as error:  # whatever the user's module raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"feature network {name!r} cannot be had ({error}); "
+            f"feature network {name!r} cannot be had ({reason}); "
             f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
         ) from error
-    if not isinstance(network, nn.Module) or not isinstance(getattr(network, "num_features", None), int):
+    if network is None or not isinstance(getattr(network, "num_features", None), int):
         raise UserError(f"feature network {name!r} is no nn.Module with an integer num_features; give it one")
     return network.eval().requires_grad_(False)
 

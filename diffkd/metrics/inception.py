@@ -7,8 +7,7 @@ torchvision's: average pools do not count padding, the last block pools by maxim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.base import UserError
+from diffkd.metrics.exact import exact
 from diffkd.metrics.inception_weights import URL, find_weights, read_weights
 from diffkd.metrics.resize import check as check_resize
 from diffkd.metrics.resize import resize as resized
@@ -278,7 +278,7 @@ class InceptionV3(nn.Module):
     @torch.no_grad()
     def trunk(self, x: Tensor) -> Tensor:
         """The network itself: pixels after (value - 128) / 128, (B, 3, 299, 299) -> (B, 2048)."""
-        with _exact_convolutions(), torch.autocast(x.device.type, enabled=False):
+        with exact(x.device.type):
             x = run_chain(self, STEM, x.contiguous(memory_format=torch.channels_last))
             for name in BLOCKS:
                 x = getattr(self, name)(x)
@@ -302,23 +302,6 @@ class InceptionV3(nn.Module):
             "name": "inception", "sha256": self.weights_sha256, "num_features": self.num_features,
             "resize": self.resize, "dtype": dtype,
         }  # fmt: skip
-
-
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """No TF32 in cuDNN's convolutions: its 10-bit mantissas move FID. Every other flag stays as it is."""
-    cudnn: Any = torch.backends.cudnn
-    # Newer torch has a setting per operation, and where a user has used it the old one, cudnn.flags with it,
-    # raises or has no effect. Older torch has only the old one.
-    holder, name, exact = (
-        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
-    )
-    before = getattr(holder, name)
-    setattr(holder, name, exact)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
 
 
 def random_weights(seed: int) -> dict[str, Tensor]:

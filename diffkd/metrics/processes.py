@@ -7,15 +7,39 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from diffkd.base import UserError
+
+
+def usable(name: str) -> torch.device:
+    """The device of that name. Raises UserError where it cannot be used."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name!r} cannot be used ({reason}); try cpu") from error
+    return device
+
 
 class Processes:
     """rank of world. device: of this process; default accelerate's choice."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
+        """Raises UserError for a device that is not here, and for one that is named to several processes."""
+        if device is not None:
+            device = usable(str(device))
         # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
         state = PartialState(cpu=str(device) == "cpu" or not torch.accelerator.is_available())
         self.rank, self.world = state.process_index, state.num_processes
-        self.device = state.device if device is None or self.world > 1 else torch.device(device)
+        self.device = torch.device(device or state.device)
+        if self.world > 1 and self.device.type != state.device.type:
+            raise UserError(f"--device {device} is for one process; the launcher gives each its own")
+        if self.world > 1:
+            self.device = state.device
+        if self.device.type == "mps":
+            self.device = torch.device("cpu")  # it has no float64, which statistics are in
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # whose clock is read
 
     @property
     def main(self) -> bool:

@@ -19,9 +19,15 @@ VALUES = {  # title, format, and the keys of what is shown beside it
     "density": ("density", ".3f"), "coverage": ("coverage", ".3f"),
     "psnr": ("PSNR to teacher, dB", ".2f"), "feature_distance": ("feature distance to teacher", ".3f"),
 }  # fmt: skip
-# What a number depends on beside the model. The rest of a protocol says which model, how it was sampled, and
-# on what machine, where numbers differ by rounding alone.
-DEFINING = ("features", "more_features", "samples", "labels", "metrics", "teacher")
+# What every number depends on beside the model. The rest of a protocol says which model, how it was sampled,
+# and on what machine, where numbers differ by rounding alone.
+DEFINING = ("samples", "labels")
+OF_METRIC = {  # which numbers each metric gives
+    "fid": ("fid",), "kid": ("kid",), "is": ("is",), "fd_inf": ("fd_inf",), "fd_dino": ("fd_dino",),
+    "prdc": ("precision", "recall", "density", "coverage"), "cmmd": ("cmmd",),
+    "agreement": ("psnr", "feature_distance"),
+}  # fmt: skip
+FEATURES = {"fd_dino": "dinov2", "cmmd": "clip"}  # metrics whose features are not the main ones
 
 
 def keys(record: Mapping[str, Any]) -> list[str]:
@@ -52,12 +58,45 @@ def seconds_per_image(record: Mapping[str, Any]) -> float:
 
 
 def mismatch(one: Record, two: Record) -> list[str]:
-    """Why the numbers of two records cannot be compared, each as "key was x, now y"; [] where they can."""
+    """Why no number of two records can be compared, each as "key was x, now y"; [] where some can."""
     a, b = one["protocol"], two["protocol"]
     keys = [k for k in DEFINING if k != "labels" or ("labels" in a and "labels" in b)]  # of a folder unknown
-    found = differences(*(_anywhere({k: p.get(k) for k in keys}) for p in (a, b)))
+    found = differences({k: a.get(k) for k in keys}, {k: b.get(k) for k in keys})
     one_set, other = ({k: p["reference"].get(k) for k in ("sha256", "count")} for p in (a, b))
-    return found + differences(one_set, other, "reference")
+    found += differences(one_set, other, "reference")
+    if found:
+        return found
+    apart = [line for metric in _shared(a, b) for line in _apart(a, b, metric)]
+    return apart if all(_apart(a, b, metric) for metric in _shared(a, b)) else []
+
+
+def comparable(one: Record, two: Record) -> list[str]:
+    """The numbers that two records both have and that mean the same, by the keys of VALUES."""
+    a, b = one["protocol"], two["protocol"]
+    return [
+        key for m in _shared(a, b) if not _apart(a, b, m) for key in OF_METRIC[m] if key in one and key in two
+    ]
+
+
+def _shared(a: Any, b: Any) -> list[str]:
+    return [metric for metric in OF_METRIC if metric in a["metrics"] and metric in b["metrics"]]
+
+
+def _apart(a: Any, b: Any, metric: str) -> list[str]:
+    """What a metric's number depends on, where it differs."""
+    return differences(_anywhere(_behind(a, metric)), _anywhere(_behind(b, metric)))
+
+
+def _behind(protocol: Any, metric: str) -> dict[str, Any]:
+    key = FEATURES.get(metric)
+    used = protocol["more_features"].get(key) if key else protocol["features"]
+    made_with = protocol["reference"].get("features")
+    return {
+        "features": used,
+        "reference.features": used if made_with is None or key else made_with,
+        metric: protocol["metrics"][metric],
+        "teacher": protocol.get("teacher") if metric == "agreement" else None,
+    }
 
 
 def _anywhere(content: Any) -> Any:
@@ -65,6 +104,19 @@ def _anywhere(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     return {k: _anywhere(v) for k, v in content.items() if k not in ("path", "weights")}
+
+
+NEEDED = (
+    "evaluation",
+    "reference",
+    "target",
+    "metrics",
+    "features",
+    "samples",
+    "threads",
+    "device",
+    "processes",
+)
 
 
 def load(path: Path) -> list[Record]:
@@ -78,15 +130,16 @@ def load(path: Path) -> list[Record]:
         raise UserError(f"{path} cannot be read as a record ({error}); give a file of --out") from error
     records = content if isinstance(content, list) else [content]
     for record in records:
-        if not isinstance(record, dict) or not isinstance(record.get("protocol"), dict):
-            raise UserError(
-                f"{path} holds no record with a protocol; give a file of --out, or a metrics.json"
-            )
-        missing = [k for k in ("evaluation", "reference", "target") if k not in record["protocol"]]
+        protocol = record.get("protocol") if isinstance(record, dict) else None
+        if not isinstance(protocol, dict) or "model" not in record:
+            raise UserError(f"{path} holds no record with a protocol; give a file of --out or metrics.json")
+        missing = [key for key in NEEDED if key not in protocol]
+        missing += [f"target.{k}" for k in ("kind", "path") if not missing and k not in protocol["target"]]
+        missing += ["reference.spec"] if not missing and not protocol["reference"].get("spec") else []
         if missing:
             raise UserError(
-                f"{path}: a record's protocol has no {', '.join(missing)}; it was made by an older diffkd, "
-                "measure again"
+                f"{path}: a record's protocol has no {', '.join(missing)}; it was made by another version "
+                "of diffkd, or changed: measure again"
             )
     if not records:
         raise UserError(f"{path} holds no record")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffkd.base import UserError
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.metrics.processes import Processes
-from diffkd.metrics.sources import ArraySource, File, Source, batches, images_of
+from diffkd.metrics.sources import File, Source, batches, images_of, labels_in
 from diffkd.metrics.statistics import Statistics, read_npz
 
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
@@ -49,28 +49,32 @@ class Reference:
             self.source = images_of(spec)
         if self.source is not None:
             self.labels = self.source.labels
-            self.count: int | None = len(self.source)
             self.name = self.source.name
+            self.count: int | None = len(self.source)
+        if self.statistics is not None:
+            self.count = self.statistics.num_samples  # not of images beside them, which may be fewer
 
     def _read(self, path: Path) -> None:
         arrays = read_npz(path)
-        self.name, self.count = str(path), None
+        self.name = str(path)
         if "arr_0" in arrays:
-            self.source = ArraySource(path, arrays)
+            self.source = images_of(self.spec, arrays)
         if "mu" not in arrays and "sigma" not in arrays and self.source is not None:
             return
-        self.statistics = Statistics.load(path)
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.count = self.statistics.num_samples
+        self.statistics = Statistics.of_arrays(arrays, str(path))
+        self.sha256 = _sha256(path)
         if "protocol" in arrays:
             self.protocol = _protocol(arrays["protocol"], path)
             self.sha256 = self.protocol.get("sha256", self.sha256)
         if "features" in arrays:
-            self.stored_features = torch.from_numpy(arrays["features"])
-            if self.stored_features.shape != (self.count, self.statistics.num_features):
+            stored = arrays["features"]
+            if stored.shape != (self.statistics.num_samples, self.statistics.num_features):
                 raise UserError(f"{path}: features do not fit num_samples and mu; write it with diffkd stats")
-        if "labels" in arrays:
-            self.labels = torch.from_numpy(arrays["labels"].astype(np.int64))
+            if stored.dtype.kind != "f" or not np.isfinite(stored).all():
+                raise UserError(f"{path}: features has values that are not finite numbers; write it again")
+            self.stored_features = torch.from_numpy(stored)
+        if self.source is None and "labels" in arrays:
+            self.labels = labels_in(arrays, self.statistics.num_samples or 0, path)
 
     def collect(
         self,
@@ -88,20 +92,10 @@ class Reference:
         The first of the networks is the one that a file's statistics are of. Raises UserError where they are
         of another, and where a file of statistics does not hold what is asked for.
         """
-        first = next(iter(networks))
+        missing = self.require(descriptions, store, allow_mismatch)
         known: dict[str, Collected] = {}
         if self.statistics is not None:
-            self.check(descriptions[first], allow_mismatch)
-            known[first] = Collected(self.statistics, self.stored_features)
-        missing = [n for n in networks if n not in known or (n in store and known[n].features is None)]
-        if missing and self.source is None:
-            what = (
-                "stored features" if missing[0] == first else f"{descriptions[missing[0]]['name']} statistics"
-            )
-            raise UserError(
-                f"{self.name} holds no {what}, which a metric needs; give the images themselves, "
-                "or a file of diffkd stats --store-features"
-            )
+            known[next(iter(networks))] = Collected(self.statistics, self.stored_features)
         passed = (
             self._pass({n: networks[n] for n in missing}, store, processes, batch_size, on_images)
             if missing
@@ -114,6 +108,30 @@ class Reference:
             )
             for name in networks
         }
+
+    def require(
+        self, descriptions: Mapping[str, Mapping[str, Any]], store: set[str], allow_mismatch: bool = False
+    ) -> list[str]:
+        """The networks that its images have to go through.
+
+        Raises UserError where there are no images, and where the statistics of a file are by other features
+        than the first described.
+        """
+        first = next(iter(descriptions))
+        there = set()
+        if self.statistics is not None:
+            self._check(self.statistics, descriptions[first], allow_mismatch)
+            there = {first} if first not in store or self.stored_features is not None else set()
+        missing = [name for name in descriptions if name not in there]
+        if missing and self.source is None:
+            what = (
+                "stored features" if missing[0] == first else f"{descriptions[missing[0]]['name']} statistics"
+            )
+            raise UserError(
+                f"{self.name} holds no {what}, which a metric needs; give the images themselves, "
+                "or a file of diffkd stats --store-features"
+            )
+        return missing
 
     def _pass(
         self,
@@ -141,14 +159,11 @@ class Reference:
         self.sha256 = self.sha256 or pixels.sha256(processes.add)
         return {name: Collected(c.statistics, c.features) for name, c in collectors.items()}
 
-    def check(self, description: Mapping[str, Any], allow_mismatch: bool = False) -> None:
-        """Raises UserError where the statistics of a file are not by the features described."""
-        if self.statistics is None:
-            return
+    def _check(self, statistics: Statistics, description: Mapping[str, Any], allow_mismatch: bool) -> None:
         wide = description["num_features"]
-        if self.statistics.num_features != wide:
+        if statistics.num_features != wide:
             raise UserError(
-                f"{self.name} has {self.statistics.num_features} features and {description['name']} has "
+                f"{self.name} has {statistics.num_features} features and {description['name']} has "
                 f"{wide}; use the feature network that it was made with"
             )
         known = self.protocol.get("features", {})
@@ -165,8 +180,22 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of it, after its images were collected."""
-        spec = self.spec.model_dump(mode="json") if self.spec is not None else None
-        return {"name": self.name, "count": self.count, "sha256": self.sha256, "spec": spec}
+        spec = self.spec.model_dump(mode="json") if self.spec is not None else {}
+        if "path" in spec and Path(spec["path"]).exists():
+            spec["path"] = str(Path(spec["path"]).resolve())  # to be found from anywhere
+        made_with = self.protocol.get("features") if self.statistics is not None else None
+        return {
+            "name": self.name, "count": self.count, "sha256": self.sha256, "features": made_with,
+            "spec": spec,
+        }  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
@@ -174,4 +203,6 @@ def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
         content = json.loads(str(array))
     except ValueError as error:
         raise UserError(f"{path}: its protocol is no JSON ({error}); write it with diffkd stats") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or not isinstance(content.get("features", {}), dict):
+        raise UserError(f"{path}: its protocol is none of diffkd's; write it with diffkd stats")
+    return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import linear_regression
 from typing import NamedTuple
 
@@ -96,7 +96,6 @@ def bootstrap(
     draws: int = 200,
     level: float = 0.95,
     seed: int = 0,
-    on_draw: Callable[[], None] = lambda: None,
 ) -> Interval:
     """An interval for the distance at this number of samples, by resampling the features (N, d).
 
@@ -109,7 +108,6 @@ def bootstrap(
     for _ in range(draws):
         chosen = torch.randint(len(features), (len(features),), generator=rng)
         resampled.append(distance(_of(features[chosen.to(features.device)]), reference))
-        on_draw()
     values = torch.tensor(resampled, dtype=torch.float64)
     deviations = values - values.mean()
     tail = (1 - level) / 2

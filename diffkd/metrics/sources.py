@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -84,12 +86,15 @@ Spec = Annotated[
 ]
 
 
-def images_of(spec: Digits | ImageFolder | File | Folder | HubDataset) -> Source:
-    """Opens it. Raises UserError for fewer than 2 images and for what cannot be read."""
+def images_of(
+    spec: Digits | ImageFolder | File | Folder | HubDataset, arrays: dict[str, np.ndarray] | None = None
+) -> Source:
+    """Opens it. Raises UserError for fewer than 2 images and for what cannot be read. arrays: of a file that
+    was read already."""
     if isinstance(spec, ImageFolder):
         source: Source = FolderSource(spec.path, spec.resize)
     elif isinstance(spec, File):
-        source = ArraySource(spec.path, read_npz(spec.path))
+        source = ArraySource(spec.path, read_npz(spec.path) if arrays is None else arrays)
     else:
         source = DataSource(spec.load())
     if len(source) < 2:
@@ -131,9 +136,7 @@ class ArraySource:
                 f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
                 "images are uint8 of shape (N, H, W, 1 or 3)"
             )
-        labels = arrays.get("arr_1", arrays.get("labels"))
-        whole = labels is not None and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-        self.labels = torch.from_numpy(labels.astype(np.int64)) if labels is not None and whole else None
+        self.labels = labels_in(arrays, len(images), path)
         self.images = images
 
     def __len__(self) -> int:
@@ -141,6 +144,20 @@ class ArraySource:
 
     def read(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(self.images[start:stop])
+
+
+def labels_in(arrays: dict[str, np.ndarray], count: int, path: Path) -> Tensor | None:
+    """The class labels of an .npz: `labels`, or `arr_1` as ADM calls them. UserError for what is none."""
+    for name in ("labels", "arr_1"):
+        if name in arrays:
+            labels = arrays[name]
+            if labels.dtype.kind not in "iu" or labels.shape != (count,) or labels.size and labels.min() < 0:
+                raise UserError(
+                    f"{path}: {name} is {labels.dtype} of shape {labels.shape}; labels are whole numbers "
+                    f"from 0, of shape ({count},)"
+                )
+            return torch.from_numpy(labels.astype(np.int64))
+    return None
 
 
 class FolderSource:
@@ -211,6 +228,31 @@ def _size(path: Path) -> tuple[int, int]:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"image {path} cannot be read ({error}); repair it, or take it out")
+
+
+def spread(total: int, count: int) -> Tensor:
+    """`count` indices of `total`: evenly over all where they are fewer, else all in turn.
+
+    Images and labels often come class by class, and the first ones would be of the first classes.
+    """
+    every = torch.arange(count)
+    return every * total // count if count < total else every % total
+
+
+def thinned(source: Source, count: int) -> Source:
+    """That many of its images, evenly over all."""
+    if count == len(source):
+        return source
+    chosen = spread(len(source), count)
+    thin = copy.copy(source)
+    thin.labels = None if source.labels is None else source.labels[chosen]
+    if isinstance(thin, FolderSource):
+        thin.paths = [thin.paths[i] for i in chosen]
+    elif isinstance(thin, ArraySource):
+        thin.images = thin.images[chosen.numpy()]
+    elif isinstance(thin, DataSource):
+        thin.images = replace(thin.images, pixels=thin.images.pixels[chosen.numpy()])
+    return thin
 
 
 def batches(

@@ -157,13 +157,18 @@ class Statistics:
         arrays: dict[str, Any] = {key: _array(value) for key, value in more.items() if value is not None}
         if self.num_samples is not None:
             arrays["num_samples"] = np.asarray(self.num_samples)
+        checked(self.mu, self.sigma, f"the statistics for {path}")
         with new_file(_npz(path)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, mu=self.mu.cpu().numpy(), sigma=self.sigma.cpu().numpy(), **arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> Statistics:
         """From any .npz with mu and sigma. Raises UserError for what is not one."""
-        arrays = read_npz(path)
+        return cls.of_arrays(read_npz(path), str(path))
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], path: str) -> Statistics:
+        """From the arrays of such a file; path: what an error calls it."""
         missing = [key for key in ("mu", "sigma") if key not in arrays]
         if missing:
             raise UserError(
@@ -175,7 +180,7 @@ class Statistics:
             raise UserError(
                 f"{path}: num_samples is no whole number of at least 2; write it with diffkd stats"
             )
-        return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count), str(path))
+        return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count), path)
 
 
 def _is_count(array: np.ndarray) -> bool:

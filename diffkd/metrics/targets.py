@@ -16,10 +16,13 @@ from diffkd.generation import generate, labels_for
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
-from diffkd.metrics.sources import Source, batches
+from diffkd.metrics.sources import Source, batches, spread, thinned
 from diffkd.metrics.weights import digest
 
 REMEMBERED = 1 << 30  # bytes of a teacher's images
+
+
+Batches = Callable[[int, int], Iterator[tuple[int, Tensor]]]  # rank, world -> (first index, uint8 BHWC)
 
 
 @dataclass
@@ -27,20 +30,21 @@ class Target:
     """What is measured: `count` images, by batches of this process. protocol: how they came about."""
 
     count: int
-    batches: Callable[
-        [int, int], Iterator[tuple[int, Tensor]]
-    ]  # rank, world -> (index of the first, uint8 BHWC)
+    batches: Batches
     protocol: dict[str, Any] = field(default_factory=dict)
+    there: bool = False  # whether its images lie somewhere, so that their sha256 says which they were
 
 
 def images_target(source: Source, count: int | None, batch_size: int) -> Target:
-    """The first `count` of images that are there."""
+    """Images that are there; `count` of them, evenly over all."""
     if count is not None and count > len(source):
         raise UserError(
             f"{source.name} has {len(source)} images and {count} are asked for; use fewer --samples"
         )
-    total = count or len(source)
-    return Target(total, lambda rank, world: batches(source, total, batch_size, rank, world))
+    chosen = thinned(source, count or len(source))
+    return Target(
+        len(chosen), lambda rank, world: batches(chosen, len(chosen), batch_size, rank, world), there=True
+    )
 
 
 def model_target(
@@ -48,7 +52,7 @@ def model_target(
 ) -> Target:
     """Images that a model draws, as many as `how` says or the reference has."""
     count = default_count(how, reference)
-    chosen, given = _labels(denoiser, how, reference)
+    chosen, given = _labels(denoiser, how, reference, count)
     labels = labels_for(denoiser, count, given)
     options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
 
@@ -90,7 +94,7 @@ def remembered(target: Target) -> Target:
         if drawn is not None:
             kept[rank, world] = drawn
 
-    return Target(target.count, batches, target.protocol)
+    return Target(target.count, batches, target.protocol, target.there)
 
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:
@@ -101,12 +105,12 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}
 
 
-def _labels(denoiser: Denoiser, how: Evaluation, reference: Reference) -> tuple[Any, Any]:
-    """(what the protocol says of the labels, the labels)."""
+def _labels(denoiser: Denoiser, how: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
+    """(what the protocol says of the labels, the labels): the reference's own evenly over all of them."""
     if isinstance(how.labels, list):
         return how.labels, how.labels
     if denoiser.num_classes is None:
         return None, None
     if how.labels == "data" and reference.labels is not None:
-        return "data", reference.labels
+        return "data", reference.labels[spread(len(reference.labels), count)]
     return "balanced", None

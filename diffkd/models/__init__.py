@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,35 @@ def load(
             return denoiser.to(device=device, dtype=dtype).eval()
     supported = ", ".join(p for family in FAMILIES for p in family.PIPELINES)
     raise UserError(
-        f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported}"
+        f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported} "
+        "(diffkd evaluate --sampler stock measures others)"
     )
+
+
+def open_stock(path_or_hub_id: str | Path) -> Any:
+    """A diffusers pipeline as diffusers opens it, of any class that draws from noise and class labels."""
+    import diffusers
+
+    folder = _folder(path_or_hub_id)
+    name = str(_read_json(folder / "model_index.json").get("_class_name"))
+    kind: Any = getattr(diffusers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
+        raise UserError(f"{path_or_hub_id} is a {name}, which this diffusers has not; install one that has")
+    takes = inspect.signature(kind.__call__).parameters
+    known = ("self", "class_labels", "kwargs")
+    needs = [key for key, p in takes.items() if p.default is p.empty and key not in known]
+    if needs or "prompt" in takes or "generator" not in takes:
+        raise UserError(
+            f"a {name} does not draw from noise and class labels alone (it takes "
+            f"{', '.join(needs or ['prompt'])}); draw its images to a folder, and evaluate that"
+        )
+    try:
+        pipeline = kind.from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
+    except Exception as error:  # diffusers raises many kinds for a pipeline that is not whole
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path_or_hub_id} cannot be opened as a {name} ({reason}); is it whole?") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:

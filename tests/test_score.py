@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffkd.base import UserError
-from diffkd.metrics.inception_score import ScoreSums, inception_score
+from diffkd.metrics.score import ScoreSums, inception_score
 
 
 def probabilities(n: int, classes: int, *seed: int, sharp: float = 2.0) -> np.ndarray:

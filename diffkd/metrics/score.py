@@ -31,10 +31,13 @@ def inception_score(probs: Tensor, splits: int = 10) -> InceptionScore:
 class ScoreSums:
     """All that the score needs of `count` images: per split, the sum of p and of p log p. Float64."""
 
-    def __init__(self, count: int, splits: int = 10) -> None:
+    def __init__(self, count: int, splits: int = 10, order: Tensor | None = None) -> None:
+        """order: (count,), the place of each image in the order that is split; default their own."""
         if not 1 <= splits <= count:
             raise UserError(f"the Inception Score of {splits} splits needs as many images; there are {count}")
         self.bounds = torch.tensor([i * count // splits for i in range(splits + 1)])
+        place = torch.arange(count) if order is None else order
+        self.split_of = torch.searchsorted(self.bounds, place, right=True) - 1
         self.p = torch.zeros(splits, 0, dtype=torch.float64)
         self.p_log_p = torch.zeros(splits, dtype=torch.float64)
 
@@ -44,10 +47,11 @@ class ScoreSums:
         if self.p.shape[1] == 0:
             self.p = p.new_zeros(len(self.bounds) - 1, p.shape[1])
             self.p_log_p = self.p_log_p.to(p.device)
-        split = torch.searchsorted(self.bounds, torch.arange(first, first + len(p)), right=True) - 1
-        split = split.to(p.device)
-        self.p.index_add_(0, split, p)
-        self.p_log_p.index_add_(0, split, torch.special.xlogy(p, p).sum(1))
+        self.split_of = self.split_of.to(p.device)
+        # a product and not index_add_, whose order of additions on a GPU is not the same twice
+        member = torch.nn.functional.one_hot(self.split_of[first : first + len(p)], len(self.p)).double()
+        self.p += member.T @ p
+        self.p_log_p += member.T @ torch.special.xlogy(p, p).sum(1)
 
     def merge_across(self, add: Callable[[Tensor], Tensor], classes: int) -> None:
         """Adds up all processes, each of which must call it, with images or without."""
