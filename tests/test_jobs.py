@@ -296,6 +296,7 @@ def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(here, cli):
         f"data.path={here / 'cifar'}",
         "method.updates=2",
         "method.updates_v=2",
+        "evaluation=null",
         "training.batch_size=2",
         "training.precision=float32",
         "pictures=0",
