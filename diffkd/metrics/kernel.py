@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | np.ndarray,
+    y: Tensor | np.ndarray,
     *,
     subsets: int = 100,
     subset_size: int = 1000,
@@ -36,8 +37,8 @@ def kernel_distance(
     without replacement from either set; subset_size is at most the smaller set. Raises UserError for fewer
     than 2 samples.
     """
+    x, y = pair(x, y, 2)
     size = min(subset_size, len(x), len(y))
-    _check(x, y, 2)
     if subsets < 1 or subset_size < 2:
         raise UserError(f"{subsets} subsets of {subset_size} give no KID; use at least 1 of at least 2")
     rng = torch.Generator().manual_seed(seed)
@@ -57,13 +58,15 @@ def kernel_distance(
     return KernelDistance(float(distances.mean()), float(distances.std(unbiased=False)))
 
 
-def cmmd(x: Tensor, y: Tensor, *, bandwidth: float = 10.0, scale: float = 1000.0) -> float:
+def cmmd(
+    x: Tensor | np.ndarray, y: Tensor | np.ndarray, *, bandwidth: float = 10.0, scale: float = 1000.0
+) -> float:
     """CMMD: scale times the squared MMD of a Gaussian kernel (Jayasumana et al. 2024, section 4).
 
     The kernel is exp(-|x - y|² / (2 bandwidth²)). x: (N, d), y: (M, d), CLIP embeddings of unit length. The
     biased estimate, as published: a pair of a sample with itself counts.
     """
-    _check(x, y, 1)
+    x, y = pair(x, y, 1)
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.double(), b.double()
@@ -85,13 +88,14 @@ def _off_diagonal(kernel: Tensor) -> Tensor:
     return kernel.sum() - kernel.diagonal().sum()
 
 
-def _check(x: Tensor, y: Tensor, least: int) -> None:
+def pair(x: Any, y: Any, least: int) -> tuple[Tensor, Tensor]:
+    """Two sets of features (N, d) and (M, d) as tensors. UserError where they are no such, or too few."""
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise UserError(
             f"features of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; "
             "use one feature network for both"
         )
     if min(len(x), len(y)) < least:
-        raise UserError(
-            f"a kernel distance needs at least {least} images of each; there are {len(x)} and {len(y)}"
-        )
+        raise UserError(f"this needs at least {least} images of each; there are {len(x)} and {len(y)}")
+    return x, y

@@ -6,13 +6,14 @@ Distances are computed block by block: no matrix of all pairs is held.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffkd.base import UserError
-from diffkd.metrics.kernel import BLOCK, squared_distances
+from diffkd.metrics.kernel import BLOCK, pair, squared_distances
 
 
 class PrecisionRecall(NamedTuple):
@@ -29,7 +30,7 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+def precision_recall(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2).
 
     real: (N, d), fake: (M, d). The ball around a sample reaches to its k-th nearest neighbour in its own set
@@ -45,7 +46,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
     return PrecisionRecall(float(inside_real.double().mean()), recalled / len(real))
 
 
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
+def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: int = 5) -> DensityCoverage:
     """Density and coverage (Naeem et al. 2020). real: (N, d), fake: (M, d)."""
     real, fake = _prepared(real, fake, k)
     radii = _radii(real, k)
@@ -57,12 +58,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
     return DensityCoverage(balls / (k * len(fake)), covered / len(real))
 
 
-def _prepared(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise UserError(
-            f"features of shapes {tuple(real.shape)} and {tuple(fake.shape)} cannot be compared; "
-            "use one feature network for both"
-        )
+def _prepared(real: Any, fake: Any, k: int) -> tuple[Tensor, Tensor]:
+    real, fake = pair(real, fake, 1)
     if min(len(real), len(fake)) <= k:
         raise UserError(
             f"the {k}-th nearest neighbour needs more than {k} images of each; "

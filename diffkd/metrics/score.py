@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,13 @@ class InceptionScore(NamedTuple):
     std: float
 
 
-def inception_score(probs: Tensor, splits: int = 10) -> InceptionScore:
+def inception_score(probs: Tensor | np.ndarray, splits: int = 10) -> InceptionScore:
     """exp of the mean KL(p(y|x) ‖ p(y)), by splits of consecutive images (Salimans et al. 2016, section 4).
 
     probs: (N, classes), rows that sum to 1. std with divisor `splits`.
     """
     sums = ScoreSums(len(probs), splits)
-    sums.update(probs, 0)
+    sums.update(torch.as_tensor(probs), 0)
     return sums.score()
 
 

@@ -57,8 +57,9 @@ class Statistics:
         made._given = sigma
         return made
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor | np.ndarray) -> None:
         """Adds features (B, d)."""
+        features = torch.as_tensor(features)
         if features.ndim != 2:
             raise UserError(
                 f"features of shape {tuple(features.shape)} cannot be taken; give (batch, features)"
