@@ -59,7 +59,7 @@ def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
 
 
 def _prepared(real: Any, fake: Any, k: int) -> tuple[Tensor, Tensor]:
-    real, fake = pair(real, fake, 1)
+    real, fake = pair(real, fake, 0)
     if min(len(real), len(fake)) <= k:
         raise UserError(
             f"the {k}-th nearest neighbour needs more than {k} images of each; "
