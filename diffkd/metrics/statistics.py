@@ -18,6 +18,7 @@ from diffkd.base import UserError
 from diffkd.metrics.frechet import Gaussian, checked, gaussian
 from diffkd.runs import new_file
 
+BLOCK = 512  # rows of features that are summed at a time
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
@@ -44,7 +45,8 @@ class Statistics:
         self.num_samples: int | None = 0
         self._given: Tensor | None = None  # the covariance as it was read, to the last bit
         self._shift = torch.zeros(num_features or 0, dtype=torch.float64, device=device)
-        self._sums = _sums(self._shift)
+        self._metric = _metric(self._shift)
+        self._waiting: list[Tensor] = []  # features that are not in the sums yet
 
     @classmethod
     def of(
@@ -75,9 +77,11 @@ class Statistics:
         features = features.detach().double()
         if self.num_samples == 0:
             self._shift = features.mean(0)
-            self._sums = _sums(self._shift)
+            self._metric = _metric(self._shift)
         self._given = None
-        self._sums.update(features - self._shift, real=True)
+        self._waiting.append(features - self._shift)
+        if sum(map(len, self._waiting)) >= BLOCK:
+            _ = self._sums
         self.num_samples += len(features)
 
     def merge(self, other: Statistics) -> None:
@@ -115,6 +119,15 @@ class Statistics:
         self._set(mu, add(self._scatter(mu)), count)
 
     @property
+    def _sums(self) -> FrechetInceptionDistance:
+        """The metric with all features in it. Its matrix is as large as BLOCK rows, so it is not touched for
+        fewer."""
+        if self._waiting:
+            self._metric.update(torch.cat(self._waiting), real=True)
+            self._waiting = []
+        return self._metric
+
+    @property
     def num_features(self) -> int:
         return len(self._shift)
 
@@ -146,7 +159,7 @@ class Statistics:
         return about_mean + count * torch.outer(self._shift + mean - centre, self._shift + mean - centre)
 
     def _set(self, mu: Tensor, scatter: Tensor, num_samples: int | None) -> None:
-        self.num_samples, self._shift, self._sums, self._given = num_samples, mu, _sums(mu), None
+        self.num_samples, self._shift, self._metric, self._given = num_samples, mu, _metric(mu), None
         self._sums.real_features_cov_sum = scatter
         self._sums.real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
 
@@ -188,7 +201,7 @@ def _is_count(array: np.ndarray) -> bool:
     return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
 
 
-def _sums(shift: Tensor) -> FrechetInceptionDistance:
+def _metric(shift: Tensor) -> FrechetInceptionDistance:
     metric = FrechetInceptionDistance(feature=_Features(len(shift)), sync_on_compute=False)
     return metric.to(shift.device)
 
