@@ -1,4 +1,4 @@
-"""What the metrics cost, each as a ratio within this process (median of pairs; figures in docs/performance.md):
+"""What the metrics cost, as ratios within this process, medians of pairs (figures: docs/performance.md):
 
     python scripts/bench_metrics.py [--device cuda] [--batch 16] [--rounds 3]
 
@@ -34,8 +34,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def paired(one: Callable[[], object], two: Callable[[], object], rounds: int, device: torch.device):
-    """Median times of both, run in turn, and the median of one / two: what else the machine does hits both."""
+def paired(
+    one: Callable[[], object], two: Callable[[], object], rounds: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Median times of both, run in turn, and the median of one / two: other work hits both alike."""
     times = [(seconds(one, device), seconds(two, device)) for _ in range(rounds)]
     return (
         statistics.median(a for a, _ in times),
@@ -77,8 +79,8 @@ def features(device: torch.device, batch: int, rounds: int) -> None:
         )
         rates = (batch * batches / whole, batch * batches / bare)
         print(
-            f"Inception, {batches} batches of {batch} at {size}x{size}: {rates[0]:.1f} features/s from uint8 to "
-            f"statistics, {rates[1]:.1f} bare: {ratio:.3f} (aim: 0.95)"
+            f"Inception, {batches} batches of {batch} at {size}x{size}: {rates[0]:.1f} features/s from "
+            f"uint8 to statistics, {rates[1]:.1f} bare: {ratio:.3f} (aim: 0.95)"
         )
 
 
@@ -105,8 +107,9 @@ def root(device: torch.device, rounds: int) -> None:
             device,
         )
         print(
-            f"frechet_distance, d = 2048, covariances of {samples:,} samples: {mine:.2f} s on {device.type}, scipy "
-            f"sqrtm {scipys:.2f} s on the CPU: {ratio:.1f} times (aim: 3); values {ours:.12g} and {theirs:.12g}"
+            f"frechet_distance, d = 2048, covariances of {samples:,} samples: {mine:.2f} s on {device.type}, "
+            f"scipy sqrtm {scipys:.2f} s on the CPU: {ratio:.1f} times (aim: 3); "
+            f"values {ours:.12g} and {theirs:.12g}"
         )
 
 
