@@ -66,15 +66,18 @@ class Reference:
         if "protocol" in arrays:
             self.protocol = _protocol(arrays["protocol"], path)
             self.sha256 = self.protocol.get("sha256", self.sha256)
+        count = self.statistics.num_samples
+        if count is None:
+            return  # of another tool, whose other arrays mean what they may
         if "features" in arrays:
             stored = arrays["features"]
-            if stored.shape != (self.statistics.num_samples, self.statistics.num_features):
+            if stored.shape != (count, self.statistics.num_features):
                 raise UserError(f"{path}: features do not fit num_samples and mu; write it with diffkd stats")
             if stored.dtype.kind != "f" or not np.isfinite(stored).all():
                 raise UserError(f"{path}: features has values that are not finite numbers; write it again")
             self.stored_features = torch.from_numpy(stored)
         if self.source is None and "labels" in arrays:
-            self.labels = labels_in(arrays, self.statistics.num_samples or 0, path)
+            self.labels = labels_in(arrays, count, path)
 
     def collect(
         self,
