@@ -360,7 +360,6 @@ MU, SIGMA = np.zeros(4), np.eye(4)
         ({"mu": MU, "sigma": SIGMA, "protocol": "{"}, "protocol"),
         ({"mu": MU, "sigma": SIGMA, "protocol": '{"features": 3}'}, "protocol"),
         ({"mu": MU, "sigma": SIGMA, "num_samples": 9, "features": np.zeros((8, 4))}, "features"),
-        ({"mu": MU, "sigma": SIGMA, "features": np.zeros((8, 4))}, "features"),
         ({"mu": np.array([None] * 4), "sigma": SIGMA}, "allow_pickle"),
         ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "at least 2"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "at least 2"),
@@ -374,6 +373,12 @@ MU, SIGMA = np.zeros(4), np.eye(4)
 def test_files_that_are_no_reference(refused, arrays, says):
     np.savez("ref.npz", **arrays)
     refused("ref.npz", says=["ref.npz", says])
+
+
+def test_what_another_tool_calls_features_or_labels_is_left_alone(here):
+    np.savez("ref.npz", mu=MU, sigma=SIGMA, features=np.zeros((8, 3)), labels=np.array(["a"]))
+    reference = Reference(parse("ref.npz"))
+    assert reference.stored_features is None and reference.labels is None and reference.count is None
 
 
 @pytest.mark.parametrize(
