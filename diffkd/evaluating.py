@@ -151,7 +151,8 @@ def notes(found: Sequence[Record]) -> list[str]:
     record = found[0]
     protocol = record["protocol"]
     name, count = protocol["features"]["name"], protocol["samples"]
-    lines = [f"{count:,} images, {name} features, labels: {protocol.get('labels') or 'none'}"]
+    labels = f", labels: {protocol['labels'] or 'none'}" if "labels" in protocol else ""
+    lines = [f"{count:,} images, {name} features{labels}"]
     if "fid_floor" in record:
         lines.append(
             f"{count:,} images are few: a perfect model would have an FID of about {record['fid_floor']:.3g} "
