@@ -155,7 +155,7 @@ def notes(found: Sequence[Record]) -> list[str]:
     lines = [f"{count:,} images, {name} features{labels}"]
     if "fid_floor" in record:
         lines.append(
-            f"{count:,} images are few: a perfect model would have an FID of about {record['fid_floor']:.3g} "
+            f"{count:,} images are few: fresh data would have an FID of about {record['fid_floor']:.3g} "
             "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
         )
     if "fid" in record and name != "inception":
@@ -294,4 +294,5 @@ def evaluation(**given: Any) -> Evaluation:
         key = str(error.errors()[0]["loc"][0])
         option = options.get(key, key.replace("_", "-"))
         line = one_line(error, Evaluation).partition(" is ")[2]
-        raise UserError(f"--{option} is {line}") from error
+        more = ", or stock" if key == "sampler" else ""
+        raise UserError(f"--{option} is {line}{more}") from error

@@ -101,7 +101,8 @@ def _images(subject: Subject, how: Evaluation) -> Opened:
         raise UserError(f"{subject.path} is not there; give a model, a folder of images, or an image .npz")
     if subject.steps or subject.teacher or subject.guidance != 1:
         raise UserError(f"{subject.path} is no model: steps, guidance and teacher are for models")
-    inside = sorted(p.parent.name for p in place.glob("*/model_index.json"))
+    found = [*place.glob("*/model_index.json"), *place.glob("*/*/model_index.json")]
+    inside = sorted(str(p.parent.relative_to(place)) for p in found)
     if inside:
         raise UserError(f"{subject.path} holds models ({', '.join(inside)}); name one of them")
     target = images_target(sources.images_of(spec), how.samples, how.batch_size)

@@ -33,7 +33,8 @@ def one_evaluation(console: Console, found: Sequence[Record]) -> None:
         rates = (1 / records.seconds_per_image(record) for record in found)
         rows.append(["images/s of a process", *(f"{rate:.0f}" for rate in rates)])
     stepped = "steps" in found[0]
-    show(console, ["steps" if stepped else "", *(str(r.get("steps", "")) for r in found)], rows)
+    titles = ["steps", *(str(r["steps"]) for r in found)] if stepped else ["", *(r["model"] for r in found)]
+    show(console, titles, rows)
 
 
 def compare(one: Path, two: Path, console: Console) -> bool:

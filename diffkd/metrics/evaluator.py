@@ -92,7 +92,7 @@ class Evaluator:
         if "agreement" not in how.metrics:
             teacher = None
         elif teacher is None:
-            raise UserError("agreement is with a teacher from the same noise; name it")
+            raise UserError("agreement is with a teacher from the same noise; name it (--teacher)")
         stored = {STORED_FAKE[metric] for metric in how.metrics if metric in STORED_FAKE}
         if how.bootstrap:
             stored.add(MAIN)
@@ -185,7 +185,7 @@ class Evaluator:
         return stored.to(self.processes.device)
 
     def _floor(self, samples: int) -> float | None:
-        """The FID that a perfect model would have with so few images; None where they are not few."""
+        """The FID that fresh data would have with so few images; None where they are not few."""
         real = self.real[MAIN].statistics
         usual = features.USUAL if self.how.features != "digits" else self.reference.count or features.USUAL
         if samples >= usual and samples >= real.num_features:

@@ -33,7 +33,7 @@ FEATURES = {"fd_dino": "dinov2", "cmmd": "clip"}  # metrics whose features are n
 def keys(record: Mapping[str, Any]) -> list[str]:
     """The keys of a record's numbers."""
     every = [key for name, (_, _, *more) in VALUES.items() for key in (name, *more)]
-    return [key for key in [*every, "fd_inf_slope", "fid_std", "fid_floor"] if key in record]
+    return [key for key in [*every, "fd_inf_slope", "fid_std"] if key in record]
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, str]:

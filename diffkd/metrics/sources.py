@@ -21,6 +21,7 @@ from diffkd.data import SUFFIXES, Digits, Folder, HubDataset, Images, image_file
 from diffkd.metrics.statistics import PICKLES, read_npz
 
 WORKERS = 8  # threads that decode images
+SUBSET_SEED = 0
 
 
 class Source(Protocol):
@@ -231,16 +232,19 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def spread(total: int, count: int) -> Tensor:
-    """`count` indices of `total`: evenly over all where they are fewer, else all in turn.
+    """`count` indices of `total`: where they are fewer a fixed random choice in order, else all in turn.
 
-    Images and labels often come class by class, and the first ones would be of the first classes.
+    Images and labels often come class by class, so that the first ones are of the first classes, or the
+    classes in turn, so that evenly spaced ones may all be of one.
     """
-    every = torch.arange(count)
-    return every * total // count if count < total else every % total
+    if count < total:
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:count]
+        return chosen.sort().values
+    return torch.arange(count) % total
 
 
 def thinned(source: Source, count: int) -> Source:
-    """That many of its images, evenly over all."""
+    """That many of its images, by `spread`."""
     if count == len(source):
         return source
     chosen = spread(len(source), count)

@@ -36,7 +36,7 @@ class Target:
 
 
 def images_target(source: Source, count: int | None, batch_size: int) -> Target:
-    """Images that are there; `count` of them, evenly over all."""
+    """Images that are there; `count` of them, a fixed random choice where there are more."""
     if count is not None and count > len(source):
         raise UserError(
             f"{source.name} has {len(source)} images and {count} are asked for; use fewer --samples"
@@ -106,7 +106,7 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
 
 
 def _labels(denoiser: Denoiser, how: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
-    """(what the protocol says of the labels, the labels): the reference's own evenly over all of them."""
+    """(what the protocol says of the labels, the labels): the reference's own, by `sources.spread`."""
     if isinstance(how.labels, list):
         return how.labels, how.labels
     if denoiser.num_classes is None:
