@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -61,13 +60,6 @@ class Images:
             flipped = torch.rand(size, generator=rng) < 0.5
             x0[flipped] = x0[flipped].flip(-1)
         return x0, None if self.labels is None else self.labels[indices]
-
-    def sha256(self) -> str:
-        """Of the pixels, in order: what a reference's numbers were computed from."""
-        digest = hashlib.sha256()
-        for start in range(0, len(self), 4096):
-            digest.update(np.ascontiguousarray(self.pixels[start : start + 4096]).tobytes())
-        return digest.hexdigest()
 
 
 class Digits(Strict):

@@ -47,7 +47,10 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
             raise UserError(
                 "evaluation.metrics has agreement, which is with a teacher: it is for diffkd distill"
             )
-        networks_of(how) if how.reference is None else require(how, Reference(how.reference))
+        if how.reference is None:
+            networks_of(how)
+        else:
+            require(how, Reference(how.reference))
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Statistics:
         self._given = None
         self._waiting.append(features - self._shift)
         if sum(map(len, self._waiting)) >= BLOCK:
-            _ = self._sums
+            self._summed()
         self.num_samples += len(features)
 
     def merge(self, other: Statistics) -> None:
@@ -118,8 +118,7 @@ class Statistics:
         mu = origin + add((mean - origin) * here) / count
         self._set(mu, add(self._scatter(mu)), count)
 
-    @property
-    def _sums(self) -> FrechetInceptionDistance:
+    def _summed(self) -> FrechetInceptionDistance:
         """The metric with all features in it. Its matrix is as large as BLOCK rows, so it is not touched for
         fewer."""
         if self._waiting:
@@ -135,7 +134,7 @@ class Statistics:
     def mu(self) -> Tensor:
         if self.num_samples == 0:
             raise UserError("statistics of no images have no mean; give at least 2 images")
-        return self._shift + self._sums.real_features_sum / self._sums.real_features_num_samples
+        return self._shift + self._summed().real_features_sum / self._summed().real_features_num_samples
 
     @property
     def sigma(self) -> Tensor:
@@ -143,7 +142,7 @@ class Statistics:
             raise UserError(f"a covariance needs at least 2 images, and there are {self.num_samples}")
         if self._given is not None:
             return self._given
-        sigma = self._scatter(self.mu) / (self._sums.real_features_num_samples - 1)
+        sigma = self._scatter(self.mu) / (self._summed().real_features_num_samples - 1)
         return (sigma + sigma.T) / 2
 
     def gaussian(self, name: str = "the statistics") -> Gaussian:
@@ -151,17 +150,17 @@ class Statistics:
 
     def _scatter(self, centre: Tensor) -> Tensor:
         """Sum of (x - centre)(x - centre)ᵀ over the samples, of which there may be none."""
-        count = self._sums.real_features_num_samples
+        count = self._summed().real_features_num_samples
         if count == 0:
-            return self._sums.real_features_cov_sum
-        mean = self._sums.real_features_sum / count
-        about_mean = self._sums.real_features_cov_sum - count * torch.outer(mean, mean)
+            return self._summed().real_features_cov_sum
+        mean = self._summed().real_features_sum / count
+        about_mean = self._summed().real_features_cov_sum - count * torch.outer(mean, mean)
         return about_mean + count * torch.outer(self._shift + mean - centre, self._shift + mean - centre)
 
     def _set(self, mu: Tensor, scatter: Tensor, num_samples: int | None) -> None:
         self.num_samples, self._shift, self._metric, self._given = num_samples, mu, _metric(mu), None
-        self._sums.real_features_cov_sum = scatter
-        self._sums.real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
+        self._summed().real_features_cov_sum = scatter
+        self._summed().real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
 
     def save(self, path: Path | str, **more: Any) -> None:
         """An .npz of mu and sigma (float64) as pytorch-fid, EDM, ADM and clean-fid read it.
