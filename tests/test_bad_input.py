@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffkd import session
+from tests.refusals import tree
 
 TRAIN = {
     "out": "runs/teacher",
@@ -71,10 +72,6 @@ def here(tmp_path, monkeypatch, pipelines) -> Path:
 def write(path: Path, content: Any) -> Path:
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
     return path
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffkd import cards, charts, models, samplers
+from tests.refusals import refuse, tree
 
 CONFIG: dict[str, Any] = {
     "out": "runs/bench",
@@ -73,14 +74,6 @@ def changed(here: Path, **changes: Any) -> str:
     return "other.yaml"
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
-        if "__pycache__" not in p.parts
-    }
-
-
 @pytest.fixture
 def run(cli, here) -> Callable[..., str]:
     """run(*args) -> what it prints."""
@@ -96,13 +89,7 @@ def run(cli, here) -> Callable[..., str]:
 @pytest.fixture
 def refused(cli, here) -> Callable[..., None]:
     def benchmark(*args: object, says: list[str] | str = "") -> None:
-        before = tree(here)
-        code, out, err = cli("benchmark", *args)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (code, out, err)
-        assert err.startswith("diffkd: error: ")
-        for words in [says] if isinstance(says, str) else says:
-            assert words in err
-        assert tree(here) == before
+        refuse(cli, here, "benchmark", *args, says=says)
 
     return benchmark
 

@@ -27,6 +27,7 @@ from diffkd.metrics.inception import InceptionV3
 from diffkd.metrics.score import inception_score
 from diffkd.runs import versions
 from diffkd.stats import stats
+from tests.refusals import refuse, tree
 
 ALL = "fid,kid,is,prdc,fd_inf"
 # Features that NumPy has too, one from each quarter, and classes for the Inception Score.
@@ -97,10 +98,6 @@ def real_digits() -> np.ndarray:
 
 def of_folder(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.png"))])
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def give_steps(folder: Path, steps: int) -> Path:
@@ -176,14 +173,7 @@ def refused(cli, here) -> Callable[..., str]:
     """refused(*args, says=[...]): one line, status 2, nothing written. The line is returned."""
 
     def run(*args: object, says: list[str] | str = "") -> str:
-        before = tree(here)
-        code, out, err = cli(*args)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (code, out, err)
-        assert err.startswith("diffkd: error: ")
-        for words in [says] if isinstance(says, str) else says:
-            assert words in err
-        assert tree(here) == before
-        return err
+        return refuse(cli, here, *args, says=says)
 
     return run
 

@@ -18,6 +18,7 @@ from diffkd import metrics
 from diffkd.data import Digits
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import parse
+from tests.refusals import refuse
 
 TOY = """
 import torch
@@ -68,14 +69,6 @@ def of_folder(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.png"))])
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
-        if "__pycache__" not in p.parts
-    }
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, make_pipeline, image_folder) -> Path:
     """images: 40, to be measured. real: 50, to compare with. labelled: a model of 10 classes."""
@@ -115,13 +108,18 @@ def refused(cli, here) -> Callable[..., None]:
     def run(
         reference: str, *args: object, says: list[str] | str = "", features: str = "toy.Quarters"
     ) -> None:
-        before = tree(here)
-        code, out, err = cli("evaluate", "images", "--reference", reference, "--features", features, *args)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (code, out, err)
-        assert err.startswith("diffkd: error: ")
-        for words in [says] if isinstance(says, str) else says:
-            assert words in err
-        assert tree(here) == before
+        refuse(
+            cli,
+            here,
+            "evaluate",
+            "images",
+            "--reference",
+            reference,
+            "--features",
+            features,
+            *args,
+            says=says,
+        )
 
     return run
 

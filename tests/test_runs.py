@@ -16,6 +16,7 @@ import torch
 from diffkd import runs
 from diffkd.base import UserError
 from diffkd.runs import Run, new_file, new_folder, read_json, write_json
+from tests.refusals import tree
 
 CONFIG = {
     "out": "x",
@@ -30,10 +31,6 @@ def run(tmp_path):
     held = Run(tmp_path / "run", CONFIG)
     yield held
     held.close()
-
-
-def tree(folder) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 class Boom(BaseException):

@@ -21,6 +21,7 @@ from diffkd import metrics
 from diffkd.data import Digits
 from diffkd.metrics import features as networks
 from diffkd.runs import versions
+from tests.refusals import refuse
 
 TOY = """
 import torch
@@ -67,14 +68,6 @@ def load(path: Path | str) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files}
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
-        if "__pycache__" not in p.parts
-    }
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch, image_folder) -> Path:
     """images: 30 in colour. classes: 3 times 9."""
@@ -102,13 +95,7 @@ def compute(cli, here) -> Callable[..., dict[str, np.ndarray]]:
 @pytest.fixture
 def refused(cli, here) -> Callable[..., None]:
     def run(*args: object, says: list[str] | str = "") -> None:
-        before = tree(here)
-        code, out, err = cli("stats", *args)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (code, out, err)
-        assert err.startswith("diffkd: error: ")
-        for words in [says] if isinstance(says, str) else says:
-            assert words in err
-        assert tree(here) == before
+        refuse(cli, here, "stats", *args, says=says)
 
     return run
 
