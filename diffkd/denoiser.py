@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.base import UserError
-from diffkd.schedules import PREDICTIONS, Schedule, read_prediction
+from diffkd.schedules import PREDICTIONS, Schedule, Time, read_prediction
 
 
 class Predicted(NamedTuple):
@@ -73,29 +73,37 @@ class Denoiser(nn.Module):
         """The network's dtype; float64 for a network without weights, which is a formula."""
         return next((p.dtype for p in self.network.parameters()), torch.float64)
 
-    def forward(self, x_t: Tensor, t: Tensor, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
-        """Prediction of x0, (B, C, H, W). t: (B,) in (0, 1]."""
+    def forward(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
+        """Prediction of x0, (B, C, H, W). t: (B,) in (0, 1], or one for the whole batch."""
         return self.predict(x_t, t, guidance=guidance, **cond).x0
 
-    def predict(self, x_t: Tensor, t: Tensor, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
+    def predict(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
         """x0 and eps of one call. guidance: w of `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
-        if guidance != 1.0:
-            x_t2, t2, cond2 = self._with_null(x_t, t, cond)
-            x0, eps = (part.chunk(2) for part in self.predict(x_t2, t2, **cond2))
-            return Predicted(x0[1] + guidance * (x0[0] - x0[1]), eps[1] + guidance * (eps[0] - eps[1]))
-        output = self.network(x_t.to(self.dtype), self.schedule.network_time(t), **cond)
-        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        output = self.output(x_t, t, guidance=guidance, **cond)
         alpha, sigma = self.schedule.at(t, like=x_t)
         return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
 
+    def output(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
+        """What the network says, as its prediction type has it: (B, C, H, W) in the network's dtype, or
+        guided in that of x_t. x0 and eps are linear in it, so guiding it guides both."""
+        if guidance != 1.0:
+            x_t2, t2, cond2 = self._with_null(x_t, t, cond)
+            given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
+            return null + guidance * (given - null)
+        x_t = x_t.to(self.dtype)
+        output = self.network(x_t, self.schedule.network_time(t, x_t), **cond)
+        found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        return found
+
     def _with_null(
-        self, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        self, x_t: Tensor, t: Time, cond: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Time, dict[str, Any]]:
         """One batch of the conditional and the unconditional half."""
         self.check_guidance()
         labels = cond["class_labels"]
         both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
-        return torch.cat([x_t, x_t]), torch.cat([t, t]), {**cond, "class_labels": both}
+        t2 = t if isinstance(t, float) else torch.cat([t, t])
+        return torch.cat([x_t, x_t]), t2, {**cond, "class_labels": both}
 
     def check_guidance(self) -> None:
         """Raises UserError where the network has no label that means "no class"."""

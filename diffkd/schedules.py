@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,6 +16,7 @@ from torch import Tensor
 from diffkd.base import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Time = Tensor | float  # (B,) float64, or one for the whole batch
 PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
@@ -36,6 +37,7 @@ class Schedule:
     alphas_cumprod: Tensor
     betas: Mapping[str, Any]
     _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _numbers: dict[tuple[float, torch.dtype], tuple[float, float]] = field(default_factory=dict, repr=False)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -93,12 +95,21 @@ class Schedule:
         alpha2, sigma2 = self.squares(t)
         return (alpha2.log() - sigma2.log()) / 2
 
-    def at(self, t: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @overload
+    def at(self, t: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def at(self, t: Time, like: Tensor | None = None) -> tuple[Any, Any]: ...
+
+    def at(self, t: Time, like: Tensor | None = None) -> tuple[Any, Any]:
         """alpha(t), sigma(t): (B,) -> float64 (B,), or in the dtype of `like` and shaped to multiply it.
 
-        The squares are rounded before the root is taken, as stock schedulers do: in float32 the coefficients,
+        Of one time for the whole batch they are numbers, looked up once: a sampler on an even grid launches
+        nothing for them and never waits for a device. The squares are rounded before the root is taken, as stock schedulers do: in float32 the coefficients,
         and so a student's pixels, equal theirs bit by bit.
         """
+        if isinstance(t, float):
+            return self.numbers(t, torch.float64 if like is None else like.dtype)
         alpha2, sigma2 = self.squares(t)
         if like is not None:
             shape = (-1,) + (1,) * (like.ndim - 1)
@@ -106,13 +117,23 @@ class Schedule:
             sigma2 = sigma2.to(like.dtype).reshape(shape)
         return alpha2.sqrt(), sigma2.sqrt()
 
+    def numbers(self, t: float, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+        """alpha(t), sigma(t) of one time, as rounded to `dtype`; looked up once."""
+        if (t, dtype) not in self._numbers:
+            alpha, sigma = self.at(torch.tensor([t], dtype=torch.float64), torch.empty(0, dtype=dtype))
+            self._numbers[t, dtype] = (alpha.item(), sigma.item())
+        return self._numbers[t, dtype]
+
     def snr(self, t: Tensor) -> Tensor:
         """alpha² / sigma²: (B,) -> float64 (B,)."""
         alpha2, sigma2 = self.squares(t)
         return alpha2 / sigma2
 
-    def network_time(self, t: Tensor) -> Tensor:
+    def network_time(self, t: Time, like: Tensor) -> Tensor:
         """What the network is given as time: the table index t T - 1, float32 (B,); whole at the nodes."""
+        if isinstance(t, float):
+            index = t * self.num_train_timesteps - 1
+            return torch.full((len(like),), index, dtype=torch.float32, device=like.device)
         return (t.double() * self.num_train_timesteps - 1).float()
 
     def fitting_steps(self) -> list[int]:
@@ -173,10 +194,8 @@ def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None)
     )
 
 
-def read_prediction(
-    prediction: str, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Any network output as (x0, eps), each shaped like x_t.
+def read_prediction(prediction: str, x_t: Any, output: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """Any network output as (x0, eps), each shaped like x_t: tensors, or numbers for linear coefficients.
 
     v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D); flow: u = eps - x0 (Liu et al. 2023).
     """

@@ -119,7 +119,7 @@ def test_predictions_read_and_written(prediction):
 
 
 def test_network_time_is_the_tables_index():
-    time = Schedule.cosine(1024).network_time(torch.tensor([1 / 1024, 0.5, 1.0, 1.5 / 1024]))
+    time = Schedule.cosine(1024).network_time(t := torch.tensor([1 / 1024, 0.5, 1.0, 1.5 / 1024]), t)
     assert time.tolist() == [0.0, 511.0, 1023.0, 0.5] and time.dtype == torch.float32
 
 
