@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A mistake in what the user gave. The message is one line: the thing, the value, the remedy."""
 
 
+class Unfinished(Exception):
+    """Work that stopped half way, for the reason in the one line of its message; the same command goes on."""
+
+
 class Strict(BaseModel):
     """Base of every config object: unknown keys are errors, values cannot change once read."""
 

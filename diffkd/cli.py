@@ -1,7 +1,7 @@
 """The `diffkd` command.
 
-Exit status: 0 done, 1 numbers that differ (evaluate --repeat) or do not compare (compare), 2 a user's error
-(one line), 130 interrupted with a checkpoint saved.
+Exit status: 0 done, 1 numbers that differ (evaluate --repeat) or do not compare (compare), or images that are
+not all drawn (sample, on a full disk); 2 a user's error (one line), 130 interrupted with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _job(name: str, path: Path, overrides: list[str] | None, dry_run: bool) -> N
 
     from diffkd import config, jobs
 
-    _quiet_libraries()
+    _prepare_libraries()
     work: Callable[[], object]
     if name == "benchmark":
         from diffkd import benchmarking
@@ -74,7 +74,7 @@ def sample(
     ],
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
     classes: Annotated[
-        str, typer.Option(help="Labels in turn: balanced, or a list such as 0-9 or 3,5,7.")
+        str, typer.Option(help="Labels: balanced, data (as often as there), or in turn, as 0-9 or 3,5,7.")
     ] = "balanced",
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the student's own.")] = None,
@@ -84,18 +84,40 @@ def sample(
         float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")
     ] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="auto, eager, graph (a CUDA graph of all steps) or compile.")
+    ] = "auto",
+    image_format: Annotated[
+        str, typer.Option("--format", help="Of a folder's files: png or webp, both lossless.")
+    ] = "png",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=64, help="Processes that encode images; default up to 8 with a GPU, else 0."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, cpu or mps; default cuda where there is one.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other images at --out.")] = False,
 ) -> None:
-    """Draw images from a student: a folder of PNGs or an .npz, and a grid of the first 64."""
+    """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
+
+    The same command goes on where it stopped.
+    """
+    from rich.console import Console
+
     from diffkd import sampling
 
-    _quiet_libraries()
+    _prepare_libraries()
     options = {
         key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
     }
     sampling.sample_to(
-        model, out, n=n, classes=classes, seed=seed, steps=steps, sampler=sampler, batch_size=batch_size,
+        model, out, Console(), n=n, classes=classes, seed=seed, steps=steps, sampler=sampler,
+        batch_size=batch_size, dtype=dtype, mode=mode, image_format=image_format, workers=workers,
         device=device, overwrite=overwrite, options=options,
     )  # fmt: skip
 
@@ -193,7 +215,7 @@ def evaluate(
     from diffkd import evaluating, subjects
     from diffkd.base import UserError
 
-    _quiet_libraries()
+    _prepare_libraries()
     given = [
         name for name in context.params
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
@@ -268,7 +290,7 @@ def stats(
 
     from diffkd import stats as statistics
 
-    _quiet_libraries()
+    _prepare_libraries()
     statistics.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
         dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
@@ -294,9 +316,14 @@ def methods() -> None:
             print(f"  {key}: {field.get_default(call_default_factory=True)!r}  {field.description or ''}")
 
 
-def _quiet_libraries() -> None:
-    """Warnings of ours to stderr, one line each; libraries speak up only for errors."""
+def _prepare_libraries() -> None:
+    """Warnings of ours to stderr, one line each; libraries speak up only for errors. And no more threads than
+    cores: two on one core wait for each other."""
     import diffusers
+    import psutil
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), psutil.cpu_count(logical=False) or 1))
 
     logging.basicConfig(format="diffkd: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     diffusers.utils.logging.set_verbosity_error()
@@ -305,12 +332,14 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit status 2."""
-    from diffkd.base import UserError
+    from diffkd.base import Unfinished, UserError
 
     try:
         status = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except Unfinished as error:
+        _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
@@ -325,9 +354,9 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 2) -> None:
     print(f"diffkd: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ class Images:
     def num_classes(self) -> int | None:
         return None if self.labels is None else len(self.classes)
 
+    @property
+    def class_counts(self) -> list[int]:
+        """How many images each class has; none where there are no labels."""
+        return (
+            [] if self.labels is None else torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+        )
+
     def uint8(self, indices: Tensor | slice) -> Tensor:
         """Those images as they are, (B, C, H, W) uint8."""
         chosen = indices if isinstance(indices, slice) else indices.numpy()

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd import samplers
+from diffkd import capture, samplers
 from diffkd.base import UserError
+from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
+from diffkd.prefetch import ahead
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def to_uint8(x0: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, by the very operations of the stock pipelines."""
-    return ((x0 / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    shades = (x0 / 2).add_(0.5).clamp_(0, 1).mul_(255).round_()
+    return shades.to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -40,7 +45,155 @@ def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None
     return torch.tensor(given)[torch.arange(n) % len(given)]
 
 
-@torch.inference_mode()
+class Drawing:
+    """n images of a denoiser: what is drawn, and how it is run.
+
+    steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
+    from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is
+    stochastic, so the stock pipeline given these generators draws the same pictures. mode: auto, eager, graph
+    or compile (`capture.prepare`). options: guidance, eta.
+
+    States are float32. On CUDA the network's weights are put into channels_last, where they lie. Raises
+    UserError for what cannot be drawn, and for a batch that does not fit, naming one that does.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        n: int,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        labels: Sequence[int] | Tensor | None = None,
+        batch_size: int = 64,
+        sampler: str = "ddim",
+        mode: str = "auto",
+        **options: Any,
+    ) -> None:
+        steps = steps or denoiser.steps
+        if steps is None:
+            raise UserError("this model has no step count of its own; say how many steps to take")
+        if sampler != "ancestral" and "eta" in options:
+            raise UserError(f"eta is the noise of the ancestral sampler, and the sampler is {sampler}")
+        if not 0 <= seed < 2**63 - n:
+            raise UserError(f"seed {seed} is out of range; use 0 to {2**63 - n - 1}")
+        if denoiser.shape is None:
+            raise UserError(
+                "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
+            )
+        capture.check(mode, denoiser.device)
+        samplers.find(sampler)
+        self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
+        self.options, self.mode = options, mode
+        self.labels = labels_for(denoiser, n, labels)
+        self.batch_size = min(batch_size, n)
+        self.device = denoiser.device
+        eta = {"eta": options["eta"]} if "eta" in options else {}
+        self.draws = 1 + samplers.fresh_noises(sampler, steps, **eta)
+        self.clock = Clock(self.device)
+        self.runner: capture.Runner | None = None
+        if self.device.type == "cuda":
+            denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one image; a guided one is two."""
+        return samplers.nfe(self.sampler, self.steps) * (1 if self.options.get("guidance", 1.0) == 1 else 2)
+
+    @property
+    def blocks(self) -> int:
+        """How many batches there are: block k holds the images from k * batch_size on."""
+        return -(-self.n // self.batch_size)
+
+    def denoise(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """noise: (draws, B, C, H, W), what every image starts from and then what is drawn on the way."""
+        first, *fresh = noise.unbind()
+        if self.device.type == "cuda":
+            first = first.contiguous(memory_format=torch.channels_last)
+        cond: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+        rest = iter(fresh)
+        return samplers.sample(
+            self.denoiser, first, self.steps, self.sampler, fresh=lambda x: next(rest), **cond, **self.options
+        )  # fmt: skip
+
+    def pixels(self, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From noise to pixels: uint8 (B, H, W, C), and whether all values were finite."""
+        return _finish(self.denoise(noise, labels))
+
+    @torch.inference_mode()
+    def prepare(self) -> capture.Runner:
+        """Warmed up, captured or compiled, once; on a CPU there is nothing to do but for `compile`."""
+        if self.runner is None:
+            fits = capture.fitting(self._prepare, self.batch_size)
+            if fits < self.batch_size:
+                raise UserError(
+                    f"a batch of {self.batch_size} images does not fit into the memory of {self.device}; "
+                    + (f"{fits} do: use a batch size of {fits}" if fits else "nor does one image")
+                )
+        assert self.runner is not None
+        return self.runner
+
+    def _prepare(self, batch: int) -> None:
+        noise = torch.zeros(self.draws, batch, *self._shape, device=self.device)
+        labels = None if self.labels is None else torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.runner = capture.prepare(self.pixels, (noise, labels), self.mode, self.device, self.blocks)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        assert self.denoiser.shape is not None
+        return self.denoiser.shape
+
+    @torch.inference_mode()
+    def batches(self, blocks: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """uint8 (B, H, W, C) on the device, of every block or of those named, each as it would be drawn among
+        all. Raises UserError where values are not finite: on a GPU after the first and the last."""
+        runner = self.prepare()
+        wanted = list(range(self.blocks) if blocks is None else blocks)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        noises: Iterator[Tensor] = map(self._noise, wanted)
+        if self.device.type != "cpu":
+            noises = ahead(noises)
+        for block in wanted:
+            with self.clock.host("noise"):
+                noise = next(noises).to(self.device, non_blocking=True)
+                labels = self._labels(block)
+            pixels, fine = self._run(runner, noise, labels)
+            finite &= fine
+            if self.device.type == "cpu" or block == wanted[0]:  # of every one it would be a wait each time
+                _check_finite(finite)
+            yield pixels
+        _check_finite(finite)
+
+    def _run(self, runner: capture.Runner, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not runner.fixed:
+            with self.clock.device("network"):
+                x0 = self.denoise(noise, labels)
+            with self.clock.device("conversion"):
+                return _finish(x0)
+        count, missing = noise.shape[1], self.batch_size - noise.shape[1]
+        if missing:  # the last block: filled up with its first image
+            noise = torch.cat([noise, noise[:, :1].expand(-1, missing, -1, -1, -1)], 1)
+            labels = None if labels is None else torch.cat([labels, labels[:1].expand(missing)])
+        with self.clock.device("network and conversion"):
+            pixels, fine = runner.call(noise, labels)
+        return pixels[:count], fine
+
+    def span(self, block: int) -> tuple[int, int]:
+        """The first image of a block, and the first after it."""
+        return block * self.batch_size, min((block + 1) * self.batch_size, self.n)
+
+    def _noise(self, block: int) -> Tensor:
+        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(*self.span(block))]
+        like = torch.empty(0)
+        noise = torch.stack(
+            [samplers.randn((len(generators), *self._shape), generators, like) for _ in range(self.draws)]
+        )
+        return noise.pin_memory() if self.device.type == "cuda" else noise
+
+    def _labels(self, block: int) -> Tensor | None:
+        return None if self.labels is None else self.labels[slice(*self.span(block))].to(self.device)
+
+
 def generate(
     denoiser: Denoiser,
     n: int,
@@ -50,43 +203,62 @@ def generate(
     labels: Sequence[int] | Tensor | None = None,
     batch_size: int = 64,
     sampler: str = "ddim",
+    mode: str = "auto",
     share: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> Iterator[Tensor]:
-    """n images as uint8 batches (B, H, W, C) on the denoiser's device.
+    """n images as uint8 batches (B, H, W, C) on the denoiser's device, by a `Drawing` of these arguments.
 
-    steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
-    from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is
-    stochastic, so the stock pipeline given these generators draws the same pictures. share: (rank, world)
-    draws batches rank, rank + world, ... alone, each as it would be drawn in one process. options: guidance,
-    eta. Raises UserError where the model draws values that are not finite; on a GPU once all are drawn.
+    share: (rank, world) draws batches rank, rank + world, ... alone, each as if it were one of all.
     """
-    steps = steps or denoiser.steps
-    if steps is None:
-        raise UserError("this model has no step count of its own; say how many steps to take")
-    if sampler != "ancestral" and "eta" in options:
-        raise UserError(f"eta is the noise of the ancestral sampler, and the sampler is {sampler}")
-    if not 0 <= seed < 2**63 - n:
-        raise UserError(f"seed {seed} is out of range; use 0 to {2**63 - n - 1}")
-    if denoiser.shape is None:
-        raise UserError(
-            "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
-        )
-    every = labels_for(denoiser, n, labels)
-    rank, world = share
-    finite = torch.ones((), dtype=torch.bool, device=denoiser.device)
-    for start in range(rank * batch_size, n, world * batch_size):
-        stop = min(start + batch_size, n)
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, stop)]
-        like = torch.empty(0, dtype=torch.float32, device=denoiser.device)
-        noise = samplers.randn((stop - start, *denoiser.shape), generators, like)
-        cond = {} if every is None else {"class_labels": every[start:stop].to(denoiser.device)}
-        x0 = samplers.sample(denoiser, noise, steps, sampler, generator=generators, **cond, **options)
-        finite &= x0.isfinite().all()
-        if denoiser.device.type == "cpu":  # elsewhere it would be a wait for the device in every batch
-            _check_finite(finite)
-        yield to_uint8(x0)
-    _check_finite(finite)
+    drawing = Drawing(
+        denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
+        **options,
+    )  # fmt: skip
+    yield from drawing.batches(range(share[0], drawing.blocks, share[1]))
+
+
+def to_host(batches: Iterable[Tensor], device: torch.device) -> Iterator[np.ndarray]:
+    """The same batches as arrays, each good until the next is asked for.
+
+    From CUDA each is copied into one of two pinned buffers, on a stream of its own, while the next is drawn.
+    """
+    if device.type != "cuda":
+        yield from (batch.cpu().numpy() for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    buffers: list[Tensor] = []
+    copying: tuple[Tensor, Any] | None = None
+    for number, batch in enumerate(batches):
+        if number < 2:
+            buffers.append(torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True))
+        there = buffers[number % 2][: len(batch)]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            there.copy_(batch, non_blocking=True)
+            batch.record_stream(stream)
+        done = stream.record_event()
+        if copying is not None:
+            copying[1].synchronize()
+            yield copying[0].numpy()
+        copying = there, done
+    if copying is not None:
+        copying[1].synchronize()
+        yield copying[0].numpy()
+
+
+def proportional(counts: Sequence[int], n: int) -> Tensor:
+    """n labels of which each class has its share of `counts`; label i is the same whatever n.
+
+    By the multiples of the golden ratio, which fill [0, 1) evenly.
+    """
+    share = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    place = (torch.arange(n, dtype=torch.float64) * GOLDEN + 0.5) % 1
+    return torch.searchsorted(share, place * share[-1], right=True)
+
+
+def _finish(x0: Tensor) -> tuple[Tensor, Tensor]:
+    return to_uint8(x0).contiguous(), x0.isfinite().all()
 
 
 @torch.inference_mode()

@@ -27,7 +27,10 @@ def train(settings: config.Train, console: Console) -> Path:
         if not folder.exists():
             denoiser = fresh.to(accelerator.device).train()
             job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, 0)
-            job.export(denoiser.eval(), folder, data=images.name, classes=images.classes)
+            job.export(
+                denoiser.eval(), folder, data=images.name, classes=images.classes,
+                class_counts=images.class_counts,
+            )  # fmt: skip
         denoiser = models.load(folder, device=accelerator.device)
         for steps in job.teacher_steps(denoiser):
             job.measure("teacher", "teacher", denoiser, steps, folder)
@@ -75,6 +78,7 @@ def distill(settings: config.Distill, console: Console) -> Path:
                     config=config.resolved(settings),
                     stage=stage.name,
                     classes=images.classes,
+                    class_counts=images.class_counts,
                     guidance_baked_in=guidance,
                 )
             current = models.load(folder, device=accelerator.device)

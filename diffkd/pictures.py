@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diffkd.encoding import to_image
 from diffkd.runs import new_file
 
 COLUMNS = 8
@@ -23,11 +24,6 @@ def grid(images: np.ndarray) -> Image.Image:
     picture = to_image(sheet.reshape(rows * height, COLUMNS * width, channels))
     factor = max(1, TILE // width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def to_image(image: np.ndarray) -> Image.Image:
-    """(H, W, 1 or 3) uint8."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save(picture: Image.Image, path: Path) -> None:

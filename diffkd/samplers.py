@@ -92,7 +92,7 @@ def ddim(
 
 
 def ddim_coefficients(denoiser: Denoiser, t: float, s: float) -> tuple[float, float]:
-    """(a, b) of a DDIM step as x_s = a x_t + b output, for the network's own output of any prediction type."""
+    """(a, b) of a DDIM step as x_s = a x_t + b output, the network's own output of any prediction type."""
     alpha_t, sigma_t = denoiser.schedule.numbers(t)
     alpha_s, sigma_s = denoiser.schedule.numbers(s)
     x0_of_x, eps_of_x = read_prediction(denoiser.prediction, 1.0, 0.0, alpha_t, sigma_t)
@@ -235,17 +235,18 @@ def sample(
     sampler: str = "ddim",
     *,
     generator: Generators | None = None,
+    fresh: Noise | None = None,
     **cond: Any,
 ) -> Tensor:
     """Images from noise: (B, C, H, W) -> x0 (B, C, H, W), in the dtype of `noise`, on an even grid of times.
 
-    generator: for the noise of a stochastic sampler, one or one per image. cond: class_labels (B,), guidance,
-    eta. The denoiser's own `clip` bounds x0 at every step.
+    generator: for the noise of a stochastic sampler, one or one per image; or fresh: a function of a state
+    that gives it. cond: class_labels (B,), guidance, eta. The denoiser's own `clip` bounds x0 at every step.
     """
     if steps < 1:
         raise UserError(f"steps {steps} is not a number of denoising steps; use 1 or more")
 
-    def fresh(x: Tensor) -> Tensor:
+    def drawn(x: Tensor) -> Tensor:
         return randn(x.shape, generator, x)
 
-    return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=fresh, **cond)
+    return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=fresh or drawn, **cond)

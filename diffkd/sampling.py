@@ -1,34 +1,47 @@
-"""`diffkd sample`: images of a model to a folder of PNGs or one .npz, with a grid."""
+"""`diffkd sample`: images of a model to a folder of image files or one .npz, with a grid."""
 
 from __future__ import annotations
 
-import re
+import logging
+import os
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from torch import Tensor
 
-from diffkd import models, pictures
-from diffkd.base import UserError
-from diffkd.generation import generate, labels_for
-from diffkd.metrics.processes import usable
-from diffkd.runs import new_file, new_folder
+from diffkd import capture, models, pictures
+from diffkd.base import Unfinished, UserError
+from diffkd.clock import Clock
+from diffkd.denoiser import Denoiser
+from diffkd.encoding import FORMATS
+from diffkd.generation import Drawing, proportional, to_host
+from diffkd.metrics.processes import Processes, usable
+from diffkd.metrics.weights import digest
+from diffkd.progress import bar
+from diffkd.writing import ArrayFile, ImageFolder, Output
 
+log = logging.getLogger("diffkd")
 MOST_CLASSES = 1_000_000
-OURS = re.compile(r"\d{6,}\.png")  # what a folder of drawn images holds
+MOST_WORKERS = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def parse_classes(text: str) -> list[int] | None:
-    """Labels in turn, from text such as 0-9 or 3,5,7; None for "balanced", which is every class in turn."""
-    if text == "balanced":
-        return None
+def parse_classes(text: str) -> list[int] | str:
+    """Labels in turn, of text such as 0-9 or 3,5,7; "balanced" (every class in turn) and "data" (as often as
+    in the model's data) as they are."""
+    if text in ("balanced", "data"):
+        return text
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not (_is_number(first) and (_is_number(last) or not dash)) or int(last or first) < int(first):
             raise UserError(
-                f"--classes {text!r} is not understood; use balanced, or labels such as 0-9 or 3,5,7"
+                f"--classes {text!r} is not understood; use balanced, data, or labels such as 0-9 or 3,5,7"
             )
         if int(last or first) > MOST_CLASSES:
             raise UserError(f"--classes {text!r} is out of range; no model has so many classes")
@@ -43,6 +56,7 @@ def _is_number(text: str) -> bool:
 def sample_to(
     model: str,
     out: Path,
+    console: Console,
     *,
     n: int,
     classes: str = "balanced",
@@ -50,45 +64,156 @@ def sample_to(
     steps: int | None = None,
     sampler: str = "ddim",
     batch_size: int = 64,
+    dtype: str | None = None,
+    mode: str = "auto",
+    image_format: str = "png",
+    workers: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Draws n images; nothing is at `out` before all of it is."""
+    """Draws n images, or what is missing of them; all processes of a launcher together.
+
+    Raises UserError before anything is written; Unfinished where the disk is full, say, and what is complete
+    stays.
+    """
     asked = parse_classes(classes)
-    _check_out(out, overwrite)
-    denoiser = models.load(model, device=_device(device))
+    output = _output(out, image_format, workers)
+    output.check()
+    processes = Processes(None if device == "mps" else device)
+    place = processes.device if processes.world > 1 else _device(device)
+    denoiser = models.load(model, device=place, dtype=_dtype(dtype, place))
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is no student); say --steps")
-    labels = labels_for(denoiser, n, asked)
-    batches = generate(
-        denoiser,
-        n,
-        steps=steps,
-        seed=seed,
-        labels=labels,
-        batch_size=batch_size,
-        sampler=sampler,
+    if denoiser.steps and steps and steps != denoiser.steps:
+        log.warning("%s is a student of %d steps, and is asked for %d", model, denoiser.steps, steps)
+    labels = _labels(asked, denoiser, model, n)
+    drawing = Drawing(
+        denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
         **(options or {}),
-    )
-    if out.suffix == ".npz":
-        images = np.concatenate([batch.cpu().numpy() for batch in batches])
-        arrays: dict[str, Any] = {"arr_0": images} | ({} if labels is None else {"arr_1": labels.numpy()})
-        with new_file(out) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
-        pictures.save(pictures.grid(images[:64]), _grid(out))
-    else:
-        first: list[np.ndarray] = []
-        with new_folder(out) as temporary:
+    )  # fmt: skip
+    settings = {
+        "model": digest(denoiser.network.state_dict()), "steps": drawing.steps, "sampler": sampler,
+        **(options or {}), "seed": seed, "clip": denoiser.clip,
+        "labels": asked if denoiser.num_classes is not None else None,
+        "dtype": str(denoiser.dtype).removeprefix("torch."), "format": output.format,
+    }  # fmt: skip
+    there = processes.agree(output.plan(settings, n, overwrite) if processes.main else None)
+    if there is not None and there.all() and output.is_finished(n):
+        _say(console, processes, f"all {n} images are there already: {out}")
+        return
+    if not overwrite and not (there is not None and there.any()) and _grid(out).exists():
+        raise UserError(f"{_grid(out)} is there already; use another --out, or --overwrite")
+    _draw(drawing, output, there, settings, console, processes)
+
+
+def _draw(
+    drawing: Drawing,
+    output: Output,
+    there: np.ndarray | None,
+    settings: dict[str, Any],
+    console: Console,
+    processes: Processes,
+) -> None:
+    """there: which images are; None to begin anew."""
+    missing = np.ones(drawing.n, bool) if there is None else ~there
+    blocks = [k for k in range(drawing.blocks) if missing[slice(*drawing.span(k))].any()]
+    mine = blocks[processes.rank :: processes.world]
+    runner = drawing.prepare()
+    if runner.note:
+        log.warning("%s", runner.note)
+    clock = drawing.clock = Clock(drawing.device)
+    batches = drawing.batches(mine)
+    begun = list(islice(batches, 1))  # what draws nothing replaces nothing
+    try:
+        if processes.main:
+            output.start(settings, drawing.n, clear=there is None)
+        processes.wait()
+        with bar(console, "images", int(missing.sum()), shown=processes.main) as advance:
             done = 0
-            for batch in batches:
-                for image in batch.cpu().numpy():
-                    pictures.to_image(image).save(temporary / f"{done:06d}.png", compress_level=1)
-                    done += 1
-                    if len(first) < 64:
-                        first.append(image)
-        pictures.save(pictures.grid(np.stack(first)), _grid(out))
-    print(f"{n} images of {steps or denoiser.steps} steps: {out}")
+            for block, images in zip(mine, to_host(chain(begun, batches), drawing.device), strict=True):
+                first, stop = drawing.span(block)
+                wanted = missing[first:stop]
+                with clock.host("writing"):
+                    output.write(np.arange(first, stop)[wanted], images[wanted])
+                done += int(wanted.sum()) * processes.world
+                advance(done, f"{done / clock.elapsed():.0f} images/s")
+        with clock.host("writing"):
+            output.flush()
+        processes.wait()
+        seconds = clock.elapsed()
+        if processes.main:
+            labels = None if drawing.labels is None else drawing.labels.numpy()
+            shown = output.finish(settings, drawing.n, labels)
+            pictures.save(pictures.grid(shown), _grid(output.out))
+    except (OSError, BrokenProcessPool) as error:
+        reason = getattr(error, "strerror", None) or "a worker process ended"
+        raise Unfinished(f"{output.out}: {reason}; {_state(output, drawing.n)}") from error
+    except KeyboardInterrupt:
+        log.warning("interrupted; %s", _state(output, drawing.n))
+        raise
+    finally:
+        output.close()
+    _say(console, processes, f"{drawing.n} images of {drawing.steps} steps (nfe {drawing.nfe}): {output.out}")
+    _say(console, processes, _speed(int(missing.sum()), seconds, drawing, runner, processes))
+
+
+def _state(output: Output, n: int) -> str:
+    output.close()  # what the workers have begun they end
+    there = np.zeros(n, bool)
+    there[output.indices()] = True
+    count = f"{there.sum()} of {n} images are complete and stay"
+    return count if there.all() else f"{count}; the same command goes on from image {there.argmin()}"
+
+
+def _speed(count: int, seconds: float, drawing: Drawing, runner: capture.Runner, processes: Processes) -> str:
+    rate = count / seconds
+    spent = ", ".join(f"{name} {took / seconds:.1%}" for name, took in drawing.clock.seconds().items())
+    dtype = str(drawing.denoiser.dtype).removeprefix("torch.")
+    where = f"{drawing.device}" + (f" x {processes.world} processes" if processes.world > 1 else "")
+    warm_up = f"; before that {runner.seconds:.1f} s of warm-up" if runner.seconds else ""
+    return (
+        f"{rate:.1f} images/s, {1000 / rate:.3f} ms an image ({where}, {dtype}, {runner.path}): {spent}"
+        f"{warm_up}"
+    )
+
+
+def _say(console: Console, processes: Processes, text: str) -> None:
+    if processes.main:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _output(out: Path, image_format: str, workers: int | None) -> Output:
+    """Raises UserError where nothing can be written at `out`."""
+    parent = next((p for p in out.absolute().parents if p.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise UserError(f"--out {out} is inside {parent}, which is a file; use another --out")
+    if parent is not None and not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written in {parent}; use another --out")
+    if image_format not in FORMATS:
+        raise UserError(f"--format {image_format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if out.suffix == ".npz":
+        return ArrayFile(out)
+    return ImageFolder(out, image_format, usual_workers() if workers is None else workers)
+
+
+def usual_workers() -> int:
+    """With a GPU, whose speed one process cannot encode at, as many as there are cores to spare; else none:
+    the network has the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores - 1) if torch.cuda.is_available() else 0
+
+
+def _labels(asked: list[int] | str, denoiser: Denoiser, model: str, n: int) -> list[int] | Tensor | None:
+    """What `Drawing` takes. Raises UserError for `data` where the model does not know its data's labels."""
+    if isinstance(asked, list) or asked == "balanced" or denoiser.num_classes is None:
+        return asked if isinstance(asked, list) else None
+    counts = models.card(models.folder_of(model)).get("class_counts")
+    if not counts:
+        raise UserError(
+            f"{model} does not say how often each class is in its data; use --classes balanced, or a list"
+        )
+    return proportional(counts, n)
 
 
 def _grid(out: Path) -> Path:
@@ -97,29 +222,23 @@ def _grid(out: Path) -> Path:
     return out.with_suffix(".grid.png") if out.suffix == ".npz" else out.with_name(f"{out.name}-grid.png")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError where something would be lost: --overwrite replaces images of ours alone."""
-    for parent in out.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise UserError(f"--out {out} is inside {parent}, which is a file; use another --out")
-            break
-    if out.suffix == ".npz":
-        if out.is_dir():
-            raise UserError(f"--out {out} is a folder; give a file's name in .npz, or another folder")
-        there = [path for path in (out, _grid(out)) if path.exists()]
-    else:
-        if out.is_file():
-            raise UserError(f"--out {out} is a file; give a folder, or a name in .npz")
-        there = [out] if out.is_dir() and any(out.iterdir()) else [_grid(out)] if _grid(out).exists() else []
-        foreign = [p.name for p in out.iterdir() if not OURS.fullmatch(p.name)] if out.is_dir() else []
-        if foreign or (out.exists() and out.resolve() == Path.cwd()):
-            raise UserError(
-                f"--out {out} holds more than images ({', '.join(foreign[:2])}); use another --out"
-            )
-    if there and not overwrite:
-        raise UserError(f"{there[0]} is there already; use another --out, or --overwrite")
-
-
 def _device(name: str | None) -> torch.device:
     return usable(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Default bfloat16 on CUDA, float32 elsewhere. Raises UserError for what the device cannot compute in."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
+    try:
+        x = torch.ones(1, 8, 4, 4, device=device, dtype=dtype)
+        weight = torch.ones(8, 8, 3, 3, device=device, dtype=dtype)
+        torch.nn.functional.group_norm(torch.nn.functional.conv2d(x, weight), 2).sum().item()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UserError(
+            f"--dtype {name} is more than {device} can do ({str(error).splitlines()[0]}); use float32"
+        ) from error
+    return dtype

@@ -105,8 +105,8 @@ class Schedule:
         """alpha(t), sigma(t): (B,) -> float64 (B,), or in the dtype of `like` and shaped to multiply it.
 
         Of one time for the whole batch they are numbers, looked up once: a sampler on an even grid launches
-        nothing for them and never waits for a device. The squares are rounded before the root is taken, as stock schedulers do: in float32 the coefficients,
-        and so a student's pixels, equal theirs bit by bit.
+        nothing for them and never waits for a device. The squares are rounded before the root is taken, as
+        stock schedulers do: in float32 the coefficients, and so a student's pixels, equal theirs bit by bit.
         """
         if isinstance(t, float):
             return self.numbers(t, torch.float64 if like is None else like.dtype)

@@ -106,7 +106,7 @@ def test_what_is_not_wrong_works(cli, here):
     assert cli("distill", "distill.yaml").code == 0
     code, _, err = cli(*sample("runs/students/students/2-steps"))
     assert (code, err) == (0, "")
-    assert sorted(p.name for p in (here / "drawn").iterdir()) == ["000000.png", "000001.png"]
+    assert sorted(p.name for p in (here / "drawn").iterdir()) == ["000000.png", "000001.png", "diffkd.json"]
     assert (here / "drawn-grid.png").is_file()
 
 
@@ -571,8 +571,10 @@ def test_what_is_there_already_is_left(refused, cli, here):
     for out in ("drawn", "drawn.npz"):
         args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", out]
         assert cli(*args).code == 0
-        refused(*args, says=[out, "is there already", "--overwrite"])
+        refused(*args, "--seed", 5, says=[out, "drawn otherwise (seed was 0, now 5)", "--overwrite"])
+        refused(*args[:-4], "-n", 1, "--out", out, says=["drawn so, and 1 are asked for", "--overwrite"])
         before = tree(here)
+        assert cli(*args) == (0, f"all 2 images are there already: {out}\n", "") and tree(here) == before
         assert cli(*args, "--seed", 5, "--overwrite").code == 0
         after = tree(here)
         assert after.keys() == before.keys() and after != before
@@ -588,7 +590,7 @@ def test_a_grid_that_is_there_already_is_left(refused, here):
 def test_an_empty_folder_may_be_drawn_into(cli, here):
     (here / "drawn").mkdir()
     assert cli(*sample("plain", "--steps", 1)).code == 0
-    assert len(list((here / "drawn").iterdir())) == 2
+    assert len(list((here / "drawn").iterdir())) == 3
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])

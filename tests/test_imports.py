@@ -13,9 +13,10 @@ import diffkd
 
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
-    "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method", "methods",
-    "runs", "engine", "generation", "metrics", "cards", "pictures", "charts", "report", "config", "progress",
-    "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
+    "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method",
+    "methods", "runs", "prefetch", "engine", "clock", "capture", "generation", "metrics", "encoding",
+    "cards", "pictures", "charts", "report", "config", "progress", "writing", "sampling", "tables",
+    "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from diffkd.base import UserError
@@ -44,6 +46,18 @@ class Processes:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def wait(self) -> None:
+        """For the others, each of which must call it."""
+        if self.world > 1:
+            PartialState().wait_for_everyone()
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, in all of them."""
+        found = [value]
+        if self.world > 1:
+            broadcast_object_list(found)
+        return found[0]
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over processes, each of which must call it."""

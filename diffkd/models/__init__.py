@@ -24,7 +24,7 @@ def load(
 
     Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
     """
-    folder = _folder(path_or_hub_id)
+    folder = folder_of(path_or_hub_id)
     index = _read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
     for family in FAMILIES:
@@ -42,7 +42,7 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
     """A diffusers pipeline as diffusers opens it, of any class that draws from noise and class labels."""
     import diffusers
 
-    folder = _folder(path_or_hub_id)
+    folder = folder_of(path_or_hub_id)
     name = str(_read_json(folder / "model_index.json").get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
@@ -98,7 +98,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folder(path_or_hub_id: str | Path) -> Path:
+def folder_of(path_or_hub_id: str | Path) -> Path:
     """The local folder of a pipeline; downloads a hub id's configs and safetensors."""
     path = Path(path_or_hub_id)
     if path.is_dir():

@@ -1,0 +1,91 @@
+"""Pixels to image files; what worker processes import, so it is light."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Lossless both: an image that changes when it is saved has another FID.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("PNG", {"compress_level": 1}),
+    "webp": ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
+}
+
+
+def to_image(image: np.ndarray) -> Image.Image:
+    """(H, W, 1 or 3) uint8."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 1 or 3) uint8, of a file that was written here."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def file_name(index: int, suffix: str) -> str:
+    return f"{index:06d}.{suffix}"
+
+
+def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffix: str) -> None:
+    """images[k] as the file of image indices[k]: written beside, synced, renamed; never half there."""
+    kind, options = FORMATS[suffix]
+    written: list[tuple[str, str]] = []
+    try:
+        for index, image in zip(indices, images, strict=True):
+            name = file_name(index, suffix)
+            temporary = f"{folder}/.{name}.tmp"
+            encoded = io.BytesIO()
+            to_image(image).save(encoded, kind, **options)
+            written.append((temporary, f"{folder}/{name}"))
+            with open(temporary, "wb", buffering=0) as stream:
+                stream.write(encoded.getbuffer())
+        _sync(folder, [temporary for temporary, _ in written])
+        for temporary, path in written:
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary, _ in written:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise
+
+
+def _sync(folder: Path, paths: Sequence[str]) -> None:
+    """Onto the disk, by one call where there is one: a call for each file costs more than to encode it."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    for path in [folder] if libc else paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if libc is None:
+                os.fsync(descriptor)
+            elif libc.syncfs(descriptor):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(descriptor)
+
+
+def start_worker() -> None:
+    """In a new worker process: an interruption is the parent's to handle, and its end, however it comes, is
+    the worker's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,37 @@
+"""Work done ahead of use, by a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items in the same order; `depth` of them are made while earlier ones are used.
+
+    What making one raises is raised where it would have come.
+    """
+    with ThreadPoolExecutor(1, "diffkd-ahead") as pool:
+        waiting: deque[Future[list[Item]]] = deque()
+        try:
+            while True:
+                while len(waiting) < depth + 1:
+                    waiting.append(pool.submit(_next, items))
+                found = waiting.popleft().result()
+                if not found:
+                    return
+                yield found[0]
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _next(items: Iterator[Item]) -> list[Item]:
+    """The next item, or nothing at the end: StopIteration itself does not pass through a future."""
+    for item in items:
+        return [item]
+    return []
