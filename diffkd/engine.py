@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,9 +19,13 @@ from diffkd.base import Strict, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.runs import Run
+from diffkd.prefetch import ahead
+from diffkd.runs import Run, peak_rss
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILER = "inductor"
+KEPT = 64  # updates whose losses wait to be added up
 NOISE_BINS = 5  # equal bins of t in the log
 
 
@@ -44,7 +48,13 @@ class Training(Strict):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients are clipped to this norm; null for never"
     )
-    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="autocast of the networks")
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="autocast of the student, dtype of the others; float32 is TF32 on CUDA"
+    )
+    compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations twice instead of keeping them: less memory, more time"
+    )
     log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
 
@@ -79,10 +89,10 @@ class Learner:
 
     network: nn.Module
     optimizer: Any
+    params: list[nn.Parameter] = field(init=False)  # that learn
 
-    @property
-    def params(self) -> list[nn.Parameter]:
-        return [p for p in self.network.parameters() if p.requires_grad]
+    def __post_init__(self) -> None:
+        self.params = [p for p in self.network.parameters() if p.requires_grad]
 
 
 def run_stage(
@@ -106,25 +116,33 @@ def run_stage(
     trained. on_update: called with the number of updates done and the last log record. Raises NonFinite,
     Interrupted.
     """
+    for net in nets.values():
+        _prepare(accelerator, net, training)
     learners = {
         name: _learner(accelerator, net, stage, training) for name, net in nets.items() if _is_trained(net)
     }
-    ema = EMAModel(learners["student"].network.parameters(), decay=training.ema, foreach=True)
+    averaged = list(learners["student"].network.parameters())
+    ema = EMAModel(averaged, decay=training.ema, foreach=True)
     ema.to(dtype=torch.float32)
     done = _restore(accelerator, run, stage_index, learners, ema)
     if accelerator.is_main_process:
         run.rewind_log(stage_index, done)
     meter = _Meter(accelerator.device)
     record: dict[str, Any] = {}
+    prepared: Iterator[list[tuple[torch.Generator, Batch]]] = (
+        _micro_batches(accelerator, images, nets["student"], training, (seed, stage_index, update))
+        for update in range(done, stage.updates)
+    )
+    if accelerator.device.type != "cpu":  # whose cores have nothing else to do
+        prepared = ahead(prepared)
     for update in range(done, stage.updates):
         for learner in learners.values():
             for group in learner.optimizer.param_groups:
                 group["lr"] = stage.rate(update)
-        batches = _micro_batches(accelerator, images, nets["student"], training, (seed, stage_index, update))
-        runs = [(rng, method.losses(nets, batch, stage, rng)) for rng, batch in batches]
+        runs = [(rng, method.losses(nets, batch, stage, rng)) for rng, batch in next(prepared)]
         _update(accelerator, runs, learners, training, meter, update)
         method.after_update(nets, stage)
-        ema.step(learners["student"].network.parameters())
+        ema.step(averaged)
         done = update + 1
         last = done == stage.updates
         if done % training.log_every == 0 or last:
@@ -142,7 +160,7 @@ def run_stage(
                 _save(accelerator, run, stage_index, done, learners, ema)
         if stopping and not last:
             raise Interrupted
-    ema.copy_to(learners["student"].network.parameters())
+    ema.copy_to(averaged)
     for net in nets.values():
         if isinstance(net, Denoiser):
             net.network = accelerator.unwrap_model(net.network)
@@ -151,6 +169,24 @@ def run_stage(
 
 def _is_trained(net: nn.Module) -> bool:
     return any(p.requires_grad for p in net.parameters())
+
+
+def _prepare(accelerator: Accelerator, net: nn.Module, training: Training) -> None:
+    """On the device and in the dtype that it is run in; compiled where asked for."""
+    network: Any = net.network if isinstance(net, Denoiser) else net
+    if _is_trained(net):
+        if training.gradient_checkpointing:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise UserError(
+                    f"training.gradient_checkpointing is not for a {type(network).__name__}; leave it out"
+                )
+            network.enable_gradient_checkpointing()
+    else:
+        network.to(accelerator.device, HALVES.get(training.precision))
+    if accelerator.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    if training.compile:
+        network.compile(backend=COMPILER, dynamic=False)  # in place: its weights keep their names
 
 
 def _learner(accelerator: Accelerator, net: nn.Module, stage: Stage, training: Training) -> Learner:
@@ -185,8 +221,8 @@ def _micro_batches(
         x0, labels = images.batch(training.batch_size // parts, rng)
         cond = {}
         if getattr(student, "num_classes", None) is not None and labels is not None:
-            cond["class_labels"] = labels.to(accelerator.device)
-        batches.append((rng, Batch(x0.to(accelerator.device), cond)))
+            cond["class_labels"] = labels
+        batches.append((rng, Batch(x0, cond).to(accelerator.device)))
     return batches
 
 
@@ -222,48 +258,56 @@ def _update(
 
 
 class _Meter:
-    """Sums of a logged interval, kept on the device: the host is not stopped at every update."""
+    """What an interval of the log sums up. It is kept as it comes, on the device, and added up once read: an
+    update costs nothing for it, and the host is not stopped."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bad = torch.full(
-            (2,), -1.0, dtype=torch.float64, device=device
-        )  # update and t of the first bad loss
-        self.reset()
-
-    def reset(self) -> None:
+        self.bad = torch.full((2,), -1.0, dtype=torch.float64)  # update and t of the first bad loss
         self.sums: dict[str, Tensor] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums = {}
+        self.kept: list[tuple[int, list[Loss], Tensor | None]] = []
         self.started = time.perf_counter()
         self.updates = 0
 
     def add(self, losses: list[Loss], norm: Tensor | None, update: int) -> None:
-        name = losses[0].network
-        prefix = "" if name == "student" else f"{name}_"
-        self.updates += name == "student"
-        if norm is not None:
-            self._sum(
-                f"{prefix}grad_norm", torch.stack([norm.detach().double(), torch.ones_like(norm).double()])
-            )
-        for loss in losses:
-            value = loss.value.detach().double()
-            self._sum(f"{prefix}loss", torch.stack([value, torch.ones_like(value)]))
-            t = loss.metrics.get("t", torch.zeros(1, device=self.device)).double()
-            worst = loss.metrics.get("loss", t).nan_to_num(nan=torch.inf).argmax() if len(t) > 1 else 0
-            bad = torch.stack([torch.full_like(value, update + 1), t[worst]])
-            self.bad = torch.where((self.bad[0] < 0) & ~value.isfinite(), bad, self.bad)
-            bins = ((t * NOISE_BINS).ceil().long() - 1).clamp(0, NOISE_BINS - 1)
-            for key, values in loss.metrics.items():
+        self.updates += losses[0].network == "student"
+        losses = [Loss(loss.network, loss.value.detach(), loss.metrics) for loss in losses]
+        self.kept.append((update, losses, None if norm is None else norm.detach()))
+        if len(self.kept) >= KEPT:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """The kept losses into the sums, those of one kind together. The one wait for the device."""
+        kinds: dict[str, list[tuple[int, Loss]]] = {}
+        for update, losses, norm in self.kept:
+            prefix = "" if losses[0].network == "student" else f"{losses[0].network}_"
+            if norm is not None:
+                self._sum(f"{prefix}grad_norm", _total(norm[None]))
+            for loss in losses:
+                kinds.setdefault(prefix, []).append((update, loss))
+        self.kept = []
+        for prefix, found in kinds.items():
+            values = torch.stack([loss.value for _, loss in found])
+            self._sum(f"{prefix}loss", _total(values))
+            for (update, loss), fine in zip(found, values.isfinite().tolist(), strict=True):
+                if not fine and self.bad[0] < 0:
+                    self.bad = torch.tensor([update + 1.0, _worst(loss)], dtype=torch.float64)
+            for key in found[0][1].metrics:
                 if key != "t":
-                    binned = torch.zeros(2, NOISE_BINS, dtype=torch.float64, device=self.device)
-                    binned[0].index_add_(0, bins, values.detach().double())
-                    binned[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float64))
-                    self._sum(f"{prefix}{key}_by_noise", binned)
+                    metrics = [loss.metrics for _, loss in found]
+                    t = torch.cat([m["t"] if "t" in m else torch.zeros_like(m[key]) for m in metrics])
+                    self._sum(f"{prefix}{key}_by_noise", _binned(t, torch.cat([m[key] for m in metrics])))
 
     def _sum(self, key: str, value: Tensor) -> None:
         self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def read(self, accelerator: Accelerator, training: Training) -> dict[str, Any]:
         """The means of the interval, and a new one begins."""
+        self._add_up()
         record: dict[str, Any] = {}
         for key, value in self.sums.items():
             total, count = accelerator.reduce(value, reduction="sum").cpu()
@@ -276,16 +320,48 @@ class _Meter:
                 record[key] = means
         seconds = time.perf_counter() - self.started
         record["images_per_second"] = self.updates * training.batch_size / max(seconds, 1e-9)
-        self.reset()
+        record["peak_memory_gb"] = round(_peak_memory(self.device), 3)
+        self._restart()
         return record
 
     def check(self, stage: str) -> None:
+        self._add_up()
         update, t = self.bad.tolist()
         if update >= 0:
             raise NonFinite(
                 f"the loss of stage {stage} became NaN or infinite at update {int(update)}, "
                 f"noise level t = {t:.4g}; lower method.learning_rate (the last good checkpoint is kept)"
             )
+
+
+def _total(values: Tensor) -> Tensor:
+    """Sum and count, (2,) float64."""
+    values = values.detach().double()
+    return torch.stack([values.sum(), torch.ones_like(values).sum()])
+
+
+def _binned(t: Tensor, values: Tensor) -> Tensor:
+    """Sums and counts, (2, NOISE_BINS) float64, of values at noise levels t."""
+    bins = ((t.double() * NOISE_BINS).ceil().long() - 1).clamp(0, NOISE_BINS - 1)
+    binned = torch.zeros(2, NOISE_BINS, dtype=torch.float64, device=values.device)
+    binned[0].index_add_(0, bins, values.detach().double())
+    binned[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float64))
+    return binned
+
+
+def _worst(loss: Loss) -> float:
+    """The noise level of a bad loss's worst example, 0 where it does not say."""
+    t = loss.metrics.get("t")
+    if t is None or len(t) == 0:
+        return 0.0
+    return float(t[int(loss.metrics.get("loss", t).nan_to_num(nan=torch.inf).argmax())])
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GB: allocated on the device, or where that is this very machine's, of the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return peak_rss() / 1e9
 
 
 def _save(

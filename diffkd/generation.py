@@ -14,7 +14,7 @@ from diffkd import capture, samplers
 from diffkd.base import UserError
 from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
-from diffkd.prefetch import ahead
+from diffkd.prefetch import ahead, moved
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -155,7 +155,7 @@ class Drawing:
             noises = ahead(noises)
         for block in wanted:
             with self.clock.host("noise"):
-                noise = next(noises).to(self.device, non_blocking=True)
+                noise = next(noises)
                 labels = self._labels(block)
             pixels, fine = self._run(runner, noise, labels)
             finite &= fine
@@ -188,10 +188,10 @@ class Drawing:
         noise = torch.stack(
             [samplers.randn((len(generators), *self._shape), generators, like) for _ in range(self.draws)]
         )
-        return noise.pin_memory() if self.device.type == "cuda" else noise
+        return moved(noise, self.device)
 
     def _labels(self, block: int) -> Tensor | None:
-        return None if self.labels is None else self.labels[slice(*self.span(block))].to(self.device)
+        return None if self.labels is None else moved(self.labels[slice(*self.span(block))], self.device)
 
 
 def generate(

@@ -60,16 +60,15 @@ def distill(settings: config.Distill, console: Console) -> Path:
     with session.held(settings, accelerator, images, console) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
-        job.teacher, job.source = (teacher, guidance), source
+        job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
+        job.source = source
         job.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps], guidance)
         current = teacher
+        del teacher  # from the second stage on it is in memory only while it is drawn
         for index, (method, stage) in enumerate(plan):
             folder = settings.out / "students" / stage.name
             if not folder.exists():
-                student = students.copy_of(current, stage.prediction).requires_grad_(True)
-                student.steps, student.clip = stage.steps, None  # its targets were not clipped
-                nets = {"student": student, "teacher": current.requires_grad_(False)}
-                job.run_stage(method, stage, nets | method.networks(current, student), index)
+                student = _trained(job, method, stage, current, index)
                 job.export(
                     student,
                     folder,
@@ -81,6 +80,7 @@ def distill(settings: config.Distill, console: Console) -> Path:
                     class_counts=images.class_counts,
                     guidance_baked_in=guidance,
                 )
+                del student
             current = models.load(folder, device=accelerator.device)
             steps = current.steps or max(job.teacher_steps(current))
             job.measure(stage.name, "student", current, steps, folder)
@@ -88,6 +88,15 @@ def distill(settings: config.Distill, console: Console) -> Path:
             job.stage_line(stage, steps)
         job.finish()
     return folder
+
+
+def _trained(job: session.Session, method: Method, stage: Stage, current: Denoiser, index: int) -> Denoiser:
+    """The student of one stage. current: its teacher, which is not to be used for anything else after."""
+    student = students.copy_of(current, stage.prediction).requires_grad_(True)
+    student.steps, student.clip = stage.steps, None  # its targets were not clipped
+    nets = {"student": student, "teacher": current.requires_grad_(False)}
+    job.run_stage(method, stage, nets | method.networks(current, student), index)
+    return student
 
 
 def _plan(method_list: list[Method], teacher: Denoiser) -> list[tuple[Method, Stage]]:
@@ -156,4 +165,6 @@ def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
     AcceleratorState._reset_state()  # a teacher's training before may have had another precision
     # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
     cpu = not torch.accelerator.is_available()
+    if not cpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
     return Accelerator(cpu=cpu, mixed_precision=settings.training.precision.replace("float32", "no"))

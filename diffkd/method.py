@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffkd.base import Strict, UserError
 from diffkd.denoiser import Denoiser
+from diffkd.prefetch import moved
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Batch:
 
     x0: Tensor
     cond: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(moved(self.x0, device), {key: moved(value, device) for key, value in self.cond.items()})
 
 
 @dataclass(frozen=True)

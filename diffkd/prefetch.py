@@ -1,4 +1,4 @@
-"""Work done ahead of use, by a thread."""
+"""Data made ahead of use, by a thread, and moved to a device that does not wait for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -28,6 +31,13 @@ def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; one that runs on its own is not waited for."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _next(items: Iterator[Item]) -> list[Item]:

@@ -37,6 +37,11 @@ TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
 def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
     """Raises UserError for what could only fail later, when there is a run folder already."""
     settings.training.parts(accelerator.num_processes)
+    if settings.training.compile and accelerator.device.type != "cuda":
+        # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
+        raise UserError(
+            f"training.compile is for CUDA, and the device is {accelerator.device.type}; leave it out"
+        )
     how = settings.evaluation
     if how is not None:
         if "fid" not in how.metrics:
@@ -99,9 +104,7 @@ class Session:
         self.images = images
         self.console = console
         self.stopping = False
-        self.teacher: tuple[Denoiser, float] | None = (
-            None  # with its guidance weight, where students have one
-        )
+        self.teacher: tuple[Callable[[], Denoiser], float] | None = None  # loaded anew, with its guidance
         self.source = ""  # where it is
         self._evaluator: Evaluator | None = None
         self._teacher: Target | None = None
@@ -178,10 +181,15 @@ class Session:
             return None
         if self._teacher is not None:
             return self._teacher
-        denoiser, guidance = self.teacher
+        load, guidance = self.teacher
+        reference = self._evaluator.reference
+        denoiser = load()
         steps = max(self.teacher_steps(denoiser))
-        target = model_target(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
+        target = model_target(denoiser, how, reference, steps, guidance=guidance)
         target.protocol |= self._identity(denoiser, None)
+        target.batches = lambda rank, world: model_target(
+            load(), how, reference, steps, guidance=guidance
+        ).batches(rank, world)  # it is in memory only while it is drawn
         self._teacher = remembered(target)
         return self._teacher
 

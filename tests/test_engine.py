@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
-from diffkd import students
+from diffkd import engine, students
 from diffkd.base import UserError
 from diffkd.data import Images
+from diffkd.denoiser import Denoiser
 from diffkd.engine import Interrupted, NonFinite, Training, derived_seed, run_stage
 from diffkd.method import Stage
 from diffkd.methods.denoising import Denoising
@@ -63,7 +65,8 @@ def weights(denoiser):
 
 
 def untimed(records):
-    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records]
+    measured = ("images_per_second", "peak_memory_gb")
+    return [{key: value for key, value in record.items() if key not in measured} for record in records]
 
 
 def test_a_stage_learns_and_leaves_the_teacher_alone(tmp_path):
@@ -223,3 +226,80 @@ def test_only_the_named_network_gets_gradients(tmp_path):
     )
     run.close()
     assert 1.05 < judge.scale.item() < 1.3
+
+
+def test_the_log_is_what_was_kept(tmp_path):
+    """Losses wait to be added up: however long an interval is, its means are the means of the updates."""
+    single = run_one(tmp_path / "single", updates=130)[2]
+    whole = run_one(tmp_path / "whole", updates=130, training=Training(batch_size=8, log_every=130))[2]
+    assert len(single) == 130 and len(whole) == 1
+    for key in ("loss", "gap", "grad_norm"):
+        mean = sum(record[key] for record in single) / 130
+        assert whole[0][key] == pytest.approx(mean, rel=1e-9)
+    assert 0.05 < whole[0]["peak_memory_gb"] < 100
+    bins = [[record["gap_by_noise"][k] for record in single] for k in range(5)]
+    assert [value is None for value in whole[0]["gap_by_noise"]] == [set(b) == {None} for b in bins]
+
+
+def test_checkpointed_gradients_are_the_same(tmp_path):
+    plain = run_one(tmp_path / "plain", training=Training(batch_size=8, log_every=1))
+    less = run_one(
+        tmp_path / "less", training=Training(batch_size=8, log_every=1, gradient_checkpointing=True)
+    )
+    assert [r["loss"] for r in plain[2]] == [r["loss"] for r in less[2]]
+    assert torch.equal(weights(plain[0]), weights(less[0]))
+
+
+def test_a_network_without_checkpointing_is_named(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x, time, **cond):
+            return self.scale * x
+
+    pupil = Denoiser(Plain(), COSINE, "v_prediction", shape=(1, 8, 8))
+    method = Denoising(updates=1)
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(UserError, match="gradient_checkpointing is not for a Plain"):
+        run_stage(
+            Accelerator(), method, method.stages(pupil)[0], {"student": pupil}, images(),
+            Training(batch_size=8, gradient_checkpointing=True), run, seed=0, stage_index=0,
+        )  # fmt: skip
+    run.close()
+
+
+def test_half_precision_halves_what_is_not_trained(tmp_path):
+    """bf16: the teacher's weights are, the student's and the target's arithmetic are not."""
+    full = run_one(tmp_path / "full", updates=20)
+    AcceleratorState._reset_state()
+    try:
+        teacher, pupil = student(3, "v_prediction", COSINE), student(3, "v_prediction", COSINE)
+        method = Progressive(steps=[4], updates=20, learning_rate=1e-3)
+        run = Run(tmp_path / "half", {})
+        run_stage(
+            Accelerator(mixed_precision="bf16"), method, method.stages(teacher)[0],
+            {"student": pupil, "teacher": teacher.requires_grad_(False)}, images(),
+            Training(batch_size=8, log_every=1, precision="bf16"), run, seed=0, stage_index=0,
+        )  # fmt: skip
+        run.close()
+    finally:
+        AcceleratorState._reset_state()
+    assert teacher.dtype == torch.bfloat16 and pupil.dtype == torch.float32
+    records = [json.loads(line) for line in (tmp_path / "half/log.jsonl").read_text().splitlines()]
+    for mine, theirs in zip(records, full[2], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.2)
+    assert not torch.equal(weights(pupil), weights(full[0]))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_networks_learn_the_same(tmp_path, monkeypatch):
+    """As one graph each, by torch's reference compiler; what the real one makes of it is for a GPU to say."""
+    monkeypatch.setattr(engine, "COMPILER", "aot_eager")
+    plain = run_one(tmp_path / "plain", updates=3)
+    fast = run_one(tmp_path / "fast", updates=3, training=Training(batch_size=8, log_every=1, compile=True))
+    for mine, theirs in zip(fast[2], plain[2], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    names = [name for name, _ in fast[0].network.named_parameters()]
+    assert names == [name for name, _ in plain[0].network.named_parameters()]

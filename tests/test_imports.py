@@ -13,8 +13,8 @@ import diffkd
 
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
-    "base", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method",
-    "methods", "runs", "prefetch", "engine", "clock", "capture", "generation", "metrics", "encoding",
+    "base", "prefetch", "schedules", "losses", "denoiser", "samplers", "models", "students", "data", "method",
+    "methods", "runs", "engine", "clock", "capture", "generation", "metrics", "encoding",
     "cards", "pictures", "charts", "report", "config", "progress", "writing", "sampling", "tables",
     "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
 ]  # fmt: skip

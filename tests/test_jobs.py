@@ -1,5 +1,6 @@
 """The two jobs, whole, at a small size: through the command, as a user runs them."""
 
+import gc
 import json
 import os
 import re
@@ -36,6 +37,8 @@ TEACHER = {
     "training": {"batch_size": 16, "log_every": 1},
     "evaluation": {"samples": 32, "teacher_steps": [8]},
 }
+
+MEASURED = ("images_per_second", "peak_memory_gb")  # in the log, and no two runs alike
 
 
 @pytest.fixture
@@ -173,10 +176,45 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli, how):
             network(here / f"runs/whole/students/{name}"), network(here / f"runs/parts/students/{name}")
         )
     logs = [
-        [{k: v for k, v in r.items() if k != "images_per_second"} for r in log(here / f"runs/{n}")]
+        [{k: v for k, v in r.items() if k not in MEASURED} for r in log(here / f"runs/{n}")]
         for n in ("whole", "parts")
     ]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
+def test_memory_holds_each_network_once(here, cli, monkeypatch):
+    """Between two updates of any stage: teacher, student, its average and Adam's two moments, no more."""
+    wide = "model={channels: [64, 64], norm_groups: 8}"
+    assert cli("train", "teacher.yaml", "evaluation=null", "denoising.updates=1", wide).code == 0
+    one = sum(x.numel() * x.element_size() for x in network(here / "runs/teacher/teacher").values())
+    found = []
+    real = session.run_stage
+
+    def watched(*args, on_update, **options):
+        def counted(done, record):
+            gc.collect()
+            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+            found.append(sum(storages.values()) / one)
+            on_update(done, record)
+
+        return real(*args, on_update=counted, **options)
+
+    monkeypatch.setattr(session, "run_stage", watched)
+    # measured with agreement, so that the first teacher is needed to the end
+    overrides = [
+        "teacher={path: runs/teacher/teacher}",
+        "evaluation={samples: 4, batch_size: 4, teacher_steps: [2], metrics: [fid, agreement]}",
+    ]
+    gc.collect()
+    before = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    others = (
+        sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in before}.values()) / one
+    )
+    assert cli("distill", "distill.yaml", *overrides).code == 0
+    assert len(found) == 3 + 6 + 6
+    assert max(found) - others < 5.5, (found, others)
 
 
 @pytest.mark.slow

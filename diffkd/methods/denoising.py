@@ -11,6 +11,7 @@ from pydantic import Field
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.prefetch import moved
 
 
 class Denoising(Method):
@@ -39,14 +40,14 @@ class Denoising(Method):
         x0, device = batch.x0, batch.x0.device
         # 1. a time of the table, and the noised data
         total = student.schedule.num_train_timesteps
-        t = torch.randint(1, total + 1, (len(x0),), generator=rng).to(device).double() / total
-        eps = torch.randn(x0.shape, generator=rng).to(device)
+        t = moved(torch.randint(1, total + 1, (len(x0),), generator=rng), device).double() / total
+        eps = moved(torch.randn(x0.shape, generator=rng), device)
         alpha, sigma = student.schedule.at(t, like=x0)
         x_t = alpha * x0 + sigma * eps
         # 2. some labels hidden
         cond = dict(batch.cond)
         if "class_labels" in cond and student.null_label is not None and self.label_dropout > 0:
-            hidden = (torch.rand(len(x0), generator=rng) < self.label_dropout).to(device)
+            hidden = moved(torch.rand(len(x0), generator=rng) < self.label_dropout, device)
             cond["class_labels"] = torch.where(hidden, student.null_label, cond["class_labels"])
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)

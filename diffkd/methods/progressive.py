@@ -14,6 +14,7 @@ from diffkd.base import Positive, UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.prefetch import moved
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -40,7 +41,7 @@ def target(
     part = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
     times = t + part * (s - t)
     times[-1] = s
-    with torch.no_grad():
+    with torch.inference_mode():
         x_s = samplers.find(sampler)(teacher, x_t, times, clip=None, noise=noise, **cond)
     alpha_t, sigma_t = teacher.schedule.at(t, like=x_t)
     alpha_s, sigma_s = teacher.schedule.at(s, like=x_t)
@@ -166,10 +167,10 @@ class Progressive(Method):
         assert stage.steps is not None
         x0, device = batch.x0, batch.x0.device
         # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
-        i = torch.randint(1, stage.steps + 1, (len(x0),), generator=rng).to(device)
+        i = moved(torch.randint(1, stage.steps + 1, (len(x0),), generator=rng), device)
         t, s = i.double() / stage.steps, (i - 1).double() / stage.steps
         # 2. noise the data
-        eps = torch.randn(x0.shape, generator=rng).to(device)
+        eps = moved(torch.randn(x0.shape, generator=rng), device)
         alpha, sigma = student.schedule.at(t, like=x0)
         x_t = alpha * x0 + sigma * eps
         # 3. where the teacher's sub-steps land, as an x0
@@ -183,7 +184,7 @@ class Progressive(Method):
             stage.substeps,
             stage.sampler,
             guidance=stage.guidance,
-            noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device),
+            noise=lambda x: moved(torch.randn(x.shape, generator=rng, dtype=x.dtype), x.device),
             **extra,
             **cond,
         ).float()

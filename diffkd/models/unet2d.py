@@ -166,6 +166,7 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     network: Any = denoiser.network
     if next(network.parameters()).dtype not in (torch.float32, torch.float16):
         raise UserError("stock pixel pipelines cannot make pictures in bfloat16; save in float32 or float16")
+    network.to(memory_format=torch.contiguous_format)  # as it may not be on a GPU, and safetensors wants it
     scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip)
     pipeline = DDIMPipeline if network.config.num_class_embeds is None else ConsistencyModelPipeline
     pipeline(unet=network, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

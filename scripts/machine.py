@@ -1,0 +1,30 @@
+"""What every benchmark prints first, and how it waits for a device."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+
+from diffkd.runs import commit
+
+
+def describe(device: torch.device) -> str:
+    """Machine, threads, versions and commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else (model[1] if model else platform.machine())
+    )
+    return (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}, commit {commit()}"
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
