@@ -93,8 +93,9 @@ def sample(
         str, typer.Option(help="auto, eager, graph (a CUDA graph of all steps) or compile.")
     ] = "auto",
     image_format: Annotated[
-        str, typer.Option("--format", help="Of a folder's files: png or webp, both lossless.")
-    ] = "png",
+        str | None,
+        typer.Option("--format", help="Of a folder's files: png (default) or webp, both lossless."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=0, max=64, help="Processes that encode images; default up to 8 with a GPU, else 0."),

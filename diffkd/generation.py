@@ -86,7 +86,7 @@ class Drawing:
         self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
         self.options, self.mode = options, mode
         self.labels = labels_for(denoiser, n, labels)
-        self.batch_size = min(batch_size, n)
+        self.batch_size = max(1, min(batch_size, n))
         self.device = denoiser.device
         eta = {"eta": options["eta"]} if "eta" in options else {}
         self.draws = 1 + samplers.fresh_noises(sampler, steps, **eta)
@@ -126,6 +126,7 @@ class Drawing:
         if self.runner is None:
             fits = capture.fitting(self._prepare, self.batch_size)
             if fits < self.batch_size:
+                self.runner = None  # it is of another size
                 raise UserError(
                     f"a batch of {self.batch_size} images does not fit into the memory of {self.device}; "
                     + (f"{fits} do: use a batch size of {fits}" if fits else "nor does one image")
@@ -143,13 +144,55 @@ class Drawing:
         assert self.denoiser.shape is not None
         return self.denoiser.shape
 
-    @torch.inference_mode()
     def batches(self, blocks: Iterable[int] | None = None) -> Iterator[Tensor]:
         """uint8 (B, H, W, C) on the device, of every block or of those named, each as it would be drawn among
         all. Raises UserError where values are not finite: on a GPU after the first and the last."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for number, (pixels, fine) in enumerate(self._drawn(blocks)):
+            finite &= fine
+            if self.device.type == "cpu" or number == 0:  # of every one it would be a wait each time
+                _check_finite(finite)
+            yield pixels
+        _check_finite(finite)
+
+    def arrays(self, blocks: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+        """The same on the host, each good until the next is asked for, and each of finite values.
+
+        From CUDA each is copied into one of two pinned buffers, on another stream, while the next is drawn.
+        """
+        if self.device.type != "cuda":
+            for pixels, fine in self._drawn(blocks):
+                _check_finite(fine)
+                yield pixels.cpu().numpy()
+            return
+        stream = torch.cuda.Stream(self.device)
+        buffers: list[tuple[Tensor, Tensor]] = []
+        copying: list[tuple[Tensor, Tensor, Any]] = []
+        for number, (pixels, fine) in enumerate(self._drawn(blocks)):
+            if number < 2:
+                buffers.append(
+                    (
+                        torch.empty_like(pixels, device="cpu").pin_memory(),
+                        torch.empty_like(fine, device="cpu").pin_memory(),
+                    )
+                )
+            room, said = buffers[number % 2]
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for there, x in ((room[: len(pixels)], pixels), (said, fine)):
+                    there.copy_(x, non_blocking=True)
+                    x.record_stream(stream)
+            copying.append((room[: len(pixels)], said, stream.record_event()))
+            if number:
+                yield _arrived(*copying.pop(0))
+        for waiting in copying:
+            yield _arrived(*waiting)
+
+    @torch.inference_mode()
+    def _drawn(self, blocks: Iterable[int] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels, and whether they come of finite values."""
         runner = self.prepare()
         wanted = list(range(self.blocks) if blocks is None else blocks)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
         noises: Iterator[Tensor] = map(self._noise, wanted)
         if self.device.type != "cpu":
             noises = ahead(noises)
@@ -157,12 +200,7 @@ class Drawing:
             with self.clock.host("noise"):
                 noise = next(noises)
                 labels = self._labels(block)
-            pixels, fine = self._run(runner, noise, labels)
-            finite &= fine
-            if self.device.type == "cpu" or block == wanted[0]:  # of every one it would be a wait each time
-                _check_finite(finite)
-            yield pixels
-        _check_finite(finite)
+            yield self._run(runner, noise, labels)
 
     def _run(self, runner: capture.Runner, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         if not runner.fixed:
@@ -216,35 +254,6 @@ def generate(
         **options,
     )  # fmt: skip
     yield from drawing.batches(range(share[0], drawing.blocks, share[1]))
-
-
-def to_host(batches: Iterable[Tensor], device: torch.device) -> Iterator[np.ndarray]:
-    """The same batches as arrays, each good until the next is asked for.
-
-    From CUDA each is copied into one of two pinned buffers, on a stream of its own, while the next is drawn.
-    """
-    if device.type != "cuda":
-        yield from (batch.cpu().numpy() for batch in batches)
-        return
-    stream = torch.cuda.Stream(device)
-    buffers: list[Tensor] = []
-    copying: tuple[Tensor, Any] | None = None
-    for number, batch in enumerate(batches):
-        if number < 2:
-            buffers.append(torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True))
-        there = buffers[number % 2][: len(batch)]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            there.copy_(batch, non_blocking=True)
-            batch.record_stream(stream)
-        done = stream.record_event()
-        if copying is not None:
-            copying[1].synchronize()
-            yield copying[0].numpy()
-        copying = there, done
-    if copying is not None:
-        copying[1].synchronize()
-        yield copying[0].numpy()
 
 
 def proportional(counts: Sequence[int], n: int) -> Tensor:
@@ -305,6 +314,12 @@ def stock_defaults(pipeline: Any) -> dict[str, Any]:
 def scalars(content: dict[str, Any]) -> dict[str, Any]:
     """What of a mapping a record can hold."""
     return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}
+
+
+def _arrived(pixels: Tensor, fine: Tensor, copied: Any) -> np.ndarray:
+    copied.synchronize()
+    _check_finite(fine)
+    return pixels.numpy()
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -19,11 +19,11 @@ from diffkd.base import Unfinished, UserError
 from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
 from diffkd.encoding import FORMATS
-from diffkd.generation import Drawing, proportional, to_host
+from diffkd.generation import Drawing, proportional
 from diffkd.metrics.processes import Processes, usable
 from diffkd.metrics.weights import digest
 from diffkd.progress import bar
-from diffkd.writing import ArrayFile, ImageFolder, Output
+from diffkd.writing import ArrayFile, ImageFolder, Output, Plan
 
 log = logging.getLogger("diffkd")
 MOST_CLASSES = 1_000_000
@@ -66,7 +66,7 @@ def sample_to(
     batch_size: int = 64,
     dtype: str | None = None,
     mode: str = "auto",
-    image_format: str = "png",
+    image_format: str | None = None,
     workers: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -98,40 +98,41 @@ def sample_to(
         "labels": asked if denoiser.num_classes is not None else None,
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": output.format,
     }  # fmt: skip
-    there = processes.agree(output.plan(settings, n, overwrite) if processes.main else None)
-    if there is not None and there.all() and output.is_finished(n):
+    plan: Plan = processes.agree(output.plan(settings, n, overwrite) if processes.main else None)
+    if plan.complete:
+        if processes.main:
+            output.tidy()
         _say(console, processes, f"all {n} images are there already: {out}")
         return
-    if not overwrite and not (there is not None and there.any()) and _grid(out).exists():
-        raise UserError(f"{_grid(out)} is there already; use another --out, or --overwrite")
-    _draw(drawing, output, there, settings, console, processes)
+    _draw(drawing, output, plan, settings, overwrite, console, processes)
 
 
 def _draw(
     drawing: Drawing,
     output: Output,
-    there: np.ndarray | None,
+    plan: Plan,
     settings: dict[str, Any],
+    overwrite: bool,
     console: Console,
     processes: Processes,
 ) -> None:
-    """there: which images are; None to begin anew."""
-    missing = np.ones(drawing.n, bool) if there is None else ~there
+    missing = plan.missing
     blocks = [k for k in range(drawing.blocks) if missing[slice(*drawing.span(k))].any()]
     mine = blocks[processes.rank :: processes.world]
     runner = drawing.prepare()
     if runner.note:
         log.warning("%s", runner.note)
     clock = drawing.clock = Clock(drawing.device)
-    batches = drawing.batches(mine)
-    begun = list(islice(batches, 1))  # what draws nothing replaces nothing
+    arrays = drawing.arrays(mine)
+    begun = list(islice(arrays, 1))  # what draws nothing replaces nothing
     try:
         if processes.main:
-            output.start(settings, drawing.n, clear=there is None)
+            output.start(settings, drawing.n, overwrite, plan)
+        output.warm()
         processes.wait()
         with bar(console, "images", int(missing.sum()), shown=processes.main) as advance:
             done = 0
-            for block, images in zip(mine, to_host(chain(begun, batches), drawing.device), strict=True):
+            for block, images in zip(mine, chain(begun, arrays), strict=True):
                 first, stop = drawing.span(block)
                 wanted = missing[first:stop]
                 with clock.host("writing"):
@@ -143,19 +144,21 @@ def _draw(
         processes.wait()
         seconds = clock.elapsed()
         if processes.main:
+            pictures.save(pictures.grid(output.first(min(drawing.n, 64))), output.grid)
             labels = None if drawing.labels is None else drawing.labels.numpy()
-            shown = output.finish(settings, drawing.n, labels)
-            pictures.save(pictures.grid(shown), _grid(output.out))
-    except (OSError, BrokenProcessPool) as error:
-        reason = getattr(error, "strerror", None) or "a worker process ended"
-        raise Unfinished(f"{output.out}: {reason}; {_state(output, drawing.n)}") from error
+            output.finish(settings, drawing.n, labels)
+    except BrokenProcessPool as error:
+        raise Unfinished(f"{output.out}: a worker process ended; {_state(output, drawing.n)}") from error
+    except OSError as error:
+        raise Unfinished(f"{output.out}: {error.strerror or error}; {_state(output, drawing.n)}") from error
     except KeyboardInterrupt:
         log.warning("interrupted; %s", _state(output, drawing.n))
         raise
     finally:
         output.close()
     _say(console, processes, f"{drawing.n} images of {drawing.steps} steps (nfe {drawing.nfe}): {output.out}")
-    _say(console, processes, _speed(int(missing.sum()), seconds, drawing, runner, processes))
+    if missing.any():
+        _say(console, processes, _speed(int(missing.sum()), seconds, drawing, runner, processes))
 
 
 def _state(output: Output, n: int) -> str:
@@ -163,7 +166,7 @@ def _state(output: Output, n: int) -> str:
     there = np.zeros(n, bool)
     there[output.indices()] = True
     count = f"{there.sum()} of {n} images are complete and stay"
-    return count if there.all() else f"{count}; the same command goes on from image {there.argmin()}"
+    return f"{count}; the same command goes on" + ("" if there.all() else f" from image {there.argmin()}")
 
 
 def _speed(count: int, seconds: float, drawing: Drawing, runner: capture.Runner, processes: Processes) -> str:
@@ -183,18 +186,23 @@ def _say(console: Console, processes: Processes, text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _output(out: Path, image_format: str, workers: int | None) -> Output:
+def _output(out: Path, image_format: str | None, workers: int | None) -> Output:
     """Raises UserError where nothing can be written at `out`."""
     parent = next((p for p in out.absolute().parents if p.exists()), None)
     if parent is not None and not parent.is_dir():
         raise UserError(f"--out {out} is inside {parent}, which is a file; use another --out")
     if parent is not None and not os.access(parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written in {parent}; use another --out")
-    if image_format not in FORMATS:
-        raise UserError(f"--format {image_format!r} is unknown; use one of {', '.join(FORMATS)}")
     if out.suffix == ".npz":
+        for option, value in (("--format", image_format), ("--workers", workers)):
+            if value is not None:
+                raise UserError(
+                    f"{option} {value} is for a folder of images, and --out is {out}; leave it out"
+                )
         return ArrayFile(out)
-    return ImageFolder(out, image_format, usual_workers() if workers is None else workers)
+    if image_format not in (None, *FORMATS):
+        raise UserError(f"--format {image_format!r} is unknown; use one of {', '.join(FORMATS)}")
+    return ImageFolder(out, image_format or "png", usual_workers() if workers is None else workers)
 
 
 def usual_workers() -> int:
@@ -209,17 +217,16 @@ def _labels(asked: list[int] | str, denoiser: Denoiser, model: str, n: int) -> l
     if isinstance(asked, list) or asked == "balanced" or denoiser.num_classes is None:
         return asked if isinstance(asked, list) else None
     counts = models.card(models.folder_of(model)).get("class_counts")
-    if not counts:
+    if not (
+        isinstance(counts, list)
+        and len(counts) == denoiser.num_classes
+        and all(type(count) is int and count >= 0 for count in counts)
+        and any(counts)
+    ):
         raise UserError(
             f"{model} does not say how often each class is in its data; use --classes balanced, or a list"
         )
     return proportional(counts, n)
-
-
-def _grid(out: Path) -> Path:
-    """Beside the images and not among them: a folder of images is what any tool of FID may read."""
-    out = out.resolve()
-    return out.with_suffix(".grid.png") if out.suffix == ".npz" else out.with_name(f"{out.name}-grid.png")
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,10 +1,10 @@
 """What one training update costs over the five network passes that it cannot avoid (docs/performance.md):
 
-    python scripts/bench_training.py [--device cuda] [--precision bf16] [--updates 40] [--profile digits]
+    python scripts/bench_training.py [--device cuda] [--precision bf16] [--profile digits]
 
-The minimum is written out by hand below: student forward and backward, two teacher forwards, fused AdamW, foreach
-EMA, nothing else. It runs between the updates of a real stage, so other work on the machine hits both alike; the
-ratio is the median over updates. --profile: where the time of an update goes.
+The minimum is written out by hand below: student forward and backward, two teacher forwards, fused AdamW,
+foreach EMA, nothing else. It runs between the updates of a real stage, so other work on the machine hits both
+alike; the ratio is the median over updates. --profile: where the time of an update goes.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def measure(name: str, device: torch.device, precision: str, updates: int, batch
     ratio = statistics.median(a / b for a, b in zip(ours[kept], theirs[kept], strict=True))
     memory = record.get("peak_memory_gb")
     print(
-        f"| {name} ({parameters(teacher)}) | {batch} | {precision} | {1e3 * statistics.median(ours[kept]):.1f} ms "
-        f"| {1e3 * statistics.median(theirs[kept]):.1f} ms | {ratio:.3f} | {memory} |",
+        f"| {name} ({parameters(teacher)}) | {batch} | {precision} "
+        f"| {1e3 * statistics.median(ours[kept]):.1f} ms | {1e3 * statistics.median(theirs[kept]):.1f} ms "
+        f"| {ratio:.3f} | {memory} |",
         flush=True,
     )
 
