@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -151,9 +150,9 @@ class Drawing:
         for number, (pixels, fine) in enumerate(self._drawn(blocks)):
             finite &= fine
             if self.device.type == "cpu" or number == 0:  # of every one it would be a wait each time
-                _check_finite(finite)
+                check_finite(finite)
             yield pixels
-        _check_finite(finite)
+        check_finite(finite)
 
     def arrays(self, blocks: Iterable[int] | None = None) -> Iterator[np.ndarray]:
         """The same on the host, each good until the next is asked for, and each of finite values.
@@ -162,7 +161,7 @@ class Drawing:
         """
         if self.device.type != "cuda":
             for pixels, fine in self._drawn(blocks):
-                _check_finite(fine)
+                check_finite(fine)
                 yield pixels.cpu().numpy()
             return
         stream = torch.cuda.Stream(self.device)
@@ -170,12 +169,7 @@ class Drawing:
         copying: list[tuple[Tensor, Tensor, Any]] = []
         for number, (pixels, fine) in enumerate(self._drawn(blocks)):
             if number < 2:
-                buffers.append(
-                    (
-                        torch.empty_like(pixels, device="cpu").pin_memory(),
-                        torch.empty_like(fine, device="cpu").pin_memory(),
-                    )
-                )
+                buffers.append((_pinned(pixels), _pinned(fine)))
             room, said = buffers[number % 2]
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
@@ -270,59 +264,18 @@ def _finish(x0: Tensor) -> tuple[Tensor, Tensor]:
     return to_uint8(x0).contiguous(), x0.isfinite().all()
 
 
-@torch.inference_mode()
-def generate_stock(
-    pipeline: Any,
-    n: int,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    labels: Tensor | None = None,
-    batch_size: int = 64,
-    share: tuple[int, int] = (0, 1),
-) -> Iterator[Tensor]:
-    """The same from any diffusers pipeline, by its own code and scheduler: uint8 batches (B, H, W, C).
-
-    labels: (n,), for a pipeline that takes class labels. Raises UserError where it refuses what it is given.
-    """
-    takes = inspect.signature(pipeline.__call__).parameters
-    rank, world = share
-    for start in range(rank * batch_size, n, world * batch_size):
-        count = min(batch_size, n - start)
-        options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-        if "batch_size" in takes:
-            options["batch_size"] = count
-        if labels is not None:
-            options["class_labels"] = labels[start : start + count].tolist()
-        options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
-        try:
-            drawn = pipeline(**options, output_type="np").images
-        except ValueError as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise UserError(f"the pipeline does not draw ({reason}); use other --steps") from error
-        images = torch.from_numpy(np.ascontiguousarray(drawn))
-        _check_finite(images.isfinite().all())
-        yield (images * 255).round().to(torch.uint8)
-
-
-def stock_defaults(pipeline: Any) -> dict[str, Any]:
-    """The arguments that a pipeline's own defaults decide, such as guidance_scale and eta."""
-    takes = inspect.signature(pipeline.__call__).parameters
-    return scalars({key: p.default for key, p in takes.items()})
-
-
-def scalars(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a mapping a record can hold."""
-    return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty_like(like, device="cpu").pin_memory()
 
 
 def _arrived(pixels: Tensor, fine: Tensor, copied: Any) -> np.ndarray:
     copied.synchronize()
-    _check_finite(fine)
+    check_finite(fine)
     return pixels.numpy()
 
 
-def _check_finite(finite: Tensor) -> None:
+def check_finite(finite: Tensor) -> None:
+    """Raises UserError where a model's values were not."""
     if not finite:
         raise UserError(
             "the model draws images with NaN or infinite values; its weights or its steps are broken"

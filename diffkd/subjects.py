@@ -15,7 +15,6 @@ from diffkd import models
 from diffkd.base import UserError
 from diffkd.data import SUFFIXES
 from diffkd.denoiser import Denoiser
-from diffkd.generation import generate_stock, scalars, stock_defaults
 from diffkd.metrics import features, sources
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
@@ -29,6 +28,7 @@ from diffkd.metrics.targets import (
     remembered,
 )
 from diffkd.metrics.weights import digest
+from diffkd.stock import generate_stock, scalars, stock_defaults
 
 TEACHER_STEPS = 64  # of the teacher that a student is compared with image by image
 

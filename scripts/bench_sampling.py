@@ -30,8 +30,9 @@ from networks import NETWORKS, make, parameters
 
 from diffkd import capture, cards, models
 from diffkd.denoiser import Denoiser
-from diffkd.generation import Drawing, generate_stock
+from diffkd.generation import Drawing
 from diffkd.sampling import usual_workers
+from diffkd.stock import generate_stock
 from diffkd.writing import ArrayFile, ImageFolder, Output
 
 STEPS = 4
@@ -39,7 +40,7 @@ BATCHES = {
     "cpu": {"digits": (1, 16, 64), "middle": (1, 4, 16), "cifar10": (1, 4)},
     "cuda": dict.fromkeys(NETWORKS, (1, 16, 256)),
 }
-SECONDS = 1.0  # of a turn
+SECONDS = 0.8  # of a turn
 
 
 class Ways:
@@ -272,7 +273,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--plot", type=Path)

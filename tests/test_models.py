@@ -226,3 +226,21 @@ def test_a_network_that_takes_time_otherwise_is_refused(tmp_path):
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="time as 'fourier', which is not supported"):
         diffkd.load(tmp_path)
+
+
+def test_the_quick_network_is_the_stock_one(make_pipeline, tmp_path):
+    """Its dtype is what the stock class finds, wherever it is moved; what is saved names the stock class."""
+    folder = make_pipeline(tmp_path, classes=3)
+    denoiser = models.load(folder)
+    theirs = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.arange(4) * 100.0, torch.arange(4) % 3
+    with torch.no_grad():
+        ours = denoiser.network(x, t, class_labels=labels).sample
+        assert torch.equal(ours, theirs(x, t, class_labels=labels).sample)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        assert denoiser.network.to(dtype).dtype == theirs.to(dtype).dtype == dtype
+    models.save(denoiser, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/unet/config.json").read_text())["_class_name"] == "UNet2DModel"
+    index = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert type(denoiser.network).__name__ == "QuickUNet2DModel"  # saving left it as it was
