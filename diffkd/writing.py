@@ -29,6 +29,7 @@ from diffkd.runs import differences, new_file, read_json, write_json
 
 RECORD = "diffkd.json"  # how images were drawn, beside them
 OURS = re.compile(rf"(\d{{6,}})\.({'|'.join(FORMATS)})")
+LEFT = re.compile(r"\..+\.tmp")  # half written, in the folder of pieces
 # Written together: what is lost with a killed process is less than this, and drawn again.
 TOGETHER, TOGETHER_BYTES, TOGETHER_SECONDS = 512, 1 << 20, 2.0
 
@@ -119,7 +120,7 @@ class Output(ABC):
         ours = "|".join(re.escape(path.name) for path in (self.out, self.grid))
         beside = re.compile(rf"\.({ours})\.\d+\.tmp")
         for path in [*self.folder.iterdir(), *self.out.resolve().parent.iterdir()]:
-            within = path.parent == self.folder and path.name.startswith(".") and path.suffix == ".tmp"
+            within = path.parent == self.folder and LEFT.fullmatch(path.name)
             if within or beside.fullmatch(path.name):
                 path.unlink()
 
@@ -220,7 +221,7 @@ class ImageFolder(Output):
         if self.out.is_file():
             raise UserError(f"--out {self.out} is a file; give a folder, or a name in .npz")
         there = {p.name for p in self.out.iterdir()} if self.out.is_dir() else set()
-        ours = {name for name in there if self._is_ours(name) or name == ".lock" or name.endswith(".tmp")}
+        ours = {name for name in there if self._is_ours(name) or name == ".lock" or LEFT.fullmatch(name)}
         if _record(self.folder / RECORD) is not None:
             ours.add(RECORD)
         foreign = sorted(there - ours)

@@ -155,3 +155,19 @@ def launched() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
     return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of a network had."""
+    import diffusers
+
+    calls: list[int] = []
+    real = diffusers.UNet2DModel.forward
+
+    def counted(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(sample))
+        return real(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "forward", counted)
+    return calls

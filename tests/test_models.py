@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from rich.console import Console
 
 import diffkd
 from diffkd import cards, models, sampling
@@ -90,7 +91,9 @@ def test_a_student_draws_the_same_pictures_without_us(
     cards.write(folder, cards.describe(denoiser))
     labels = None if classes is None else [i % classes for i in range(n)]
     stock = stock_pictures(folder, tmp_path, n, steps, labels)
-    sampling.sample_to(str(folder), tmp_path / "ours.npz", n=n, seed=5, batch_size=n, device="cpu")
+    sampling.sample_to(
+        str(folder), tmp_path / "ours.npz", Console(quiet=True), n=n, seed=5, batch_size=n, device="cpu"
+    )
     ours = np.load(tmp_path / "ours.npz")["arr_0"]
     assert str(stock["kind"]) == ("DDIMPipeline" if classes is None else "ConsistencyModelPipeline")
     assert ours.std() > 10 and np.array_equal(ours, stock["pictures"])

@@ -29,19 +29,6 @@ def here(tmp_path, monkeypatch, make_pipeline):
     return tmp_path
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """How many images each call of a network had."""
-    calls, real = [], diffusers.UNet2DModel.forward
-
-    def counted(self, sample, *args, **kwargs):
-        calls.append(len(sample))
-        return real(self, sample, *args, **kwargs)
-
-    monkeypatch.setattr(diffusers.UNet2DModel, "forward", counted)
-    return calls
-
-
 def pixels(folder):
     """(N, H, W, C) of the image files of a folder, in order."""
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".webp"))

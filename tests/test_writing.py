@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 
-import diffusers
 import numpy as np
 import psutil
 import pytest
@@ -112,19 +111,6 @@ def here(tmp_path, monkeypatch, make_pipeline):
     make_pipeline(tmp_path, name="labelled", classes=4)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """How many images each call of a network had."""
-    calls, real = [], diffusers.UNet2DModel.forward
-
-    def counted(self, sample, *args, **kwargs):
-        calls.append(len(sample))
-        return real(self, sample, *args, **kwargs)
-
-    monkeypatch.setattr(diffusers.UNet2DModel, "forward", counted)
-    return calls
 
 
 def started(*args, seconds):
