@@ -213,10 +213,7 @@ def test_memory_holds_each_network_once(here, cli, monkeypatch):
         "evaluation={samples: 4, batch_size: 4, teacher_steps: [2], metrics: [fid, agreement]}",
     ]
     gc.collect()
-    before = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    others = (
-        sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in before}.values()) / one
-    )
+    others = held() / one
     assert cli("distill", "distill.yaml", *overrides).code == 0
     assert len(found) == 3 + 6 + 6
     assert max(found) - others < 5.5, (found, others)
