@@ -11,7 +11,8 @@ from diffkd import engine, students
 from diffkd.base import UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import Interrupted, NonFinite, Training, derived_seed, run_stage
+from diffkd.engine import Interrupted, Training, derived_seed, run_stage
+from diffkd.meter import NonFinite
 from diffkd.method import Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive

@@ -14,7 +14,7 @@ import diffkd
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
     "base", "prefetch", "schedules", "losses", "denoiser", "samplers", "models", "students", "data",
-    "method", "methods", "runs", "engine", "clock", "capture", "generation", "stock", "metrics",
+    "method", "methods", "runs", "meter", "engine", "clock", "capture", "generation", "stock", "metrics",
     "encoding", "cards", "pictures", "charts", "report", "config", "progress", "writing", "sampling",
     "tables", "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
 ]  # fmt: skip
