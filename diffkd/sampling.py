@@ -15,15 +15,17 @@ from rich.console import Console
 from torch import Tensor
 
 from diffkd import capture, models, pictures
+from diffkd.array_file import ArrayFile
 from diffkd.base import Unfinished, UserError
 from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
 from diffkd.encoding import FORMATS
 from diffkd.generation import Drawing, proportional
+from diffkd.image_folder import ImageFolder
 from diffkd.metrics.processes import Processes, usable
 from diffkd.metrics.weights import digest
 from diffkd.progress import bar
-from diffkd.writing import ArrayFile, ImageFolder, Output, Plan
+from diffkd.writing import Output, Plan
 
 log = logging.getLogger("diffkd")
 MOST_CLASSES = 1_000_000

@@ -1,4 +1,4 @@
-"""Drawn images to disk while more are drawn: a folder of image files, or one .npz that grows in parts.
+"""Drawn images to disk while more are drawn: what `image_folder.py` and `array_file.py` have in common.
 
 What is there is complete, at whatever moment the process ends, and the same drawing goes on from it.
 """
@@ -10,25 +10,22 @@ import json
 import multiprocessing
 import re
 import time
-import zipfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from diffkd.base import UserError
-from diffkd.encoding import FORMATS, file_name, read_image, start_worker, write_images
-from diffkd.runs import differences, new_file, read_json, write_json
+from diffkd.encoding import start_worker
+from diffkd.runs import differences, read_json, write_json
 
 RECORD = "diffkd.json"  # how images were drawn, beside them
-OURS = re.compile(rf"(\d{{6,}})\.({'|'.join(FORMATS)})")
 LEFT = re.compile(r"\..+\.tmp")  # half written, in the folder of pieces
 # Written together: what is lost with a killed process is less than this, and drawn again.
 TOGETHER, TOGETHER_BYTES, TOGETHER_SECONDS = 512, 1 << 20, 2.0
@@ -72,6 +69,7 @@ class Output(ABC):
         self._pool: Executor | None = None
         self._waiting: deque[Future[None]] = deque()
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        self._count = 0  # of the images in it
         self._since = time.monotonic()
         self._lock: FileLock | None = None
 
@@ -151,8 +149,8 @@ class Output(ABC):
         write.
         """
         self._held.append((indices, images.copy()))
-        count = sum(len(indices) for indices, _ in self._held)
-        many = count >= TOGETHER or count * images[:1].nbytes >= TOGETHER_BYTES
+        self._count += len(indices)
+        many = self._count >= TOGETHER or self._count * images[:1].nbytes >= TOGETHER_BYTES
         if many or time.monotonic() - self._since > TOGETHER_SECONDS:
             self._pass_on()
 
@@ -171,7 +169,7 @@ class Output(ABC):
             self.warm()
             assert self._pool is not None
             indices, images = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
-            self._held = []
+            self._held, self._count = [], 0
             self._submit(self._pool, indices, images)
 
     def _make_pool(self) -> Executor:
@@ -210,196 +208,24 @@ class Output(ABC):
                 self.folder.rmdir()  # where nothing came of it
 
 
-class ImageFolder(Output):
-    """<index>.png or .webp in a folder, encoded by `workers` processes."""
-
-    def __init__(self, out: Path, suffix: str, workers: int) -> None:
-        super().__init__(out, out, workers)
-        self.format = suffix
-
-    def check(self) -> None:
-        if self.out.is_file():
-            raise UserError(f"--out {self.out} is a file; give a folder, or a name in .npz")
-        there = {p.name for p in self.out.iterdir()} if self.out.is_dir() else set()
-        ours = {name for name in there if self._is_ours(name) or name == ".lock" or LEFT.fullmatch(name)}
-        if _record(self.folder / RECORD) is not None:
-            ours.add(RECORD)
-        foreign = sorted(there - ours)
-        if foreign or (self.out.exists() and self.out.resolve() == Path.cwd()):
-            raise UserError(
-                f"--out {self.out} holds more than images ({', '.join(foreign[:2])}); use another --out"
-            )
-
-    def plan(self, settings: Mapping[str, Any], n: int, overwrite: bool) -> Plan:
-        record, found = _record(self.folder / RECORD), self.indices()
-        why = None
-        if record is None:
-            why = "holds images, and nothing says how they were drawn" if len(found) else None
-        elif (differ := _otherwise(record, settings)) or (found >= n).any():
-            why = differ or f"holds {len(found)} images drawn so, and {n} are asked for"
-        elif record["complete"] and overwrite:
-            return Plan.anew(n)
-        if record is None and self.grid.exists():
-            why = why or f"cannot begin: {self.grid.name} is there already"
-        if why is not None:
-            if not overwrite:
-                raise self._refusal(why)
-            return Plan.anew(n)
-        complete = record is not None and record["complete"] and record["images"] == n
-        return Plan.going_on(found, n, complete)
-
-    def indices(self) -> np.ndarray:
-        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
-        return np.array([int(match[1]) for match in map(OURS.fullmatch, names) if match], dtype=np.int64)
-
-    def _is_ours(self, name: str) -> bool:
-        return OURS.fullmatch(name) is not None
-
-    def _submit(self, pool: Executor, indices: np.ndarray, images: np.ndarray) -> None:
-        task = pool.submit(write_images, self.folder, indices.tolist(), images, self.format)
-        self._waiting.append(task)
-
-    def first(self, count: int) -> np.ndarray:
-        return np.stack([read_image(self.folder / file_name(i, self.format)) for i in range(count)])
-
-    def finish(self, settings: Mapping[str, Any], n: int, labels: np.ndarray | None) -> None:
-        self._say(settings, n, complete=True)
-
-    def _remove_pieces(self) -> None:
-        """Each image is a piece, and stays."""
-
-
-class ArrayFile(Output):
-    """One .npz: arr_0, uint8 NHWC, and arr_1, the labels, as ADM has them.
-
-    Until all images are there its parts lie in a folder beside it; they are never in memory together.
-    """
-
-    PART = re.compile(r"(\d+)-(\d+)\.npy")  # images from the first number on, up to the second
-
-    def __init__(self, out: Path) -> None:
-        super().__init__(out, out.with_name(f".{out.name}.parts"), workers=0)
-        self.format = "npz"
-
-    def check(self) -> None:
-        if self.out.is_dir():
-            raise UserError(f"--out {self.out} is a folder; give a file's name in .npz, or another folder")
-
-    def plan(self, settings: Mapping[str, Any], n: int, overwrite: bool) -> Plan:
-        """Of the parts where they are of these settings, and of the file else."""
-        parts = _record(self.folder / RECORD)
-        going_on = parts is not None and not _otherwise(parts, settings)
-        why = None
-        if self.out.exists():
-            record = self._record_within()
-            why = (
-                "is there already, and nothing says how it was drawn"
-                if record is None
-                else (_otherwise(record, settings))
-            )
-            if record is not None and why is None:
-                if record["images"] == n and not overwrite:
-                    return Plan.going_on(np.arange(n), n, complete=True)
-                why = f"holds {record['images']} images drawn so, and {n} are asked for"
-        elif parts is not None and not going_on:
-            why = _otherwise(parts, settings)
-        elif parts is None and self.grid.exists():
-            why = f"cannot begin: {self.grid.name} is there already"
-        if going_on and (self.indices() >= n).any():
-            why, going_on = f"has parts of more than {n} images drawn so", False
-        if why is not None and not overwrite:
-            raise self._refusal(why)
-        return Plan.going_on(self.indices(), n) if going_on else Plan.anew(n)
-
-    def _record_within(self) -> dict[str, Any] | None:
-        try:
-            with np.load(self.out) as arrays:
-                return _checked(json.loads(str(arrays["drawn"])))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return None
-
-    def indices(self) -> np.ndarray:
-        return np.concatenate([np.arange(start, stop) for start, stop, _ in self._parts()] or [np.arange(0)])
-
-    def _parts(self) -> list[tuple[int, int, Path]]:
-        """(first, first after, file) in order."""
-        paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
-        matches = [(match, path) for path in paths if (match := self.PART.fullmatch(path.name))]
-        return sorted((int(match[1]), int(match[2]), path) for match, path in matches)
-
-    def _is_ours(self, name: str) -> bool:
-        return self.PART.fullmatch(name) is not None
-
-    def _submit(self, pool: Executor, indices: np.ndarray, images: np.ndarray) -> None:
-        """A part for each stretch of indices without a gap."""
-        gaps = np.flatnonzero(np.diff(indices) != 1) + 1
-        for stretch, part in zip(np.split(indices, gaps), np.split(images, gaps), strict=True):
-            path = self.folder / f"{stretch[0]:09d}-{stretch[-1] + 1:09d}.npy"
-            self._waiting.append(pool.submit(_save, path, part))
-
-    def first(self, count: int) -> np.ndarray:
-        return np.concatenate([*islice(_pieces(self._parts()), count)])[:count]  # no piece is empty
-
-    def finish(self, settings: Mapping[str, Any], n: int, labels: np.ndarray | None) -> None:
-        shape = (n, *self.first(1).shape[1:])
-        record = {"drawn": dict(settings), "images": n, "complete": True}
-        with new_file(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                _write_array(stream, shape, _pieces(self._parts()))
-            arrays = {"arr_1": labels, "drawn": np.asarray(json.dumps(record))}
-            for name, array in arrays.items():
-                if array is not None:
-                    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
-                        np.lib.format.write_array(stream, array, allow_pickle=False)
-        self._remove_pieces()
-
-    def _remove_pieces(self) -> None:
-        for path in self.folder.iterdir():
-            if self._is_ours(path.name) or path.name == RECORD:
-                path.unlink()
-
-
-def _pieces(parts: list[tuple[int, int, Path]]) -> Iterator[np.ndarray]:
-    """The images of all parts, each once: parts may overlap, where batches had another size before."""
-    done = 0
-    for start, stop, path in parts:
-        assert start <= done
-        if stop > done:
-            yield np.load(path)[done - start :]
-            done = stop
-
-
-def _write_array(stream: IO[bytes], shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
-    """uint8 pieces as one .npy. Not by numpy.save: what a full disk is to it, it does not say."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-    for piece in pieces:
-        stream.write(np.ascontiguousarray(piece).data)
-
-
-def _save(path: Path, images: np.ndarray) -> None:
-    with new_file(path) as temporary, temporary.open("wb") as stream:
-        _write_array(stream, images.shape, [images])
-
-
 def _nothing() -> None:
     """What a worker does first."""
 
 
-def _otherwise(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def otherwise(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """How images of a record differ from those of these settings."""
     differ = differences(record["drawn"], json.loads(json.dumps(settings)))
     return f"holds images drawn otherwise ({'; '.join(differ[:3])})" if differ else None
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def record_at(path: Path) -> dict[str, Any] | None:
     try:
-        return _checked(read_json(path, None))
+        return checked(read_json(path, None))
     except (OSError, ValueError):
         return None
 
 
-def _checked(content: Any) -> dict[str, Any] | None:
+def checked(content: Any) -> dict[str, Any] | None:
     """A record of drawn images; a pipeline's own card has the same name, and is none."""
     known = isinstance(content, dict) and {"drawn", "images", "complete"} <= content.keys()
     return content if known else None

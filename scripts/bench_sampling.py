@@ -29,11 +29,13 @@ from machine import describe, synchronize
 from networks import NETWORKS, make, parameters
 
 from diffkd import capture, cards, models
+from diffkd.array_file import ArrayFile
 from diffkd.denoiser import Denoiser
 from diffkd.generation import Drawing
+from diffkd.image_folder import ImageFolder
 from diffkd.sampling import usual_workers
 from diffkd.stock import generate_stock
-from diffkd.writing import ArrayFile, ImageFolder, Output
+from diffkd.writing import Output
 
 STEPS = 4
 BATCHES = {
