@@ -16,7 +16,8 @@ ORDER = [
     "base", "prefetch", "schedules", "losses", "denoiser", "samplers", "models", "students", "data",
     "method", "methods", "runs", "meter", "engine", "clock", "capture", "generation", "stock", "metrics",
     "encoding", "cards", "pictures", "charts", "report", "config", "progress", "writing", "image_folder",
-    "array_file", "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session", "jobs", "cli",
+    "array_file", "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session", "jobs",
+    "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",
