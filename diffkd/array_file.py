@@ -13,8 +13,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from diffkd.base import UserError
-from diffkd.runs import new_file
+from diffkd.base import UserError, from_json
+from diffkd.files import new_file
+from diffkd.metrics.statistics import read_npz
 from diffkd.writing import RECORD, Output, Plan, checked, otherwise, record_at
 
 
@@ -62,9 +63,8 @@ class ArrayFile(Output):
 
     def _record_within(self) -> dict[str, Any] | None:
         try:
-            with np.load(self.out) as arrays:
-                return checked(json.loads(str(arrays["drawn"])))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return checked(from_json(str(read_npz(self.out, only=("drawn",))["drawn"])))
+        except (ValueError, KeyError):
             return None
 
     def indices(self) -> np.ndarray:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from diffkd import charts, config, tables
+from diffkd import cards, charts, config, tables
 from diffkd.evaluating import Work
+from diffkd.files import append_json, new_file
 from diffkd.metrics import records
 from diffkd.metrics.evaluator import require
 from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
-from diffkd.runs import Run, append_json, new_file
+from diffkd.runs import Run
 from diffkd.subjects import TEACHER_STEPS, Subject, opened, teacher_of
 
 
@@ -117,10 +118,10 @@ def _write(folder: Path, found: Sequence[Record]) -> None:
     lines = [
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+        *("| " + " | ".join([cards.escaped(row[0]), *row[1:]]) + " |" for row in rows),
         "",
-        f"{protocol['samples']:,} images, {protocol['features']['name']} features, against "
-        f"{protocol['reference']['name']}; images/s are of one process on {protocol['device']}. "
+        f"{protocol['samples']:,} images, {cards.escaped(protocol['features']['name'])} features, against "
+        f"{cards.escaped(protocol['reference']['name'])}; images/s are of one process on {protocol['device']}. "
         "The whole protocol of every row is in metrics.json.",
     ]
     with new_file(folder / "benchmark.md") as temporary:

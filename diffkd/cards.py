@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
+from diffkd.files import new_file, write_json
+from diffkd.metrics import records
 from diffkd.metrics.records import shown
 from diffkd.models import CARD
-from diffkd.runs import new_file, write_json
 
 
 def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
@@ -37,12 +39,11 @@ def write(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def _readme(card: Mapping[str, Any]) -> str:
-    steps = card["steps"]
-    classes = card["num_classes"]
+    steps, classes = card.get("steps"), card.get("num_classes")
     call = (
         "pipeline(batch_size=16"
         + (f", class_labels=[i % {classes} for i in range(16)]" if classes else "")
-        + f", num_inference_steps={steps or _many(card['num_train_timesteps'])})"
+        + f", num_inference_steps={steps or _many(card.get('num_train_timesteps') or 1000)})"
     )
     what = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
@@ -79,23 +80,33 @@ def _readme(card: Mapping[str, Any]) -> str:
         "method",
     ):
         if key in card:
-            lines.append(f"| {key.replace('_', ' ')} | {_escaped(card[key])} |")
-    if card.get("metrics"):
+            lines.append(f"| {key.replace('_', ' ')} | {escaped(card[key])} |")
+    measured = [record for record in card.get("metrics", []) if _whole(record)]
+    if measured:
         lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
-        for record in card["metrics"]:
+        for record in measured:
             protocol = record["protocol"]
             numbers = shown(record)
             fid = numbers.pop("FID", "")
             more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
             lines.append(
                 f"| {record.get('steps', '')} | {record.get('nfe', '')} | {fid}{more} "
-                f"| {_escaped(protocol['features']['name'])} | {protocol['samples']} "
-                f"| {_escaped(protocol['reference']['name'])} |"
+                f"| {escaped(protocol['features']['name'])} | {protocol['samples']} "
+                f"| {escaped(protocol['reference']['name'])} |"
             )
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
-        if any(r["protocol"]["features"]["name"] != "inception" for r in card["metrics"]):
+        if any(r["protocol"]["features"]["name"] != "inception" for r in measured):
             lines += ["FID by these features is not comparable with FID by Inception features."]
     return "\n".join(lines) + "\n"
+
+
+def _whole(record: Any) -> bool:
+    """Whether a record is one: diffkd.json may have come from anywhere."""
+    try:
+        records.check(record, Path(CARD))
+    except UserError:
+        return False
+    return True
 
 
 def _many(total: int) -> int:
@@ -103,6 +114,6 @@ def _many(total: int) -> int:
     return max(n for n in range(1, 65) if total % n == 0)
 
 
-def _escaped(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Text for a table's cell: no markup of the quoted value survives, HTML's or Markdown's."""
     return "".join(c if c.isalnum() or c in " /,-" else f"&#{ord(c)};" for c in " ".join(str(value).split()))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffkd.files import new_file
 from diffkd.metrics.records import seconds_per_image
-from diffkd.runs import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,9 @@ not all drawn (sample, on a full disk); 2 a user's error (one line), 130 interru
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,31 +25,51 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+OTHERS = 5.0  # seconds in which a launcher ends the other processes, once one has failed
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+Allow = Annotated[
+    bool,
+    typer.Option("--allow", help="Go on with a config that differs in logging, evaluation or checkpoints."),
+]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command goes on."),
+]
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, allow: Allow = False,
+    stop_after: StopAfter = None,
+) -> None:  # fmt: skip
     """Train a teacher from images. The same command goes on where it stopped."""
-    _job("train", config, overrides, dry_run)
+    _job("train", config, overrides, dry_run, allow, stop_after)
 
 
 @app.command()
-def distill(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def distill(
+    config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, allow: Allow = False,
+    stop_after: StopAfter = None,
+) -> None:  # fmt: skip
     """Distil a teacher into students of fewer steps. The same command goes on where it stopped."""
-    _job("distill", config, overrides, dry_run)
+    _job("distill", config, overrides, dry_run, allow, stop_after)
 
 
-def _job(name: str, path: Path, overrides: list[str] | None, dry_run: bool) -> None:
+def _job(
+    name: str, path: Path, overrides: list[str] | None, dry_run: bool, allow: bool = False,
+    stop_after: str | None = None,
+) -> None:  # fmt: skip
     import yaml
     from rich.console import Console
 
-    from diffkd import config, jobs
+    from diffkd import config, jobs, session
 
+    until = None if stop_after is None else time.time() + session.duration(stop_after)
+    terms = session.Terms(allow, until)
     _prepare_libraries()
     work: Callable[[], object]
     if name == "benchmark":
@@ -57,10 +79,10 @@ def _job(name: str, path: Path, overrides: list[str] | None, dry_run: bool) -> N
         shown, work = config.resolved(measuring), lambda: benchmarking.run(measuring, Console())
     elif name == "train":
         teaching = config.load(path, config.Train, overrides or ())
-        shown, work = config.resolved(teaching), lambda: jobs.train(teaching, Console())
+        shown, work = config.resolved(teaching), lambda: jobs.train(teaching, Console(), terms)
     else:
         distilling = config.load(path, config.Distill, overrides or ())
-        shown, work = config.resolved(distilling), lambda: jobs.distill(distilling, Console())
+        shown, work = config.resolved(distilling), lambda: jobs.distill(distilling, Console(), terms)
     if dry_run:
         print(yaml.safe_dump(shown, sort_keys=False), end="")
     else:
@@ -335,7 +357,7 @@ def _prepare_libraries() -> None:
 
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit status 2."""
-    from diffkd.base import Unfinished, UserError
+    from diffkd.base import Interrupted, Unfinished, UserError
 
     try:
         status = app(standalone_mode=False)
@@ -343,21 +365,36 @@ def main() -> None:
         _fail(str(error))
     except Unfinished as error:
         _fail(str(error), 1)
+    except Interrupted as stop:
+        if not _rank():
+            why = "stopped, as the time is over" if stop.due else "interrupted"
+            print(f"diffkd: {why}; a checkpoint is saved, the same command goes on", file=sys.stderr)
+        sys.exit(0 if stop.due else 130)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":  # of the engine, which is not imported for --help
-            print("diffkd: interrupted; a checkpoint is saved, the same command goes on", file=sys.stderr)
-            sys.exit(130)
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)  # the help was shown
         if hasattr(error, "format_message"):  # click's usage errors
             _fail(f"{error.format_message()} (see diffkd --help)")
+        if _rank() is not None and _lost_another(error):
+            _fail("another process of this run is gone, whose own error says why", 1)
         raise
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _rank() -> int | None:
+    """Of this process among those of a launcher; None where there is none."""
+    return int(os.environ["RANK"]) if os.environ.get("RANK", "").isdigit() else None
+
+
+def _lost_another(error: Exception) -> bool:
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
+
+
 def _fail(message: str, status: int = 2) -> None:
+    if _rank():
+        time.sleep(OTHERS)  # what all processes find, the first one says, and the launcher ends the others
     print(f"diffkd: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

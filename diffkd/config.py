@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from diffkd import method as methods
-from diffkd.base import Positive, Strict, UserError
+from diffkd.base import Positive, Strict, UserError, printable, quoted, reason
 from diffkd.data import Data
 from diffkd.engine import Training
 from diffkd.method import Method
@@ -87,13 +87,13 @@ class Teacher(Strict):
 
 def _method(given: Any) -> Any:
     """{"name": ..., fields} -> the Method, or a list of such."""
-    if isinstance(given, list):
+    if isinstance(given, list) and not any(isinstance(one, list) for one in given):
         return [_method(one)[0] for one in given]
     if isinstance(given, Method):
         return [given]
     if not isinstance(given, Mapping):
         raise UserError(
-            f"method {given!r} is no mapping with a name; use one of {', '.join(methods.names())}"
+            f"method {quoted(given)} is no mapping with a name; use one of {', '.join(methods.names())}"
         )
     kind = methods.find(str(given.get("name", "progressive")))
     try:
@@ -131,7 +131,7 @@ class Measured(Strict):
 
     @property
     def title(self) -> str:
-        return self.name or Path(self.path).name
+        return printable(self.name or Path(self.path).name)
 
 
 class Benchmark(Strict):
@@ -171,10 +171,12 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
     Raises UserError, which for an unknown key names the nearest known one.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
+        content = _parsed(text)
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"config {path} holds no keys; see configs/ for examples")
@@ -187,6 +189,66 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         return kind.model_validate(content)
     except ValidationError as error:
         raise UserError(one_line(error, kind)) from error
+
+
+MOST_BYTES, MOST_VALUES, DEEPEST = 1 << 20, 100_000, 50  # of a config: a page of text is usual
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values. A key given twice, and what would be immense once read, are errors with a line."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth == DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} levels within levels, {_line(self.peek_event())}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_document(self, node: Any) -> Any:
+        self._check(node, {})
+        return super().construct_document(node)
+
+    def _check(self, node: Any, sizes: dict[int, int]) -> int:
+        """How many values a node is when its aliases are written out."""
+        if id(node) in sizes:
+            if not sizes[id(node)]:  # being counted
+                raise yaml.YAMLError(f"an alias within what it stands for, {_line(node)}")
+            return sizes[id(node)]
+        sizes[id(node)] = 0
+        inner = [node] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in keys:
+                        raise yaml.YAMLError(f"key {key.value} is given twice, {_line(key)}; keep one of them")
+                    keys.add(key.value)
+            inner = [one for pair in node.value for one in pair]
+        size = 1 if inner == [node] else 1 + sum(self._check(one, sizes) for one in inner)
+        if size > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values with aliases written out, {_line(node)}")
+        sizes[id(node)] = size
+        return size
+
+
+def _line(node: Any) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
+def _parsed(text: bytes | str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError or ValueError."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES >> 20} MiB")
+    loader = _Loader(text.decode() if isinstance(text, bytes) else text)
+    try:
+        return loader.get_single_data()
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # PyYAML's own, as of "!!int ''"
+        raise ValueError(f"a value that is none: {reason(error)}") from error
+    finally:
+        loader.dispose()
 
 
 def resolved(config: Train | Distill | Benchmark) -> dict[str, Any]:
@@ -214,9 +276,10 @@ def _override(content: dict[str, Any], override: str) -> None:
             place[parent] = {}
         place = place[parent]
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r} has a value that is no YAML") from error
+        parsed = _parsed(value)
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"override {override!r} has a value that is no YAML ({why})") from error
     if isinstance(place, list):
         if not _is_index(last) or int(last) >= len(place):
             raise UserError(f"override {override!r}: a list is indexed by 0 to {len(place) - 1}")
@@ -249,7 +312,7 @@ def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> st
     message = f"{message[0].lower()}{message[1:]}"
     if len(kinds := [tag for tag in map(_tag, _fields_at(kind, loc)) if tag]) > 1:
         message = f"it needs a kind, one of {', '.join(kinds)}"
-    return f"config key {key} is {first['input']!r}: {message}"
+    return f"config key {key} is {quoted(first['input'])}: {message}"
 
 
 def _fields_at(kind: type[Strict], loc: Sequence[int | str]) -> list[type[Strict]]:

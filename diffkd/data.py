@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from diffkd.base import Strict, UserError
+from diffkd.base import Strict, UserError, reason
 
 log = logging.getLogger("diffkd")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# A file is opened as what it is, whatever its name says, if it is one of these: Pillow knows formats that run
+# other programs (PostScript) or read other files.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 MAX_UNREADABLE = 0.01  # more of the files than this and the run stops
 IN_MEMORY = 4 << 30  # bytes of pixels beyond which they lie in a temporary file, mapped
+# Threads decode, and would print these over each other. `upright` refuses what the first warns of; the others
+# tell of metadata that nobody reads. Whoever has filters of his own keeps them.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=True)
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,13 @@ class Images:
         chosen = indices if isinstance(indices, slice) else indices.numpy()
         return torch.from_numpy(np.ascontiguousarray(self.pixels[chosen]))
 
+    def indices(self, size: int, rng: torch.Generator) -> Tensor:
+        """Of the images of a random batch, the first that is drawn from its generator."""
+        return torch.randint(len(self), (size,), generator=rng)
+
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """A random batch: x0 (B, C, H, W) float32 in [-1, 1] and labels; depends on rng alone."""
-        indices = torch.randint(len(self), (size,), generator=rng)
+        indices = self.indices(size, rng)
         x0 = self.uint8(indices).float() / 127.5 - 1
         if self.flip:
             flipped = torch.rand(size, generator=rng) < 0.5
@@ -99,16 +113,13 @@ class Sized(Strict):
 
     def read(self, opened: Image.Image, name: str) -> np.ndarray:
         """(C, H, W) uint8 of one image: turned upright, resized (bicubic, antialiased), centre-cropped."""
-        image = ImageOps.exif_transpose(opened)
+        image = upright(opened, self.channels)
         if min(image.size) < self.size and not self.upscale:
             raise UserError(
                 f"{name} is {image.width}x{image.height}, smaller than data.size {self.size}; "
                 "use a smaller size, or set data.upscale: true"
             )
-        image = plain(image, self.channels)
-        if image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
+        pixels = np.asarray(fitted(image, self.size))
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def read_all(
@@ -119,12 +130,11 @@ class Sized(Strict):
         def one(index: int) -> np.ndarray | None:
             try:
                 with open_one(index) as opened:
-                    opened.load()
                     return self.read(opened, name_of(index))
             except UserError:
                 raise
             except Exception as error:  # Pillow raises many kinds for a broken file; each means: unreadable
-                log.warning("unreadable image skipped: %s (%s)", name_of(index), error)
+                log.warning("unreadable image skipped: %s (%s)", name_of(index), reason(error))
                 return None
 
         pixels = _allocate((count, self.channels, self.size, self.size))
@@ -166,7 +176,7 @@ class Folder(Sized):
                 f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
             )
         pixels, good = self.read_all(
-            str(root), len(paths), lambda i: Image.open(paths[i]), lambda i: str(paths[i])
+            str(root), len(paths), lambda i: open_image(paths[i]), lambda i: str(paths[i])
         )
         labels = None
         if classes and self.labelled:
@@ -195,8 +205,9 @@ class HubDataset(Sized):
             if self.labelled
             else None
         )
+        stored = self._stored(rows, image)
         pixels, good = self.read_all(
-            self.path, len(rows), lambda i: rows[i][image].copy(), lambda i: f"{self.path}[{i}]"
+            self.path, len(rows), lambda i: _opened(stored[i][image]), lambda i: f"{self.path}[{i}]"
         )
         if not good:
             raise UserError(f"data set {self.path} (split {self.split}) holds no images")
@@ -210,6 +221,12 @@ class HubDataset(Sized):
             )
         classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
         return Images(self.path, pixels, torch.tensor([values[i] for i in good]), classes, self.flip)
+
+    def _stored(self, rows: Any, image: str) -> Any:
+        """The rows with their images as files, to be opened as all others are."""
+        feature = copy.copy(rows.features[image])
+        feature.decode = False
+        return rows.select_columns([image]).cast_column(image, feature)
 
     def _column(self, features: Any, name: str | None, what: str, *kinds: str) -> str | None:
         """The column asked for, or the first of the first kind; None where there is none."""
@@ -241,22 +258,64 @@ class HubDataset(Sized):
                 return datasets.load_from_disk(self.path)
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"data set {self.path} (split {self.split}) cannot be read: {reason}") from error
+            raise UserError(
+                f"data set {self.path} (split {self.split}) cannot be read: {reason(error)}"
+            ) from error
 
 
 Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]
 
 
-def plain(image: Image.Image, channels: int) -> Image.Image:
-    """An image of any mode as 8-bit grey (1 channel) or RGB (3)."""
-    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """An image file, its pixels not read yet. Raises what Pillow does, and OSError for formats not read."""
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise OSError(f"it is no whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from error
+
+
+def upright(opened: Image.Image, channels: int) -> Image.Image:
+    """The first frame of an image, turned as its EXIF says, as 8-bit grey (1 channel) or RGB (3).
+
+    Raises ValueError for more pixels than Pillow's limit and for what `plain` refuses.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and opened.width * opened.height > limit:
+        raise ValueError(
+            f"{opened.width}x{opened.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS, {limit}"
         )
+    opened.load()
+    return plain(ImageOps.exif_transpose(opened), channels)
+
+
+def plain(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as 8-bit grey (1 channel) or RGB (3), as `convert` makes it: alpha is dropped.
+
+    16-bit grey is scaled to 8 bits. Raises ValueError for floating-point and 32-bit pixels: which of them is
+    white, no file says.
+    """
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits, and which is white is not known")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and which is white is not known")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow knows no other way to grey
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """size x size: the short side resized (bicubic, antialiased), the centre kept."""
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def _opened(stored: Mapping[str, Any]) -> Image.Image:
+    """The image of a data set's row: bytes, or the path of a file."""
+    return open_image(Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
 
 
 def image_files(folder: Path) -> Iterator[Path]:

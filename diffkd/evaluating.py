@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from diffkd import cards, models, tables
-from diffkd.base import UserError
+from diffkd.base import UserError, differences, from_json, printable, reason
 from diffkd.config import one_line
-from diffkd.metrics import records, sources
+from diffkd.files import append_json, check_place, read_json, write_json
+from diffkd.metrics import features, records, sources
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.evaluator import MAIN, Evaluator
 from diffkd.metrics.processes import Processes
@@ -24,7 +25,6 @@ from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.targets import Target
 from diffkd.progress import bar
-from diffkd.runs import append_json, check_place, differences, read_json, write_json
 from diffkd.sampling import parse_classes
 from diffkd.subjects import TEACHER_STEPS, Subject, is_model, opened, teacher_of
 
@@ -41,7 +41,7 @@ class Work:
 
     def say(self, text: str) -> None:
         if self.processes.main:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def counted(self, advance: Callable[[int, str], None]) -> Callable[[int], None]:
         done = 0
@@ -72,7 +72,7 @@ class Work:
             same_as(expected, where.get("sha256"), subject.path)
             if key not in self.teachers:
                 self.teachers = {key: teacher_of(*given)}
-            with bar(self.console, title, target.count, shown=self.processes.main) as advance:
+            with bar(self.console, printable(title), target.count, shown=self.processes.main) as advance:
                 try:
                     if warm_up:
                         next(target.batches(*place), None)
@@ -83,7 +83,7 @@ class Work:
             found["protocol"]["target"] = {**where, **({} if pixels is None else {"sha256": pixels})}
             same_as(expected, found["protocol"]["target"].get("sha256"), subject.path)
             known = {} if parameters is None else {"parameters": parameters}
-            name = subject.name or Path(subject.path).name or subject.path
+            name = printable(subject.name or Path(subject.path).name or subject.path)
             yield {"model": name, "role": "evaluated", **known, **found}
 
 
@@ -103,8 +103,13 @@ def reference_of(text: str, *, resize: int | None = None, split: str = "train") 
 
 
 def usual_features(reference: Reference) -> str:
-    """Where none are named: what a file's statistics are of, digits for digits, else inception."""
+    """Where none are named: what a file's statistics are of, digits for digits, else inception.
+
+    Raises UserError where they are of features that are not diffkd's own.
+    """
     named = reference.protocol.get("features", {}).get("name")
+    if named:
+        features.check_named(named, reference.name)
     return str(named) if named else "digits" if reference.name == "digits" else "inception"
 
 
@@ -176,9 +181,9 @@ def _run_of(subject: Subject) -> Path | None:
     kept = run / "metrics.json"
     if kept.exists():
         try:
-            content = json.loads(kept.read_text(encoding="utf-8"))
+            content = from_json(kept.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{kept} cannot be read ({error}); repair it, or move it away") from error
+            raise UserError(f"{kept} cannot be read ({reason(error)}); repair it, or move it away") from error
         if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
             raise UserError(f"{kept} holds no records of diffkd; copy the model out of that folder")
     return run
@@ -198,16 +203,23 @@ def _keep(record: Record, run: Path) -> None:
         log.warning("%s does not take the record (%s); --out keeps it", run / "metrics.json", error)
 
 
-def repeat(path: Path, console: Console, *, device: str | None = None) -> bool:
+def repeat(
+    path: Path, console: Console, *, device: str | None = None, features_name: str | None = None
+) -> bool:
     """Measures again from records alone and says whether the numbers are the same to the last digit.
 
-    Raises UserError where models, images or references are not those that were measured.
+    features_name: of features of the user's own, which a record may not have loaded. Raises UserError where
+    models, images or references are not those that were measured.
     """
     same = True
     held: tuple[Any, Work, Evaluator] | None = None
     for old in records.load(path):
         protocol = old["protocol"]
         subject, how, spec = _again(protocol, path)
+        if features_name is None:
+            features.check_named(how.features, path)
+        elif features_name != how.features:
+            raise UserError(f"{path} is by the features {how.features!r}; leave out --features {features_name}")
         key = (protocol["evaluation"], protocol["reference"]["spec"], protocol["threads"], protocol["device"])
         if held is None or held[0] != key:
             torch.set_num_threads(protocol["threads"])
@@ -250,8 +262,8 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
         how = Evaluation.model_validate(protocol["evaluation"])
         spec: Any = TypeAdapter(sources.Spec).validate_python(protocol["reference"]["spec"])
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise UserError(f"{path}: a record's protocol is not understood ({reason})") from error
+        why = error.errors()[0]["msg"]
+        raise UserError(f"{path}: a record's protocol is not understood ({why}); measure again") from error
     if not is_model(target["path"]) and target["kind"] != "images":
         raise UserError(f"{target['path']}, which was measured, is not there any more; bring it back")
     if target["kind"] == "images" and target["path"] != "digits" and not Path(target["path"]).exists():

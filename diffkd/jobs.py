@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 
 from diffkd import config, models, session, students
@@ -17,13 +19,13 @@ from diffkd.engine import derived_seed
 from diffkd.method import Method, Stage
 
 
-def train(settings: config.Train, console: Console) -> Path:
+def train(settings: config.Train, console: Console, terms: session.Terms = session.PLAIN) -> Path:
     """Trains a teacher, or goes on where it stopped; the folder of its pipeline."""
     images = settings.data.load()
     accelerator = _accelerator(settings)
     fresh = _fresh(settings, images)
     method, folder = settings.denoising, settings.out / "teacher"
-    with session.held(settings, accelerator, images, console) as job:
+    with session.held(settings, accelerator, images, console, terms) as job:
         if not folder.exists():
             denoiser = fresh.to(accelerator.device).train()
             job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, 0)
@@ -40,7 +42,7 @@ def train(settings: config.Train, console: Console) -> Path:
     return folder
 
 
-def distill(settings: config.Distill, console: Console) -> Path:
+def distill(settings: config.Distill, console: Console, terms: session.Terms = session.PLAIN) -> Path:
     """Distils the teacher stage by stage, or goes on where it stopped; the folder of the last student."""
     images = settings.data.load()
     accelerator = _accelerator(settings)
@@ -55,9 +57,9 @@ def distill(settings: config.Distill, console: Console) -> Path:
     plan = _plan(settings.method, teacher)
     session.check(settings, accelerator)
     if teaching is not None:
-        train(teaching, console)
+        train(teaching, console, terms)
         teacher = _teacher(settings, source)
-    with session.held(settings, accelerator, images, console) as job:
+    with session.held(settings, accelerator, images, console, terms) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
@@ -167,4 +169,15 @@ def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
     cpu = not torch.accelerator.is_available()
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
-    return Accelerator(cpu=cpu, mixed_precision=settings.training.precision.replace("float32", "no"))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=settings.training.precision.replace("float32", "no"))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1:
+        if cpu:  # where accelerate passes over what its config says of FSDP
+            plugin = FullyShardedDataParallelPlugin()
+            if accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(accelerator.mixed_precision)
+            accelerator.state.fsdp_plugin = plugin
+            for state in (AcceleratorState._shared_state, PartialState._shared_state):
+                state["distributed_type"] = DistributedType.FSDP
+        if accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's config")
+    return accelerator

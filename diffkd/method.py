@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffkd.base import Strict, UserError
+from diffkd.base import Strict, UserError, own_module
 from diffkd.denoiser import Denoiser
 from diffkd.prefetch import moved
 
@@ -100,7 +100,7 @@ def find(name: str) -> type[Method]:
     """The Method in diffkd/methods/<name>.py, or in the user's own module for a dotted path."""
     module_name = name if "." in name else f"diffkd.methods.{name}"
     try:
-        module = importlib.import_module(module_name)
+        module = own_module(name) if "." in name else importlib.import_module(module_name)
     except (ModuleNotFoundError, TypeError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
             raise  # found, and itself in want of a module

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from diffkd.encoding import to_image
-from diffkd.runs import new_file
+from diffkd.files import new_file
 
 COLUMNS = 8
 TILE = 32  # small images are enlarged to about this many pixels in a grid

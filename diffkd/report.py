@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import os
 import re
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from diffkd import charts
+from diffkd.base import from_json, printable
+from diffkd.data import open_image
 
 Record = dict[str, Any]
 Stages = dict[str, list[Record]]
@@ -75,10 +76,15 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _escaped(text: str) -> str:
+    """Text of the page: no markup of a name survives, nor what cannot be shown."""
+    return html.escape(printable(text))
+
+
 def _json(text: str) -> Any:
     """None for what is no JSON: a file that is missing, a line that is torn."""
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError:
         return None
 
@@ -88,8 +94,14 @@ def _real(value: object) -> bool:
 
 
 def _measured(path: Path) -> _Measured:
-    known = [r for r in _json(_text(path)) or [] if isinstance(r, dict)]
-    whole = (r for r in known if r.get("steps") and _real(r.get("fid")))
+    found = _json(_text(path))
+    known = [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+    whole = [
+        r
+        for r in known
+        if type(r.get("steps")) is int and r["steps"] > 0 and _real(r.get("fid"))
+        if isinstance(r.get("protocol", {}), dict)
+    ]
     found = sorted(whole, key=lambda r: -r["steps"])
     teacher = {r["steps"]: r for r in found if r.get("role") == "teacher"}
     students = {r["steps"]: r for r in found if r.get("role") == "student"}
@@ -128,8 +140,8 @@ def _steps(count: int) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
     """Cells are text; they are escaped here."""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    top = "".join(f"<th>{_escaped(cell)}</th>" for cell in head)
+    lines = ("".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -156,7 +168,7 @@ def _summary(measured: _Measured, stages: Stages) -> str:
         note = f"FID by the feature network “{features}”."
         if features != "inception":
             note += f" It is not an Inception-FID: compare it with other {features}-FIDs only."
-        text += f'<p class="note">{html.escape(note)}</p>'
+        text += f'<p class="note">{_escaped(note)}</p>'
     return text
 
 
@@ -232,7 +244,7 @@ def _noise(folder: Path, measured: _Measured) -> str:
         role, records = ("student", measured.students) if student else ("teacher", measured.teacher)
         title = f"{role}, {_steps(count)}" if count else stem
         fid = f"<span>FID {_number(records[count]['fid'])}</span>" if count and count in records else ""
-        caption = f"<figcaption><b>{html.escape(title)}</b>{fid}</figcaption>"
+        caption = f"<figcaption><b>{_escaped(title)}</b>{fid}</figcaption>"
         rows += f'<figure class="strip {role}">{caption}{_strip(tiles[:width], title)}</figure>'
     why = "A column starts from one noise and one label: each row is what its model makes of them."
     head = f"<h2>The same noise</h2><p>{why}</p>" if len(found) > 1 else "<h2>Samples</h2>"
@@ -242,12 +254,12 @@ def _noise(folder: Path, measured: _Measured) -> str:
 def _tiles(path: Path) -> list[Image.Image]:
     """The first square tiles of a grid; none of a picture that cannot be read."""
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             grid = file if file.mode in ("L", "RGB") else file.convert("RGB")
             size = grid.width // COLUMNS
             corners = [(i % COLUMNS * size, i // COLUMNS * size) for i in range(TILES)]
             return [grid.crop((x, y, x + size, y + size)) for x, y in corners if y + size <= grid.height]
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # Pillow raises many kinds
         return []
 
 
@@ -264,7 +276,7 @@ def _strip(tiles: Sequence[Image.Image], title: str) -> str:
     rendering = "pixelated" if size <= 64 else "auto"  # larger ones are shown reduced, where it would alias
     style = f"--tiles:{len(tiles)};image-rendering:{rendering}"
     shape = f'width="{strip.width}" height="{strip.height}" style="{style}"'
-    return f'<img alt="{html.escape(title)}" {shape} src="{source}">'
+    return f'<img alt="{_escaped(title)}" {shape} src="{source}">'
 
 
 def _training(stages: Stages) -> str:
@@ -318,7 +330,7 @@ def _heat(stages: Stages, key: str) -> str:
     bins, low, span = max(map(len, means.values())), min(logs), max(logs) - min(logs) or 1
     body = ""
     for name, row in means.items():
-        body += f"<tr><td>{html.escape(name)}</td>"
+        body += f"<tr><td>{_escaped(name)}</td>"
         for value in row:
             shade = 0.04 + 0.5 * (math.log(value) - low) / span if value else 0
             text = f"{value:.2g}" if value else "–"
@@ -355,7 +367,7 @@ def _details(folder: Path, measured: _Measured) -> str:
 
 
 def _page(name: str, body: str) -> str:
-    title = html.escape(name)
+    title = _escaped(name)
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffkd import capture, models, pictures
 from diffkd.array_file import ArrayFile
-from diffkd.base import Unfinished, UserError
+from diffkd.base import Unfinished, UserError, printable, reason
 from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
 from diffkd.encoding import FORMATS
@@ -185,7 +185,7 @@ def _speed(count: int, seconds: float, drawing: Drawing, runner: capture.Runner,
 
 def _say(console: Console, processes: Processes, text: str) -> None:
     if processes.main:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _output(out: Path, image_format: str | None, workers: int | None) -> Output:
@@ -248,6 +248,6 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         torch.nn.functional.group_norm(torch.nn.functional.conv2d(x, weight), 2).sum().item()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UserError(
-            f"--dtype {name} is more than {device} can do ({str(error).splitlines()[0]}); use float32"
+            f"--dtype {name} is more than {device} can do ({reason(error)}); use float32"
         ) from error
     return dtype

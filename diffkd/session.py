@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd import cards, config, models, pictures, report
-from diffkd.base import UserError
+from diffkd.base import Interrupted, Unfinished, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import Interrupted, run_stage
+from diffkd.engine import run_stage
+from diffkd.files import append_json, free, new_folder, no_room, read_json, shown
 from diffkd.generation import generate
 from diffkd.method import Method, Stage
 from diffkd.metrics.evaluation import Evaluation
@@ -29,9 +33,34 @@ from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import DataSource
 from diffkd.metrics.targets import Target, identity, model_target, remembered
 from diffkd.progress import bar
-from diffkd.runs import Run, append_json, new_folder, read_json
+from diffkd.runs import Run
 
 TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
+TOGETHER = 10.0  # seconds that the clocks of processes, and what they are doing, may be apart
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a run is to go on, which is no part of its config.
+
+    allow: whether the config may differ from the run's where that is harmless. until: the time (of
+    time.time) to stop at.
+    """
+
+    allow: bool = False
+    until: float | None = None
+
+
+PLAIN = Terms()
+
+
+def duration(text: str) -> float:
+    """Seconds: 90s, 50m, 1h30m, 2d; UserError for what is none."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if parts is None or not any(parts.groups()):
+        raise UserError(f"--stop-after {text!r} is no time; give one such as 50m, 1h30m or 90s")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
@@ -60,23 +89,47 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
 
 @contextmanager
 def held(
-    settings: config.Train | config.Distill, accelerator: Accelerator, images: Images, console: Console
+    settings: config.Train | config.Distill,
+    accelerator: Accelerator,
+    images: Images,
+    console: Console,
+    terms: Terms = PLAIN,
 ) -> Iterator[Session]:
-    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once."""
+    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once.
+
+    Raises Interrupted for these and for the end of the time, Unfinished where the disk is full.
+    """
     check(settings, accelerator)
-    run = Run(settings.out, config.resolved(settings), owner=accelerator.is_main_process)
-    session = Session(settings, accelerator, run, images, console)
+    run = Run(
+        settings.out, config.resolved(settings), owner=accelerator.is_main_process,
+        keep=settings.training.keep, allow=terms.allow,
+    )  # fmt: skip
+    session = Session(settings, accelerator, run, images, console, terms.until)
 
     def stop(number: int, frame: Any) -> None:
-        if session.stopping:
+        if session.told:
             raise KeyboardInterrupt
-        session.stopping = True
+        session.told = True
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     try:
         if accelerator.is_main_process:
             run.describe(str(accelerator.device), accelerator.num_processes)
         yield session
+    except Interrupted:
+        raise Interrupted(due=not session.told and session.due()) from None
+    except (UserError, Unfinished):
+        raise
+    except Exception as error:
+        if accelerator.num_processes > 1 and (session.told or session.due(early=TOGETHER)):
+            # others stopped, and did not wait for this one
+            raise Interrupted(due=not session.told) from error
+        if no_room(error):
+            raise Unfinished(
+                f"{settings.out}: the disk is full ({shown(free(settings.out))} free); what was done is kept: "
+                "make room, and the same command goes on"
+            ) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -97,17 +150,26 @@ class Session:
         run: Run,
         images: Images,
         console: Console,
+        until: float | None = None,
     ) -> None:
         self.settings = settings
         self.accelerator = accelerator
         self.run = run
         self.images = images
         self.console = console
-        self.stopping = False
+        self.until = until
+        self.told = False  # to stop, by a signal
         self.teacher: tuple[Callable[[], Denoiser], float] | None = None  # loaded anew, with its guidance
         self.source = ""  # where it is
         self._evaluator: Evaluator | None = None
         self._teacher: Target | None = None
+
+    def due(self, early: float = 0.0) -> bool:
+        """Whether the time that was given is over, or nearly."""
+        return self.until is not None and time.time() > self.until - early
+
+    def should_stop(self) -> bool:
+        return self.told or self.due()
 
     def run_stage(self, method: Method, stage: Stage, nets: dict[str, Any], index: int) -> None:
         with self._bar(stage.name, stage.updates) as advance:
@@ -122,7 +184,7 @@ class Session:
             run_stage(
                 self.accelerator, method, stage, nets, self.images, self.settings.training, self.run,
                 seed=self.settings.seed, stage_index=index, on_update=on_update,
-                should_stop=lambda: self.stopping,
+                should_stop=self.should_stop,
             )  # fmt: skip
 
     def export(self, denoiser: Denoiser, folder: Path, **card: Any) -> None:
@@ -199,7 +261,7 @@ class Session:
 
         def on_images(more: int) -> None:
             nonlocal done
-            if self.stopping:
+            if self.should_stop():
                 raise Interrupted
             done += more * self.accelerator.num_processes
             advance(done, "")

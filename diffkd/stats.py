@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from diffkd.base import UserError
+from diffkd.base import UserError, printable
+from diffkd.environment import commit, versions
 from diffkd.evaluating import Work
+from diffkd.files import check_place
 from diffkd.metrics import features, sources
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.progress import bar
-from diffkd.runs import check_place, commit, versions
 from diffkd.subjects import is_model
 
 
@@ -47,7 +48,8 @@ def stats(
     network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
     collector = Collector(network.to(work.processes.device), len(source), work.processes.device, store=store)
     pixels = Pixels(len(source))
-    with bar(console, f"{name} features of {source.name}", len(source), shown=work.processes.main) as advance:
+    title = printable(f"{name} features of {source.name}")
+    with bar(console, title, len(source), shown=work.processes.main) as advance:
         counted = work.counted(advance)
         place = work.processes.rank, work.processes.world
         for first, images in sources.batches(source, len(source), batch_size, *place):

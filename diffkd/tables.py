@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from diffkd.base import printable
 from diffkd.metrics import records
 from diffkd.metrics.records import Record
 
@@ -17,9 +18,9 @@ def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]])
     """A table at its full width, however narrow the output is; nothing in it is markup."""
     table = Table()
     for i, title in enumerate(titles):
-        table.add_column(Text(title), justify="right" if i else "left", no_wrap=True)
+        table.add_column(Text(printable(title)), justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     Console(file=console.file, width=max(wide, console.width)).print(table)
 
@@ -42,7 +43,7 @@ def compare(one: Path, two: Path, console: Console) -> bool:
     number, where they have nothing."""
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     first, second = records.load(one), records.load(two)
     for a in first:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from diffkd.base import UserError
+from diffkd.base import UserError, differences
 from diffkd.encoding import start_worker
-from diffkd.runs import differences, read_json, write_json
+from diffkd.files import read_json, write_json
 
 RECORD = "diffkd.json"  # how images were drawn, beside them
 LEFT = re.compile(r"\..+\.tmp")  # half written, in the folder of pieces

@@ -23,7 +23,7 @@ import torch
 from diffkd.metrics import InceptionV3, density_coverage, frechet_distance, precision_recall
 from diffkd.metrics.collect import Collector
 from diffkd.metrics.statistics import BLOCK
-from diffkd.runs import commit
+from diffkd.environment import commit
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

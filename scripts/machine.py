@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from diffkd.runs import commit
+from diffkd.environment import commit
 
 
 def describe(device: torch.device) -> str:

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 
@@ -5,19 +6,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffkd import engine, students
-from diffkd.base import UserError
+from diffkd import checkpoints, engine, students
+from diffkd.base import Interrupted, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import Interrupted, Training, derived_seed, run_stage
-from diffkd.meter import NonFinite
+from diffkd.engine import Training, derived_seed, run_stage
+from diffkd.files import sha256
 from diffkd.method import Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
 from diffkd.schedules import Schedule
+from diffkd.watch import NonFinite, Watch
 from tests.test_models import student
 
 COSINE = Schedule.cosine(64)
@@ -47,14 +50,18 @@ def run_one(folder, *, updates=12, training=None, method=None, stop_at=None, see
             Accelerator(),
             method,
             method.stages(teacher)[0],
-            {"student": pupil, "teacher": teacher.requires_grad_(False)},
+            {
+                "student": pupil,
+                "teacher": teacher.requires_grad_(False),
+                **method.networks(teacher, pupil),
+            },
             images(),
             training,
             run,
             seed=seed,
             stage_index=0,
             on_update=lambda n, record: done.append(n),
-            should_stop=lambda: bool(done) and done[-1] == stop_at,
+            should_stop=lambda: (done[-1] if done else 0) + 1 == stop_at,
         )
     finally:
         run.close()
@@ -159,28 +166,166 @@ def test_batches_that_do_not_split(tmp_path):
         run_one(tmp_path / "run", training=Training(batch_size=8, micro_batches=3))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def broken(at, kind="loss", example=3):
+    """Progressive whose loss is no number at these updates (counted from 1), for one example of a batch."""
+
     class Broken(Progressive):
         def losses(self, nets, batch, stage, rng):
+            update = self.__dict__["n"] = self.__dict__.get("n", 0) + 1
             for loss in super().losses(nets, batch, stage, rng):
-                if torch.rand((), generator=rng) < 0.3:
-                    value = loss.metrics["loss"].clone()
-                    value[3] = float("nan")
-                    self.__dict__.setdefault("t", loss.metrics["t"][3].item())
-                    yield type(loss)(loss.network, loss.value * float("nan"), {**loss.metrics, "loss": value})
-                else:
+                if update not in at:
                     yield loss
+                elif kind == "loss":
+                    value = loss.metrics["loss"].clone()
+                    value[example] = float("nan")
+                    self.__dict__.setdefault("t", loss.metrics["t"][example].item())
+                    yield type(loss)(loss.network, loss.value * float("nan"), {**loss.metrics, "loss": value})
+                else:  # a loss of 1 whose gradient is infinite
+                    zero = loss.value - loss.value.detach()
+                    yield type(loss)(loss.network, torch.sqrt(zero) + 1, loss.metrics)
 
-    method = Broken(steps=[4], updates=40)
+    return Broken(steps=[4], updates=12, learning_rate=1e-3)
+
+
+def drawn_at(update, batch_size=8):
+    """The images of an update, counted from 1, of one micro-batch."""
+    rng = torch.Generator().manual_seed(derived_seed(0, 0, update - 1, 0))
+    return torch.randint(64, (batch_size,), generator=rng).tolist()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_an_update_that_is_no_number_is_skipped(tmp_path, kind):
+    """Weights, moments and average are as if the update had not been; the learning rate goes on."""
+    seen = []
+
+    def after(self, nets, stage):
+        seen.append(weights(nets["student"]))
+
+    method = broken({5, 6}, kind)
+    type(method).after_update = after
+    pupil, teacher, records = run_one(tmp_path / "run", method=method)
+    skipped = [r for r in records if r.get("event") == "skipped"]
+    logged = [r for r in records if "loss" in r]
+    assert [r["update"] for r in skipped] == [5, 6] and len(seen) == 10
+    assert all(w.isfinite().all() for w in seen) and weights(pupil).isfinite().all()
+    rates = {r["update"]: r["learning_rate"] for r in logged}
+    assert rates == pytest.approx({u: 1e-3 * (1 - (u - 1) / 12) for u in range(1, 13) if u not in (5, 6)})
+    shadow = weights(teacher).double()
+    for n, value in enumerate(seen):
+        decay = 0.0 if n == 0 else min(0.99, (1 + n) / (10 + n))
+        shadow = decay * shadow + (1 - decay) * value.double()
+    assert (weights(pupil).double() - shadow).abs().max() < 1e-6
+    first = skipped[0]
+    assert first["network"] == "student" and first["stage"] == "4-steps"
+    if kind == "loss":
+        low, high = first["noise_bin"]
+        assert first["t"] == method.__dict__["t"] and low < first["t"] <= high
+        assert first["images"] == [drawn_at(5)[3]]
+    else:
+        assert first["images"] == drawn_at(5)
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    method = broken({3, 5, 6, 7, 8, 9})
+    training = Training(batch_size=8, log_every=50, checkpoint_every=1, max_skipped=3)
     with pytest.raises(NonFinite) as caught:
-        run_one(
-            tmp_path / "run", method=method, training=Training(batch_size=8, log_every=50, checkpoint_every=1)
-        )
+        run_one(tmp_path / "run", method=method, training=training)
     message = str(caught.value)
-    assert "stage 4-steps" in message and f"t = {method.__dict__['t']:.4g}" in message
-    update = int(message.split("update ")[1].split(",")[0])
+    for words in (
+        "network student in stage 4-steps became NaN or infinite at update 8, noise level t = ",
+        "(bin ", f"images {drawn_at(8)[3]};", "3 updates in a row were skipped before (training.max_skipped)",
+    ):  # fmt: skip
+        assert words in message
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert update > 1 and kept[-1].endswith(f"{update - 1:07d}")
+    assert kept[-1].endswith("0000007")  # whole, of the weights of update 4
+    with pytest.raises(NonFinite, match="at update 2"):
+        run_one(tmp_path / "none", method=broken({2}), training=Training(batch_size=8, max_skipped=0))
+
+
+def test_skipped_updates_are_counted_across_a_stop(tmp_path):
+    whole = tmp_path / "whole"
+    training = Training(batch_size=8, log_every=1, checkpoint_every=50)
+    with pytest.raises(NonFinite, match="at update 6"):
+        run_one(whole, method=broken({3, 4, 5, 6}), training=training)
+    with pytest.raises(Interrupted):
+        run_one(tmp_path / "parts", method=broken({3, 4, 5, 6}), training=training, stop_at=5)
+    with pytest.raises(NonFinite, match="at update 6"):
+        run_one(tmp_path / "parts", method=broken({1, 2, 3}), training=training)  # counted from the stop
+
+
+def test_a_loss_that_leaves_its_path_is_told_once(caplog):
+    watch = Watch("4-steps", 3)
+    for update in range(1, 101):
+        watch.good(1.0 + 0.01 * (update % 7), update, speaks=True)
+    for update in range(101, 150):  # 49 updates
+        watch.good(20.0, update, speaks=True)
+    watch.good(1.0, 150, speaks=True)
+    assert not caplog.records
+    again = Watch("4-steps", 3)
+    again.load(json.loads(json.dumps(watch.state())))
+    for update in range(151, 300):
+        again.good(20.0, update, speaks=True)
+    assert len(caplog.records) == 1
+    assert "stage 4-steps: the loss has been more than 10 times its median (1." in caplog.text
+    assert "up to update 200 (20)" in caplog.text
+
+
+def test_a_loss_that_is_large_from_the_start_is_nothing_to_tell(caplog):
+    watch = Watch("4-steps", 3)
+    for update in range(1, 300):
+        watch.good(1e6 if update < 10 else 1e6 + update, update, speaks=True)
+    assert not caplog.records
+
+
+def test_a_log_interval_goes_on_where_it_stopped(tmp_path):
+    """The means of an interval that a stop cut in two are, to the bit, those of an unbroken one."""
+    training = Training(batch_size=8, log_every=12, checkpoint_every=50)
+    whole = run_one(tmp_path / "whole", training=training)[2]
+    with pytest.raises(Interrupted):
+        run_one(tmp_path / "parts", training=training, stop_at=7)
+    parts = run_one(tmp_path / "parts", training=training)[2]
+    assert len(whole) == 1 and untimed(whole) == untimed(parts)
+
+
+def test_a_network_that_a_method_moves_is_kept_too(tmp_path):
+    """A target network that does not learn, and follows the student: where it was, a resumed run goes on."""
+
+    class Follows(Progressive):
+        def networks(self, teacher, student):
+            return {"target": students.copy_of(student).requires_grad_(False)}
+
+        def after_update(self, nets, stage):
+            with torch.no_grad():
+                for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
+                    slow.lerp_(fast, 0.1)
+            self.__dict__["seen"] = weights(nets["target"]).clone()
+
+    def one(folder, stop_at=None):
+        method = Follows(steps=[4], updates=12, learning_rate=1e-3)
+        with contextlib.suppress(Interrupted):
+            run_one(folder, method=method, stop_at=stop_at)
+        return method.__dict__["seen"]
+
+    whole = one(tmp_path / "whole")
+    one(tmp_path / "parts", stop_at=7)
+    assert torch.equal(whole, one(tmp_path / "parts"))
+
+
+def test_a_checkpoint_of_another_network_is_told(tmp_path):
+    with pytest.raises(Interrupted):
+        run_one(tmp_path / "run", stop_at=7)
+    path = next((tmp_path / "run/checkpoints").glob("*0000007"))
+    found = load_file(path / "student.safetensors")
+    name = next(iter(found))
+    found[name] = found[name][..., :1].contiguous()
+    save_file(found, path / "student.safetensors")
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    file = path / "student.safetensors"
+    manifest["files"]["student.safetensors"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    del manifest["digest"]
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": checkpoints._digest(manifest)}))
+    with pytest.raises(UserError, match=f"checkpoint of stage 0 does not fit .*{name}"):
+        run_one(tmp_path / "run")
 
 
 def test_noise_bins_sort_by_t(tmp_path):

@@ -25,7 +25,7 @@ from diffkd.data import Digits
 from diffkd.metrics import evaluation
 from diffkd.metrics.inception import InceptionV3
 from diffkd.metrics.score import inception_score
-from diffkd.runs import versions
+from diffkd.environment import versions
 from diffkd.stats import stats
 from tests.refusals import refuse, tree
 

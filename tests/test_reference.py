@@ -358,7 +358,7 @@ MU, SIGMA = np.zeros(4), np.eye(4)
         ({"mu": MU, "sigma": SIGMA, "protocol": "{"}, "protocol"),
         ({"mu": MU, "sigma": SIGMA, "protocol": '{"features": 3}'}, "protocol"),
         ({"mu": MU, "sigma": SIGMA, "num_samples": 9, "features": np.zeros((8, 4))}, "features"),
-        ({"mu": np.array([None] * 4), "sigma": SIGMA}, "allow_pickle"),
+        ({"mu": np.array([None] * 4), "sigma": SIGMA}, "pickle"),
         ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "at least 2"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "at least 2"),
         ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, "shape (4, 8, 8)"),

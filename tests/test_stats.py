@@ -20,7 +20,7 @@ from PIL import Image
 from diffkd import metrics
 from diffkd.data import Digits
 from diffkd.metrics import features as networks
-from diffkd.runs import versions
+from diffkd.environment import versions
 from tests.refusals import refuse
 
 TOY = """

@@ -269,30 +269,6 @@ def test_memory_does_not_grow_with_the_images(tmp_path, make_pipeline):
     assert peaks[20_000] - peaks[500] < 100
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """disk(size) -> a folder that holds so many bytes; again, to make it hold more."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = []
-
-    def make(size):
-        options = f"remount,size={size}" if mounted else f"size={size}"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
-        try:
-            done = subprocess.run(command, capture_output=True)
-        except FileNotFoundError:
-            pytest.skip("there is no mount here")
-        if done.returncode:
-            pytest.skip("a file system cannot be mounted here")
-        mounted.append(place)
-        return place
-
-    yield make
-    if mounted:
-        subprocess.run(["umount", "-l", place], check=True)
-
-
 @pytest.mark.parametrize(
     ("out", "size", "workers"),
     [

@@ -21,7 +21,7 @@ from diffkd.metrics.manifold import density_coverage, precision_recall
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.targets import Target
-from diffkd.runs import commit, versions
+from diffkd.environment import commit, versions
 
 MAIN, DINO, CLIP = "main", "dinov2", "clip"  # feature networks: the config's, and two for a metric each
 STORED_REAL = {"kid": MAIN, "prdc": MAIN, "cmmd": CLIP}  # metrics that need every feature of the reference

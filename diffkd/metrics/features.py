@@ -6,13 +6,12 @@ diffkd say in `describe()` all that their features depend on.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffkd.base import UserError
+from diffkd.base import UserError, own_module, reason
 from diffkd.metrics.digits import DigitsFeatures
 from diffkd.metrics.inception import InceptionV3
 from diffkd.metrics.resize import Resize
@@ -45,15 +44,24 @@ def load(
     return DigitsFeatures() if name == "digits" else _own(name)
 
 
+def check_named(name: str, where: object) -> None:
+    """Raises UserError where a file, and not the user, names a network of somebody's own: to load it is to run
+    its code."""
+    if name not in NAMES:
+        raise UserError(
+            f"{where} is by the features {name!r}, code that a file does not get to run; "
+            f"where it is yours, name it: --features {name}"
+        )
+
+
 def _own(name: str) -> nn.Module:
     module_name, _, class_name = name.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
+        kind = getattr(own_module(module_name), class_name)
         network = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
     except Exception as error:  # whatever the user's module raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"feature network {name!r} cannot be had ({reason}); "
+            f"feature network {name!r} cannot be had ({reason(error)}); "
             f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
         ) from error
     if network is None or not isinstance(getattr(network, "num_features", None), int):

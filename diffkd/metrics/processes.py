@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
-from diffkd.base import UserError
+from diffkd.base import UserError, reason
 
 
 def usable(name: str) -> torch.device:
@@ -18,8 +18,7 @@ def usable(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name!r} cannot be used ({reason}); try cpu") from error
+        raise UserError(f"--device {name!r} cannot be used ({reason(error)}); try cpu") from error
     return device
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.base import UserError
-from diffkd.runs import differences
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffkd.base import Positive, UserError, differences, from_json, quoted, reason
 
 Record = dict[str, Any]
 VALUES = {  # title, format, and the keys of what is shown beside it
@@ -89,7 +89,7 @@ def _apart(a: Any, b: Any, metric: str) -> list[str]:
 
 def _behind(protocol: Any, metric: str) -> dict[str, Any]:
     key = FEATURES.get(metric)
-    used = protocol["more_features"].get(key) if key else protocol["features"]
+    used = protocol.get("more_features", {}).get(key) if key else protocol["features"]
     made_with = protocol["reference"].get("features")
     return {
         "features": used,
@@ -119,28 +119,109 @@ NEEDED = (
 )
 
 
+class _Known(BaseModel):
+    """What is read of a record's objects: of these types, whoever wrote the file. Other keys may be there."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Features(_Known):
+    name: str
+    sha256: str | None = None
+
+
+class _Spec(_Known):
+    resize: Positive | None = None
+
+
+class _Where(_Known):
+    path: str
+    kind: str = "model"
+    sha256: str | None = None
+    spec: _Spec = _Spec()
+    null_label: int | None = Field(None, ge=0)
+    steps: Positive | None = None
+    guidance: float = Field(1.0, ge=0)
+
+
+class _Reference(_Known):
+    name: str
+    spec: dict[str, Any] | str
+    count: Positive | None = None
+    sha256: str | None = None
+
+
+class _Protocol(_Known):
+    evaluation: dict[str, Any]
+    reference: _Reference
+    target: _Where
+    teacher: _Where | None = None
+    metrics: dict[str, Any]
+    features: _Features
+    more_features: dict[str, Any] = {}
+    samples: Positive
+    processes: Positive
+    threads: int = Field(ge=1, le=4096)
+    device: str
+    steps: Positive | None = None
+    guidance: float = Field(1.0, ge=0)
+
+
+class _Record(_Known):
+    model: str
+    steps: Positive | None = None
+    nfe: Positive | None = None
+    seconds: float = Field(0, ge=0)
+    parameters: Positive | None = None
+    protocol: _Protocol
+
+
+def check(record: Record, path: Path) -> None:
+    """Raises UserError for a record whose values are not what the rest of the house takes them for."""
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise UserError(
+            f"{path}: a record's {key} is {quoted(first['input'])} ({message}); it was changed: measure again"
+        ) from error
+    for key in keys(record):
+        value = record[key]
+        if type(value) not in (int, float) or not abs(value) < 1e300:
+            if value is None and key == "psnr":
+                continue  # infinite
+            raise UserError(
+                f"{path}: a record's {key} is {quoted(value)}, no number; it was changed: measure again"
+            )
+
+
 def load(path: Path) -> list[Record]:
     """The records of a file: one, or a list such as a run's metrics.json.
 
     Raises UserError for what is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a record ({error}); give a file of --out") from error
+        raise UserError(
+            f"{path} cannot be read as a record ({reason(error)}); give a file of --out"
+        ) from error
     records = content if isinstance(content, list) else [content]
     for record in records:
         protocol = record.get("protocol") if isinstance(record, dict) else None
         if not isinstance(protocol, dict) or "model" not in record:
             raise UserError(f"{path} holds no record with a protocol; give a file of --out or metrics.json")
         missing = [key for key in NEEDED if key not in protocol]
-        missing += [f"target.{k}" for k in ("kind", "path") if not missing and k not in protocol["target"]]
-        missing += ["reference.spec"] if not missing and not protocol["reference"].get("spec") else []
+        for key, needed in () if missing else (("target", ("kind", "path")), ("reference", ("spec",))):
+            inner = protocol[key] if isinstance(protocol[key], dict) else {}
+            missing += [f"{key}.{one}" for one in needed if not inner.get(one)]
         if missing:
             raise UserError(
                 f"{path}: a record's protocol has no {', '.join(missing)}; it was made by another version "
                 "of diffkd, or changed: measure again"
             )
+        check(record, path)
     if not records:
         raise UserError(f"{path} holds no record")
     return records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffkd.base import UserError
+from diffkd.base import UserError, from_json, reason
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.sources import File, Source, batches, images_of, labels_in
@@ -203,9 +202,16 @@ def _sha256(path: Path) -> str:
 
 def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(str(array))
+        content = from_json(str(array))
     except ValueError as error:
-        raise UserError(f"{path}: its protocol is no JSON ({error}); write it with diffkd stats") from error
-    if not isinstance(content, dict) or not isinstance(content.get("features", {}), dict):
+        raise UserError(
+            f"{path}: its protocol is no JSON ({reason(error)}); write it with diffkd stats"
+        ) from error
+    if not (
+        isinstance(content, dict)
+        and isinstance(content.get("features", {}), dict)
+        and isinstance(content.get("features", {}).get("name", ""), str)
+        and isinstance(content.get("sha256"), str | None)
+    ):
         raise UserError(f"{path}: its protocol is none of diffkd's; write it with diffkd stats")
     return content

@@ -12,12 +12,22 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from diffkd.base import Strict, UserError
-from diffkd.data import SUFFIXES, Digits, Folder, HubDataset, Images, image_files, plain
+from diffkd.base import Strict, UserError, reason
+from diffkd.data import (
+    SUFFIXES,
+    Digits,
+    Folder,
+    HubDataset,
+    Images,
+    fitted,
+    image_files,
+    open_image,
+    upright,
+)
 from diffkd.metrics.statistics import PICKLES, read_npz
 
 WORKERS = 8  # threads that decode images
@@ -200,25 +210,24 @@ class FolderSource:
 
     def _one(self, path: Path) -> np.ndarray:
         try:
-            with Image.open(path) as image:
-                image.load()
-                upright = plain(ImageOps.exif_transpose(image), 3)
+            with open_image(path) as opened:
+                image = upright(opened, 3)
         except Exception as error:  # Pillow raises many kinds for a broken file
             raise _unreadable(path, error) from error
-        if self.resize is not None and upright.size != (self.resize, self.resize):
-            upright = ImageOps.fit(upright, (self.resize, self.resize), Image.Resampling.BICUBIC)
-        if self.resize is None and upright.size != self.size:  # a turn that no header told of
+        if self.resize is not None:
+            return np.asarray(fitted(image, self.resize))
+        if image.size != self.size:  # a turn that no header told of
             raise UserError(
-                f"image {path} is {upright.width}x{upright.height} and others are "
+                f"image {path} is {image.width}x{image.height} and others are "
                 f"{self.size[0]}x{self.size[1]}; say --resize to bring them to one size"
             )
-        return np.asarray(upright)
+        return np.asarray(image)
 
 
 def _size(path: Path) -> tuple[int, int]:
     """Width and height when upright, from the header: EXIF behind the pixels of a PNG is not seen."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))
             width, height = image.size
@@ -228,7 +237,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"image {path} cannot be read ({error}); repair it, or take it out")
+    return UserError(f"image {path} cannot be read ({reason(error)}); repair it, or take it out")
 
 
 def spread(total: int, count: int) -> Tensor:

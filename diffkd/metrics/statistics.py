@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffkd.base import UserError
+from diffkd.base import UserError, quoted, reason
 from diffkd.metrics.frechet import Gaussian, checked, gaussian
-from diffkd.runs import new_file
+from diffkd.files import new_file
 
 BLOCK = 512  # rows of features that are summed at a time
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
+# Arrays may be that large, or that much larger than their file: more is zeros packed to fill a memory.
+MOST_BYTES, MOST_PACKED = 1 << 30, 100
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class _Features(nn.Module):
@@ -193,11 +197,12 @@ class Statistics:
             raise UserError(
                 f"{path}: num_samples is no whole number of at least 2; write it with diffkd stats"
             )
-        return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count), path)
+        return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count.item()), path)
 
 
 def _is_count(array: np.ndarray) -> bool:
-    return array.size == 1 and array.dtype.kind in "iuf" and bool(2 <= array == array // 1)
+    known = array.size == 1 and array.dtype.kind in "iuf" and bool(np.isfinite(array))
+    return known and bool(2 <= array == np.floor(array))
 
 
 def _metric(shift: Tensor) -> FrechetInceptionDistance:
@@ -205,8 +210,9 @@ def _metric(shift: Tensor) -> FrechetInceptionDistance:
     return metric.to(shift.device)
 
 
-def read_npz(path: Path | str) -> dict[str, np.ndarray]:
-    """Every array of an .npz. Raises UserError for what cannot be read without unpickling."""
+def read_npz(path: Path | str, only: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or those of `only`. Raises UserError for what cannot be read without unpickling,
+    and for arrays that are not as large as they claim."""
     path = Path(path)
     if path.suffix.lower() in PICKLES:
         raise UserError(
@@ -215,20 +221,41 @@ def read_npz(path: Path | str) -> dict[str, np.ndarray]:
         )
     try:
         with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise UserError(f"{path} is a single array; write an .npz with named ones (numpy.savez)")
-            members = {key: file[key] for key in file.files}
+            if stream.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it is a single array; numpy.savez writes named ones")
+            with zipfile.ZipFile(stream) as archive:
+                members = [one for one in archive.infolist() if one.filename.endswith(".npy")]
+                names = [one.filename.removesuffix(".npy") for one in members]
+                name, times = max(Counter(names).items(), key=lambda one: one[1], default=("", 0))
+                if times > 1:
+                    raise ValueError(f"it has {times} arrays called {quoted(name)}")
+                wanted = [(n, m) for n, m in zip(names, members, strict=True) if only is None or n in only]
+                total, size = sum(m.file_size for _, m in wanted), path.stat().st_size
+                if total > max(MOST_BYTES, MOST_PACKED * size):
+                    raise ValueError(f"its arrays are {total >> 20} MiB, packed into {size >> 20}")
+                return {name: _read_member(archive, member) for name, member in wanted}
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; check the path, or write it with diffkd stats") from error
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # numpy, zipfile and its decoders raise many kinds for a broken file
         raise UserError(
-            f"{path} cannot be read as an .npz of plain arrays ({reason}); write it again"
+            f"{path} cannot be read as an .npz of plain arrays ({reason(error)}); write it again"
         ) from error
-    return {key: array for key, array in members.items() if isinstance(array, np.ndarray)}
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One array, after its header was compared with its size: numpy believes the header, and makes room."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in HEADERS:
+            raise ValueError(f"{quoted(member.filename)} has a header of version {version}")
+        shape, _, dtype = HEADERS[version](stream)
+        if dtype.hasobject:
+            raise ValueError(f"{quoted(member.filename)} is of objects, which are a pickle")
+        if stream.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(f"{quoted(member.filename)} is not as large as its shape {shape} says")
+    with archive.open(member) as stream:
+        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        return array
 
 
 def _npz(path: Path | str) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.base import UserError
+from diffkd.base import UserError, from_json, quoted, reason
 from diffkd.metrics.resize import resize
 
 
@@ -175,7 +174,7 @@ def _load(kind: Kind, weights: str) -> Any:
             )
     except Exception as error:  # transformers, safetensors and the config's checks raise what they like
         raise UserError(
-            f"{weights} cannot be loaded as a {kind.architecture} ({_first_line(error)}); "
+            f"{weights} cannot be loaded as a {kind.architecture} ({reason(error)}); "
             "is it complete? copy or download it again"
         ) from error
     # transformers only warns of these, and fills them with random numbers; 4 gives names, 5 names and shapes
@@ -194,7 +193,7 @@ def _transformers(kind: Kind) -> ModuleType:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UserError(
-            f"feature network {kind.name} needs transformers ({_first_line(error)}); "
+            f"feature network {kind.name} needs transformers ({reason(error)}); "
             "pip install 'diffkd[dino]'"
         ) from error
 
@@ -213,7 +212,7 @@ def _folder(kind: Kind, weights: str) -> Path:
         return Path(snapshot_download(weights, allow_patterns=patterns))
     except Exception as error:  # whatever the hub's client and the network raise: the model is not here
         raise UserError(
-            f"{weights} is no folder here and could not be had from the hub ({_first_line(error)}); "
+            f"{weights} is no folder here and could not be had from the hub ({reason(error)}); "
             f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
             "and give it"
         ) from error
@@ -222,16 +221,16 @@ def _folder(kind: Kind, weights: str) -> Path:
 def _check(kind: Kind, weights: str, folder: Path) -> None:
     """UserError, with a remedy, for what from_pretrained would take, guess at, or refuse without one."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = from_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{weights} has no config.json that can be read ({_first_line(error)}); "
+            f"{weights} has no config.json that can be read ({reason(error)}); "
             "give a folder that save_pretrained wrote"
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in kind.model_types:
         raise UserError(
-            f"{weights} is of model_type {model_type!r}, not {kind.model_types[0]!r}, by its config.json; "
+            f"{weights} is of model_type {quoted(model_type)}, not {kind.model_types[0]!r}, by its config.json; "
             f"give the weights of a {kind.architecture}, such as {kind.hub_id}"
         )
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
@@ -247,10 +246,6 @@ def _recipe(kind: Kind, weights: str) -> str:
         f'python -c "from transformers import {kind.architecture} as M; '
         f"M.from_pretrained({weights!r}).save_pretrained('DIR')\""
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffkd.base import UserError
+from diffkd.base import UserError, quoted, reason
 from diffkd.denoiser import Denoiser
-from diffkd.models import unet2d
+from diffkd.models import files, unet2d
+from diffkd.models.files import read_json
 
 FAMILIES = (unet2d,)
 CARD = "diffkd.json"
@@ -25,7 +25,7 @@ def load(
     Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
     """
     folder = folder_of(path_or_hub_id)
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / files.INDEX)
     name = str(index.get("_class_name"))
     for family in FAMILIES:
         if name in family.PIPELINES:
@@ -43,7 +43,8 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
     import diffusers
 
     folder = folder_of(path_or_hub_id)
-    name = str(_read_json(folder / "model_index.json").get("_class_name"))
+    index = read_json(folder / files.INDEX)
+    name = str(index.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
         raise UserError(f"{path_or_hub_id} is a {name}, which this diffusers has not; install one that has")
@@ -56,10 +57,16 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
             f"{', '.join(needs or ['prompt'])}); draw its images to a folder, and evaluate that"
         )
     try:
-        pipeline = kind.from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
+        files.check_components(folder, index, str(path_or_hub_id))
+        pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
+            folder, use_safetensors=True, local_files_only=True
+        )
+    except UserError:
+        raise
     except Exception as error:  # diffusers raises many kinds for a pipeline that is not whole
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path_or_hub_id} cannot be opened as a {name} ({reason}); is it whole?") from error
+        raise UserError(
+            f"{path_or_hub_id} cannot be opened as a {name} ({reason(error)}); is it whole?"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -85,24 +92,27 @@ def name_null_label(denoiser: Denoiser, null_label: int) -> None:
 def card(folder: Path) -> dict[str, Any]:
     """What diffkd wrote beside a pipeline of its own, {} for any other."""
     path = folder / CARD
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); is the pipeline complete?") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; is the pipeline complete?")
-    return content
+    found = read_json(path) if path.is_file() else {}
+    for key, least in (
+        ("steps", 1),
+        ("num_classes", 1),
+        ("null_label", 0),
+        ("num_train_timesteps", 1),
+    ):
+        value = found.get(key)
+        if value is not None and (type(value) is not int or not least <= value <= files.LARGEST):
+            raise UserError(f"{path} has {key} {quoted(value)}, no whole number from {least}; repair it")
+    metrics = found.get("metrics", [])
+    if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
+        raise UserError(f"{path} has metrics that are no records; repair it, or leave them out")
+    return found
 
 
 def folder_of(path_or_hub_id: str | Path) -> Path:
     """The local folder of a pipeline; downloads a hub id's configs and safetensors."""
     path = Path(path_or_hub_id)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
+        if not (path / files.INDEX).is_file():
             raise UserError(
                 f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it"
             )
@@ -120,8 +130,7 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # whatever the hub's client and the network raise: the model is not here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path_or_hub_id} is no folder here and could not be had from the hub ({reason}); "
+            f"{path_or_hub_id} is no folder here and could not be had from the hub ({reason(error)}); "
             "check the name, or download it and give its folder"
         ) from error

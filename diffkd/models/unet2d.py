@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
 from pydantic import Field
 
-from diffkd.base import Positive, Strict, UserError
+from diffkd.base import Positive, Strict, UserError, quoted, reason
 from diffkd.denoiser import Denoiser
+from diffkd.models import files
 from diffkd.schedules import PREDICTIONS, Schedule, from_diffusers, to_diffusers
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 NETWORK = UNet2DModel
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class QuickUNet2DModel(UNet2DModel):
@@ -115,14 +116,24 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
             f"{name} has out_channels {network.config.out_channels}, {network.config.in_channels} in, "
             "a learned variance perhaps; supported are networks that predict the image alone"
         )
+    size = network.config.sample_size
+    sides = (size, size) if size is None or type(size) is int else size
+    if not (
+        isinstance(sides, tuple | list)
+        and len(sides) == 2
+        and (size is None or all(type(side) is int and side > 0 for side in sides))
+    ):
+        raise UserError(f"{name} has sample_size {quoted(size)}; it is one whole number, or height and width")
     config = _scheduler_config(folder, name)
     schedule = _schedule(config, name)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(
-            f"{name} has prediction_type {prediction!r}; supported are {', '.join(PREDICTIONS[:3])}"
+            f"{name} has prediction_type {quoted(prediction)}; supported are {', '.join(PREDICTIONS[:3])}"
         )
-    clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    if clip is not None and not (type(clip) in (int, float) and 0 < clip < math.inf):
+        raise UserError(f"{name} has clip_sample_range {quoted(clip)}; it is a number above 0")
     if clip is not None and config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
         clip = None  # other schedulers have no such option
     num_classes = network.config.num_class_embeds
@@ -141,21 +152,15 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
 def _network(folder: Path, name: str) -> UNet2DModel:
     """The UNet of a pipeline: in its `unet` folder, or at the root as early repositories have it."""
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    if not any(place.glob("*.safetensors")):
-        raise UserError(
-            f"{name} has no safetensors weights ({place / WEIGHTS}), and pickled ones are never opened; "
-            "where the source is trusted, convert them with "
-            "pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
+    files.check_weights(place, name)
     try:
+        files.check_network(UNet2DModel, place, name)
         network, loading = UNet2DModel.from_pretrained(
             place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name}: the network in {place} cannot be read ({reason}); is it complete?"
-        ) from error
+    except Exception as error:  # diffusers raises what it likes for a config that makes no network
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
     if loading["missing_keys"]:
         raise UserError(
             f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
@@ -166,11 +171,9 @@ def _network(folder: Path, name: str) -> UNet2DModel:
 def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
     for place in (folder / "scheduler", folder):
         if (place / "scheduler_config.json").is_file():
-            try:
-                return dict(diffusers.DDIMScheduler.load_config(place))
-            except (OSError, ValueError) as error:
-                path = place / "scheduler_config.json"
-                raise UserError(f"{path} cannot be read as JSON; is the pipeline complete?") from error
+            config = files.read_json(place / "scheduler_config.json")
+            files.check_scheduler(config, name)
+            return config
     raise UserError(f"{name} has no scheduler_config.json; save the pipeline with save_pretrained")
 
 
@@ -182,9 +185,16 @@ def _schedule(config: dict[str, Any], name: str) -> Schedule:
             f"{name} has scheduler {kind!r}, unknown to diffusers; use DDPMScheduler or DDIMScheduler"
         )
     try:
-        return from_diffusers(scheduler_class.from_config(config))
-    except (NotImplementedError, TypeError) as error:
-        raise UserError(f"{name} has a scheduler that diffusers cannot make: {error}") from error
+        schedule = from_diffusers(scheduler_class.from_config(config))
+    except UserError:
+        raise
+    except Exception as error:  # whatever diffusers makes of numbers that are none
+        raise UserError(
+            f"{name} has a scheduler that diffusers cannot make ({reason(error)}); repair its config"
+        ) from error
+    if not ((schedule.alphas_cumprod >= 0) & (schedule.alphas_cumprod <= 1)).all():
+        raise UserError(f"{name} has a scheduler whose noise is out of range; repair its betas")
+    return schedule
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:

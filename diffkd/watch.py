@@ -1,0 +1,67 @@
+"""What is seen of a training that goes wrong: updates that are skipped, a loss that has left its path."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from diffkd.base import UserError
+
+log = logging.getLogger("diffkd")
+WINDOW = 200  # updates whose median the loss is compared with
+LEAST = 20  # of them, before there is a median to speak of
+TIMES, LONG = 10.0, 50  # this many times the median for that many updates is out of the ordinary
+
+
+class NonFinite(UserError):
+    """Losses or gradients that are no numbers, more often in a row than may be skipped."""
+
+
+class Watch:
+    """Counts what a stage's updates do, the same in every process and in a run that was resumed.
+
+    most: updates in a row that may be skipped.
+    """
+
+    def __init__(self, stage: str, most: int) -> None:
+        self.stage, self.most = stage, most
+        self.in_a_row = 0
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.high = 0
+        self.warned = False
+
+    def good(self, loss: float, update: int, *, speaks: bool) -> None:
+        """An update that was done. loss: the student's, of all processes. speaks: whether to warn."""
+        self.in_a_row = 0
+        usual = median(self.losses) if len(self.losses) >= LEAST else float("inf")
+        self.losses.append(loss)
+        self.high = self.high + 1 if loss > TIMES * usual else 0
+        if self.high == LONG and not self.warned:
+            self.warned = True
+            if speaks:
+                log.warning(
+                    "stage %s: the loss has been more than %g times its median (%.3g) for %d updates, up to "
+                    "update %d (%.3g); a lower method.learning_rate may keep it down",
+                    self.stage, TIMES, usual, LONG, update, loss,
+                )  # fmt: skip
+
+    def bad(self, what: str) -> None:
+        """An update that was skipped. what: went wrong, where. Raises NonFinite where it is one too many."""
+        self.in_a_row += 1
+        if self.in_a_row > self.most:
+            raise NonFinite(
+                f"{what}; {self.most} updates in a row were skipped before (training.max_skipped): lower "
+                "method.learning_rate, or look at these images (the last good checkpoint is kept)"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "in_a_row": self.in_a_row, "losses": list(self.losses), "high": self.high, "warned": self.warned
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.in_a_row, self.high, self.warned = state["in_a_row"], state["high"], state["warned"]
+        self.losses = deque(state["losses"], maxlen=WINDOW)

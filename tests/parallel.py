@@ -1,0 +1,128 @@
+"""Stages trained by several processes, which are forked from one: `python tests/parallel.py JOBS`.
+
+JOBS is a JSON list, of what comes one after another: folder, world (how many processes), fsdp, method (one
+or two networks), updates, stop_at (the last of the processes is told to). The main process leaves
+student.safetensors, and judge.safetensors, beside the run's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import nn
+
+from diffkd import jobs, students
+from diffkd.base import Interrupted
+from diffkd.config import Train
+from diffkd.engine import Training, run_stage
+from diffkd.method import Loss
+from diffkd.methods.progressive import Progressive
+from diffkd.runs import Run
+from tests.test_engine import COSINE, images
+from tests.test_models import student
+
+
+class Judge(nn.Module):
+    """Says of images how large they should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.inner = nn.Conv2d(1, 6, 3, padding=1)
+        self.outer = nn.Conv2d(6, 1, 3, padding=1)
+        for param in self.parameters():
+            param.data = torch.randn(param.shape, generator=generator) * 0.2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.outer(self.inner(x).tanh())
+        return found
+
+
+class Two(Progressive):
+    """Progressive distillation with a second network, through which the student's loss goes too."""
+
+    def networks(self, teacher: Any, student: Any) -> dict[str, nn.Module]:
+        return {"judge": Judge()}
+
+    def losses(self, nets: Any, batch: Any, stage: Any, rng: torch.Generator) -> Any:
+        for loss in super().losses(nets, batch, stage, rng):
+            t = torch.full((len(batch.x0),), 0.5, dtype=torch.float64)
+            drawn = nets["student"](torch.randn(batch.x0.shape, generator=rng), t, **batch.cond)
+            yield Loss("student", loss.value + 0.1 * nets["judge"](drawn).square().mean(), loss.metrics)
+        yield Loss("judge", (nets["judge"](batch.x0) - batch.x0.mean()).square().mean())
+
+
+def work(options: dict[str, Any]) -> None:
+    folder = Path(options["folder"])
+    kind = Two if options.get("method") == "two" else Progressive
+    method = kind(steps=[4], updates=options.get("updates", 50), learning_rate=5e-4)
+    training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
+    accelerator = jobs._accelerator(Train(out=folder, data={"kind": "digits"}, training=training))
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    assert (accelerator.num_processes, sharded) == (options["world"], options.get("fsdp", False))
+    teacher = student(3, "v_prediction", COSINE)
+    pupil = students.copy_of(teacher).requires_grad_(True)
+    nets = {"student": pupil, "teacher": teacher.requires_grad_(False), **method.networks(teacher, pupil)}
+    run = Run(folder, {}, owner=accelerator.is_main_process)
+    done = [0]
+    last = accelerator.process_index == accelerator.num_processes - 1
+    try:
+        run_stage(
+            accelerator, method, method.stages(teacher)[0], nets, images(), training, run,
+            seed=0, stage_index=0, on_update=lambda update, record: done.append(update),
+            should_stop=lambda: last and done[-1] + 1 == options.get("stop_at"),
+        )  # fmt: skip
+    except Interrupted:
+        return
+    finally:
+        run.close()
+    if accelerator.is_main_process:
+        save_file(pupil.network.state_dict(), folder / "student.safetensors")
+        if "judge" in nets and not sharded:
+            save_file(nets["judge"].state_dict(), folder / "judge.safetensors")
+
+
+def process(options: dict[str, Any], rank: int, port: int) -> None:
+    """One process of a job; it does not return."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options["world"]),
+        "LOCAL_WORLD_SIZE": str(options["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if options.get("fsdp"):
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    try:
+        work(options)
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(every: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    for options in every:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(options["world"]):
+            child = os.fork()
+            if child == 0:
+                process(options, rank, port)
+            children.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert not any(statuses), (options, statuses)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
