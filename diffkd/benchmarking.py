@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from diffkd import cards, charts, config, tables
+from diffkd import charts, config, tables
+from diffkd.base import printable
 from diffkd.evaluating import Work
 from diffkd.files import append_json, new_file
 from diffkd.metrics import records
@@ -112,16 +114,21 @@ def _show(console: Console, found: Sequence[Record]) -> None:
     tables.show(console, short, [[cell.split(" ±")[0].split(" [")[0] for cell in row] for row in rows])
 
 
+def _text(name: str) -> str:
+    """A name in Markdown: no cell of its own, and no markup of HTML."""
+    return html.escape(printable(name), quote=False).replace("|", "&#124;")
+
+
 def _write(folder: Path, found: Sequence[Record]) -> None:
     titles, rows = _cells(found)
     protocol = found[0]["protocol"]
     lines = [
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
-        *("| " + " | ".join([cards.escaped(row[0]), *row[1:]]) + " |" for row in rows),
+        *("| " + " | ".join([_text(row[0]), *row[1:]]) + " |" for row in rows),
         "",
-        f"{protocol['samples']:,} images, {cards.escaped(protocol['features']['name'])} features, against "
-        f"{cards.escaped(protocol['reference']['name'])}; images/s are of one process on {protocol['device']}. "
+        f"{protocol['samples']:,} images, {_text(protocol['features']['name'])} features, against "
+        f"{_text(protocol['reference']['name'])}; images/s are of one process on {protocol['device']}. "
         "The whole protocol of every row is in metrics.json.",
     ]
     with new_file(folder / "benchmark.md") as temporary:

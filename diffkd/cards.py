@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
 from diffkd.files import new_file, write_json
-from diffkd.metrics import records
 from diffkd.metrics.records import shown
 from diffkd.models import CARD
 
@@ -32,10 +30,13 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, card: Mapping[str, Any]) -> None:
-    """Both files, into a pipeline's folder. card: of `describe`, with "metrics" where it was measured."""
-    write_json(folder / CARD, dict(card))
+    """Both files, into a pipeline's folder. card: of `describe`, with "metrics" where it was measured.
+
+    README.md comes first: what diffkd.json says, both have, at whatever moment the process ends.
+    """
     with new_file(folder / "README.md") as temporary:
         temporary.write_text(_readme(card), encoding="utf-8")
+    write_json(folder / CARD, dict(card))
 
 
 def _readme(card: Mapping[str, Any]) -> str:
@@ -80,33 +81,31 @@ def _readme(card: Mapping[str, Any]) -> str:
         "method",
     ):
         if key in card:
-            lines.append(f"| {key.replace('_', ' ')} | {escaped(card[key])} |")
-    measured = [record for record in card.get("metrics", []) if _whole(record)]
-    if measured:
+            lines.append(f"| {key.replace('_', ' ')} | {_escaped(card[key])} |")
+    rows = [row for row in map(_row, card.get("metrics", [])) if row is not None]
+    if rows:
         lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
-        for record in measured:
-            protocol = record["protocol"]
-            numbers = shown(record)
-            fid = numbers.pop("FID", "")
-            more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
-            lines.append(
-                f"| {record.get('steps', '')} | {record.get('nfe', '')} | {fid}{more} "
-                f"| {escaped(protocol['features']['name'])} | {protocol['samples']} "
-                f"| {escaped(protocol['reference']['name'])} |"
-            )
+        lines += [line for line, _ in rows]
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
-        if any(r["protocol"]["features"]["name"] != "inception" for r in measured):
+        if any(features != "inception" for _, features in rows):
             lines += ["FID by these features is not comparable with FID by Inception features."]
     return "\n".join(lines) + "\n"
 
 
-def _whole(record: Any) -> bool:
-    """Whether a record is one: diffkd.json may have come from anywhere."""
+def _row(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A record's line of the table and its features; None for what is no record: diffkd.json may be of
+    anybody's making."""
     try:
-        records.check(record, Path(CARD))
-    except UserError:
-        return False
-    return True
+        protocol, numbers = record["protocol"], shown(record)
+        features, reference = str(protocol["features"]["name"]), protocol["reference"]["name"]
+        samples = protocol["samples"]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    fid = numbers.pop("FID", "")
+    more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
+    before = [_escaped(record.get(key, "")) for key in ("steps", "nfe")]
+    cells = [*before, f"{fid}{more}", *map(_escaped, (features, samples, reference))]
+    return f"| {' | '.join(cells)} |", features
 
 
 def _many(total: int) -> int:
@@ -114,6 +113,6 @@ def _many(total: int) -> int:
     return max(n for n in range(1, 65) if total % n == 0)
 
 
-def escaped(value: Any) -> str:
+def _escaped(value: Any) -> str:
     """Text for a table's cell: no markup of the quoted value survives, HTML's or Markdown's."""
     return "".join(c if c.isalnum() or c in " /,-" else f"&#{ord(c)};" for c in " ".join(str(value).split()))

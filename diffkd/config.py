@@ -14,12 +14,12 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 from diffkd import method as methods
 from diffkd.base import Positive, Strict, UserError, printable, quoted, reason
 from diffkd.data import Data
-from diffkd.engine import Training
 from diffkd.method import Method
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.models.unet2d import UNet2D
 from diffkd.schedules import Schedule, from_diffusers
+from diffkd.training import Training
 
 
 class NoiseSchedule(Strict):
@@ -184,7 +184,9 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         _override(content, override)
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
-        teacher["train"] = str((path.parent / teacher["train"]).resolve())
+        named = (path.parent / teacher["train"]).resolve()
+        here = Path.cwd()  # as `out` is: a checkout that is moved as a whole is the same run
+        teacher["train"] = str(named.relative_to(here) if named.is_relative_to(here) else named)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -224,7 +226,9 @@ class _Loader(yaml.SafeLoader):
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in keys:
-                        raise yaml.YAMLError(f"key {key.value} is given twice, {_line(key)}; keep one of them")
+                        raise yaml.YAMLError(
+                            f"key {key.value} is given twice, {_line(key)}; keep one of them"
+                        )
                     keys.add(key.value)
             inner = [one for pair in node.value for one in pair]
         size = 1 if inner == [node] else 1 + sum(self._check(one, sizes) for one in inner)

@@ -160,7 +160,7 @@ class Folder(Sized):
 
     def load(self) -> Images:
         root = self.path.expanduser()
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(f"data.path {root} is no folder; give a folder of images")
         classes = sorted(
             d.name for d in root.iterdir() if d.is_dir() and next(image_files(d), None) is not None
@@ -249,12 +249,12 @@ class HubDataset(Sized):
                 "data kind datasets needs the datasets package; pip install 'diffkd[datasets]'"
             ) from error
         try:
-            if (Path(self.path) / "dataset_dict.json").is_file():
+            if os.path.isfile(Path(self.path) / "dataset_dict.json"):
                 splits = datasets.load_from_disk(self.path)
                 if self.split not in splits:
                     raise ValueError(f"it has {', '.join(splits)}")
                 return splits[self.split]
-            if (Path(self.path) / "state.json").is_file():
+            if os.path.isfile(Path(self.path) / "state.json"):
                 return datasets.load_from_disk(self.path)
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except (OSError, ValueError, KeyError) as error:
@@ -310,7 +310,9 @@ def plain(image: Image.Image, channels: int) -> Image.Image:
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
     """size x size: the short side resized (bicubic, antialiased), the centre kept."""
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return (
+        image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    )
 
 
 def _opened(stored: Mapping[str, Any]) -> Image.Image:

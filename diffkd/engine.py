@@ -7,73 +7,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from pydantic import Field
 from torch import Tensor, nn
 
-from diffkd.base import Interrupted, Strict, Unfinished, UserError
+from diffkd.base import Interrupted, Unfinished, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.learner import Learner, fill, whole
+from diffkd.learner import Copies, Learner, Shards, fill, whole
 from diffkd.meter import NOISE_BINS, Meter, noise_bin
 from diffkd.method import Batch, Loss, Method, Stage
 from diffkd.prefetch import ahead, read
 from diffkd.runs import Run
+from diffkd.training import Training
 from diffkd.watch import Watch
+from diffkd.zero import Zero
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
-
-
-class Training(Strict):
-    """How any method is trained."""
-
-    batch_size: int = Field(
-        128, ge=1, description="images of one update, over all processes and micro-batches"
-    )
-    micro_batches: int | None = Field(
-        None,
-        ge=1,
-        description="parts that a batch is split into, over all processes; default one per process",
-    )
-    ema: float = Field(
-        0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept"
-    )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float | None = Field(
-        1.0, gt=0, description="gradients are clipped to this norm; null for never"
-    )
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="autocast of the student, dtype of the others; float32 is TF32 on CUDA"
-    )
-    compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
-    gradient_checkpointing: bool = Field(
-        False, description="computes activations twice instead of keeping them: less memory, more time"
-    )
-    log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
-    checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints that are kept")
-    max_skipped: int = Field(
-        3, ge=0, description="updates in a row that may be skipped for a loss or gradient that is no number"
-    )
-
-    def parts(self, processes: int) -> int:
-        """Micro-batches of one update. Raises UserError where they do not spread evenly."""
-        parts = self.micro_batches or processes
-        if parts % processes or self.batch_size % parts:
-            raise UserError(
-                f"training.batch_size {self.batch_size} in {parts} micro-batches does not spread evenly over "
-                f"{processes} processes; micro_batches must divide the batch and {processes} divide them"
-            )
-        return parts
+KINDS: dict[DistributedType, type[Learner]] = {DistributedType.FSDP: Shards, DistributedType.DEEPSPEED: Zero}
 
 
 def derived_seed(*parts: int) -> int:
@@ -133,7 +90,7 @@ def run_stage(
             for learner in work.learners.values():
                 learner.rate(stage.rate(update))
             runs = [(rng, method.losses(nets, batch, stage, rng)) for rng, batch in next(prepared)]
-            outcome = _update(accelerator, runs, work, training, should_stop)
+            outcome = _update(accelerator, runs, work, should_stop)
             done = update + 1
             if outcome.bad is None:
                 work.watch.good(outcome.loss, done, speaks=accelerator.is_main_process)
@@ -176,15 +133,12 @@ def _work(accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage,
     trained = [name for name, net in nets.items() if _is_trained(net)]
     for net in nets.values():
         _prepare(accelerator, net, training)
-    arguments = {
-        "lr": stage.learning_rate, "betas": training.betas, "weight_decay": training.weight_decay,
-        "fused": accelerator.device.type in ("cuda", "cpu"),
-    }  # fmt: skip
+    kind = KINDS.get(accelerator.distributed_type, Copies)
     learners = {}
     for name in trained:
         net = nets[name]
         network = net.network if isinstance(net, Denoiser) else net
-        learners[name] = Learner(accelerator, network, arguments, alone=len(trained) == 1)
+        learners[name] = kind(accelerator, network, training, stage.learning_rate, alone=len(trained) == 1)
         if isinstance(net, Denoiser):
             net.network = learners[name].network
     ema = EMAModel(list(learners["student"].network.parameters()), decay=training.ema, foreach=True)
@@ -258,7 +212,6 @@ def _update(
     accelerator: Accelerator,
     runs: list[tuple[torch.Generator, Iterator[Loss]]],
     work: Work,
-    training: Training,
     should_stop: Callable[[], bool],
 ) -> Outcome:
     """One update: the micro-batches' generators in step, each loss summed before its network moves."""
@@ -269,7 +222,7 @@ def _update(
             with ExitStack() as stack:
                 if k + 1 < len(runs):  # gradients are exchanged once, with the last micro-batch
                     for learner in work.learners.values():
-                        stack.enter_context(learner.no_exchange())
+                        stack.enter_context(learner.accumulating())
                 with accelerator.autocast():
                     loss = next(generator, None)
                 if loss is None:
@@ -279,7 +232,7 @@ def _update(
         if not losses:
             return Outcome(student, stop)
         learner = work.learners[losses[0].network]
-        norm = learner.norm(training.max_grad_norm)
+        norm = learner.norm()
         mean = torch.stack([loss.value.detach().float() for loss in losses]).mean()
         # the one wait of an update for the device, and of a process for the others
         loss_value, fine, told = _agreed(accelerator, mean, norm, should_stop())

@@ -26,7 +26,7 @@ from diffkd.metrics.reference import Reference
 from diffkd.metrics.targets import Target
 from diffkd.progress import bar
 from diffkd.sampling import parse_classes
-from diffkd.subjects import TEACHER_STEPS, Subject, is_model, opened, teacher_of
+from diffkd.subjects import TEACHER_STEPS, Subject, is_model, is_there, opened, teacher_of
 
 log = logging.getLogger("diffkd")
 
@@ -219,7 +219,9 @@ def repeat(
         if features_name is None:
             features.check_named(how.features, path)
         elif features_name != how.features:
-            raise UserError(f"{path} is by the features {how.features!r}; leave out --features {features_name}")
+            raise UserError(
+                f"{path} is by the features {how.features!r}; leave out --features {features_name}"
+            )
         key = (protocol["evaluation"], protocol["reference"]["spec"], protocol["threads"], protocol["device"])
         if held is None or held[0] != key:
             torch.set_num_threads(protocol["threads"])
@@ -266,7 +268,7 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
         raise UserError(f"{path}: a record's protocol is not understood ({why}); measure again") from error
     if not is_model(target["path"]) and target["kind"] != "images":
         raise UserError(f"{target['path']}, which was measured, is not there any more; bring it back")
-    if target["kind"] == "images" and target["path"] != "digits" and not Path(target["path"]).exists():
+    if target["kind"] == "images" and not is_there(target["path"]):
         raise UserError(f"{target['path']}, which was measured, is not there any more; bring it back")
     subject = Subject(
         target["path"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from diffkd import lock
 from diffkd.base import UserError
 from diffkd.encoding import FORMATS, file_name, read_image, write_images
 from diffkd.writing import LEFT, RECORD, Output, Plan, otherwise, record_at
@@ -28,7 +29,7 @@ class ImageFolder(Output):
         if self.out.is_file():
             raise UserError(f"--out {self.out} is a file; give a folder, or a name in .npz")
         there = {p.name for p in self.out.iterdir()} if self.out.is_dir() else set()
-        ours = {name for name in there if self._is_ours(name) or name == ".lock" or LEFT.fullmatch(name)}
+        ours = {name for name in there if self._is_ours(name) or name in lock.FILES or LEFT.fullmatch(name)}
         if record_at(self.folder / RECORD) is not None:
             ours.add(RECORD)
         foreign = sorted(there - ours)

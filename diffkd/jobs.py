@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 
 from diffkd import config, models, session, students
@@ -169,15 +169,45 @@ def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
     cpu = not torch.accelerator.is_available()
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
-    accelerator = Accelerator(cpu=cpu, mixed_precision=settings.training.precision.replace("float32", "no"))
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1:
-        if cpu:  # where accelerate passes over what its config says of FSDP
-            plugin = FullyShardedDataParallelPlugin()
-            if accelerator.mixed_precision != "no":
-                plugin.set_mixed_precision(accelerator.mixed_precision)
-            accelerator.state.fsdp_plugin = plugin
-            for state in (AcceleratorState._shared_state, PartialState._shared_state):
-                state["distributed_type"] = DistributedType.FSDP
-        if accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's config")
+    precision = settings.training.precision.replace("float32", "no")
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+    except (ImportError, ValueError) as error:  # what is not installed, or not for this machine
+        raise UserError(f"accelerate cannot begin as it is configured: {error}") from error
+    if accelerator.num_processes == 1:
+        return accelerator
+    if cpu:
+        _as_configured(accelerator)
+    if (
+        accelerator.distributed_type == DistributedType.FSDP
+        and accelerator.state.fsdp_plugin.fsdp_version != 2
+    ):
+        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's config")
     return accelerator
+
+
+def _as_configured(accelerator: Accelerator) -> None:
+    """On CPUs accelerate passes over what its config says of FSDP and DeepSpeed; both work there, so that what
+    GPUs will do can be tried, and is tested."""
+    state = accelerator.state
+    if _asked("ACCELERATE_USE_FSDP"):
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+        kind = DistributedType.FSDP
+    elif _asked("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        plugin = DeepSpeedPlugin()
+        plugin.select(_from_accelerator_state=True)
+        state.deepspeed_plugins = {"default": plugin}
+        kind = DistributedType.DEEPSPEED
+    else:
+        return
+    for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+        shared["distributed_type"] = kind
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"

@@ -1,4 +1,4 @@
-"""A network that learns, with its optimizer, over all processes: one device, DDP, FSDP2 or DeepSpeed.
+"""A network that learns, with its optimizer, over all processes: each with a copy, or with its shards.
 
 What the processes have of it differs; what `tensors` gives and `load` takes does not.
 """
@@ -6,45 +6,43 @@ What the processes have of it differs; what `tensors` gives and `load` takes doe
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-Arguments = Mapping[str, Any]
+from diffkd.training import Training
 
 
-class Learner:
-    """One trained network, prepared by accelerate.
+class Learner(ABC):
+    """One trained network with its optimizer, prepared by accelerate.
 
-    network: what is called, sharded or wrapped where there are several processes. alone: whether no other
-    network learns. DDP exchanges gradients while they are computed, but in every backward pass through the
-    network, also those for others; so it is used for the only one, and the gradients of several are
-    exchanged after each loss.
+    network: what is called, sharded or wrapped where there are several processes. params: its parameters
+    that learn. Every method but `rate` and `bare` is called by all processes together.
     """
 
+    network: Any
+    optimizer: Any
+    params: list[nn.Parameter]
+
     def __init__(
-        self, accelerator: Accelerator, network: nn.Module, arguments: Arguments, *, alone: bool
+        self, accelerator: Accelerator, network: nn.Module, training: Training, rate: float, *, alone: bool
     ) -> None:
-        self.accelerator = accelerator
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        self._exchanges = not self.sharded and not alone and accelerator.num_processes > 1
-        # FSDP2 turns the network itself into one that is sharded; this one is exported.
-        keeps = self.sharded and accelerator.is_main_process
-        self._whole = copy.deepcopy(network).cpu() if keeps else None
-        optimizer: Any = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], **arguments)
-        if self._exchanges:
-            self.network = accelerator.prepare_model(network, evaluation_mode=True)
-            self.optimizer = accelerator.prepare(optimizer)
-        else:
-            self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        """alone: whether no other network learns."""
+        self.accelerator, self.training, self.alone = accelerator, training, alone
+        self.network, self.optimizer = self._prepared(network, rate)
         self.params = [p for p in self.network.parameters() if p.requires_grad]
+
+    @abstractmethod
+    def _prepared(self, network: nn.Module, rate: float) -> tuple[Any, Any]:
+        """The network and its optimizer. rate: of learning, to begin with."""
 
     @property
     def bare(self) -> nn.Module:
@@ -61,30 +59,17 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    @contextmanager
-    def no_exchange(self) -> Iterator[None]:
+    @abstractmethod
+    def accumulating(self) -> AbstractContextManager[None]:
         """Gradients stay with the process, to be added to."""
-        if self._exchanges:
-            yield
-        else:
-            with self.accelerator.no_sync(self.network):
-                yield
 
+    @abstractmethod
     def backward(self, value: Tensor) -> None:
-        """Adds to the gradients of this network alone. FSDP2 has the graph's leaves to itself; there the
-        others get gradients too, which `Learner.forget` drops."""
-        if self.sharded:
-            self.accelerator.backward(value)
-        else:
-            self.accelerator.backward(value, inputs=self.params)
+        """Adds to the gradients of this network, and perhaps to those of others, which are to be forgotten."""
 
-    def norm(self, most: float | None) -> Tensor:
-        """The norm of the gradients of all processes, which are clipped to `most`; a scalar."""
-        if self._exchanges:
-            _mean([p.grad for p in self.params if p.grad is not None])
-        self.accelerator.unscale_gradients(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, most or float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """The norm of the gradients of all processes, clipped where that is asked for afterwards; a scalar."""
 
     def step(self) -> None:
         self.optimizer.step()
@@ -97,48 +82,121 @@ class Learner:
     # whole tensors, for checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """{"network": by name, "optimizer": by "name/what"}: whole, on the host, nobody else's. Every process
-        must call it; all but the main one get none."""
+        """{"network": by name, "optimizer": by "name/what"}: whole, on the host, nobody else's. All but the
+        main process get none."""
         found: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
-        for name, value in self.bare.state_dict().items():
-            found["network"] |= _named(name, whole(value, self.accelerator))
-        for name, param in self.bare.named_parameters():
-            for what, value in self.optimizer.state.get(param, {}).items():
-                found["optimizer"] |= _named(f"{name}/{what}", whole(value, self.accelerator))
+        for kind, named in (("network", self.bare.state_dict().items()), ("optimizer", self._moments())):
+            for name, value in named:
+                copied = whole(value, self.accelerator)
+                if copied is not None:
+                    found[kind][name] = copied
         return found
 
     def load(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes them back, on any number of processes. found: of the main process; {} in others."""
-        state = self.bare.state_dict()
-        fill(state, found.get("network", {}), self.accelerator)
+        fill(self.bare.state_dict(), found.get("network", {}), self.accelerator)
         keys = [list(found.get("optimizer", {}))]
         broadcast_object_list(keys)
-        moments: dict[str, Tensor] = {}
-        params = dict(self.bare.named_parameters())
-        for key in keys[0]:
-            name, _, what = key.rpartition("/")
-            param = params[name]
-            empty = torch.zeros((), device=param.device) if what == "step" else torch.zeros_like(param)
-            moments[key] = self.optimizer.state[param][what] = empty.detach()
+        moments = {key: self._empty(*_split(key)) for key in keys[0]}
         fill(moments, found.get("optimizer", {}), self.accelerator)
+        for key, value in moments.items():
+            self._set(*_split(key), value)
 
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        for name, param in self.bare.named_parameters():
+            for what, value in self.optimizer.state.get(param, {}).items():
+                yield f"{name}/{what}", value
+
+    def _empty(self, name: str, what: str) -> Tensor:
+        """Of the shape and place of what the optimizer keeps of a parameter."""
+        param = self.bare.get_parameter(name)
+        return torch.zeros((), device=param.device) if what == "step" else torch.zeros_like(param).detach()
+
+    def _set(self, name: str, what: str, value: Tensor) -> None:
+        self.optimizer.state[self.bare.get_parameter(name)][what] = value
+
+    @torch.no_grad()
     def trained(self, averages: Iterable[Tensor]) -> nn.Module:
-        """The network of these weights, as it was before accelerate had it. Every process must call it; under
-        FSDP2 only the main one gets it whole."""
+        """The network of these weights, as it was before accelerate had it; where it is in shards, whole in
+        the main process only."""
         bare = self.bare
-        if self.sharded:
-            found = [whole(value, self.accelerator) for value in averages]
-            if self._whole is None:
-                return bare
-            bare, averages = self._whole, [value for value in found if value is not None]
-        with torch.no_grad():
-            for param, value in zip(bare.parameters(), averages, strict=True):
-                param.copy_(value)
+        for param, value in zip(bare.parameters(), averages, strict=True):
+            param.copy_(value)
         return bare
 
 
-def _named(name: str, value: Tensor | None) -> dict[str, Tensor]:
-    return {} if value is None else {name: value}
+class Copies(Learner):
+    """One process, or several that have a copy each.
+
+    DDP exchanges gradients while they are computed, but in every backward pass through the network, also
+    those for others; so it is used for the only one that learns, and the gradients of several are exchanged
+    after each loss.
+    """
+
+    def _prepared(self, network: nn.Module, rate: float) -> tuple[Any, Any]:
+        self._exchanges = not self.alone and self.accelerator.num_processes > 1
+        wrapped = self.accelerator.prepare_model(network, evaluation_mode=self._exchanges)
+        return wrapped, self.accelerator.prepare(adamw(wrapped, self.training, rate))
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        if self._exchanges:
+            return nullcontext()
+        found: AbstractContextManager[None] = self.accelerator.no_sync(self.network)
+        return found
+
+    def backward(self, value: Tensor) -> None:
+        self.accelerator.backward(value, inputs=self.params)
+
+    def norm(self) -> Tensor:
+        if self._exchanges:
+            _mean([p.grad for p in self.params if p.grad is not None])
+        self.accelerator.unscale_gradients(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.params, self.training.max_grad_norm or float("inf"))
+
+
+class Shards(Learner):
+    """FSDP2: every process has a part of each weight, gradient and moment."""
+
+    def _prepared(self, network: nn.Module, rate: float) -> tuple[Any, Any]:
+        # It turns the network itself into one that is sharded; this one is exported.
+        self._whole = copy.deepcopy(network).cpu() if self.accelerator.is_main_process else None
+        prepared = self.accelerator.prepare(network, adamw(network, self.training, rate))
+        return prepared[0], prepared[1]
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        found: AbstractContextManager[None] = self.accelerator.no_sync(self.network)
+        return found
+
+    def backward(self, value: Tensor) -> None:
+        self.accelerator.backward(value)  # the graph's leaves are its own, and cannot be named
+
+    def norm(self) -> Tensor:
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.training.max_grad_norm or float("inf"))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @torch.no_grad()
+    def trained(self, averages: Iterable[Tensor]) -> nn.Module:
+        found = [whole(value, self.accelerator) for value in averages]
+        if self._whole is None:
+            return self.bare
+        for param, value in zip(self._whole.parameters(), found, strict=True):
+            assert value is not None
+            param.copy_(value)
+        return self._whole
+
+
+def adamw(network: nn.Module, training: Training, rate: float) -> torch.optim.Optimizer:
+    params = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        params, lr=rate, betas=training.betas, weight_decay=training.weight_decay,
+        fused=params[0].device.type in ("cuda", "cpu"),
+    )  # fmt: skip
+
+
+def _split(key: str) -> tuple[str, str]:
+    name, _, what = key.rpartition("/")
+    return name, what
 
 
 @torch.no_grad()

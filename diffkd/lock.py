@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from diffkd.base import UserError
 
 log = logging.getLogger("diffkd")
+FILES = (".lock", ".owner.json")
 
 
 class Lock:
@@ -26,10 +27,11 @@ class Lock:
     ended without letting go; only where a file system has no locks does it decide.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._owner = folder / ".owner.json"
-        self._lock: FileLock | None = FileLock(folder / ".lock")
+    def __init__(self, folder: Path, name: Path, remedy: str) -> None:
+        """name, remedy: what an error calls the place, and says to do about it."""
+        self.folder, self.name, self.remedy = folder, name, remedy
+        lock, self._owner = (folder / file for file in FILES)
+        self._lock: FileLock | None = FileLock(lock)
 
     def take(self) -> None:
         """Raises UserError where another process holds it, naming that."""
@@ -38,7 +40,7 @@ class Lock:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.folder} is in use by {self._named(self._read())}; wait for it, or use another place"
+                f"{self.name} is in use by {self._named(self._read())}; {self.remedy}"
             ) from None
         except NotImplementedError:
             self._lock = None
@@ -46,17 +48,17 @@ class Lock:
         if before is not None:
             if self._lock is None and not _is_gone(before):
                 raise UserError(
-                    f"{self.folder} is in use by {self._named(before)}; wait for it, or where it is gone, "
+                    f"{self.name} is in use by {self._named(before)}; {self.remedy}, or where it is gone, "
                     f"delete {self._owner}"
                 )
-            log.warning("%s was held by %s, which is gone: taken over", self.folder, self._named(before))
+            log.warning("%s was held by %s, which is gone: taken over", self.name, self._named(before))
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
         self._owner.write_text(json.dumps(owner), encoding="utf-8")
 
     def release(self) -> None:
         self._owner.unlink(missing_ok=True)
         if self._lock is not None:
-            (self.folder / ".lock").unlink(missing_ok=True)
+            (self.folder / FILES[0]).unlink(missing_ok=True)
             self._lock.release()
 
     def _read(self) -> dict[str, Any] | None:

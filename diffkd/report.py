@@ -162,7 +162,7 @@ def _summary(measured: _Measured, stages: Stages) -> str:
         name, end = list(stages)[-1], list(stages.values())[-1][-1]
         if end["update"] < end.get("updates", 0):
             said.append(f"The log ends in stage {name}, at update {end['update']} of {end['updates']}.")
-    text = f'<p class="lead">{html.escape(" ".join(said))}</p>'
+    text = f'<p class="lead">{_escaped(" ".join(said))}</p>'
     names = (dict(_flat(r.get("protocol", {}))).get("features.name", "unknown") for r in measured.records())
     for features in dict.fromkeys(names):
         note = f"FID by the feature network “{features}”."
@@ -306,7 +306,8 @@ def _curves_chart(stages: Stages, curves: list[list[tuple[float, float]]], label
         if i:
             axes.axvline(i, color=charts.FAINT, linewidth=0.6)
         axes.plot([i + u for u, _ in points], [v for _, v in points], color=charts.STUDENT, linewidth=1.3)
-    names = [name.removesuffix("-steps").encode("ascii", "replace").decode()[:10] for name in stages]
+    short = (printable(name.removesuffix("-steps")) for name in stages)
+    names = [name.encode("ascii", "replace").decode()[:10] for name in short]
     updates = [records[-1].get("updates") or records[-1]["update"] for records in stages.values()]
     if len(stages) > 1:
         shown = range(0, len(names), -(-len(names) // 10))  # no label on top of another

@@ -52,7 +52,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"out {folder} cannot be made ({error.strerror}); use another out") from error
-        lock = Lock(folder)
+        lock = Lock(folder, folder, "wait for it, or use another out")
         lock.take()
         self._lock = lock
         remove_left(folder, folder / "checkpoints", folder / "students", folder / "samples")

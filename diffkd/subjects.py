@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,15 @@ class Opened(NamedTuple):
 def is_model(path: str) -> bool:
     """Whether it is a pipeline: a folder with a model_index.json, or what only a hub can have."""
     place = Path(path).expanduser()
-    if place.is_dir():
+    if os.path.isdir(place):  # pathlib fails for a name that is too long
         return (place / "model_index.json").is_file()
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
     a_file = place.suffix.lower() in (".npz", ".json", ".yaml", *PICKLES, *SUFFIXES)
-    return not local and not a_file and not place.exists()
+    return not local and not a_file and not os.path.exists(place)
 
 
 def is_there(path: str) -> bool:
-    return path == "digits" or Path(path).expanduser().exists()
+    return path == "digits" or os.path.exists(Path(path).expanduser())
 
 
 def teacher_of(
@@ -207,4 +208,4 @@ def _stock_labels(
 
 def _absolute(path: str) -> str:
     place = Path(path).expanduser()
-    return str(place.resolve()) if place.exists() else path
+    return str(place.resolve()) if os.path.exists(place) else path

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from diffkd.base import UserError, differences
 from diffkd.encoding import start_worker
 from diffkd.files import read_json, write_json
+from diffkd.lock import Lock
 
 RECORD = "diffkd.json"  # how images were drawn, beside them
 LEFT = re.compile(r"\..+\.tmp")  # half written, in the folder of pieces
@@ -71,7 +71,7 @@ class Output(ABC):
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._count = 0  # of the images in it
         self._since = time.monotonic()
-        self._lock: FileLock | None = None
+        self._lock: Lock | None = None
 
     @abstractmethod
     def check(self) -> None:
@@ -109,11 +109,8 @@ class Output(ABC):
     def _take(self) -> None:
         """Holds the lock; what a process that was killed left half written goes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.out} is being written by another process; wait for it") from None
+        lock = Lock(self.folder, self.out, "wait for it")
+        lock.take()
         self._lock = lock
         ours = "|".join(re.escape(path.name) for path in (self.out, self.grid))
         beside = re.compile(rf"\.({ours})\.\d+\.tmp")
@@ -201,7 +198,6 @@ class Output(ABC):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         if self._lock is not None:
-            (self.folder / ".lock").unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
             with contextlib.suppress(OSError):

@@ -27,7 +27,8 @@ from networks import NETWORKS, make, parameters
 
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import Training, run_stage
+from diffkd.training import Training
+from diffkd.engine import run_stage
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
 

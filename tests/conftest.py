@@ -15,11 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from diffkd import base
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     """One: networks of a test are too small to be worth two, which spin where other work shares the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are the own modules of many tests; that they are run is said once, in whichever came first."""
+    monkeypatch.setattr(base, "_announced", {"toy", "wide"})
 
 
 class Outcome(NamedTuple):

@@ -1,6 +1,6 @@
 """Stages trained by several processes, which are forked from one: `python tests/parallel.py JOBS`.
 
-JOBS is a JSON list, of what comes one after another: folder, world (how many processes), fsdp, method (one
+JOBS is a JSON list, of what comes one after another: folder, world (how many processes), kind, method (one
 or two networks), updates, stop_at (the last of the processes is told to). The main process leaves
 student.safetensors, and judge.safetensors, beside the run's own files.
 """
@@ -23,12 +23,19 @@ from torch import nn
 from diffkd import jobs, students
 from diffkd.base import Interrupted
 from diffkd.config import Train
-from diffkd.engine import Training, run_stage
+from diffkd.engine import run_stage
 from diffkd.method import Loss
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
+from diffkd.training import Training
 from tests.test_engine import COSINE, images
 from tests.test_models import student
+
+KINDS = {
+    "copies": {},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
 
 
 class Judge(nn.Module):
@@ -63,12 +70,13 @@ class Two(Progressive):
 
 def work(options: dict[str, Any]) -> None:
     folder = Path(options["folder"])
-    kind = Two if options.get("method") == "two" else Progressive
-    method = kind(steps=[4], updates=options.get("updates", 50), learning_rate=5e-4)
+    networks = Two if options.get("method") == "two" else Progressive
+    method = networks(steps=[4], updates=options.get("updates", 50), learning_rate=5e-4)
     training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
     accelerator = jobs._accelerator(Train(out=folder, data={"kind": "digits"}, training=training))
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    assert (accelerator.num_processes, sharded) == (options["world"], options.get("fsdp", False))
+    kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
+    found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
+    assert found == (options["world"], options.get("kind", "copies")), found
     teacher = student(3, "v_prediction", COSINE)
     pupil = students.copy_of(teacher).requires_grad_(True)
     nets = {"student": pupil, "teacher": teacher.requires_grad_(False), **method.networks(teacher, pupil)}
@@ -87,7 +95,7 @@ def work(options: dict[str, Any]) -> None:
         run.close()
     if accelerator.is_main_process:
         save_file(pupil.network.state_dict(), folder / "student.safetensors")
-        if "judge" in nets and not sharded:
+        if "judge" in nets and found[1] == "copies":
             save_file(nets["judge"].state_dict(), folder / "judge.safetensors")
 
 
@@ -97,8 +105,7 @@ def process(options: dict[str, Any], rank: int, port: int) -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options["world"]),
         "LOCAL_WORLD_SIZE": str(options["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    if options.get("fsdp"):
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ |= KINDS[options.get("kind", "copies")]
     try:
         work(options)
         sys.stdout.flush()

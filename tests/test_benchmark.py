@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -15,9 +16,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from diffkd import cards, charts, models, samplers
+from diffkd import cards, charts, evaluating, models, samplers
 from tests.refusals import refuse, tree
 
 CONFIG: dict[str, Any] = {
@@ -266,8 +268,10 @@ def test_agreement_beside_stock(run, here):
 
 def test_the_same_again_from_its_records(run, cli):
     run()
-    code, out, err = cli("evaluate", "--repeat", "runs/bench/metrics.json")
-    assert (code, err) == (0, "") and " now" not in out
+    console = Console(file=io.StringIO(), width=1000)
+    assert evaluating.repeat(Path("runs/bench/metrics.json"), console, features_name="toy.Quarters")
+    out = console.file.getvalue()
+    assert " now" not in out
     for record in records():
         for key in ("fid", "kid", "kid_std"):
             assert f"{key} {record[key]!r}: the same to the last digit" in out

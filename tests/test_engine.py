@@ -13,13 +13,14 @@ from diffkd import checkpoints, engine, students
 from diffkd.base import Interrupted, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import Training, derived_seed, run_stage
+from diffkd.engine import derived_seed, run_stage
 from diffkd.files import sha256
 from diffkd.method import Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
 from diffkd.schedules import Schedule
+from diffkd.training import Training
 from diffkd.watch import NonFinite, Watch
 from tests.test_models import student
 

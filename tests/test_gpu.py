@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from diffkd import models, students
 from diffkd.encoding import read_image
-from diffkd.engine import Training, run_stage
+from diffkd.engine import run_stage
 from diffkd.generation import generate
 from diffkd.methods.progressive import Progressive, target
 from diffkd.metrics import Evaluation, Evaluator
@@ -17,6 +17,7 @@ from diffkd.metrics.sources import parse
 from diffkd.metrics.targets import model_target
 from diffkd.runs import Run
 from diffkd.schedules import Schedule
+from diffkd.training import Training
 from tests.test_engine import images, run_one, weights
 from tests.test_models import student
 

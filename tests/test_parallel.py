@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,18 +20,20 @@ from tests.test_jobs import CONFIG, TEACHER, network, same
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-LAYOUTS = {
-    "1x4": (1, False),
-    "2x2": (2, False),
-    "4x1": (4, False),
-    "fsdp-2x2": (2, True),
-    "fsdp-4x1": (4, True),
-}
+LAYOUTS = {  # processes x micro-batches of each: (processes, what they have of the weights)
+    "1x4": (1, "copies"), "2x2": (2, "copies"), "4x1": (4, "copies"),
+    "fsdp-2x2": (2, "fsdp"), "fsdp-4x1": (4, "fsdp"),
+}  # fmt: skip
+if importlib.util.find_spec("deepspeed"):
+    ZERO = {"deepspeed-2x2": (2, "deepspeed"), "deepspeed-4x1": (4, "deepspeed")}
+else:
+    ZERO = {}
 
 
 def together(*jobs):
     """tests/parallel.py; in one process that forks, as most of a process's time is imports."""
-    environment = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(ROOT / "tests/parallel.py"), json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -52,17 +55,18 @@ def log(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["one", "two"])
 def test_the_same_however_it_is_spread(tmp_path, method):
-    """Four micro-batches in 1, 2 or 4 processes, copies or shards: 50 updates, the table of docs/reliability.md.
+    """Four micro-batches in 1, 2 or 4 processes, copies or shards: the table of docs/reliability.md.
 
     What is left is the order of a sum of four, which Adam makes larger where a gradient is nearly nothing.
     """
+    layouts = LAYOUTS | (ZERO if method == "one" else {})
     together(
-        *({"folder": str(tmp_path / name), "world": world, "fsdp": fsdp, "method": method}
-          for name, (world, fsdp) in LAYOUTS.items())
+        *({"folder": str(tmp_path / name), "world": world, "kind": kind, "method": method}
+          for name, (world, kind) in layouts.items())
     )  # fmt: skip
     whole = log(tmp_path / "1x4")
     assert len(whole) == 8
-    for name in LAYOUTS:
+    for name in layouts:
         records = log(tmp_path / name)
         weights = apart(tmp_path / "1x4/student.safetensors", tmp_path / name / "student.safetensors")
         worst = {
@@ -81,23 +85,33 @@ def test_the_same_however_it_is_spread(tmp_path, method):
 
 
 @pytest.mark.slow
-def test_a_stop_and_another_number_of_processes(tmp_path):
+@pytest.mark.parametrize("method", ["one", "two"])
+def test_a_stop_and_another_number_of_processes(tmp_path, method):
     """Stopped after update 23 of 30 by a signal to one process; resumed as it was, and by other numbers."""
+    one, two, fsdp, zero = (1, "copies"), (2, "copies"), (2, "fsdp"), (2, "deepspeed")
     ways = {
-        "whole": [(2, False)], "whole-fsdp": [(2, True)], "same": [(2, False), (2, False)],
-        "same-fsdp": [(2, True), (2, True)], "2-1": [(2, False), (1, False)], "1-2": [(1, False), (2, False)],
-        "fsdp-2-1": [(2, True), (1, False)], "1-fsdp-2": [(1, False), (2, True)],
+        "whole": [two], "whole-fsdp": [fsdp], "same": [two, two], "same-fsdp": [fsdp, fsdp],
+        "2-1": [two, one], "1-2": [one, two], "fsdp-1": [fsdp, one], "1-fsdp": [one, fsdp],
     }  # fmt: skip
+    if ZERO and method == "one":
+        ways |= {
+            "whole-zero": [zero],
+            "same-zero": [zero, zero],
+            "zero-1": [zero, one],
+            "fsdp-zero": [fsdp, zero],
+        }
     jobs = []
     for name, parts in ways.items():
-        for part, (world, fsdp) in enumerate(parts):
+        for part, (world, kind) in enumerate(parts):
             stop = 23 if len(parts) == 2 and part == 0 else None
-            job = {"folder": str(tmp_path / name), "world": world, "fsdp": fsdp, "stop_at": stop}
-            jobs.append({**job, "updates": 30, "method": "two"})
+            job = {"folder": str(tmp_path / name), "world": world, "kind": kind, "stop_at": stop}
+            jobs.append({**job, "updates": 30, "method": method})
     together(*jobs)
     student = {name: tmp_path / name / "student.safetensors" for name in ways}
     assert same(load_file(student["whole"]), load_file(student["same"]))
-    assert same(load_file(student["whole-fsdp"]), load_file(student["same-fsdp"]))
+    for kind in ("fsdp", "zero"):
+        if f"same-{kind}" in ways:
+            assert same(load_file(student[f"whole-{kind}"]), load_file(student[f"same-{kind}"])), kind
     whole = log(tmp_path / "whole")
     for name in ways:
         assert apart(student["whole"], student[name]) < 1e-6, name

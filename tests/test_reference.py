@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from diffkd import metrics
+from diffkd import evaluating, metrics
 from diffkd.data import Digits
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import parse
@@ -195,10 +196,13 @@ def test_a_file_of_others_in_other_numbers(measure, here, dtype):
 
 
 def test_features_are_those_of_the_file(cli, here, stats):
-    """Where none are named."""
+    """Where none are named, and they are diffkd's own: a file does not get to name code."""
+    assert cli("stats", "real", "--features", "digits", "--out", "digits.npz").code == 0
+    code, out, _ = cli("evaluate", "images", "--reference", "digits.npz", "--json")
+    assert code == 0 and json.loads(out)["protocol"]["features"]["name"] == "digits"
     stats()
-    code, out, _ = cli("evaluate", "images", "--reference", "ref.npz", "--json")
-    assert code == 0 and json.loads(out)["protocol"]["features"]["name"] == "toy.Quarters"
+    code, out, err = cli("evaluate", "images", "--reference", "ref.npz", "--json")
+    assert (code, out) == (2, "") and "name it: --features toy.Quarters" in err
 
 
 def test_digits_in_every_form(cli, here, measure):
@@ -293,7 +297,7 @@ def test_other_features_of_the_same_number(here, refused, measure, stats, featur
     x = x**2 if features == "toy.Others" else 2 * x
     assert found["fid"] == pytest.approx(fid(x, real.mean(0), np.cov(real, rowvar=False)), abs=1e-9)
     assert found["protocol"]["evaluation"]["allow_mismatch"] is True
-    assert cli("evaluate", "--repeat", "r.json").code == 0
+    assert evaluating.repeat(Path("r.json"), Console(quiet=True), features_name=features)
     plain = ["evaluate", "images", "--reference", "ref.npz", "--features", features, "--allow-mismatch"]
     code, out, _ = cli(*plain)
     assert code == 0 and "compare with no others" in out

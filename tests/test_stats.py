@@ -220,8 +220,9 @@ def test_one_that_evaluate_reads(cli, here, compute):
     """With it the distance of the images to themselves is none, and every metric of stored features works."""
     compute("images", "--store-features")
     code, out, err = cli(
-        "evaluate", "images", "--reference", "ref.npz", "--metrics", "fid,kid,prdc", "--json"
-    )
+        "evaluate", "images", "--reference", "ref.npz", "--metrics", "fid,kid,prdc", "--json",
+        "--features", "toy.Quarters",
+    )  # fmt: skip
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["fid"] == pytest.approx(0, abs=1e-12) and found["protocol"]["reference"]["count"] == 30

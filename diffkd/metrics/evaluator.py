@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.base import UserError
+from diffkd.environment import commit, versions
 from diffkd.metrics import features, sampling_error
 from diffkd.metrics.agreement import Agreement
 from diffkd.metrics.collect import SPLIT_SEED, Collector, Pixels
@@ -21,7 +22,6 @@ from diffkd.metrics.manifold import density_coverage, precision_recall
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.targets import Target
-from diffkd.environment import commit, versions
 
 MAIN, DINO, CLIP = "main", "dinov2", "clip"  # feature networks: the config's, and two for a metric each
 STORED_REAL = {"kid": MAIN, "prdc": MAIN, "cmmd": CLIP}  # metrics that need every feature of the reference

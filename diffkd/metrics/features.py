@@ -45,8 +45,8 @@ def load(
 
 
 def check_named(name: str, where: object) -> None:
-    """Raises UserError where a file, and not the user, names a network of somebody's own: to load it is to run
-    its code."""
+    """Raises UserError where a file, and not the user, names a network of somebody's own: to load it runs its
+    code."""
     if name not in NAMES:
         raise UserError(
             f"{where} is by the features {name!r}, code that a file does not get to run; "

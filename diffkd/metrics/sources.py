@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,10 +77,11 @@ def parse(
         return Digits(kind="digits")
     if path.suffix.lower() == ".npz" or path.suffix.lower() in PICKLES:
         return File(path=path)
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if path.is_dir() and not saved:
+    # os.path says no of a name that can be none's, and pathlib fails
+    saved = any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json"))
+    if os.path.isdir(path) and not saved:
         return ImageFolder(path=path, resize=resize)
-    if path.exists() and not saved:
+    if os.path.exists(path) and not saved:
         raise UserError(f"{text} is no .npz, folder or data set; give one of these, or digits")
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
         raise UserError(f"{text} is not there; give digits, an .npz, a folder, or a data set (owner/name)")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffkd.base import UserError, quoted, reason
-from diffkd.metrics.frechet import Gaussian, checked, gaussian
 from diffkd.files import new_file
+from diffkd.metrics.frechet import Gaussian, checked, gaussian
 
 BLOCK = 512  # rows of features that are summed at a time
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,17 +194,16 @@ def _transformers(kind: Kind) -> ModuleType:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UserError(
-            f"feature network {kind.name} needs transformers ({reason(error)}); "
-            "pip install 'diffkd[dino]'"
+            f"feature network {kind.name} needs transformers ({reason(error)}); pip install 'diffkd[dino]'"
         ) from error
 
 
 def _folder(kind: Kind, weights: str) -> Path:
     """The local folder of the weights; downloads a hub id's config and safetensors."""
     path = Path(weights)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists() or weights.count("/") != 1 or weights.startswith((".", "/", "~")):
+    if os.path.exists(path) or weights.count("/") != 1 or weights.startswith((".", "/", "~")):
         raise UserError(f"{weights} is neither a folder nor a hub id (owner/name); check the path")
     from huggingface_hub import snapshot_download
 
@@ -220,6 +220,8 @@ def _folder(kind: Kind, weights: str) -> Path:
 
 def _check(kind: Kind, weights: str, folder: Path) -> None:
     """UserError, with a remedy, for what from_pretrained would take, guess at, or refuse without one."""
+    from diffkd.models.files import check_index  # it brings diffusers, and that transformers
+
     try:
         config = from_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -230,14 +232,15 @@ def _check(kind: Kind, weights: str, folder: Path) -> None:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type not in kind.model_types:
         raise UserError(
-            f"{weights} is of model_type {quoted(model_type)}, not {kind.model_types[0]!r}, by its config.json; "
-            f"give the weights of a {kind.architecture}, such as {kind.hub_id}"
+            f"{weights} is of model_type {quoted(model_type)}, not {kind.model_types[0]!r}, by its "
+            f"config.json; give the weights of a {kind.architecture}, such as {kind.hub_id}"
         )
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         raise UserError(
             f"{weights} has no model.safetensors, and pickled weights are not loaded: they can run code; "
             f"if you trust them, run {_recipe(kind, weights)} and give DIR"
         )
+    check_index(folder)
 
 
 def _recipe(kind: Kind, weights: str) -> str:

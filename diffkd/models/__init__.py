@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,19 @@ def card(folder: Path) -> dict[str, Any]:
 def folder_of(path_or_hub_id: str | Path) -> Path:
     """The local folder of a pipeline; downloads a hub id's configs and safetensors."""
     path = Path(path_or_hub_id)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib fails for a name that is too long
         if not (path / files.INDEX).is_file():
             raise UserError(
                 f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it"
             )
         return path
+    if path.suffix.lower() in files.PICKLED and os.path.isfile(path):
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened; where you trust it, open it with "
+            "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give that"
+        )
     if (
-        path.exists()
+        os.path.exists(path)
         or str(path_or_hub_id).count("/") != 1
         or str(path_or_hub_id).startswith((".", "/", "~"))
     ):

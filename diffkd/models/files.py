@@ -37,16 +37,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(place: Path, name: str) -> None:
-    """Raises UserError where a component has no safetensors, or an index of them that names other files."""
+    """Raises UserError where a component has no safetensors, or an index that `check_index` refuses."""
     if not any(place.glob("*.safetensors")):
         pickled = sorted(p.name for p in place.glob("*") if p.suffix in PICKLED)
         there = f", only {pickled[0]}" if pickled else ""
         raise UserError(
-            f"{name} has no safetensors weights ({place / WEIGHTS}){there}, and pickled ones are never opened; "
-            "where the source is trusted, convert them with "
+            f"{name} has no safetensors weights ({place / WEIGHTS}){there}, and pickled ones are never "
+            "opened; where the source is trusted, convert them with "
             "pipeline.save_pretrained(folder, safe_serialization=True)"
         )
-    for index in place.glob("*.index.json"):
+    check_index(place)
+
+
+def check_index(place: Path) -> None:
+    """Raises UserError where an index of weights in several files names others than those beside it."""
+    for index in place.glob("*.safetensors.index.json"):
         files = read_json(index).get("weight_map")
         for file in files.values() if isinstance(files, dict) else [files]:
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
@@ -99,10 +104,11 @@ def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
             continue
         place, library = folder / component, entry[0]
         kind = getattr(diffusers, str(entry[-1]), None) if library == "diffusers" else None
-        if len(entry) != 2 or not inspect.isclass(kind) or Path(component).name != component:
+        own = (place / f"{library}.py").is_file()  # would be run in the library's place
+        if len(entry) != 2 or not inspect.isclass(kind) or Path(component).name != component or own:
             raise UserError(
-                f"{name} has {quoted(component)} of {quoted(entry)}, and only classes of diffusers are opened: "
-                "any other could run code of the pipeline's"
+                f"{name} has {quoted(component)} of {quoted(entry)}{' in a file of its own' * own}, and only "
+                "classes of diffusers are opened: any other could run code of the pipeline's"
             )
         if issubclass(kind, diffusers.ModelMixin):
             check_weights(place, name)

@@ -101,9 +101,9 @@ class UNet2D(Strict):
 def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -> Denoiser:
     """The pipeline in `folder` as a Denoiser in float32. name: how the user called it."""
     entry = index.get("unet")
-    if not isinstance(entry, list) or entry[-1] != "UNet2DModel":
+    if not isinstance(entry, list) or entry[-1:] != ["UNet2DModel"]:
         raise UserError(
-            f"{name} has a network of type {entry}, which is not supported; supported is UNet2DModel"
+            f"{name} has a network of type {quoted(entry)}, which is not supported; supported is UNet2DModel"
         )
     network = _network(folder, name)
     if network.config.time_embedding_type != "positional":

@@ -1,0 +1,257 @@
+"""Kills short digits distillations at random moments until they end, and compares what they leave, byte for byte,
+with runs that nobody killed.
+
+    python scripts/torture.py --kills 40
+
+Half of the runs are of one process, half of two. A kill is SIGKILL, now and then SIGTERM, to one process: after a
+random time, in an update between the gradient and the step, in an evaluation between two batches, or at a fault
+point: just before one of the file operations (open, rename, remove, ...) in checkpoints/, students/, samples/, the
+teacher's folder, metrics.json or log.jsonl. The last line says what was done; exit status 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MEASURED = {  # of a machine's moods, not of the run
+    "images_per_second", "peak_memory_gb", "seconds", "peak_memory_bytes", "created", "device", "commit",
+}  # fmt: skip
+TEACHER = {
+    "out": "runs/teacher",
+    "data": {"kind": "digits"},
+    "model": {"channels": [8, 16], "norm_groups": 4},
+    "denoising": {"updates": 10, "learning_rate": 1e-3, "warmup": 0},
+    "training": {"batch_size": 16, "micro_batches": 2, "log_every": 4, "checkpoint_every": 3},
+    "evaluation": {"samples": 48, "batch_size": 8, "teacher_steps": [4]},
+    "pictures": 16,
+}
+DISTILL = {
+    "out": "runs/students",
+    "teacher": {"train": "teacher.yaml"},
+    "data": {"kind": "digits"},
+    "method": {"name": "progressive", "steps": [4, 2, 1], "updates": [10, 10, 12], "warmup": 0},
+    "training": TEACHER["training"],
+    "evaluation": TEACHER["evaluation"],
+    "pictures": 16,
+}
+PLACES = ("checkpoints", "students", "samples", "teacher/teacher", "metrics.json", "log.jsonl")
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+
+
+# in the process that is killed ------------------------------------------------------------------------
+
+
+def child(fault: dict[str, Any], arguments: list[str]) -> None:
+    """`diffkd` with a fault in it. fault: kind, signal, rank, and what the kind needs."""
+    from diffkd import cli, engine, session
+
+    def strike() -> None:
+        Path(fault["struck"]).touch()
+        os.kill(os.getpid(), fault["signal"])
+
+    counts: Counter[str] = Counter()
+
+    def count(kind: str, where: str = "") -> None:
+        if kind == fault["kind"] and where == fault.get("place", ""):
+            counts[kind] += 1
+            if counts[kind] == fault["at"]:
+                strike()
+
+    if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
+        pass
+    elif fault["kind"] == "time":
+        check = session.check
+
+        def begun(*args: Any) -> None:  # not while torch is imported
+            threading.Timer(fault["at"], strike).start()
+            check(*args)
+
+        session.check = begun
+    elif fault["kind"] == "disk":
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event in CHANGES and args and isinstance(args[0], (str, os.PathLike)):
+                path = os.fspath(args[0])
+                if "runs/" in path and not (event == "open" and args[1] == "r"):
+                    count("disk", next((place for place in PLACES if f"/{place}" in path), "?"))
+
+        sys.addaudithook(hook)
+    elif fault["kind"] == "update":
+        agreed = engine._agreed
+
+        def between(*args: Any) -> Any:
+            count("update")
+            return agreed(*args)
+
+        engine._agreed = between
+    elif fault["kind"] == "evaluation":
+        counted = session.Session._counted
+
+        def watched(self: Any, advance: Any) -> Any:
+            on_images = counted(self, advance)
+
+            def passed(more: int) -> None:
+                count("evaluation")
+                on_images(more)
+
+            return passed
+
+        session.Session._counted = watched  # type: ignore[method-assign]
+    sys.argv = ["diffkd", *arguments]
+    cli.main()
+
+
+# the runs ---------------------------------------------------------------------------------------------
+
+
+def command(processes: int, fault: dict[str, Any]) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, __file__, "--child", json.dumps(fault), "distill", "distill.yaml"]
+
+
+def start(folder: Path, processes: int, fault: dict[str, Any]) -> tuple[int, str]:
+    """One attempt; its exit status and what it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command(processes, fault), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stderr
+
+
+def prepare(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+    (folder / "distill.yaml").write_text(yaml.safe_dump(DISTILL))
+    return folder
+
+
+def draw(rng: random.Random, processes: int) -> dict[str, Any]:
+    kind = rng.choice(["time", "disk", "disk", "disk", "update", "evaluation"])
+    fault: dict[str, Any] = {
+        "kind": kind,
+        "signal": int(signal.SIGTERM if rng.random() < 0.15 else signal.SIGKILL),
+        "rank": rng.randrange(processes),
+    }
+    if kind == "time":
+        return {**fault, "at": rng.uniform(0, 1.5)}
+    if kind == "disk":  # the main process alone writes
+        return {**fault, "rank": 0, "place": rng.choice(PLACES), "at": rng.randint(1, 12)}
+    return {**fault, "at": rng.randint(1, 12)}
+
+
+# comparison -------------------------------------------------------------------------------------------
+
+
+def unmeasured(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: unmeasured(inner) for key, inner in value.items() if key not in MEASURED}
+    return [unmeasured(inner) for inner in value] if isinstance(value, list) else value
+
+
+def content(path: Path) -> Any:
+    """Bytes; of JSON, its values without what was measured."""
+    if path.suffix == ".jsonl":
+        return [unmeasured(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".json":
+        return unmeasured(json.loads(path.read_text()))
+    return path.read_bytes()
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """What must be the same: all but the page and the description of a machine. Also left-overs."""
+    return {
+        str(path.relative_to(folder)): path
+        for path in sorted((folder / "runs").rglob("*"))
+        if path.is_file() and path.name not in ("report.html", "environment.json")
+    }
+
+
+def differences(whole: Path, tortured: Path) -> tuple[int, list[str]]:
+    """How many files were compared, and which differ. The checkpoints that both have are compared: a signal that
+    saves one more pushes one out."""
+    one, two = files(whole), files(tortured)
+    for every, other in ((one, two), (two, one)):
+        for name in [name for name in every if "/checkpoints/" in name and name not in other]:
+            del every[name]
+    different = sorted(one.keys() ^ two.keys())
+    same = sorted(one.keys() & two.keys())
+    if not any("/checkpoints/" in name for name in same):
+        different.append("no common checkpoint")
+    return len(same), different + [name for name in same if content(one[name]) != content(two[name])]
+
+
+def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
+    """Returns how many files differ."""
+    rng = random.Random(seed)
+    done: Counter[str] = Counter()
+    runs = compared = 0
+    different: list[str] = []
+    for processes, share in ((1, kills - kills // 2), (2, kills // 2)):
+        now = prepare(place / "now")  # always the same: records say where a model is
+        never = {"kind": "never"}
+        status, err = start(now, processes, never)
+        if status:
+            raise SystemExit(f"the run that nobody kills ended with {status}: {err}")
+        whole = now.rename(place / f"whole-{processes}")
+        left = share
+        while left:
+            runs += 1
+            now, status = prepare(place / "now"), 1
+            while status:
+                fault = draw(rng, processes) if left else never
+                struck = now / "struck"
+                struck.unlink(missing_ok=True)
+                status, err = start(now, processes, {**fault, "struck": str(struck)})
+                if struck.exists():
+                    left -= 1
+                    kind = f"{fault['kind']} {fault.get('place', '')}".strip()
+                    done[kind] += 1
+                    say(f"{processes} process(es), run {runs}: {signal.Signals(fault['signal']).name}, {kind}")
+                elif status:
+                    raise SystemExit(f"run {runs} ended with {status} though nothing was killed: {err}")
+            count, wrong = differences(whole, now.rename(place / f"run-{runs}"))
+            compared += count
+            different += [f"run-{runs}/{name}" for name in wrong]
+    for name in different:
+        say(f"differs: {name}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+    say(f"{sum(done.values())} kills ({kinds}) in {runs} runs: {compared} files compared, {len(different)} differences")
+    return len(different)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(json.loads(sys.argv[2]), sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="keep the runs here; default nowhere")
+    options = parser.parse_args()
+    place = options.out or Path(tempfile.mkdtemp())
+    try:
+        wrong = torture(options.kills, options.seed, place.resolve())
+    finally:
+        if options.out is None:
+            shutil.rmtree(place)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

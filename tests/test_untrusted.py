@@ -1,0 +1,1016 @@
+"""Files from outside are not trusted: no code of theirs runs, no name of theirs leads elsewhere or reaches a
+terminal as it is, and no secret is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import re
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import diffkd
+from diffkd import (
+    base,
+    benchmarking,
+    cards,
+    config,
+    data,
+    evaluating,
+    method,
+    models,
+    report,
+    sampling,
+    tables,
+)
+from diffkd.base import UserError, line, masked, printable
+from diffkd.metrics import features, sources
+from diffkd.metrics.evaluation import Evaluation
+from diffkd.metrics.reference import Reference
+from diffkd.metrics.statistics import read_npz
+from diffkd.metrics.vision import DINOv2
+from diffkd.subjects import Subject
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def exploded(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("canary") / "exploded"
+
+
+@pytest.fixture
+def code(exploded) -> str:
+    """A module that says that it was run."""
+    return (
+        f"from pathlib import Path\nPath({str(exploded)!r}).touch()\nimport torch\n"
+        "class Mine(torch.nn.Module):\n    num_features = 3\n"
+        "    def forward(self, x): return x.flatten(2).double().mean(2).expand(-1, 3)\n"
+    )
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+# weights and code -----------------------------------------------------------------------------------------
+
+
+def test_no_code_of_ours_trusts_remote_code():
+    for path in Path(diffkd.__file__).parent.rglob("*.py"):
+        assert "trust_remote_code" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
+@pytest.mark.parametrize("way", [models.load, models.open_stock])
+def test_a_folder_of_pickles_alone(tmp_path, make_pipeline, exploded, suffix, way):
+    folder = make_pipeline(tmp_path)
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).with_suffix(suffix).write_bytes(pickle.dumps(Canary(exploded)))
+    with pytest.raises(
+        UserError, match=r"no safetensors.*save_pretrained\(folder, safe_serialization=True\)"
+    ):
+        way(folder)
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".CKPT"])
+def test_a_pickle_as_a_model(tmp_path, exploded, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps(Canary(exploded)))
+    with pytest.raises(UserError, match="pickle.*safe_serialization=True"):
+        models.load(path)
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize(
+    "unet",
+    [["mine", "Mine"], ["mine_on_the_path", "Mine"], ["os", "system"], ["transformers", "AutoModel"],
+     ["diffusers", "utils"], ["pipelines", "Mine"], ["diffusers"], [["mine"], "Mine"], ["diffusers", 3]],
+)  # fmt: skip
+def test_components_that_are_not_diffusers_own(tmp_path, make_pipeline, exploded, code, monkeypatch, unet):
+    folder = make_pipeline(tmp_path)
+    for place in ("unet/mine.py", "mine.py", "pipeline.py", "unet/pipeline.py"):
+        (folder / place).write_text(code)
+    (tmp_path / "mine_on_the_path.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "unet": unet}))
+    with pytest.raises(UserError, match="only classes of diffusers|cannot be opened"):
+        models.open_stock(folder)
+    with pytest.raises(UserError):
+        models.load(folder)
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize("name", [["pipeline", "Mine"], ["pipeline.py", "Mine"], "pipeline", None, 3])
+def test_a_pipeline_that_is_its_own_class(tmp_path, make_pipeline, exploded, code, name):
+    folder = make_pipeline(tmp_path)
+    (folder / "pipeline.py").write_text(code)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+    for way in (models.load, models.open_stock):
+        with pytest.raises(UserError, match="not supported|has not"):
+            way(folder)
+    assert not exploded.exists()
+
+
+def test_code_beside_a_pipeline_does_not_matter(tmp_path, make_pipeline, exploded, code):
+    folder = make_pipeline(tmp_path)
+    for place in ("pipeline.py", "unet/unet.py", "diffusers.py", "unet/model.py"):
+        (folder / place).write_text(code)
+    assert models.load(folder).shape == (1, 8, 8)
+    assert type(models.open_stock(folder)).__name__ == "DDIMPipeline"
+    assert not exploded.exists()
+
+
+@pytest.mark.parametrize("component", ["unet", "scheduler"])
+def test_code_in_the_place_of_diffusers(tmp_path, make_pipeline, exploded, code, component):
+    """diffusers opens <component>/<library>.py before the library itself; older versions ask nobody."""
+    folder = make_pipeline(tmp_path)
+    (folder / component / "diffusers.py").write_text(code)
+    with pytest.raises(UserError, match="in a file of its own"):
+        models.open_stock(folder)
+    assert models.load(folder).shape == (1, 8, 8)  # which asks diffusers for two classes by name
+    assert not exploded.exists()
+
+
+def test_a_map_to_code_in_a_config_of_transformers(tmp_path, exploded, code):
+    from transformers import Dinov2Config, Dinov2Model
+
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 14,
+        "patch_size": 7,
+    }
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path)
+    known = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "mine.py").write_text(code)
+    mapped = {name: "mine.Mine" for name in ("AutoConfig", "AutoModel", "AutoBackbone")}
+    (tmp_path / "config.json").write_text(json.dumps({**known, "auto_map": mapped}))
+    assert DINOv2(tmp_path).num_features == 8
+    assert not exploded.exists()
+
+
+def sharded(folder: Path, name: str) -> None:
+    """The weights in two files, by an index that says where."""
+    tensors = load_file(folder / WEIGHTS)
+    last = list(tensors)[-1]
+    index = {"metadata": {}, "weight_map": {key: "a.safetensors" for key in tensors} | {last: name}}
+    beside = {key: value for key, value in tensors.items() if key != last}
+    save_file(beside, folder / "unet/a.safetensors", {"format": "pt"})
+    save_file({last: tensors[last]}, (folder / "unet" / name).resolve(), {"format": "pt"})
+    (folder / WEIGHTS).rename(folder / "unet/whole.safetensors.not")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files(tmp_path, make_pipeline):
+    folder = make_pipeline(tmp_path)
+    before = models.load(folder).network.state_dict()
+    sharded(folder, "b.safetensors")
+    for key, value in models.load(folder).network.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "../../outside.safetensors", "b.bin", "absolute"])
+def test_an_index_does_not_lead_out_of_the_folder(tmp_path, make_pipeline, name):
+    folder = make_pipeline(tmp_path)
+    sharded(folder, str(tmp_path / "x.safetensors") if name == "absolute" else name)
+    for way in (models.load, models.open_stock):
+        with pytest.raises(UserError, match="no safetensors file beside it"):
+            way(folder)
+
+
+def test_an_index_of_features_does_not_lead_out_of_the_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    index = {"metadata": {}, "weight_map": {"x": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no safetensors file beside it"):
+        DINOv2(tmp_path)
+
+
+def test_what_is_fetched_of_a_hub(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        raise OSError("fetched nothing")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for fetch in (models.load, models.open_stock, DINOv2):
+        with pytest.raises(UserError, match="fetched nothing"):
+            fetch("some/body")
+    assert asked and all(pattern.endswith((".json", ".safetensors")) for pattern in asked)
+
+
+def test_a_stock_pipeline_is_not_filled_up_with_random_weights(tmp_path, make_pipeline):
+    folder = make_pipeline(tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop("conv_in.weight")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match="parameters and the weights are"):
+        models.open_stock(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_out_channels": [10**9, 10**9]}, {"block_out_channels": [2**20] * 2}, {"layers_per_block": 10**9},
+     {"block_out_channels": [-8, 16]}, {"in_channels": 10**12}, {"sample_size": 10**9}, {"sample_size": "8"},
+     {"sample_size": [8, 8, 8]}, {"num_class_embeds": 10**9}, {"block_out_channels": [8] * 10_000},
+     {"sample_size": float("nan")}, {"norm_num_groups": 0}, {"dropout": "x"}],
+)  # fmt: skip
+def test_a_network_of_absurd_size_takes_no_memory(tmp_path, make_pipeline, changes):
+    folder = make_pipeline(tmp_path)
+    known = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**known, **changes}))
+    started = time.monotonic()
+    with pytest.raises(UserError):
+        models.load(folder)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_train_timesteps": 10**9}, {"num_train_timesteps": 0}, {"num_train_timesteps": 2.5},
+     {"trained_betas": [0.1] * 200_000}, {"trained_betas": ["x"]}, {"trained_betas": [float("nan")]},
+     {"beta_start": "x", "beta_schedule": "linear"}, {"beta_start": 7.0, "beta_schedule": "linear"},
+     {"clip_sample": True, "clip_sample_range": "x"}, {"clip_sample": True, "clip_sample_range": -1}],
+)  # fmt: skip
+def test_a_schedule_of_absurd_numbers(tmp_path, make_pipeline, changes):
+    folder = make_pipeline(tmp_path)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError):
+        models.load(folder)
+
+
+# YAML -----------------------------------------------------------------------------------------------------
+
+TRAIN = "out: run\ndata: {kind: digits}\n"
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> config.Train:
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    return config.load(tmp_path / "a.yaml", config.Train, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "number"),
+    [("seed: 1\nseed: 2\n", "seed", 4), ("model:\n  layers: 1\n  dropout: 0.1\n  layers: 2\n", "layers", 6),
+     ("out: again\n", "out", 3), ("evaluation: {metrics: [fid], metrics: [kid]}\n", "metrics", 3)],
+)  # fmt: skip
+def test_a_key_given_twice_is_named_with_its_line(tmp_path, text, key, number):
+    with pytest.raises(UserError, match=f"key {key} is given twice, line {number}"):
+        read(tmp_path, TRAIN + text)
+
+
+def test_a_key_given_twice_in_an_override(tmp_path):
+    with pytest.raises(UserError, match="key layers is given twice"):
+        read(tmp_path, TRAIN, "model={layers: 1, layers: 2}")
+
+
+def test_aliases_and_merged_keys_work(tmp_path):
+    text = "out: run\ndata: {kind: digits}\nmodel: &m {channels: [8], norm_groups: 4}\n"
+    assert read(tmp_path, text).model.channels == [8]
+    merged = text + "denoising: &d {updates: 7}\ntraining: {batch_size: 3}\n"
+    merged = merged.replace("model: &m", "model: &m").replace(
+        "{updates: 7}", "{<<: {updates: 6}, updates: 7}"
+    )
+    assert read(tmp_path, merged).denoising.updates == 7
+
+
+LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x]\n" + LAUGHS,
+        "a0: &a0 {x: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"),
+        "a: &a [*a]\n",
+        "a: &a {b: *a}\n",
+        "[" * 100_000,
+        "{a: " * 5_000,
+        "- " * 50_000,
+        "data: " + "[" * 60 + "]" * 60 + "\n",
+        "x" * (2 << 20),
+        "seed: 2020-13-45\n",
+        "seed: 0x_\n",
+        "seed: " + "9" * 10_000 + "\n",
+        "seed: !!python/object/apply:os.system [true]\n",
+        "seed: !!int ''\n",
+        "seed: !!float _\n",
+    ],
+    ids=["laughs", "merged laughs", "recursive", "recursive keys", "deep", "deep keys", "dashes", "nested",
+         "long",
+         "date", "hexadecimal", "digits", "python", "empty int", "empty float"],
+)  # fmt: skip
+def test_yaml_that_means_harm_is_one_line_and_soon(tmp_path, text):
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        read(tmp_path, text if text.startswith(("[", "{", "-", "x")) else TRAIN + text)
+    assert time.monotonic() - started < 5
+    assert "a.yaml" in str(error.value) or "config key" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=true", "training.batch_size=true", "denoising.learning_rate=true", "model.channels=[8, true]",
+     "evaluation.labels=[false]", "evaluation.samples=true", "data={kind: folder, path: x, size: true}",
+     "data={kind: folder, path: x, size: 8, channels: true}", "pictures=false"],
+)  # fmt: skip
+def test_true_is_no_number(tmp_path, override):
+    with pytest.raises(UserError, match="'true'|'false'"):
+        read(tmp_path, TRAIN, override)
+    name = override.partition("=")[0]
+    if "{" not in override:
+        with pytest.raises(UserError, match=name):
+            read(tmp_path, TRAIN, override)
+
+
+def test_true_is_true(tmp_path):
+    assert read(tmp_path, TRAIN, "classes=false", "model.attention=[true]").model.attention == [True]
+
+
+# code of the user's ---------------------------------------------------------------------------------------
+
+METHOD = """
+from diffkd.method import Method
+
+class Own(Method):
+    \"\"\"Mine.\"\"\"
+    reference = "none"
+
+    def stages(self, start):
+        return []
+
+    def losses(self, nets, batch, stage, rng):
+        yield
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, code):
+    """name -> the name of a module of that text on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made: list[str] = []
+
+    def make(text: str = code) -> str:
+        name = f"own_{tmp_path.name}_{len(made)}".replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(text)
+        made.append(name)
+        return name
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        r.getMessage() for r in caplog.records if r.name == "diffkd" and "code of yours" in r.getMessage()
+    ]
+
+
+def test_a_method_of_ones_own_is_named_once_in_the_log(tmp_path, monkeypatch, own, caplog):
+    package = tmp_path / own("").replace("own_", "pack_")
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mine.py").write_text(METHOD)
+    name = f"{package.name}.mine"
+    with caplog.at_level(logging.WARNING):
+        assert method.find(name) is method.find(name)
+        method.find("progressive")
+    assert announced(caplog) == [f"running code of yours: module {name} ({package / 'mine.py'})"]
+
+
+def test_features_of_ones_own_are_named_once_in_the_log(tmp_path, own, caplog):
+    name = own()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert features.load(f"{name}.Mine").num_features == 3
+        features.load("digits")
+    assert announced(caplog) == [f"running code of yours: module {name} ({tmp_path / name}.py)"]
+
+
+@pytest.fixture
+def measured(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("real", "fake"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (6, 4, 4, 3), dtype=np.uint8))
+    how = Evaluation(features="digits", metrics=["fid"])
+    reference = Reference(sources.File(path=tmp_path / "real.npz"))
+    evaluating.evaluate(Subject(str(tmp_path / "fake.npz")), how, reference, quiet(), out=tmp_path / "r.json")
+    return tmp_path / "r.json"
+
+
+def test_a_record_does_not_get_to_name_code(measured, own, exploded):
+    name = own()
+    record = json.loads(measured.read_text())
+    record["protocol"]["evaluation"]["features"] = f"{name}.Mine"
+    measured.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"r.json.*--features {name}.Mine"):
+        evaluating.repeat(measured, quiet())
+    assert not exploded.exists() and name not in sys.modules
+
+
+def test_a_record_by_code_that_the_user_names_is_repeated(tmp_path, measured, own):
+    name = f"{own()}.Mine"
+    how = Evaluation(features=name, metrics=["fid"])
+    reference = Reference(sources.File(path=tmp_path / "real.npz"))
+    evaluating.evaluate(Subject(str(tmp_path / "fake.npz")), how, reference, quiet(), out=measured)
+    assert evaluating.repeat(measured, quiet(), features_name=name)
+    with pytest.raises(UserError, match="leave out --features digits"):
+        evaluating.repeat(measured, quiet(), features_name="digits")
+
+
+def test_a_reference_does_not_get_to_name_code(tmp_path, own, exploded, cli):
+    name = own()
+    protocol = json.dumps({"features": {"name": f"{name}.Mine"}})
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), protocol=protocol)
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 4, 4, 3), np.uint8))
+    code, out, err = cli("evaluate", tmp_path / "x.npz", "--reference", tmp_path / "ref.npz")
+    assert (code, out) == (2, "") and f"name it: --features {name}.Mine" in err
+    assert not exploded.exists() and name not in sys.modules
+
+
+def test_a_card_does_not_get_to_name_code(tmp_path, make_pipeline, own, exploded):
+    folder, name = make_pipeline(tmp_path), own()
+    settings = {"method": [{"name": f"{name}.Mine"}], "evaluation": {"features": f"{name}.Mine"}}
+    card = {
+        "steps": 4,
+        "method": f"{name}.Mine",
+        "sampler": f"{name}.Mine",
+        "config": settings,
+        "metrics": [],
+    }
+    (folder / "diffkd.json").write_text(json.dumps(card))
+    assert models.load(folder).steps == 4
+    models.open_stock(folder)
+    assert not exploded.exists() and name not in sys.modules
+
+
+# names ----------------------------------------------------------------------------------------------------
+
+HOSTILE = ["\x1b[31mred\x07", "a\nb", "a\rb", "\x1b]0;title\x07", "e" * 200, "<script>alert(1)</script>",
+           "[/red]",
+           "|x|`y`", "\u202egnp", "--out", "'; rm", "ü", "\x7f", "$HOME", "%s%n"]  # fmt: skip
+
+
+@pytest.fixture
+def terminal() -> Console:
+    """One that shows everything as it is."""
+    return Console(file=io.StringIO(), force_terminal=False, width=10_000)
+
+
+def clean(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.filterwarnings("ignore::UserWarning:matplotlib")
+def test_a_class_folder_of_any_name(tmp_path, image_folder, caplog, name):
+    root = image_folder(tmp_path, classes=["a", "b"], count=3)
+    (root / "b").rename(root / name.replace("/", "_"))
+    images = data.Folder(kind="folder", path=root, size=8).load()
+    assert images.class_counts == [3, 3] and name.replace("/", "_") in images.classes
+    (root / name.replace("/", "_") / "x.png").write_text("no image")
+    with pytest.raises(UserError) as error, caplog.at_level(logging.WARNING):
+        data.Folder(kind="folder", path=root, size=8).load()
+    assert clean(str(error.value)) and all(clean(r.getMessage()) for r in caplog.records) and caplog.records
+    with pytest.raises(UserError) as error:
+        sources.FolderSource(root, None)
+    assert clean(str(error.value)) and "x.png" in str(error.value)
+
+
+def test_names_that_are_not_utf_8(tmp_path, image_folder, caplog):
+    root = image_folder(tmp_path, classes=["a", "b"], count=3)
+    (root / "b").rename(root / "\udcff\udcfe")
+    images = data.Folder(kind="folder", path=root, size=8).load()
+    assert images.class_counts == [3, 3]
+    assert json.loads(json.dumps(images.classes)) == ["a", "\udcff\udcfe"]
+    (root / "\udcff\udcfe" / "x.png").write_text("no image")
+    with pytest.raises(UserError, match=r"x\.png") as error:
+        sources.FolderSource(root, None)
+    str(error.value).encode()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    tables.show(Console(file=out), ["model", "\udcff"], [["\udcff", "1"]])
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
+def test_names_in_a_terminal(tmp_path, name, terminal):
+    tables.show(terminal, [name], [[name]])
+    evaluating.Work(terminal, "cpu").say(name)
+    sampling._say(terminal, evaluating.Processes("cpu"), name)
+    said = terminal.file.getvalue()
+    assert clean(said) and said.count(printable(name)) == 4
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
+def test_names_in_a_benchmark(tmp_path, name, measured, terminal):
+    record = json.loads(measured.read_text())
+    model = config.Measured(path="x/y", name=name)
+    assert model.title == printable(name)
+    record["model"] = record["protocol"]["reference"]["name"] = record["protocol"]["features"]["name"] = (
+        model.title
+    )
+    benchmarking._write(tmp_path, [record])
+    written = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
+    assert "<script>" not in written and clean(written)
+    assert {row.count("|") for row in written.splitlines()[:3]} == {written.splitlines()[0].count("|")}
+    benchmarking._show(terminal, [record])
+    assert clean(terminal.file.getvalue())
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "\udcff", "---\nlicense: evil"])
+def test_names_in_a_card(tmp_path, make_pipeline, measured, name):
+    denoiser = models.load(make_pipeline(tmp_path))
+    record = json.loads(measured.read_text())
+    record["protocol"]["reference"]["name"] = name
+    cards.write(
+        tmp_path, cards.describe(denoiser, teacher=name, method=name, classes=[name], metrics=[record])
+    )
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    front = text.split("---\n")[1]
+    assert yaml.safe_load(front) == {
+        "library_name": "diffusers",
+        "tags": ["diffusion", "distillation", "diffkd"],
+    }
+    assert "<script>" not in text and clean(text) and "evil" not in front
+    assert models.card(tmp_path)["classes"] == [name]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
+def test_names_in_a_report(tmp_path, measured, name):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / name.replace("/", "_")
+    (folder / "samples").mkdir(parents=True)
+    record = json.loads(measured.read_text())
+    record["protocol"]["target"]["path"] = name
+    rows = [{**record, "model": name, "role": role, "steps": 2} for role in ("teacher", "student")]
+    (folder / "metrics.json").write_text(json.dumps(rows))
+    line = {"stage": name, "stage_index": 0, "update": 1, "updates": 2, "loss": 0.5, "loss_by_noise": [0.5]}
+    (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "environment.json").write_text(json.dumps({name: [name]}))
+    Image.new("L", (64, 64)).save(folder / "samples" / f"{name.replace('/', '_')}.png")
+    page = report.write(folder).read_text(encoding="utf-8")
+    assert "<script" not in page and clean(page)
+
+
+def test_a_report_of_files_that_are_none(tmp_path):
+    pytest.importorskip("matplotlib")
+    for metrics in (
+        "[" * 9999,
+        "3",
+        '{"steps": 1}',
+        '[{"steps": "x", "fid": 1}, {"steps": 2, "fid": 1, "protocol": 3}]',
+    ):
+        (tmp_path / "metrics.json").write_text(metrics)
+        assert report.write(tmp_path) is not None
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "evil\x1b[31m", "e" * 300])
+def test_members_of_an_archive_go_nowhere(tmp_path, name, monkeypatch):
+    place = tmp_path / "a" / "b"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    np.savez(place / "x.npz", **{name: np.zeros(3)})
+    before = sorted(tmp_path.rglob("*"))
+    assert list(read_npz("x.npz")) == [name]
+    with pytest.raises(UserError, match="holds no images") as error:
+        sources.images_of(sources.File(path=place / "x.npz"))
+    assert clean(str(error.value))
+    assert sorted(tmp_path.rglob("*")) == before and not Path("/tmp/evil.npy").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/..",
+        "./a",
+        "a/../b",
+        "/etc/passwd",
+        "a/b\x1b[31m",
+        "a/b\n",
+        "-a/b",
+        "a/" + "b" * 300,
+        "b" * 300,
+        "b\0",
+    ],
+)
+def test_ids_of_a_hub_that_are_none(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError) as error:
+        models.load(name)
+    assert clean(str(error.value))
+    for read in (sources.parse, lambda text: DINOv2(text), lambda text: evaluating.reference_of(text)):
+        with pytest.raises(UserError) as error:
+            read(name)
+        assert clean(str(error.value))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_links_in_a_circle(tmp_path, image_folder):
+    root = image_folder(tmp_path, classes=["a", "b"], count=3)
+    (root / "a" / "up").symlink_to(root, target_is_directory=True)
+    (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
+    (root / "b" / "one.png").symlink_to(root / "b" / "two.png")
+    (root / "b" / "two.png").symlink_to(root / "b" / "one.png")
+    assert len(sources.FolderSource(root, None)) == 6
+    assert data.Folder(kind="folder", path=root, size=8).load().class_counts == [3, 3]
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    assert data.Folder(kind="folder", path=root, size=8).load().class_counts[:2] == [3, 3]
+
+
+# secrets --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://user:pass@host/x", "https://***@host/x"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("https://u:p@ss@host/x", "https://***@host/x"),
+        ("404 for hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345", "404 for ***"),
+        ("(hf_abcdefghijklmnopqrst)", "(***)"),
+        ("Authorization: Bearer abc.def-ghi", "Authorization: Bearer ***"),
+        ("https://x/y?X-Amz-Signature=0af&part=1", "https://x/y?X-Amz-Signature=***&part=1"),
+        ("hub.token=abc", "hub.token=***"),
+        ("--password = 'abc'", "--password = '***'"),
+        ("ghp_0123456789abcdefABCDEF", "***"),
+        ("api_key=abc", "api_key=***"),
+    ],
+)
+def test_what_looks_like_a_secret_is_masked(text, kept):
+    assert masked(text) == kept == masked(kept)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["runs/hf_mirror/x", "hf_datasets/cifar10", "hf://datasets/a/b@main/x", "training.batch_size=4", "a@b.de",
+     "sk-learn", "https://host/x@2", "tokens", "seed=1"],
+)  # fmt: skip
+def test_what_is_none_is_left(text):
+    assert masked(text) == text
+
+
+def test_a_secret_reaches_no_error_and_no_log(tmp_path, monkeypatch, cli, caplog):
+    secret = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
+    monkeypatch.setenv("HF_TOKEN", secret)
+
+    def download(*_: Any, **__: Any) -> str:
+        raise OSError(
+            f"401 for https://me:{secret}@huggingface.co/x?token={secret}\nheaders: Bearer {secret}"
+        )
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("sample", "some/body", "--out", "drawn")
+    assert code == 2 and secret not in out + err and "***" in err
+    with pytest.raises(UserError) as error:
+        models.load("some/body")
+    assert secret not in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("diffkd").warning("unreadable: %s (%s)", f"https://a:{secret}@h", 3)
+    assert secret not in caplog.text
+
+
+def test_a_long_line_keeps_its_end():
+    said = line("a" * 10_000 + "; use another")
+    assert len(said) < 2_100 and said.endswith("use another")
+    assert base.quoted([1] * 9999).endswith("...") and len(base.quoted(10**5000)) < 300
+
+
+# images ---------------------------------------------------------------------------------------------------
+
+W, H = 6, 4
+RAMP = np.linspace(0, 255, W * H * 3).astype(np.uint8).reshape(H, W, 3)
+RNG = np.random.default_rng(3)
+NOISE = RNG.integers(0, 256, (H, W, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def read_both(tmp_path: Path, content: bytes, name: str = "x.png", channels: int = 3) -> np.ndarray:
+    """(H, W, C) as both readers give it, which must be one."""
+    root = tmp_path / "read"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    (root / name).write_bytes(content)
+    with data.open_image(root / name) as opened:
+        trained = data.upright(opened, channels)
+    if channels == 3:
+        np.testing.assert_array_equal(
+            np.asarray(trained), sources.FolderSource(root, None).read(0, 1)[0].numpy()
+        )
+    width, height = trained.size
+    if width == height:
+        spec = data.Folder(kind="folder", path=root, size=width, channels=channels)
+        pixels = spec.load().pixels[0].transpose(1, 2, 0)
+        np.testing.assert_array_equal(np.asarray(trained), pixels if channels == 3 else pixels[..., 0])
+    return np.asarray(trained)
+
+
+def luma(rgb: np.ndarray) -> np.ndarray:
+    """ITU-R 601, as Pillow rounds it."""
+    r, g, b = rgb.astype(np.int64).transpose(2, 0, 1)
+    return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).astype(np.uint8)
+
+
+def grey3(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, 2)
+
+
+ALPHA = RNG.integers(0, 256, (H, W, 1), dtype=np.uint8)
+GREY = NOISE[..., 0]
+BITS = RNG.integers(0, 2, (H, W)).astype(bool)
+DEEP = RNG.integers(0, 65536, (H, W), dtype=np.uint16)
+PALETTE = RNG.integers(0, 256, (8, 3), dtype=np.uint8)
+INDEX = RNG.integers(0, 8, (H, W), dtype=np.uint8)
+CMYK = RNG.integers(0, 256, (H, W, 4), dtype=np.uint8)
+
+
+def palette(**info: Any) -> bytes:
+    image = Image.fromarray(INDEX)
+    image.putpalette(PALETTE.tobytes())
+    return saved(image, "PNG", **info)
+
+
+def palette_and_alpha() -> bytes:
+    image = Image.frombytes("PA", (W, H), np.stack([INDEX, ALPHA[..., 0]], 2).tobytes())
+    image.putpalette(PALETTE.tobytes())
+    return saved(image, "TIFF")
+
+
+def of_cmyk(cmyk: np.ndarray) -> np.ndarray:
+    """Without a profile: what is left of white under each ink and under black."""
+    c, m, y, k = cmyk.astype(np.float64).transpose(2, 0, 1)
+    return np.stack([(255 - ink) * (255 - k) / 255 for ink in (c, m, y)], 2)
+
+
+def deep_rgb_png(values: np.ndarray) -> bytes:
+    """16-bit RGB by hand: Pillow writes none."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+DEEP_RGB = RNG.integers(0, 65536, (H, W, 3), dtype=np.uint16)
+FRAMES = [Image.fromarray(np.full((H, W, 3), c, np.uint8)) for c in (40, 90, 200)]
+MANY = {"save_all": True, "append_images": FRAMES[1:]}
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # shown turned by 90 degrees clockwise
+EXACT = {
+    "rgb": (saved(Image.fromarray(NOISE), "PNG"), NOISE),
+    "rgba": (saved(Image.fromarray(np.concatenate([NOISE, ALPHA], 2)), "PNG"), NOISE),
+    "transparent rgba webp": (
+        saved(Image.fromarray(np.concatenate([NOISE, ALPHA], 2)), "WEBP", lossless=True, exact=True), NOISE
+    ),
+    "grey and alpha": (
+        saved(Image.fromarray(np.concatenate([GREY[..., None], ALPHA], 2)), "PNG"), grey3(GREY)
+    ),
+    "grey and alpha tiff": (
+        saved(Image.fromarray(np.concatenate([GREY[..., None], ALPHA], 2)), "TIFF"), grey3(GREY)
+    ),
+    "palette and alpha tiff": (palette_and_alpha(), PALETTE[INDEX]),
+    "one colour transparent": (
+        saved(Image.fromarray(NOISE), "PNG", transparency=tuple(map(int, NOISE[0, 0]))), NOISE
+    ),
+    "palette": (palette(), PALETTE[INDEX]),
+    "palette, one transparent": (palette(transparency=3), PALETTE[INDEX]),
+    "palette, all half transparent": (palette(transparency=bytes(range(0, 80, 10))), PALETTE[INDEX]),
+    "grey": (saved(Image.fromarray(GREY), "PNG"), grey3(GREY)),
+    "1 bit": (saved(Image.fromarray(BITS), "PNG"), grey3(np.where(BITS, 255, 0).astype(np.uint8))),
+    "16-bit grey": (saved(Image.fromarray(DEEP), "PNG"), grey3(np.rint(DEEP / 257).astype(np.uint8))),
+    "16-bit grey tiff": (saved(Image.fromarray(DEEP), "TIFF"), grey3(np.rint(DEEP / 257).astype(np.uint8))),
+    "16-bit grey in 32": (
+        saved(Image.fromarray(DEEP.astype(np.int32)), "TIFF"), grey3(np.rint(DEEP / 257).astype(np.uint8))
+    ),
+    "16-bit rgb": (deep_rgb_png(DEEP_RGB), (DEEP_RGB >> 8).astype(np.uint8)),
+    "first frame of an apng": (saved(FRAMES[0], "PNG", **MANY), np.asarray(FRAMES[0])),
+    "first frame of a webp": (saved(FRAMES[0], "WEBP", lossless=True, **MANY), np.asarray(FRAMES[0])),
+    "first page of a tiff": (saved(FRAMES[0], "TIFF", **MANY), np.asarray(FRAMES[0])),
+    "turned by exif": (saved(Image.fromarray(NOISE), "PNG", exif=ROTATED), np.rot90(NOISE, -1)),
+    "turned tiff": (saved(Image.fromarray(NOISE), "TIFF", exif=ROTATED), np.rot90(NOISE, -1)),
+    "one pixel wide": (saved(Image.fromarray(NOISE[:, :1]), "PNG"), NOISE[:, :1]),
+    "one pixel": (saved(Image.fromarray(NOISE[:1, :1]), "PNG"), NOISE[:1, :1]),
+    "a suffix that lies": (saved(Image.fromarray(NOISE), "BMP"), NOISE),
+    "pgm of 16 bits": (
+        b"P5 6 4 65535\n" + DEEP.astype(">u2").tobytes(), grey3(np.rint(DEEP / 257).astype(np.uint8))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_pixels_of_odd_images(tmp_path, name):
+    content, expected = EXACT[name]
+    np.testing.assert_array_equal(read_both(tmp_path, content), expected)
+    grey = expected[..., 0] if (expected == expected[..., :1]).all() else luma(expected)
+    np.testing.assert_array_equal(read_both(tmp_path, content, channels=1), grey)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk(tmp_path, kind):
+    """JPEG as Adobe writes it, with the inks inverted; flat, so that compression changes little."""
+    flat = np.broadcast_to(np.array([200, 30, 90, 50], np.uint8), (16, 16, 4)).copy()
+    options = {"quality": 100} if kind == "JPEG" else {}
+    content = saved(Image.frombytes("CMYK", (16, 16), flat.tobytes()), kind, **options)
+    assert kind == "TIFF" or b"Adobe" in content
+    np.testing.assert_allclose(read_both(tmp_path, content), of_cmyk(flat), atol=3)
+    content = saved(Image.frombytes("CMYK", (W, H), CMYK.tobytes()), "TIFF")
+    np.testing.assert_allclose(read_both(tmp_path, content), of_cmyk(CMYK), atol=1.01)
+
+
+def test_ycbcr_tiff(tmp_path):
+    ycc = RNG.integers(60, 190, (H, W, 3), dtype=np.uint8)
+    y, cb, cr = ycc.astype(np.float64).transpose(2, 0, 1)
+    rgb = [
+        y + 1.402 * (cr - 128),
+        y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128),
+        y + 1.772 * (cb - 128),
+    ]
+    content = saved(Image.frombytes("YCbCr", (W, H), ycc.tobytes()), "TIFF")
+    np.testing.assert_allclose(read_both(tmp_path, content), np.clip(np.stack(rgb, 2), 0, 255), atol=1.5)
+
+
+def of_lab(lab: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D50) to sRGB, adapted to D65 by Bradford."""
+    big, a, b = lab[..., 0] / 255 * 100, lab[..., 1], lab[..., 2]
+    f = np.stack([(big + 16) / 116 + a / 500, (big + 16) / 116, (big + 16) / 116 - b / 200], -1)
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249]
+    linear = (
+        xyz
+        @ np.array(
+            [
+                [3.1338561, -1.6168667, -0.4906146],
+                [-0.9787684, 1.9161415, 0.0334540],
+                [0.0719453, -0.2289914, 1.4052427],
+            ]
+        ).T
+    )
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_lab_tiff(tmp_path):
+    signed = np.stack([RNG.integers(90, 190, (H, W)), *RNG.integers(-12, 12, (2, H, W))], 2).astype(
+        np.float64
+    )
+    stored = np.stack([signed[..., 0], signed[..., 1] % 256, signed[..., 2] % 256], 2).astype(np.uint8)
+    content = saved(Image.frombytes("LAB", (W, H), stored.tobytes()), "TIFF")
+    again = np.asarray(Image.open(io.BytesIO(content)))
+    signed = np.stack([again[..., 0], again[..., 1].view(np.int8), again[..., 2].view(np.int8)], 2).astype(
+        float
+    )
+    found = read_both(tmp_path, content)
+    np.testing.assert_allclose(found, of_lab(signed), atol=3)
+    np.testing.assert_array_equal(read_both(tmp_path, content, channels=1), luma(found))
+
+
+BOMB = b"P5 12000 8000 255\n"  # 96 million pixels, that are not there
+REFUSED = {
+    "zero bytes": (b"", "no whole PNG"),
+    "gif": (saved(Image.fromarray(GREY), "GIF"), "no whole PNG"),
+    "postscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+        "no whole PNG",
+    ),
+    "truncated png": (EXACT["rgb"][0][:-30], "truncated|image file|broken"),
+    "truncated jpeg": (saved(Image.fromarray(np.tile(NOISE, (30, 30, 1))), "JPEG")[:2000], "truncated"),
+    "float tiff": (saved(Image.fromarray(RAMP[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
+    "32-bit tiff": (
+        saved(Image.fromarray(np.full((H, W), 1 << 20, np.int32)), "TIFF"),
+        "more than 16 bits",
+    ),
+    "negative tiff": (saved(Image.fromarray(np.full((H, W), -1, np.int32)), "TIFF"), "more than 16 bits"),
+    "bomb": (BOMB, "12000x8000 pixels are more than PIL.Image.MAX_IMAGE_PIXELS"),
+    "larger bomb": (b"P5 30000 30000 255\n", "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_images_that_are_not_read(tmp_path, name, caplog, recwarn):
+    content, why = REFUSED[name]
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(3):
+        (root / f"x{i}.png").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.resetwarnings()  # as in the command, with what diffkd.data asked for
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+        with pytest.raises(UserError, match=rf"x\d.png cannot be read \(.*({why})"):
+            sources.FolderSource(root, None).read(0, 1)
+        with pytest.raises(UserError, match="3 of 3 images in"), caplog.at_level(logging.WARNING):
+            data.Folder(kind="folder", path=root, size=2, upscale=True).load()
+    assert len(caplog.records) == 3
+    assert all(re.search(why, record.getMessage()) for record in caplog.records)
+    assert not [w for w in recwarn if "bomb" in str(w.message)]
+
+
+def test_bombs_print_nothing_of_their_own(tmp_path, image_folder):
+    """In a process of its own, with the filters that Python starts with."""
+    import subprocess
+
+    root = image_folder(tmp_path, count=4)
+    for i in range(4):
+        (root / f"bomb{i}.pgm").write_bytes(BOMB)
+    script = (
+        "import diffkd.data as d, logging; logging.basicConfig(format='%(message)s')\n"
+        f"try: d.Folder(kind='folder', path={str(root)!r}, size=8).load()\n"
+        "except ValueError as error: print(error)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ran.stdout.startswith("4 of 8 images")
+    assert [line.startswith("unreadable image skipped") for line in ran.stderr.splitlines()] == [True] * 4
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_limit_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match="6x4 pixels are more than"):
+        read_both(tmp_path, EXACT["rgb"][0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    np.testing.assert_array_equal(read_both(tmp_path, EXACT["rgb"][0]), NOISE)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64), (1, 1)])
+def test_thin_images_are_fitted(tmp_path, shape):
+    """The short side is one pixel: what is kept is the middle one, enlarged to one colour."""
+    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    root = tmp_path / "thin"
+    root.mkdir()
+    Image.fromarray(pixels).save(root / "x.png")
+    trained = data.Folder(kind="folder", path=root, size=8, upscale=True).load().pixels[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(trained, sources.FolderSource(root, 8).read(0, 1)[0].numpy())
+    middle = pixels.reshape(-1, 3)
+    assert trained.shape == (8, 8, 3)
+    if len(middle) == 1:
+        np.testing.assert_array_equal(trained, np.broadcast_to(middle[0], (8, 8, 3)))
+    with pytest.raises(UserError, match="smaller than data.size"):
+        data.Folder(kind="folder", path=root, size=8).load()
+
+
+def test_rows_of_a_data_set_are_opened_as_files_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    gif = {"bytes": REFUSED["gif"][0], "path": None}
+    rows = [{"bytes": EXACT[name][0], "path": "../../evil.png"} for name in ("rgb", "rgba", "16-bit rgb")]
+    table = datasets.Dataset.from_dict(
+        {"image": [*rows, gif]}, features=datasets.Features(image=datasets.Image())
+    )
+    table.save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="1 of 4 images"):
+        data.HubDataset(kind="datasets", path=str(tmp_path / "set"), size=4).load()
+    table.select(range(3)).save_to_disk(tmp_path / "good")
+    images = data.HubDataset(kind="datasets", path=str(tmp_path / "good"), size=4).load()
+    for found, (_, expected) in zip(
+        images.pixels, [EXACT[n] for n in ("rgb", "rgba", "16-bit rgb")], strict=True
+    ):
+        np.testing.assert_array_equal(found.transpose(1, 2, 0), expected[:, 1:5])
