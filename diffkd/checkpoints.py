@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffkd.base import Unfinished, UserError, changes
+from diffkd.base import Unfinished, UserError, changes, from_json
 from diffkd.files import free, new_folder, no_room, remove_left, sha256, shown
 
 log = logging.getLogger("diffkd")
@@ -174,7 +174,7 @@ def _name(stage_index: int, update: int) -> str:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError for one that is not what was written, UserError for that of another version."""
-    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise ValueError(f"{MANIFEST} was altered")
     if content["schema"] != SCHEMA:  # after the digest, which every version makes alike

@@ -171,7 +171,7 @@ OF_METRICS = {
     "teacher": "agreement", "teacher_steps": "agreement", "teacher_guidance": "agreement",
     "bootstrap": "fid", "dino_weights": "fd_dino", "clip_weights": "cmmd",
 }  # fmt: skip
-OF_REPEAT = ("repeat", "device")
+OF_REPEAT = ("repeat", "device", "features")
 
 
 @app.command()
@@ -248,7 +248,7 @@ def evaluate(
         more = [name for name in given if name not in OF_REPEAT]
         if more:
             raise UserError(f"--repeat takes all from the record; leave out {_option(more[0])}")
-        same = evaluating.repeat(repeat, Console(), device=device)
+        same = evaluating.repeat(repeat, Console(), device=device, features_name=features)
         return 0 if same else 1
     if target is None or reference is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")

@@ -184,9 +184,13 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         _override(content, override)
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
-        named = (path.parent / teacher["train"]).resolve()
-        here = Path.cwd()  # as `out` is: a checkout that is moved as a whole is the same run
-        teacher["train"] = str(named.relative_to(here) if named.is_relative_to(here) else named)
+        try:
+            named = (path.parent / teacher["train"]).resolve()
+        except ValueError as error:
+            raise UserError(
+                f"config key teacher.train is {quoted(teacher['train'])}, no path ({reason(error)})"
+            ) from error
+        teacher["train"] = str(named)
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffkd.base import UserError
+from diffkd.base import UserError, from_json
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+    return from_json(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
 def check_place(path: Path, option: str) -> None:

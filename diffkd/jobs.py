@@ -187,8 +187,8 @@ def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
 
 
 def _as_configured(accelerator: Accelerator) -> None:
-    """On CPUs accelerate passes over what its config says of FSDP and DeepSpeed; both work there, so that what
-    GPUs will do can be tried, and is tested."""
+    """On CPUs accelerate passes over what its config says of FSDP and DeepSpeed; both work there, so that
+    what GPUs will do can be tried, and is tested."""
     state = accelerator.state
     if _asked("ACCELERATE_USE_FSDP"):
         state.fsdp_plugin = FullyShardedDataParallelPlugin()

@@ -65,11 +65,11 @@ class Learner(ABC):
 
     @abstractmethod
     def backward(self, value: Tensor) -> None:
-        """Adds to the gradients of this network, and perhaps to those of others, which are to be forgotten."""
+        """Adds to the gradients of this network; what others get of it is to be forgotten."""
 
     @abstractmethod
     def norm(self) -> Tensor:
-        """The norm of the gradients of all processes, clipped where that is asked for afterwards; a scalar."""
+        """The norm of the gradients of all processes, a scalar; they are clipped from then on."""
 
     def step(self) -> None:
         self.optimizer.step()

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from diffkd.base import UserError
+from diffkd.base import UserError, from_json
 
 log = logging.getLogger("diffkd")
 FILES = (".lock", ".owner.json")
@@ -39,9 +39,7 @@ class Lock:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(
-                f"{self.name} is in use by {self._named(self._read())}; {self.remedy}"
-            ) from None
+            raise UserError(f"{self.name} is in use by {self._named(self._read())}; {self.remedy}") from None
         except NotImplementedError:
             self._lock = None
         before = self._read()
@@ -63,7 +61,7 @@ class Lock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self._owner.read_text(encoding="utf-8"))
+            found = from_json(self._owner.read_text(encoding="utf-8"))
             return {key: found[key] for key in ("host", "process", "since")}
         except FileNotFoundError:
             return None

@@ -22,8 +22,8 @@ def bar(
 ) -> Iterator[Callable[[int, str], None]]:
     """Gives advance(done, text)."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False),
     )  # fmt: skip
     disable = not (shown and console.is_terminal)
     with Progress(*columns, console=console, disable=disable, transient=True) as progress:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from diffkd.base import UserError, changes, masked
+from diffkd.base import UserError, changes, from_json, masked
 from diffkd.checkpoints import PLACES, Checkpoints, is_harmless
 from diffkd.environment import commit, versions
 from diffkd.files import new_file, remove_left, sync, write_json
@@ -120,7 +120,7 @@ class Run:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                record = json.loads(line)
+                record = from_json(line)
             except ValueError:
                 continue  # torn by a kill
             if (record.get("stage_index", -1), record.get("update", 0)) <= (stage_index, update):

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd import cards, config, models, pictures, report
-from diffkd.base import Interrupted, Unfinished, UserError
+from diffkd.base import Interrupted, Unfinished, UserError, printable
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.engine import run_stage
@@ -56,7 +56,7 @@ PLAIN = Terms()
 
 def duration(text: str) -> float:
     """Seconds: 90s, 50m, 1h30m, 2d; UserError for what is none."""
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.ASCII)
     if parts is None or not any(parts.groups()):
         raise UserError(f"--stop-after {text!r} is no time; give one such as 50m, 1h30m or 90s")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
@@ -122,12 +122,12 @@ def held(
         raise
     except Exception as error:
         if accelerator.num_processes > 1 and (session.told or session.due(early=TOGETHER)):
-            # others stopped, and did not wait for this one
+            # The others stopped, and did not wait for this one.
             raise Interrupted(due=not session.told) from error
         if no_room(error):
             raise Unfinished(
-                f"{settings.out}: the disk is full ({shown(free(settings.out))} free); what was done is kept: "
-                "make room, and the same command goes on"
+                f"{settings.out}: the disk is full ({shown(free(settings.out))} free); what was done is "
+                "kept: make room, and the same command goes on"
             ) from error
         raise
     finally:
@@ -333,7 +333,7 @@ class Session:
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
         return bar(self.console, title, total, shown=self.accelerator.is_main_process)

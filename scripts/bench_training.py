@@ -4,7 +4,8 @@
 
 The minimum is written out by hand below: student forward and backward, two teacher forwards, fused AdamW,
 foreach EMA, nothing else. It runs between the updates of a real stage, so other work on the machine hits both
-alike; the ratio is the median over updates. --profile: where the time of an update goes.
+alike; the ratio is the median over updates. Then what a checkpoint costs a stage that saves one every few
+updates. --profile: where the time of an update goes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from accelerate import Accelerator
 from machine import describe, synchronize
 from networks import NETWORKS, make, parameters
 
+from diffkd import engine
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.training import Training
 from diffkd.engine import run_stage
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
+from diffkd.training import Training
 
 BATCH = {"cpu": {"digits": 128, "middle": 16, "cifar10": 8}, "cuda": dict.fromkeys(NETWORKS, 128)}
 
@@ -65,9 +68,13 @@ class Minimum:
         torch._foreach_lerp_(self.shadow, self.params, 0.01)
 
 
-def measure(name: str, device: torch.device, precision: str, updates: int, batch: int) -> None:
-    teacher = make(name, device)
-    minimum = Minimum(teacher, batch, precision)
+def train(
+    teacher: Denoiser,
+    training: Training,
+    updates: int,
+    on_update: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """One stage on random images."""
     student = copy.deepcopy(teacher).train()
     student.steps = 4
     shape = teacher.shape
@@ -76,6 +83,23 @@ def measure(name: str, device: torch.device, precision: str, updates: int, batch
     pixels = rng.integers(0, 256, (1024, *shape), dtype=np.uint8)
     labels = torch.arange(1024) % 10 if teacher.num_classes else None
     images = Images("random", pixels, labels, [str(i) for i in range(10)] if teacher.num_classes else [])
+    method = Progressive(steps=[4], updates=updates)
+    accelerator = Accelerator(
+        cpu=teacher.device.type == "cpu", mixed_precision=training.precision.replace("float32", "no")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", {})
+        run_stage(
+            accelerator, method, method.stages(teacher)[0],
+            {"student": student, "teacher": teacher.requires_grad_(False)}, images, training, run,
+            seed=0, stage_index=0, on_update=on_update,
+        )  # fmt: skip
+        run.close()
+
+
+def measure(name: str, device: torch.device, precision: str, updates: int, batch: int) -> None:
+    teacher = make(name, device)
+    minimum = Minimum(teacher, batch, precision)
     ours: list[float] = []
     theirs: list[float] = []
     clock = time.perf_counter()
@@ -92,19 +116,7 @@ def measure(name: str, device: torch.device, precision: str, updates: int, batch
         theirs.append(clock - now)
         record = logged
 
-    method = Progressive(steps=[4], updates=updates)
-    training = Training(batch_size=batch, precision=precision)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", {})
-        run_stage(
-            accelerator, method, method.stages(teacher)[0],
-            {"student": student, "teacher": teacher.requires_grad_(False)}, images, training, run,
-            seed=0, stage_index=0, on_update=on_update,
-        )  # fmt: skip
-        run.close()
+    train(teacher, Training(batch_size=batch, precision=precision), updates, on_update)
     kept = slice(3, None)  # without the first, which allocate
     ratio = statistics.median(a / b for a, b in zip(ours[kept], theirs[kept], strict=True))
     memory = record.get("peak_memory_gb")
@@ -112,6 +124,43 @@ def measure(name: str, device: torch.device, precision: str, updates: int, batch
         f"| {name} ({parameters(teacher)}) | {batch} | {precision} "
         f"| {1e3 * statistics.median(ours[kept]):.1f} ms | {1e3 * statistics.median(theirs[kept]):.1f} ms "
         f"| {ratio:.3f} | {memory} |",
+        flush=True,
+    )
+
+
+def pause(name: str, device: torch.device, precision: str, batch: int, every: int = 6) -> None:
+    """How much longer an update takes that a checkpoint is saved before and written beside."""
+    intervals: list[float] = []
+    saves: list[float] = []
+    clock = time.perf_counter()
+    save = engine._save
+
+    def timed(*args: Any) -> None:
+        started = time.perf_counter()
+        save(*args)
+        saves.append(time.perf_counter() - started)
+
+    def on_update(done: int, logged: dict[str, Any]) -> None:
+        nonlocal clock
+        synchronize(device)
+        intervals.append(time.perf_counter() - clock)
+        clock = time.perf_counter()
+
+    engine._save = timed
+    try:
+        training = Training(batch_size=batch, precision=precision, checkpoint_every=every)
+        train(make(name, device), training, 8 * every, on_update)
+    finally:
+        engine._save = save
+    size = sum(4 * p.numel() * p.element_size() for p in make(name, device).parameters())
+    usual = statistics.median(t for n, t in enumerate(intervals) if n > 3 and n % every not in (0, 1))
+    longer = statistics.median(
+        sum(intervals[n : n + every]) - every * usual for n in range(every, 8 * every, every)
+    )
+    print(
+        f"| {name} | {batch} | {size / 1e6:.0f} MB | {1e3 * usual:.1f} ms "
+        f"| {1e3 * statistics.median(saves):.1f} ms "
+        f"| {1e3 * longer:.1f} ms | {longer / usual:.2f} |",
         flush=True,
     )
 
@@ -150,6 +199,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in given.networks:
         measure(name, device, precision, given.updates, given.batch or sizes[name])
+    print("\n| network | batch | checkpoint | an update | the copy | all that it costs | in updates |")
+    print("|---|---|---|---|---|---|---|")
+    for name in given.networks:
+        pause(name, device, precision, given.batch or sizes[name])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Kills short digits distillations at random moments until they end, and compares what they leave, byte for byte,
-with runs that nobody killed.
+"""Kills short digits distillations at random moments until they end, and compares what they leave, byte for
+byte, with runs that nobody killed.
 
     python scripts/torture.py --kills 40
 
-Half of the runs are of one process, half of two. A kill is SIGKILL, now and then SIGTERM, to one process: after a
-random time, in an update between the gradient and the step, in an evaluation between two batches, or at a fault
-point: just before one of the file operations (open, rename, remove, ...) in checkpoints/, students/, samples/, the
-teacher's folder, metrics.json or log.jsonl. The last line says what was done; exit status 1 where anything differs.
+Half of the runs are of one process, half of two. A kill is SIGKILL, now and then SIGTERM, to one process:
+after a random time, in an update between the gradient and the step, in an evaluation between two batches,
+or at a fault point: just before one of the file operations (open, rename, remove, ...) in checkpoints/,
+students/, samples/, the teacher's folder, metrics.json or log.jsonl. The last line says what was done; the
+exit status is 1 where anything differs. Ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -183,8 +184,8 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def differences(whole: Path, tortured: Path) -> tuple[int, list[str]]:
-    """How many files were compared, and which differ. The checkpoints that both have are compared: a signal that
-    saves one more pushes one out."""
+    """How many files were compared, and which differ. The checkpoints that both have are compared: a signal
+    that saves one more pushes one out."""
     one, two = files(whole), files(tortured)
     for every, other in ((one, two), (two, one)):
         for name in [name for name in every if "/checkpoints/" in name and name not in other]:
@@ -222,7 +223,8 @@ def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
                     left -= 1
                     kind = f"{fault['kind']} {fault.get('place', '')}".strip()
                     done[kind] += 1
-                    say(f"{processes} process(es), run {runs}: {signal.Signals(fault['signal']).name}, {kind}")
+                    name = signal.Signals(fault["signal"]).name
+                    say(f"run {runs}, of {processes}: {name}, {kind}")
                 elif status:
                     raise SystemExit(f"run {runs} ended with {status} though nothing was killed: {err}")
             count, wrong = differences(whole, now.rename(place / f"run-{runs}"))
@@ -231,7 +233,10 @@ def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
     for name in different:
         say(f"differs: {name}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
-    say(f"{sum(done.values())} kills ({kinds}) in {runs} runs: {compared} files compared, {len(different)} differences")
+    say(
+        f"{sum(done.values())} kills ({kinds}) in {runs} runs: {compared} files compared, "
+        f"{len(different)} differences"
+    )
     return len(different)
 
 
@@ -239,7 +244,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]), sys.argv[3:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the runs here; default nowhere")

@@ -27,7 +27,7 @@ def _threads() -> None:
 @pytest.fixture(autouse=True)
 def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are the own modules of many tests; that they are run is said once, in whichever came first."""
-    monkeypatch.setattr(base, "_announced", {"toy", "wide"})
+    monkeypatch.setattr(base, "_announced", {"toy", "wide", "json"})
 
 
 class Outcome(NamedTuple):

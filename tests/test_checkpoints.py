@@ -171,7 +171,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_valid(tmp_path):
 
 
 def test_a_full_disk(disk):
-    """The last good checkpoint stays, nothing half written lies about, and the line says how much is needed."""
+    """The last good checkpoint stays, nothing half written lies about, the line says how much it needs."""
     store = Checkpoints(disk("3m") / "checkpoints", CONFIG)
     million = {"student": {"w": torch.zeros(250_000)}}
     saved(store, 0, 1, million)
@@ -241,7 +241,7 @@ FILES = ["student.safetensors", "student-optimizer.safetensors", "ema.safetensor
     newest=st.booleans(),
 )
 def test_a_bit_anywhere_and_a_tear_anywhere(two, tmp_path, caplog, file, place, bit, newest):
-    """Of either checkpoint: the newest that is whole is used, the harmed one is named; never anything else."""
+    """Of either checkpoint: the newest whole one is used, the harmed one is named; never anything else."""
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     shutil.copytree(two.folder, tmp_path / "c")
     path = tmp_path / "c" / f"stage-00-update-00000{'20' if newest else '10'}" / file

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from diffkd import cards, metrics, models, samplers
 from diffkd.data import Digits
-from diffkd.metrics import evaluation
+from diffkd.environment import versions
+from diffkd.metrics import evaluation, features
 from diffkd.metrics.inception import InceptionV3
 from diffkd.metrics.score import inception_score
-from diffkd.environment import versions
 from diffkd.stats import stats
 from tests.refusals import refuse, tree
 
@@ -134,6 +134,8 @@ def here(made, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("toy", None)
+    # As if they were diffkd's own: that a record does not get to name code is for tests/test_untrusted.py.
+    monkeypatch.setattr(features, "NAMES", (*features.NAMES, "toy.Quarters"))
     return tmp_path
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from diffkd import metrics
 from diffkd.data import Digits
-from diffkd.metrics import features as networks
 from diffkd.environment import versions
+from diffkd.metrics import features as networks
 from tests.refusals import refuse
 
 TOY = """

@@ -353,6 +353,19 @@ def test_true_is_no_number(tmp_path, override):
             read(tmp_path, TRAIN, override)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\udcff", "e" * 300])
+def test_a_name_that_is_no_path(tmp_path, name):
+    text = yaml.safe_dump({**yaml.safe_load(TRAIN), "method": {"steps": [4]}, "teacher": {"train": name}})
+    (tmp_path / "a.yaml").write_text(text)
+    if "\0" in name:
+        with pytest.raises(UserError, match="teacher.train"):
+            config.load(tmp_path / "a.yaml", config.Distill)
+    else:
+        assert config.load(tmp_path / "a.yaml", config.Distill).teacher.train.name == name
+    with pytest.raises(UserError, match="cannot be read|is no YAML"):
+        config.load(tmp_path / name, config.Train)
+
+
 def test_true_is_true(tmp_path):
     assert read(tmp_path, TRAIN, "classes=false", "model.attention=[true]").model.attention == [True]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -201,4 +202,5 @@ class Progressive(Method):
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(number - 1, 0, -1) if number % n == 0)
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)} - {number}, reverse=True)))
