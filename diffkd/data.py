@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import logging
 import os
@@ -28,6 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".
 # other programs (PostScript) or read other files.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 MAX_UNREADABLE = 0.01  # more of the files than this and the run stops
+DIGESTED = 20_000
 IN_MEMORY = 4 << 30  # bytes of pixels beyond which they lie in a temporary file, mapped
 # Threads decode, and would print these over each other. `upright` refuses what the first warns of; the others
 # tell of metadata that nobody reads. Whoever has filters of his own keeps them.
@@ -63,6 +65,14 @@ class Images:
         return (
             [] if self.labels is None else torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         )
+
+    def digest(self) -> str:
+        """What identifies them: sha256 of labels, shape, and at most DIGESTED images, evenly spaced."""
+        every = -(-len(self) // DIGESTED)
+        total = hashlib.sha256(f"{self.pixels.shape} {self.classes} ".encode())
+        total.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        total.update(np.ascontiguousarray(self.pixels[::every]).tobytes())
+        return total.hexdigest()
 
     def uint8(self, indices: Tensor | slice) -> Tensor:
         """Those images as they are, (B, C, H, W) uint8."""

@@ -59,7 +59,7 @@ def distill(settings: config.Distill, console: Console, terms: session.Terms = s
     if teaching is not None:
         train(teaching, console, terms)
         teacher = _teacher(settings, source)
-    with session.held(settings, accelerator, images, console, terms) as job:
+    with session.held(settings, accelerator, images, console, terms, teacher.network) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance

@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
-from diffkd.base import UserError, changes, from_json, masked
+from diffkd.base import UserError, changes, differences, from_json, masked
 from diffkd.checkpoints import PLACES, Checkpoints, is_harmless
 from diffkd.environment import commit, versions
-from diffkd.files import new_file, remove_left, sync, write_json
+from diffkd.files import new_file, read_json, remove_left, sync, write_json
 from diffkd.lock import Lock
 
 log = logging.getLogger("diffkd")
+SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits depend on
 
 
 class Run:
@@ -92,19 +93,43 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
-    def describe(self, device: str, processes: int = 1) -> None:
-        """Writes environment.json, once."""
-        if not (self.folder / "environment.json").exists():
-            content = {
-                "command": [masked(word) for word in sys.argv],
-                "commit": commit(),
-                "versions": versions(),
-                "platform": platform.platform(),
-                "device": device,
-                "processes": processes,
-                "cores": os.cpu_count(),
-            }
-            write_json(self.folder / "environment.json", content)
+    def describe(self, device: str, processes: int = 1, threads: int | None = None) -> None:
+        """Writes environment.json, once; in a run that goes on, says what is no longer as it says."""
+        path = self.folder / "environment.json"
+        content = {
+            "command": [masked(word) for word in sys.argv],
+            "commit": commit(),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "device": device,
+            "processes": processes,
+            "threads": threads,
+            "cores": os.cpu_count(),
+        }
+        if not path.exists():
+            write_json(path, content)
+            return
+        before = read_json(path, {})
+        said = [d for key in SAME_BITS for d in differences(before.get(key), content[key], key)]
+        if said:
+            log.warning(
+                "%s goes on otherwise than it began, so the last bits of its numbers may differ: %s",
+                self.folder, "; ".join(said),
+            )  # fmt: skip
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Raises UserError where the run began with other data, or another teacher, of the same name.
+
+        inputs: what identifies each.
+        """
+        path = self.folder / "inputs.json"
+        if not path.exists():
+            write_json(path, dict(inputs))
+        for name in changes(read_json(path, {}), dict(inputs)):
+            raise UserError(
+                f"the {name} of {self.folder} has changed since the run began; put it back, or use another "
+                "out"
+            )
 
     # log
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from diffkd import cards, config, models, pictures, report
 from diffkd.base import Interrupted, Unfinished, UserError, printable
@@ -32,6 +34,7 @@ from diffkd.metrics.processes import Processes
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.sources import DataSource
 from diffkd.metrics.targets import Target, identity, model_target, remembered
+from diffkd.metrics.weights import digest
 from diffkd.progress import bar
 from diffkd.runs import Run
 
@@ -94,8 +97,11 @@ def held(
     images: Images,
     console: Console,
     terms: Terms = PLAIN,
+    teacher: nn.Module | None = None,
 ) -> Iterator[Session]:
     """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once.
+
+    teacher: whose weights must be those that the run began with.
 
     Raises Interrupted for these and for the end of the time, Unfinished where the disk is full.
     """
@@ -114,7 +120,8 @@ def held(
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     try:
         if accelerator.is_main_process:
-            run.describe(str(accelerator.device), accelerator.num_processes)
+            run.describe(str(accelerator.device), accelerator.num_processes, torch.get_num_threads())
+            run.check_inputs({"data": images.digest(), **_weights(teacher)})
         yield session
     except Interrupted:
         raise Interrupted(due=not session.told and session.due()) from None
@@ -134,6 +141,10 @@ def held(
         for number, handler in before.items():
             signal.signal(number, handler)
         run.close()
+
+
+def _weights(teacher: nn.Module | None) -> dict[str, str]:
+    return {} if teacher is None else {"teacher": digest(teacher.state_dict())}
 
 
 def _in_main_thread() -> bool:

@@ -21,7 +21,7 @@ from diffkd.methods.progressive import Progressive
 from diffkd.metrics.sources import parse
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 TRAIN = "out: runs/t\ndata: {kind: folder, path: images, size: 8}\n"
 DISTILL = (
     "out: runs/d\nteacher: {path: teacher}\ndata: {kind: digits}\n"

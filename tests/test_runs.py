@@ -167,6 +167,34 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, host, proces
         assert "taken over" in caplog.text
 
 
+def test_what_the_last_bits_depend_on_is_told_where_it_changed(run, caplog):
+    run.describe("cpu", 1, 2)
+    run.describe("cpu", 1, 2)
+    assert not caplog.records
+    path = run.folder / "environment.json"
+    content = json.loads(path.read_text())
+    content["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(content))
+    run.describe("cpu", 2, 1)
+    assert len(caplog.records) == 1
+    for words in (
+        "the last bits",
+        "versions.torch was 1.0, now 2",
+        "processes was 1, now 2",
+        "threads was 2",
+    ):
+        assert words in caplog.text
+
+
+def test_other_data_under_the_same_name_is_refused(run):
+    run.check_inputs({"data": "a", "teacher": "b"})
+    run.check_inputs({"data": "a", "teacher": "b"})
+    with pytest.raises(UserError, match=r"the teacher of .*run has changed since the run began; put it back"):
+        run.check_inputs({"data": "a", "teacher": "c"})
+    with pytest.raises(UserError, match="the data of"):
+        run.check_inputs({"data": "x", "teacher": "b"})
+
+
 def test_the_environment_is_written_once(run):
     run.describe("cpu")
     first = json.loads((run.folder / "environment.json").read_text())

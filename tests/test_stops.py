@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,25 @@ def test_a_harmless_change_half_way(here, cli, monkeypatch):
             network(here / f"runs/whole/students/{name}"), network(here / f"runs/parts/students/{name}")
         )
     assert yaml.safe_load((here / "runs/parts/config.yaml").read_text())["training"]["log_every"] == 1
+
+
+@pytest.mark.slow
+def test_another_teacher_or_other_images_half_way(here, cli, image_folder, make_pipeline):
+    """Under the same names: a run that went on would be another one."""
+    image_folder(here, name="images", classes="ab", size=(8, 8))
+    make_pipeline(here, name="teacher", classes=2)
+    args = [
+        "distill", "distill.yaml", "evaluation=null", "method.steps=[4,1]", "pictures=0",
+        "data={kind: folder, path: images, size: 8, channels: 1}", "teacher={path: teacher}",
+    ]  # fmt: skip
+    assert cli(*args).code == 0
+    (here / "images").rename(here / "before")
+    image_folder(here, name="images", classes="ab", size=(8, 8), seed=1)
+    refuse(cli, here, *args, says=["the data of runs/students has changed since the run began"])
+    shutil.rmtree(here / "images")
+    (here / "before").rename(here / "images")
+    make_pipeline(here, name="teacher", classes=2, seed=1)
+    refuse(cli, here, *args, says=["the teacher of runs/students has changed"])
 
 
 # accelerate's configs ---------------------------------------------------------------------------------
