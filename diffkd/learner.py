@@ -160,7 +160,14 @@ class Shards(Learner):
     def _prepared(self, network: nn.Module, rate: float) -> tuple[Any, Any]:
         # It turns the network itself into one that is sharded; this one is exported.
         self._whole = copy.deepcopy(network).cpu() if self.accelerator.is_main_process else None
-        prepared = self.accelerator.prepare(network, adamw(network, self.training, rate))
+        plugin = self.accelerator.state.fsdp_plugin
+        asked, there = plugin.transformer_cls_names_to_wrap, {type(m).__name__ for m in network.modules()}
+        # accelerate wants each class in every network
+        plugin.transformer_cls_names_to_wrap = [name for name in asked or () if name in there]
+        try:
+            prepared = self.accelerator.prepare(network, adamw(network, self.training, rate))
+        finally:
+            plugin.transformer_cls_names_to_wrap = asked
         return prepared[0], prepared[1]
 
     def accumulating(self) -> AbstractContextManager[None]:

@@ -31,16 +31,14 @@ from diffkd.training import Training
 from tests.test_engine import COSINE, images
 from tests.test_models import student
 
-KINDS = {
+KINDS: dict[str, dict[str, str]] = {  # as configs/accelerate has it
     "copies": {},
     "fsdp": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
-        "FSDP_MIN_NUM_PARAMS": "2000",
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D",
     },
     "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-}
+}  # fmt: skip
 
 
 class Judge(nn.Module):
