@@ -13,9 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from diffkd.base import UserError, from_json
+from diffkd.base import UserError
 from diffkd.files import new_file
 from diffkd.metrics.statistics import read_npz
+from diffkd.text import from_json
 from diffkd.writing import RECORD, Output, Plan, checked, otherwise, record_at
 
 

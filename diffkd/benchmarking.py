@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from diffkd import charts, config, tables
-from diffkd.base import printable
 from diffkd.evaluating import Work
 from diffkd.files import append_json, new_file
 from diffkd.metrics import records
@@ -18,6 +17,7 @@ from diffkd.metrics.records import Record
 from diffkd.metrics.reference import Reference
 from diffkd.runs import Run
 from diffkd.subjects import TEACHER_STEPS, Subject, opened, teacher_of
+from diffkd.text import printable
 
 
 def run(settings: config.Benchmark, console: Console) -> Path:

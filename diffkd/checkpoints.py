@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -16,12 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffkd.base import Unfinished, UserError, changes, from_json
+from diffkd.base import Unfinished, UserError
+from diffkd.differences import changes
 from diffkd.files import free, new_folder, no_room, remove_left, sha256, shown
+from diffkd.text import from_json
 
 log = logging.getLogger("diffkd")
 SCHEMA = 2
 MANIFEST = "checkpoint.json"
+NAME = re.compile(r"stage-(\d+)-update-(\d+)")
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 # What does not change where a run ends: it may be changed half way, where the user says so.
 HARMLESS = (
@@ -117,7 +121,9 @@ class Checkpoints:
                 f"checkpoint {path} needs {shown(needs)} and could not be written: {why}; the last good one "
                 "is kept: make room, and the same command goes on from it"
             ) from error
-        for old in self._all()[: -self.keep]:
+        every = self._all()
+        after = every.index(path) + 1  # later ones could not be used, and are of what was not gone on with
+        for old in [*every[: max(0, after - self.keep)], *every[after:]]:
             shutil.rmtree(old)
 
     def load(self, stage_index: int) -> Checkpoint | None:
@@ -160,7 +166,10 @@ class Checkpoints:
         remove_left(self.folder)
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("stage-*-update-*")) if self.folder.is_dir() else []
+        """From the first to the newest; other things that lie there are none of them."""
+        found = {path: NAME.fullmatch(path.name) for path in self.folder.glob("stage-*-update-*")}
+        known = {p: (int(name[1]), int(name[2])) for p, name in found.items() if name and p.is_dir()}
+        return sorted(known, key=known.__getitem__)
 
 
 def is_harmless(key: str) -> bool:

@@ -1,7 +1,8 @@
 """The `diffkd` command.
 
-Exit status: 0 done, 1 numbers that differ (evaluate --repeat) or do not compare (compare), or images that are
-not all drawn (sample, on a full disk); 2 a user's error (one line), 130 interrupted with a checkpoint saved.
+Exit status: 0 done, or stopped by --stop-after; 1 numbers that differ (evaluate --repeat) or do not compare
+(compare), a disk that is full, a process of several that is gone; 2 a user's error (one line); 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ def _job(
     import yaml
     from rich.console import Console
 
-    from diffkd import config, jobs, session
+    from diffkd import config, holding, jobs
 
-    until = None if stop_after is None else time.time() + session.duration(stop_after)
-    terms = session.Terms(allow, until)
+    until = None if stop_after is None else time.time() + holding.duration(stop_after)
+    terms = holding.Terms(allow, until)
     _prepare_libraries()
     work: Callable[[], object]
     if name == "benchmark":
@@ -358,6 +359,7 @@ def _prepare_libraries() -> None:
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit status 2."""
     from diffkd.base import Interrupted, Unfinished, UserError
+    from diffkd.text import line
 
     try:
         status = app(standalone_mode=False)
@@ -368,7 +370,8 @@ def main() -> None:
     except Interrupted as stop:
         if not _rank():
             why = "stopped, as the time is over" if stop.due else "interrupted"
-            print(f"diffkd: {why}; a checkpoint is saved, the same command goes on", file=sys.stderr)
+            saved = "a checkpoint is saved, " if stop.saved else ""
+            print(f"diffkd: {why}; {saved}the same command goes on", file=sys.stderr)
         sys.exit(0 if stop.due else 130)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
@@ -377,8 +380,11 @@ def main() -> None:
             sys.exit(2)  # the help was shown
         if hasattr(error, "format_message"):  # click's usage errors
             _fail(f"{error.format_message()} (see diffkd --help)")
-        if _rank() is not None and _lost_another(error):
-            _fail("another process of this run is gone, whose own error says why", 1)
+        if _rank() is not None:
+            from diffkd.launching import lost_another
+
+            if lost_another(error):
+                _fail(f"another process of this run is gone; its own error says why ({line(str(error))})", 1)
         raise
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -386,10 +392,6 @@ def main() -> None:
 def _rank() -> int | None:
     """Of this process among those of a launcher; None where there is none."""
     return int(os.environ["RANK"]) if os.environ.get("RANK", "").isdigit() else None
-
-
-def _lost_another(error: Exception) -> bool:
-    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error)
 
 
 def _fail(message: str, status: int = 2) -> None:

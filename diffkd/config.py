@@ -12,13 +12,14 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from diffkd import method as methods
-from diffkd.base import Positive, Strict, UserError, printable, quoted, reason
+from diffkd.base import Positive, Strict, UserError
 from diffkd.data import Data
 from diffkd.method import Method
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.models.unet2d import UNet2D
 from diffkd.schedules import Schedule, from_diffusers
+from diffkd.text import printable, quoted, reason
 from diffkd.training import Training
 
 
@@ -28,7 +29,9 @@ class NoiseSchedule(Strict):
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
         "squaredcos_cap_v2", description="diffusers' name; squaredcos_cap_v2 is cosine"
     )
-    num_train_timesteps: int = Field(1024, ge=2, description="T; students take step counts that divide it")
+    num_train_timesteps: int = Field(
+        1024, ge=2, le=100_000, description="T; students take step counts that divide it"
+    )
     beta_start: float = Field(1e-4, gt=0, lt=1, description="of the linear schedules")
     beta_end: float = Field(0.02, gt=0, lt=1, description="of the linear schedules")
     zero_terminal_snr: bool = Field(True, description="whether the last step is pure noise")

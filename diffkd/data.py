@@ -21,7 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from diffkd.base import Strict, UserError, reason
+from diffkd.base import Strict, UserError
+from diffkd.text import reason
 
 log = logging.getLogger("diffkd")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -67,7 +68,7 @@ class Images:
         )
 
     def digest(self) -> str:
-        """What identifies them: sha256 of labels, shape, and at most DIGESTED images, evenly spaced."""
+        """What identifies them: sha256 of shape, classes, labels, and at most DIGESTED spaced images."""
         every = -(-len(self) // DIGESTED)
         total = hashlib.sha256(f"{self.pixels.shape} {self.classes} ".encode())
         total.update(b"" if self.labels is None else self.labels.numpy().tobytes())
@@ -80,7 +81,7 @@ class Images:
         return torch.from_numpy(np.ascontiguousarray(self.pixels[chosen]))
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
-        """Of the images of a random batch, the first that is drawn from its generator."""
+        """Of a random batch, (size,): the first that is drawn from its generator."""
         return torch.randint(len(self), (size,), generator=rng)
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:

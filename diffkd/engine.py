@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffkd.base import Interrupted, Unfinished, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.learner import Copies, Learner, Shards, fill, whole
-from diffkd.meter import NOISE_BINS, Meter, noise_bin
+from diffkd.learner import Copies, Learner, Shards
+from diffkd.meter import Meter
 from diffkd.method import Batch, Loss, Method, Stage
 from diffkd.prefetch import ahead, read
+from diffkd.resuming import StageState, restore, save
 from diffkd.runs import Run
+from diffkd.seeds import generator_of
 from diffkd.training import Training
-from diffkd.watch import Watch
+from diffkd.watch import Watch, culprits, told
 from diffkd.zero import Zero
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
 KINDS: dict[DistributedType, type[Learner]] = {DistributedType.FSDP: Shards, DistributedType.DEEPSPEED: Zero}
-
-
-def derived_seed(*parts: int) -> int:
-    """A 63-bit seed from (seed, stage, update, micro-batch): nearby numbers give unrelated ones."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-@dataclass
-class Work:
-    """What a stage changes, and a checkpoint keeps. targets: networks that do not learn and are not the
-    teacher; a method may move them."""
-
-    learners: dict[str, Learner]
-    targets: dict[str, nn.Module]
-    ema: EMAModel
-    meter: Meter
-    watch: Watch
 
 
 def run_stage(
@@ -72,9 +54,9 @@ def run_stage(
     trained. on_update: called with the number of updates done and the last log record. should_stop: asked
     after each update; one process that says so stops all. Raises NonFinite, Interrupted, Unfinished.
     """
-    work = _work(accelerator, nets, stage, training)
-    averaged = list(work.learners["student"].network.parameters())
-    done = _restore(accelerator, run, stage_index, work)
+    state = _state(accelerator, nets, stage, training)
+    averaged = list(state.learners["student"].network.parameters())
+    done = restore(accelerator, run, stage_index, state)
     if accelerator.is_main_process:
         run.rewind_log(stage_index, done)
     record: dict[str, Any] = {}
@@ -87,23 +69,24 @@ def run_stage(
         prepared = ahead(prepared)
     try:
         for update in range(done, stage.updates):
-            for learner in work.learners.values():
+            for learner in state.learners.values():
                 learner.rate(stage.rate(update))
             runs = [(rng, method.losses(nets, batch, stage, rng)) for rng, batch in next(prepared)]
-            outcome = _update(accelerator, runs, work, should_stop)
+            outcome = _update(accelerator, runs, state, should_stop)
             done = update + 1
             if outcome.bad is None:
-                work.watch.good(outcome.loss, done, speaks=accelerator.is_main_process)
+                state.watch.good(outcome.loss, done, speaks=accelerator.is_main_process)
                 method.after_update(nets, stage)
-                work.ema.step(averaged)
-            elif outcome.counts:
-                bad = _bad(accelerator, outcome.bad, images, training, (seed, stage_index, update))
+            if outcome.moved:
+                state.ema.step(averaged)
+            if outcome.bad is not None and outcome.counts:
+                bad = culprits(accelerator, outcome.bad, images, training, (seed, stage_index, update))
                 if accelerator.is_main_process:
                     run.append({"event": "skipped", **place, "update": done, **bad})
-                work.watch.bad(_said(stage.name, done, bad))
+                state.watch.bad(told(stage.name, done, bad))
             last = done == stage.updates
-            if (done % training.log_every == 0 or last) and work.meter.has_any:
-                record = work.meter.read(accelerator, training.batch_size)
+            if (done % training.log_every == 0 or last) and state.meter.has_any:
+                record = state.meter.read(accelerator, training.batch_size)
                 record = {"updates": stage.updates, "learning_rate": stage.rate(update), **record}
                 record = {**place, "update": done, **record}
                 if accelerator.is_main_process:
@@ -111,24 +94,26 @@ def run_stage(
             on_update(done, record)
             run.checkpoints.check()
             if (done % training.checkpoint_every == 0 or outcome.stop) and not last:
-                _save(accelerator, run, stage_index, done, work)
+                save(accelerator, run, stage_index, done, state)
                 if outcome.stop:
                     run.checkpoints.wait()
-                    raise Interrupted
+                    raise Interrupted(saved=True)
         run.checkpoints.wait()
     except Exception:
         with suppress(Unfinished):  # what was good is kept; what went wrong first is told
             run.checkpoints.wait()
         raise
     for name, net in nets.items():
-        if isinstance(net, Denoiser) and name in work.learners:
-            shadow = work.ema.shadow_params
-            learner = work.learners[name]
+        if isinstance(net, Denoiser) and name in state.learners:
+            shadow = state.ema.shadow_params
+            learner = state.learners[name]
             net.network = learner.trained(shadow) if name == "student" else learner.bare
     accelerator.free_memory()
 
 
-def _work(accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage, training: Training) -> Work:
+def _state(
+    accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage, training: Training
+) -> StageState:
     """The networks prepared in place: inside a Denoiser, whose own methods stay reachable."""
     trained = [name for name, net in nets.items() if _is_trained(net)]
     for net in nets.values():
@@ -143,8 +128,9 @@ def _work(accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage,
             net.network = learners[name].network
     ema = EMAModel(list(learners["student"].network.parameters()), decay=training.ema, foreach=True)
     ema.to(dtype=torch.float32)
-    targets = {name: net for name, net in nets.items() if name not in (*trained, "teacher")}
-    return Work(learners, targets, ema, Meter(accelerator.device), Watch(stage.name, training.max_skipped))
+    followers = {name: net for name, net in nets.items() if name not in (*trained, "teacher")}
+    watch = Watch(stage.name, training.max_skipped)
+    return StageState(learners, followers, ema, Meter(accelerator.device), watch)
 
 
 def _is_trained(net: nn.Module) -> bool:
@@ -182,7 +168,7 @@ def _micro_batches(
     share = parts // processes
     batches = []
     for micro in range(rank * share, (rank + 1) * share):
-        rng = _generator(key, micro)
+        rng = generator_of(key, micro)
         x0, labels = images.batch(training.batch_size // parts, rng)
         cond = {}
         if getattr(student, "num_classes", None) is not None and labels is not None:
@@ -191,19 +177,18 @@ def _micro_batches(
     return batches
 
 
-def _generator(key: tuple[int, int, int], micro: int) -> torch.Generator:
-    """Of one micro-batch. key: (seed, stage, update)."""
-    return torch.Generator().manual_seed(derived_seed(*key, micro))
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """Of one update. loss: the student's, over all processes. stop: whether a process was told to. bad: the
-    losses of this process, where the update was skipped, and counts: whether it is one of those in a row.
+    """Of one update.
+
+    loss: the student's, over all processes. stop: whether a process was told to. moved: whether the student
+    learnt. bad: the losses of this process that were no numbers, after which nothing more was done; counts:
+    whether it is one of those that may not come too often in a row.
     """
 
     loss: float
     stop: bool
+    moved: bool
     bad: list[Loss] | None = None
     counts: bool = True
 
@@ -211,145 +196,54 @@ class Outcome:
 def _update(
     accelerator: Accelerator,
     runs: list[tuple[torch.Generator, Iterator[Loss]]],
-    work: Work,
+    state: StageState,
     should_stop: Callable[[], bool],
 ) -> Outcome:
     """One update: the micro-batches' generators in step, each loss summed before its network moves."""
-    student, stop = math.nan, False
+    student, stop, moved = math.nan, False, False
     while True:
         losses = []
         for k, (_, generator) in enumerate(runs):
             with ExitStack() as stack:
                 if k + 1 < len(runs):  # gradients are exchanged once, with the last micro-batch
-                    for learner in work.learners.values():
+                    for learner in state.learners.values():
                         stack.enter_context(learner.accumulating())
                 with accelerator.autocast():
                     loss = next(generator, None)
                 if loss is None:
                     break
-                work.learners[loss.network].backward(loss.value / len(runs))
+                state.learners[loss.network].backward(loss.value / len(runs))
                 losses.append(loss)
         if not losses:
-            return Outcome(student, stop)
-        learner = work.learners[losses[0].network]
+            return Outcome(student, stop, moved)
+        learner = state.learners[losses[0].network]
         norm = learner.norm()
         mean = torch.stack([loss.value.detach().float() for loss in losses]).mean()
         # the one wait of an update for the device, and of a process for the others
-        loss_value, fine, told = _agreed(accelerator, mean, norm, should_stop())
-        stop = stop or told
+        loss_value, fine, asked = _agreed(accelerator, mean, norm, should_stop())
+        stop = stop or asked
         if not fine:
             counts = True
-            if accelerator.scaler is not None:  # which skips by itself, and scales less from then on
-                learner.optimizer.step()
+            if accelerator.scaler is not None:  # it scales less from then on, where it was the gradients
+                accelerator.scaler.update()
                 counts = not math.isfinite(loss_value) or accelerator.scaler.get_scale() < 1
-            for every in work.learners.values():
+            for every in state.learners.values():
                 every.forget()
-            return Outcome(loss_value, stop, losses, counts)
+            return Outcome(loss_value, stop, moved, losses, counts)
         learner.step()
-        if len(work.learners) > 1:
-            for every in work.learners.values():
+        if len(state.learners) > 1:
+            for every in state.learners.values():
                 every.forget()
         if losses[0].network == "student":
-            student = loss_value
-        work.meter.add(losses, norm)
+            student, moved = loss_value, True
+        state.meter.add(losses, norm)
 
 
 def _agreed(accelerator: Accelerator, loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, bool, bool]:
     """The mean loss over processes, whether it and the gradients are numbers in all, whether one was told to
     stop."""
-    found = torch.stack([loss, norm.to(loss.dtype), loss.new_tensor(float(stop))])
+    found = torch.stack([loss, norm.to(loss.dtype), torch.full_like(loss, float(stop))])
     if accelerator.num_processes > 1:
         found = accelerator.reduce(found, reduction="mean")
-    value, gradient, told = read(found)
-    return value, math.isfinite(value) and math.isfinite(gradient), told > 0
-
-
-def _bad(
-    accelerator: Accelerator,
-    losses: list[Loss],
-    images: Images,
-    training: Training,
-    key: tuple[int, int, int],
-) -> dict[str, Any]:
-    """Which network's loss, the noise level of its worst example, and the images that it was of, over all
-    processes; where no example says that it is no number, those of the whole batch."""
-    parts = training.parts(accelerator.num_processes)
-    first = accelerator.process_index * (parts // accelerator.num_processes)
-    found: list[tuple[bool, float, int]] = []  # whether it is the culprit, t, index
-    for micro, loss in enumerate(losses, first):
-        indices = images.indices(training.batch_size // parts, _generator(key, micro)).tolist()
-        t = loss.metrics.get("t", torch.zeros(len(indices))).tolist()
-        values = loss.metrics.get("loss", torch.zeros(len(indices))).tolist()
-        found += [(not math.isfinite(v), at, i) for v, at, i in zip(values, t, indices, strict=True)]
-    every = gather_object(found)
-    culprits = [one for one in every if one[0]] or every
-    place = int(noise_bin(np.asarray(culprits[0][1])))
-    return {
-        "network": losses[0].network,
-        "noise_bin": [place / NOISE_BINS, (place + 1) / NOISE_BINS],
-        "t": culprits[0][1],
-        "images": [index for _, _, index in culprits],
-    }
-
-
-def _said(stage: str, update: int, bad: Mapping[str, Any]) -> str:
-    low, high = bad["noise_bin"]
-    shown = ", ".join(map(str, bad["images"][:16])) + (", ..." if len(bad["images"]) > 16 else "")
-    return (
-        f"the loss or gradient of network {bad['network']} in stage {stage} became NaN or infinite at update "
-        f"{update}, noise level t = {bad['t']:.4g} (bin {low:g} to {high:g}), images {shown}"
-    )
-
-
-def _save(accelerator: Accelerator, run: Run, stage_index: int, done: int, work: Work) -> None:
-    """A copy on the host, which is written while training goes on. Every process must call it."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, learner in work.learners.items():
-        found = learner.tensors()
-        tensors[name], tensors[f"{name}-optimizer"] = found["network"], found["optimizer"]
-    named = {name: dict(net.state_dict()) for name, net in work.targets.items()}
-    named["ema"] = dict(zip(work.learners["student"].names, work.ema.shadow_params, strict=True))
-    for name, values in named.items():
-        copies = {key: whole(value, accelerator) for key, value in values.items()}
-        tensors[name] = {key: value for key, value in copies.items() if value is not None}
-    state = {
-        "ema_step": work.ema.optimization_step,
-        "watch": work.watch.state(),
-        "meters": gather_object([work.meter.state()]),
-        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-    }
-    if accelerator.is_main_process:
-        run.checkpoints.save(stage_index, done, tensors, state)
-
-
-def _restore(accelerator: Accelerator, run: Run, stage_index: int, work: Work) -> int:
-    """Loads the stage's newest checkpoint; the number of updates done, 0 where there is none."""
-    found = run.checkpoints.load(stage_index) if accelerator.is_main_process else None
-    known = [None if found is None else (found.update, found.state)]
-    broadcast_object_list(known)
-    if known[0] is None:
-        return 0
-    done, state = known[0]
-    try:
-        _fill(accelerator, work, {} if found is None else found.tensors)
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint of stage {stage_index} does not fit the networks of this run ({error}); "
-            "delete it, or use the diffkd that wrote it"
-        ) from error
-    work.ema.optimization_step = state["ema_step"]
-    work.watch.load(state["watch"])
-    work.meter.load(state["meters"], accelerator.process_index, accelerator.num_processes)
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return int(done)
-
-
-def _fill(accelerator: Accelerator, work: Work, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """tensors: of the main process."""
-    for name, learner in work.learners.items():
-        learner.load({"network": tensors.get(name, {}), "optimizer": tensors.get(f"{name}-optimizer", {})})
-    for name, net in work.targets.items():
-        fill(net.state_dict(), tensors.get(name, {}), accelerator)
-    names = work.learners["student"].names
-    fill(dict(zip(names, work.ema.shadow_params, strict=True)), tensors.get("ema", {}), accelerator)
+    value, gradient, asked = read(found)
+    return value, math.isfinite(value) and math.isfinite(gradient), asked > 0

@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from diffkd import cards, models, tables
-from diffkd.base import UserError, differences, from_json, printable, reason
+from diffkd.base import UserError
 from diffkd.config import one_line
+from diffkd.differences import differences
 from diffkd.files import append_json, check_place, read_json, write_json
 from diffkd.metrics import features, records, sources
 from diffkd.metrics.evaluation import Evaluation
@@ -27,6 +28,7 @@ from diffkd.metrics.targets import Target
 from diffkd.progress import bar
 from diffkd.sampling import parse_classes
 from diffkd.subjects import TEACHER_STEPS, Subject, is_model, is_there, opened, teacher_of
+from diffkd.text import from_json, printable, reason
 
 log = logging.getLogger("diffkd")
 

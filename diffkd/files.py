@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffkd.base import UserError, from_json
+from diffkd.base import UserError
+from diffkd.text import from_json
+
+REPLACED = re.compile(r"\.(.+)\.\d+\.old")
 
 
 @contextmanager
@@ -33,7 +37,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; one that was there is replaced."""
+    """The same for a folder; one that was there is replaced, in two renames: `remove_left` puts it back where
+    the process ended in between."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,7 +91,13 @@ def remove_left(*folders: Path) -> None:
     """What a process that was killed left half written, or half replaced, in these folders."""
     for folder in folders:
         for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            replaced = REPLACED.fullmatch(left.name)
+            if replaced and not (folder / replaced[1]).exists():
+                left.rename(folder / replaced[1])  # the new one was not in its place yet
+            elif left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -108,7 +119,7 @@ def no_room(error: BaseException) -> bool:
 
 def shown(size: float) -> str:
     """Bytes, as people read them."""
-    power = next((p for p in range(4) if size < 1000 ** (p + 1)), 4)
+    power = next((p for p in range(4) if size < 999.5 * 1000**p), 4)
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 

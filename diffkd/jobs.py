@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 
-from diffkd import config, models, session, students
+from diffkd import config, holding, launching, models, session, students
 from diffkd.base import UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import derived_seed
+from diffkd.holding import PLAIN, Terms
 from diffkd.method import Method, Stage
+from diffkd.seeds import derived_seed
 
 
-def train(settings: config.Train, console: Console, terms: session.Terms = session.PLAIN) -> Path:
+def train(settings: config.Train, console: Console, terms: Terms = PLAIN) -> Path:
     """Trains a teacher, or goes on where it stopped; the folder of its pipeline."""
     images = settings.data.load()
-    accelerator = _accelerator(settings)
+    accelerator = launching.accelerator_of(settings.training)
     fresh = _fresh(settings, images)
     method, folder = settings.denoising, settings.out / "teacher"
-    with session.held(settings, accelerator, images, console, terms) as job:
+    with holding.held(settings, accelerator, images, console, terms) as job:
         if not folder.exists():
             denoiser = fresh.to(accelerator.device).train()
             job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, 0)
@@ -42,10 +39,10 @@ def train(settings: config.Train, console: Console, terms: session.Terms = sessi
     return folder
 
 
-def distill(settings: config.Distill, console: Console, terms: session.Terms = session.PLAIN) -> Path:
+def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) -> Path:
     """Distils the teacher stage by stage, or goes on where it stopped; the folder of the last student."""
     images = settings.data.load()
-    accelerator = _accelerator(settings)
+    accelerator = launching.accelerator_of(settings.training)
     teaching, source = None, str(settings.teacher.path)
     if settings.teacher.train is not None:
         teaching = config.load(settings.teacher.train, config.Train)
@@ -55,11 +52,11 @@ def distill(settings: config.Distill, console: Console, terms: session.Terms = s
         teacher = _teacher(settings, source)
     _check_fits(teacher, images)
     plan = _plan(settings.method, teacher)
-    session.check(settings, accelerator)
+    holding.check(settings, accelerator)
     if teaching is not None:
         train(teaching, console, terms)
         teacher = _teacher(settings, source)
-    with session.held(settings, accelerator, images, console, terms, teacher.network) as job:
+    with holding.held(settings, accelerator, images, console, terms, teacher.network) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
@@ -161,53 +158,3 @@ def _check_fits(denoiser: Denoiser, images: Images) -> None:
 
 def _size(shape: tuple[int, int, int] | None) -> str:
     return "x".join(map(str, shape)) if shape else "unknown size"
-
-
-def _accelerator(settings: config.Train | config.Distill) -> Accelerator:
-    AcceleratorState._reset_state()  # a teacher's training before may have had another precision
-    # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
-    cpu = not torch.accelerator.is_available()
-    if not cpu:
-        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
-    precision = settings.training.precision.replace("float32", "no")
-    try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
-    except (ImportError, ValueError) as error:  # what is not installed, or not for this machine
-        raise UserError(f"accelerate cannot begin as it is configured: {error}") from error
-    if accelerator.num_processes == 1:
-        return accelerator
-    if cpu:
-        _as_configured(accelerator)
-    if (
-        accelerator.distributed_type == DistributedType.FSDP
-        and accelerator.state.fsdp_plugin.fsdp_version != 2
-    ):
-        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2 in accelerate's config")
-    return accelerator
-
-
-def _as_configured(accelerator: Accelerator) -> None:
-    """On CPUs accelerate passes over what its config says of FSDP and DeepSpeed; both work there, so that
-    what GPUs will do can be tried, and is tested."""
-    state = accelerator.state
-    if _asked("ACCELERATE_USE_FSDP"):
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if accelerator.mixed_precision != "no":
-            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
-        kind = DistributedType.FSDP
-    elif _asked("ACCELERATE_USE_DEEPSPEED"):
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-        plugin = DeepSpeedPlugin()
-        plugin.select(_from_accelerator_state=True)
-        state.deepspeed_plugins = {"default": plugin}
-        kind = DistributedType.DEEPSPEED
-    else:
-        return
-    for shared in (AcceleratorState._shared_state, PartialState._shared_state):
-        shared["distributed_type"] = kind
-
-
-def _asked(name: str) -> bool:
-    return os.environ.get(name, "").lower() == "true"

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from diffkd.base import UserError, from_json
+from diffkd.base import UserError
+from diffkd.text import from_json
 
 log = logging.getLogger("diffkd")
 FILES = (".lock", ".owner.json")

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffkd.base import Strict, UserError, own_module
+from diffkd.base import Strict, UserError
 from diffkd.denoiser import Denoiser
+from diffkd.own_code import own_module
 from diffkd.prefetch import moved
 
 

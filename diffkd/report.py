@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from diffkd import charts
-from diffkd.base import from_json, printable
 from diffkd.data import open_image
+from diffkd.text import from_json, printable
 
 Record = dict[str, Any]
 Stages = dict[str, list[Record]]

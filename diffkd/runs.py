@@ -13,11 +13,13 @@ from typing import Any
 
 import yaml
 
-from diffkd.base import UserError, changes, differences, from_json, masked
+from diffkd.base import UserError
 from diffkd.checkpoints import PLACES, Checkpoints, is_harmless
+from diffkd.differences import changes, differences
 from diffkd.environment import commit, versions
 from diffkd.files import new_file, read_json, remove_left, sync, write_json
 from diffkd.lock import Lock
+from diffkd.text import from_json, masked
 
 log = logging.getLogger("diffkd")
 SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits depend on
@@ -56,22 +58,34 @@ class Run:
         lock = Lock(folder, folder, "wait for it, or use another out")
         lock.take()
         self._lock = lock
+        try:
+            self._begin(config, allow)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, config: Mapping[str, Any], allow: bool) -> None:
+        """What is done once the folder is held. Another process may have begun a run in it just before."""
+        folder = self.folder
+        if self._check(config, allow):
+            log.warning("%s goes on with another config: %s", folder, self._check(config, allow))
         remove_left(folder, folder / "checkpoints", folder / "students", folder / "samples")
         known = folder / "config.yaml"
         if not known.exists() or yaml.safe_load(known.read_text(encoding="utf-8")) != _plain(config):
             with new_file(known) as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
-    def _check(self, config: Mapping[str, Any], allow: bool) -> None:
+    def _check(self, config: Mapping[str, Any], allow: bool) -> str:
+        """What differs, and may. Raises UserError for what may not."""
         if not self.folder.exists():
-            return
+            return ""
         if not self.folder.is_dir():
             raise UserError(f"out {self.folder} is a file; give a folder")
         known = self.folder / "config.yaml"
         if not known.is_file():
             if any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty and holds no run of diffkd; use another out")
-            return
+            return ""
         differ = changes(yaml.safe_load(known.read_text(encoding="utf-8")), _plain(config))
         differ = {key: pair for key, pair in differ.items() if key not in PLACES}
         said = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
@@ -86,8 +100,7 @@ class Run:
                 f"{self.folder} belongs to a run of another config ({text}); --allow goes on with the new "
                 "values, which do not change the students, or use another out"
             )
-        if differ:
-            log.warning("%s goes on with another config: %s", self.folder, "; ".join(said))
+        return "; ".join(said)
 
     def close(self) -> None:
         if self._lock is not None:

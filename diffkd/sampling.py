@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffkd import capture, models, pictures
 from diffkd.array_file import ArrayFile
-from diffkd.base import Unfinished, UserError, printable, reason
+from diffkd.base import Unfinished, UserError
 from diffkd.clock import Clock
 from diffkd.denoiser import Denoiser
 from diffkd.encoding import FORMATS
@@ -25,6 +25,7 @@ from diffkd.image_folder import ImageFolder
 from diffkd.metrics.processes import Processes, usable
 from diffkd.metrics.weights import digest
 from diffkd.progress import bar
+from diffkd.text import printable, reason
 from diffkd.writing import Output, Plan
 
 log = logging.getLogger("diffkd")

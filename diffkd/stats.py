@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from diffkd.base import UserError, printable
+from diffkd.base import UserError
 from diffkd.environment import commit, versions
 from diffkd.evaluating import Work
 from diffkd.files import check_place
@@ -15,6 +15,7 @@ from diffkd.metrics import features, sources
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.progress import bar
 from diffkd.subjects import is_model
+from diffkd.text import printable
 
 
 def stats(

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diffkd.base import printable
 from diffkd.metrics import records
 from diffkd.metrics.records import Record
+from diffkd.text import printable
 
 
 def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,14 +1,25 @@
-"""What is seen of a training that goes wrong: updates that are skipped, a loss that has left its path."""
+"""A training that goes wrong: updates that are skipped and whose they were, a loss that leaves its path."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from diffkd.base import UserError
+from diffkd.data import Images
+from diffkd.meter import NOISE_BINS, noise_bin
+from diffkd.method import Loss
+from diffkd.seeds import generator_of
+from diffkd.training import Training
 
 log = logging.getLogger("diffkd")
 WINDOW = 200  # updates whose median the loss is compared with
@@ -65,3 +76,40 @@ class Watch:
     def load(self, state: Mapping[str, Any]) -> None:
         self.in_a_row, self.high, self.warned = state["in_a_row"], state["high"], state["warned"]
         self.losses = deque(state["losses"], maxlen=WINDOW)
+
+
+def culprits(
+    accelerator: Accelerator,
+    losses: list[Loss],
+    images: Images,
+    training: Training,
+    key: tuple[int, int, int],
+) -> dict[str, Any]:
+    """Which network's loss, the noise level of its worst example, and the images that it was of, over all
+    processes; where no example says that it is no number, those of the whole batch."""
+    parts = training.parts(accelerator.num_processes)
+    first = accelerator.process_index * (parts // accelerator.num_processes)
+    found: list[tuple[bool, float, int]] = []  # whether it is the culprit, t, index
+    for micro, loss in enumerate(losses, first):
+        indices = images.indices(training.batch_size // parts, generator_of(key, micro)).tolist()
+        t = loss.metrics.get("t", torch.zeros(len(indices))).tolist()
+        values = loss.metrics.get("loss", torch.zeros(len(indices))).tolist()
+        found += [(not math.isfinite(v), at, i) for v, at, i in zip(values, t, indices, strict=True)]
+    every = gather_object(found)
+    culprits = [one for one in every if one[0]] or every
+    place = int(noise_bin(np.asarray(culprits[0][1])))
+    return {
+        "network": losses[0].network,
+        "noise_bin": [place / NOISE_BINS, (place + 1) / NOISE_BINS],
+        "t": culprits[0][1],
+        "images": [index for _, _, index in culprits],
+    }
+
+
+def told(stage: str, update: int, bad: Mapping[str, Any]) -> str:
+    low, high = bad["noise_bin"]
+    shown = ", ".join(map(str, bad["images"][:16])) + (", ..." if len(bad["images"]) > 16 else "")
+    return (
+        f"the loss or gradient of network {bad['network']} in stage {stage} became NaN or infinite at update "
+        f"{update}, noise level t = {bad['t']:.4g} (bin {low:g} to {high:g}), images {shown}"
+    )

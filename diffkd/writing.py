@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from diffkd.base import UserError, differences
+from diffkd.base import UserError
+from diffkd.differences import differences
 from diffkd.encoding import start_worker
 from diffkd.files import read_json, write_json
 from diffkd.lock import Lock

@@ -80,9 +80,10 @@ class Zero(Learner):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, param in self.bare.named_parameters():
-            for what in MOMENTS:
+            for what in MOMENTS if self._zero.optimizer.state else ():  # none before the first step
                 yield f"{name}/{what}", safe_get_full_optimizer_state(param, what)
-            yield f"{name}/step", next(iter(self._zero.optimizer.state.values()))["step"]
+            for state in list(self._zero.optimizer.state.values())[:1]:
+                yield f"{name}/step", state["step"]
 
     def _empty(self, name: str, what: str) -> Tensor:
         param = self.bare.get_parameter(name)

@@ -133,7 +133,7 @@ def pause(name: str, device: torch.device, precision: str, batch: int, every: in
     intervals: list[float] = []
     saves: list[float] = []
     clock = time.perf_counter()
-    save = engine._save
+    save = engine.save
 
     def timed(*args: Any) -> None:
         started = time.perf_counter()
@@ -146,12 +146,12 @@ def pause(name: str, device: torch.device, precision: str, batch: int, every: in
         intervals.append(time.perf_counter() - clock)
         clock = time.perf_counter()
 
-    engine._save = timed
+    engine.save = timed
     try:
         training = Training(batch_size=batch, precision=precision, checkpoint_every=every)
         train(make(name, device), training, 8 * every, on_update)
     finally:
-        engine._save = save
+        engine.save = save
     size = sum(4 * p.numel() * p.element_size() for p in make(name, device).parameters())
     usual = statistics.median(t for n, t in enumerate(intervals) if n > 3 and n % every not in (0, 1))
     longer = statistics.median(

@@ -58,7 +58,7 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 
 def child(fault: dict[str, Any], arguments: list[str]) -> None:
     """`diffkd` with a fault in it. fault: kind, signal, rank, and what the kind needs."""
-    from diffkd import cli, engine, session
+    from diffkd import cli, engine, holding, session
 
     def strike() -> None:
         Path(fault["struck"]).touch()
@@ -75,13 +75,13 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         pass
     elif fault["kind"] == "time":
-        check = session.check
+        check = holding.check
 
         def begun(*args: Any) -> None:  # not while torch is imported
             threading.Timer(fault["at"], strike).start()
             check(*args)
 
-        session.check = begun
+        holding.check = begun
     elif fault["kind"] == "disk":
 
         def hook(event: str, args: tuple[Any, ...]) -> None:

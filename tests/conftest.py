@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkd import base
+from diffkd import own_code
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def _threads() -> None:
 @pytest.fixture(autouse=True)
 def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are the own modules of many tests; that they are run is said once, in whichever came first."""
-    monkeypatch.setattr(base, "_announced", {"toy", "wide", "json"})
+    monkeypatch.setattr(own_code, "announced", {"toy", "wide", "json"})
 
 
 class Outcome(NamedTuple):

@@ -20,10 +20,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
-from diffkd import jobs, students
+from diffkd import students
 from diffkd.base import Interrupted
-from diffkd.config import Train
 from diffkd.engine import run_stage
+from diffkd.launching import accelerator_of
 from diffkd.method import Loss
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
@@ -76,7 +76,7 @@ def work(options: dict[str, Any]) -> None:
     networks = Two if options.get("method") == "two" else Progressive
     method = networks(steps=[4], updates=options.get("updates", 50), learning_rate=5e-4)
     training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
-    accelerator = jobs._accelerator(Train(out=folder, data={"kind": "digits"}, training=training))
+    accelerator = accelerator_of(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
     assert found == (options["world"], options.get("kind", "copies")), found

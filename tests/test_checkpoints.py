@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from diffkd import checkpoints
 from diffkd.base import Unfinished, UserError
@@ -293,6 +294,41 @@ def test_where_all_are_harmed_the_stage_starts_again(store, caplog):
         flipped(path)
     assert store.load(0) is None
     assert "0000010" in caplog.text and "0000020" in caplog.text
+    saved(store, 0, 5, weights(5))  # which is kept, though harmed ones are of later updates
+    assert store.load(0).update == 5 and names(store) == ["stage-00-update-0000005"]
+
+
+def test_other_things_among_the_checkpoints_are_none(store):
+    saved(store, 0, 10, weights(10))
+    (store.folder / "stage-00-update-0000011").write_text("a file")
+    (store.folder / "stage-00-update-latest").mkdir()
+    for update in (20, 30):
+        saved(store, 0, update, weights(update))
+    assert store.load(0).update == 30
+    assert (store.folder / "stage-00-update-0000011").exists()
+
+
+def test_order_is_that_of_numbers(store):
+    for stage, update in ((9, 10_000_000), (10, 9_999_999), (100, 5)):
+        saved(store, stage, update, weights(update))
+    assert [p.name for p in store._all()] == ["stage-10-update-9999999", "stage-100-update-0000005"]
+
+
+def test_a_write_that_finds_no_room(store, monkeypatch):
+    """Where no file system can be made for it: what a library says of it in words."""
+    saved(store, 0, 1, weights(1))
+
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    before = tree(store.folder)
+    store.save(0, 2, {"student": {"w": torch.zeros(500)}}, {})
+    with pytest.raises(
+        Unfinished, match=r"needs 2 kB and could not be written: the disk is full \(.* free\)"
+    ):
+        store.wait()
+    assert tree(store.folder) == before
 
 
 # of another making ------------------------------------------------------------------------------------

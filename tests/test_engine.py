@@ -13,13 +13,14 @@ from diffkd import checkpoints, engine, students
 from diffkd.base import Interrupted, UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
-from diffkd.engine import derived_seed, run_stage
+from diffkd.engine import run_stage
 from diffkd.files import sha256
-from diffkd.method import Stage
+from diffkd.method import Loss, Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
 from diffkd.schedules import Schedule
+from diffkd.seeds import derived_seed
 from diffkd.training import Training
 from diffkd.watch import NonFinite, Watch
 from tests.test_models import student
@@ -224,6 +225,39 @@ def test_an_update_that_is_no_number_is_skipped(tmp_path, kind):
         assert first["images"] == [drawn_at(5)[3]]
     else:
         assert first["images"] == drawn_at(5)
+
+
+def test_a_second_network_that_is_no_number(tmp_path):
+    """The student moved before: its average goes on with it. The second network stays as it was."""
+
+    class Judge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+    judge, seen, shadow = Judge(), [], []
+
+    class Two(Progressive):
+        def networks(self, teacher, student):
+            return {"judge": judge}
+
+        def losses(self, nets, batch, stage, rng):
+            yield from super().losses(nets, batch, stage, rng)
+            seen.append(weights(nets["student"]).double())
+            shadow.append(judge.scale.item())
+            value = (judge.scale - 3).square().mean()
+            yield Loss("judge", value * float("nan") if len(seen) == 5 else value)
+
+    method = Two(steps=[4], updates=12, learning_rate=1e-3)
+    pupil, teacher, records = run_one(tmp_path / "run", method=method)
+    skipped = [r for r in records if r.get("event") == "skipped"]
+    assert [(r["update"], r["network"]) for r in skipped] == [(5, "judge")]
+    average = weights(teacher).double()
+    for n, value in enumerate(seen):
+        decay = 0.0 if n == 0 else min(0.99, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * value
+    assert (weights(pupil).double() - average).abs().max() < 1e-6
+    assert shadow[5] == shadow[4] and shadow[6] != shadow[5]
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):

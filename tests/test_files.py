@@ -105,6 +105,18 @@ def test_json_round_trip(tmp_path):
     assert read_json(tmp_path / "y.json", []) == []
 
 
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+    """Killed between the two renames: the old one is whole, and there is no new one."""
+    (tmp_path / ".4-steps.77.old").mkdir()
+    (tmp_path / ".4-steps.77.old" / "a").write_bytes(b"1")
+    (tmp_path / ".4-steps.77.tmp").mkdir()
+    files.remove_left(tmp_path)
+    assert tree(tmp_path) == {"4-steps": None, "4-steps/a": b"1"}
+    (tmp_path / ".4-steps.78.old").mkdir()
+    files.remove_left(tmp_path)
+    assert tree(tmp_path) == {"4-steps": None, "4-steps/a": b"1"}
+
+
 def test_a_full_disk_is_known_in_any_words():
     assert files.no_room(OSError(errno.ENOSPC, "No space left on device"))
     assert files.no_room(OSError(errno.EDQUOT, "Disk quota exceeded"))
@@ -118,6 +130,8 @@ def test_a_full_disk_is_known_in_any_words():
     [
         (0, "0 B"),
         (999, "999 B"),
+        (999.9, "1 kB"),
+        (999_700, "1 MB"),
         (1000, "1 kB"),
         (1234567, "1.23 MB"),
         (10**9, "1 GB"),

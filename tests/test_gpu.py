@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 
 from diffkd import models, students
+from diffkd.base import Interrupted
 from diffkd.encoding import read_image
 from diffkd.engine import run_stage
 from diffkd.generation import generate
@@ -75,8 +78,42 @@ def test_compiled_gradients_are_the_same_there(tmp_path):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
 
 
-def test_an_update_does_not_wait_for_the_device(tmp_path):
-    """One wait in a logged interval: torch itself raises for any other."""
+def test_a_scale_that_is_too_large_is_found_and_kept(tmp_path):
+    """fp16: overflows at the beginning are the scaler's business and not counted as skipped updates; a run
+    that is stopped goes on with the scale that was found."""
+
+    def one(folder, stop_at=None):
+        AcceleratorState._reset_state()
+        teacher = student(3, "v_prediction", COSINE).cuda()
+        pupil = students.copy_of(teacher)
+        method = Progressive(steps=[4], updates=60, learning_rate=1e-3)
+        scaler = GradScalerKwargs(init_scale=2.0**40, growth_interval=1000)
+        accelerator = Accelerator(mixed_precision="fp16", kwargs_handlers=[scaler])
+        run, done = Run(folder, {}), [0]
+        try:
+            run_stage(
+                accelerator, method, method.stages(teacher)[0],
+                {"student": pupil, "teacher": teacher.requires_grad_(False)}, images(),
+                Training(batch_size=8, precision="fp16", max_skipped=0), run, seed=0, stage_index=0,
+                on_update=lambda update, record: done.append(update),
+                should_stop=lambda: done[-1] + 1 == stop_at,
+            )  # fmt: skip
+            assert 1 <= accelerator.scaler.get_scale() < 2.0**40
+        except Interrupted:
+            return None
+        finally:
+            run.close()
+            AcceleratorState._reset_state()
+        return weights(pupil)
+
+    whole = one(tmp_path / "whole")
+    assert whole.isfinite().all()
+    assert one(tmp_path / "parts", stop_at=45) is None
+    assert torch.allclose(whole, one(tmp_path / "parts"), rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_waits_for_the_device_once(tmp_path):
+    """For its loss and norm, by an event: torch itself raises for any other wait."""
 
     def on_update(done, record):
         torch.cuda.set_sync_debug_mode("error" if 2 <= done < 9 else "default")

@@ -38,13 +38,14 @@ from diffkd import (
     sampling,
     tables,
 )
-from diffkd.base import UserError, line, masked, printable
+from diffkd.base import UserError
 from diffkd.metrics import features, sources
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.statistics import read_npz
 from diffkd.metrics.vision import DINOv2
 from diffkd.subjects import Subject
+from diffkd.text import line, masked, printable
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

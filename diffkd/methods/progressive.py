@@ -18,6 +18,7 @@ from diffkd.method import Batch, Loss, Method, Stage
 from diffkd.prefetch import moved
 
 Rate = Annotated[float, Field(gt=0)]
+MOST_STEPS = 100_000
 
 
 def target(
@@ -55,10 +56,12 @@ class Progressive(Method):
 
     reference: ClassVar[str] = "Salimans & Ho 2022, https://arxiv.org/abs/2202.00512"
 
-    steps: list[int] = Field(
+    steps: list[Annotated[int, Field(le=MOST_STEPS)]] = Field(
         [32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order"
     )
-    substeps: int = Field(2, ge=1, description="teacher steps that one step of the first student replaces")
+    substeps: int = Field(
+        2, ge=1, le=MOST_STEPS, description="teacher steps that one step of the first student replaces"
+    )
     sampler: samplers.SamplerName = Field(
         "ddim", description="the teacher's in the first target; students step by ddim"
     )

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffkd.base import UserError, own_module, reason
+from diffkd.base import UserError
 from diffkd.metrics.digits import DigitsFeatures
 from diffkd.metrics.inception import InceptionV3
 from diffkd.metrics.resize import Resize
 from diffkd.metrics.vision import CLIP, DINOv2
 from diffkd.metrics.weights import digest
+from diffkd.own_code import own_module
+from diffkd.text import reason
 
 NAMES = ("digits", "inception", "dinov2", "clip")
 USUAL = 50_000  # images that FID by such features is usually reported with

@@ -9,7 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
-from diffkd.base import UserError, reason
+from diffkd.base import UserError
+from diffkd.text import reason
 
 
 def usable(name: str) -> torch.device:

@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from diffkd.base import Positive, UserError, differences, from_json, quoted, reason
+from diffkd.base import Positive, UserError
+from diffkd.differences import differences
+from diffkd.text import from_json, quoted, reason
 
 Record = dict[str, Any]
 VALUES = {  # title, format, and the keys of what is shown beside it

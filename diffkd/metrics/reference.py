@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffkd.base import UserError, from_json, reason
+from diffkd.base import UserError
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.metrics.processes import Processes
 from diffkd.metrics.sources import File, Source, batches, images_of, labels_in
 from diffkd.metrics.statistics import Statistics, read_npz
+from diffkd.text import from_json, reason
 
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
 

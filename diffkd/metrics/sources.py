@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from diffkd.base import Strict, UserError, reason
+from diffkd.base import Strict, UserError
 from diffkd.data import (
     SUFFIXES,
     Digits,
@@ -30,6 +30,7 @@ from diffkd.data import (
     upright,
 )
 from diffkd.metrics.statistics import PICKLES, read_npz
+from diffkd.text import reason
 
 WORKERS = 8  # threads that decode images
 SUBSET_SEED = 0

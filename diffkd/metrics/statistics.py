@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffkd.base import UserError, quoted, reason
+from diffkd.base import UserError
 from diffkd.files import new_file
 from diffkd.metrics.frechet import Gaussian, checked, gaussian
+from diffkd.text import quoted, reason
 
 BLOCK = 512  # rows of features that are summed at a time
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.base import UserError, from_json, quoted, reason
+from diffkd.base import UserError
 from diffkd.metrics.resize import resize
+from diffkd.text import from_json, quoted, reason
 
 
 class Kind(NamedTuple):
@@ -220,7 +221,7 @@ def _folder(kind: Kind, weights: str) -> Path:
 
 def _check(kind: Kind, weights: str, folder: Path) -> None:
     """UserError, with a remedy, for what from_pretrained would take, guess at, or refuse without one."""
-    from diffkd.models.files import check_index  # it brings diffusers, and that transformers
+    from diffkd.models.checks import check_index  # it brings diffusers, and that transformers
 
     try:
         config = from_json((folder / "config.json").read_text(encoding="utf-8"))

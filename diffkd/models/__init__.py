@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from diffkd.base import UserError, quoted, reason
+from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
-from diffkd.models import files, unet2d
-from diffkd.models.files import read_json
+from diffkd.models import checks, unet2d
+from diffkd.models.checks import read_object
+from diffkd.text import quoted, reason
 
 FAMILIES = (unet2d,)
 CARD = "diffkd.json"
@@ -26,7 +27,7 @@ def load(
     Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
     """
     folder = folder_of(path_or_hub_id)
-    index = read_json(folder / files.INDEX)
+    index = read_object(folder / checks.INDEX)
     name = str(index.get("_class_name"))
     for family in FAMILIES:
         if name in family.PIPELINES:
@@ -44,7 +45,7 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
     import diffusers
 
     folder = folder_of(path_or_hub_id)
-    index = read_json(folder / files.INDEX)
+    index = read_object(folder / checks.INDEX)
     name = str(index.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
@@ -58,7 +59,7 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
             f"{', '.join(needs or ['prompt'])}); draw its images to a folder, and evaluate that"
         )
     try:
-        files.check_components(folder, index, str(path_or_hub_id))
+        checks.check_components(folder, index, str(path_or_hub_id))
         pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
             folder, use_safetensors=True, local_files_only=True
         )
@@ -93,7 +94,7 @@ def name_null_label(denoiser: Denoiser, null_label: int) -> None:
 def card(folder: Path) -> dict[str, Any]:
     """What diffkd wrote beside a pipeline of its own, {} for any other."""
     path = folder / CARD
-    found = read_json(path) if path.is_file() else {}
+    found = read_object(path) if path.is_file() else {}
     for key, least in (
         ("steps", 1),
         ("num_classes", 1),
@@ -101,7 +102,7 @@ def card(folder: Path) -> dict[str, Any]:
         ("num_train_timesteps", 1),
     ):
         value = found.get(key)
-        if value is not None and (type(value) is not int or not least <= value <= files.LARGEST):
+        if value is not None and (type(value) is not int or not least <= value <= checks.LARGEST):
             raise UserError(f"{path} has {key} {quoted(value)}, no whole number from {least}; repair it")
     metrics = found.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
@@ -113,12 +114,12 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     """The local folder of a pipeline; downloads a hub id's configs and safetensors."""
     path = Path(path_or_hub_id)
     if os.path.isdir(path):  # pathlib fails for a name that is too long
-        if not (path / files.INDEX).is_file():
+        if not (path / checks.INDEX).is_file():
             raise UserError(
                 f"{path} is no diffusers pipeline: it has no model_index.json; give the folder that has it"
             )
         return path
-    if path.suffix.lower() in files.PICKLED and os.path.isfile(path):
+    if path.suffix.lower() in checks.PICKLED and os.path.isfile(path):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened; where you trust it, open it with "
             "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give that"

@@ -12,10 +12,11 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
 from pydantic import Field
 
-from diffkd.base import Positive, Strict, UserError, quoted, reason
+from diffkd.base import Positive, Strict, UserError
 from diffkd.denoiser import Denoiser
-from diffkd.models import files
+from diffkd.models import checks
 from diffkd.schedules import PREDICTIONS, Schedule, from_diffusers, to_diffusers
+from diffkd.text import quoted, reason
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 NETWORK = UNet2DModel
@@ -152,12 +153,14 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
 def _network(folder: Path, name: str) -> UNet2DModel:
     """The UNet of a pipeline: in its `unet` folder, or at the root as early repositories have it."""
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    files.check_weights(place, name)
+    checks.check_weights(place, name)
     try:
-        files.check_network(UNet2DModel, place, name)
+        checks.check_network(UNet2DModel, place, name)
         network, loading = UNet2DModel.from_pretrained(
             place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:  # diffusers raises what it likes for a config that makes no network
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
@@ -171,8 +174,8 @@ def _network(folder: Path, name: str) -> UNet2DModel:
 def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
     for place in (folder / "scheduler", folder):
         if (place / "scheduler_config.json").is_file():
-            config = files.read_json(place / "scheduler_config.json")
-            files.check_scheduler(config, name)
+            config = checks.read_object(place / "scheduler_config.json")
+            checks.check_scheduler(config, name)
             return config
     raise UserError(f"{name} has no scheduler_config.json; save the pipeline with save_pretrained")
 

@@ -13,7 +13,8 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffkd.base import UserError, from_json, quoted, reason
+from diffkd.base import UserError
+from diffkd.text import from_json, quoted, reason
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -23,7 +24,7 @@ MOST_STEPS = 100_000  # T: longer tables are nobody's, and would fill the memory
 LONGEST_SIDE = 1 << 14
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Raises UserError for what is no JSON object."""
     try:
         content = from_json(path.read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def check_weights(place: Path, name: str) -> None:
 def check_index(place: Path) -> None:
     """Raises UserError where an index of weights in several files names others than those beside it."""
     for index in place.glob("*.safetensors.index.json"):
-        files = read_json(index).get("weight_map")
+        files = read_object(index).get("weight_map")
         for file in files.values() if isinstance(files, dict) else [files]:
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise UserError(
@@ -64,7 +65,7 @@ def check_index(place: Path) -> None:
 def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> None:
     """Raises UserError where a config asks for a network much larger than its weights are, before there is
     memory taken for it: the network is made without any first. whole: where it is larger at all."""
-    config = {k: v for k, v in read_json(place / "config.json").items() if not k.startswith("_")}
+    config = {k: v for k, v in read_object(place / "config.json").items() if not k.startswith("_")}
     counts = list(_sizes(place))
     for key, value in _leaves(config):
         least = 0 if "block" in key or "channels" in key or "layers" in key else -LARGEST
@@ -114,7 +115,7 @@ def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
             check_weights(place, name)
             check_network(kind, place, name, whole=True)  # diffusers fills up with random numbers
         elif (place / "scheduler_config.json").is_file():
-            check_scheduler(read_json(place / "scheduler_config.json"), name)
+            check_scheduler(read_object(place / "scheduler_config.json"), name)
 
 
 def _sizes(place: Path) -> Iterator[int]:

@@ -1,0 +1,140 @@
+"""A run that is held: checked before it begins, stopped when it is told to, let go whatever happens."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from torch import nn
+
+from diffkd import config
+from diffkd.base import Interrupted, Unfinished, UserError
+from diffkd.data import Images
+from diffkd.files import free, no_room, shown
+from diffkd.launching import lost_another
+from diffkd.metrics.evaluator import networks_of, require
+from diffkd.metrics.reference import Reference
+from diffkd.metrics.weights import digest
+from diffkd.runs import Run
+from diffkd.session import Session
+
+TOGETHER = 10.0  # seconds that the clocks of processes, and what they are doing, may be apart
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a run is to go on, which is no part of its config.
+
+    allow: whether the config may differ from the run's where that is harmless. until: the time (of
+    time.time) to stop at.
+    """
+
+    allow: bool = False
+    until: float | None = None
+
+
+PLAIN = Terms()
+
+
+def duration(text: str) -> float:
+    """Seconds: 90s, 50m, 1h30m, 2d; UserError for what is none."""
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.ASCII)
+    if parts is None or not any(parts.groups()):
+        raise UserError(f"--stop-after {text!r} is no time; give one such as 50m, 1h30m or 90s")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
+    """Raises UserError for what could only fail later, when there is a run folder already."""
+    settings.training.parts(accelerator.num_processes)
+    if settings.training.compile and accelerator.device.type != "cuda":
+        # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
+        raise UserError(
+            f"training.compile is for CUDA, and the device is {accelerator.device.type}; leave it out"
+        )
+    how = settings.evaluation
+    if how is not None:
+        if "fid" not in how.metrics:
+            raise UserError(
+                f"evaluation.metrics {how.metrics} has no fid, which a run's report is drawn from; add it"
+            )
+        if "agreement" in how.metrics and isinstance(settings, config.Train):
+            raise UserError(
+                "evaluation.metrics has agreement, which is with a teacher: it is for diffkd distill"
+            )
+        if how.reference is None:
+            networks_of(how)
+        else:
+            require(how, Reference(how.reference))
+
+
+@contextmanager
+def held(
+    settings: config.Train | config.Distill,
+    accelerator: Accelerator,
+    images: Images,
+    console: Console,
+    terms: Terms = PLAIN,
+    teacher: nn.Module | None = None,
+) -> Iterator[Session]:
+    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once.
+
+    teacher: whose weights must be those that the run began with.
+
+    Raises Interrupted for these and for the end of the time, Unfinished where the disk is full.
+    """
+    check(settings, accelerator)
+    run = Run(
+        settings.out, config.resolved(settings), owner=accelerator.is_main_process,
+        keep=settings.training.keep, allow=terms.allow,
+    )  # fmt: skip
+    until = [terms.until]
+    broadcast_object_list(until)
+    session = Session(settings, accelerator, run, images, console, until[0])
+
+    def stop(number: int, frame: Any) -> None:
+        if session.told:
+            raise KeyboardInterrupt
+        session.told = True
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+    try:
+        if accelerator.is_main_process:
+            run.describe(str(accelerator.device), accelerator.num_processes, torch.get_num_threads())
+            run.check_inputs({"data": images.digest(), **_weights(teacher)})
+        yield session
+    except Interrupted as told:  # perhaps another process was, or its clock is ahead
+        raise Interrupted(told.saved, due=not session.told and session.due(early=TOGETHER)) from None
+    except (UserError, Unfinished):
+        raise
+    except Exception as error:
+        if lost_another(error) and (session.told or session.due(early=TOGETHER)):  # stopped as this one is
+            raise Interrupted(due=not session.told) from error
+        if no_room(error):
+            raise Unfinished(
+                f"{settings.out}: the disk is full ({shown(free(settings.out))} free); what was done is "
+                "kept: make room, and the same command goes on"
+            ) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        run.close()
+
+
+def _weights(teacher: nn.Module | None) -> dict[str, str]:
+    return {} if teacher is None else {"teacher": digest(teacher.state_dict())}
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
