@@ -167,8 +167,9 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """From the first to the newest; other things that lie there are none of them."""
-        found = {path: NAME.fullmatch(path.name) for path in self.folder.glob("stage-*-update-*")}
-        known = {p: (int(name[1]), int(name[2])) for p, name in found.items() if name and p.is_dir()}
+        folders = [p for p in self.folder.glob("stage-*-update-*") if p.is_dir() and not p.is_symlink()]
+        found = {path: NAME.fullmatch(path.name) for path in folders}
+        known = {path: (int(name[1]), int(name[2])) for path, name in found.items() if name}
         return sorted(known, key=known.__getitem__)
 
 

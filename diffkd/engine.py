@@ -23,7 +23,7 @@ from diffkd.method import Batch, Loss, Method, Stage
 from diffkd.prefetch import ahead, read
 from diffkd.resuming import StageState, restore, save
 from diffkd.runs import Run
-from diffkd.seeds import generator_of
+from diffkd.seeds import derived_seed, generator_of
 from diffkd.training import Training
 from diffkd.watch import Watch, culprits, told
 from diffkd.zero import Zero
@@ -72,7 +72,8 @@ def run_stage(
             for learner in state.learners.values():
                 learner.rate(stage.rate(update))
             runs = [(rng, method.losses(nets, batch, stage, rng)) for rng, batch in next(prepared)]
-            outcome = _update(accelerator, runs, state, should_stop)
+            with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
+                outcome = _update(accelerator, runs, state, should_stop)
             done = update + 1
             if outcome.bad is None:
                 state.watch.good(outcome.loss, done, speaks=accelerator.is_main_process)
@@ -97,6 +98,7 @@ def run_stage(
                 save(accelerator, run, stage_index, done, state)
                 if outcome.stop:
                     run.checkpoints.wait()
+                    accelerator.wait_for_everyone()  # a launcher ends the others once one is gone
                     raise Interrupted(saved=True)
         run.checkpoints.wait()
     except Exception:
@@ -201,13 +203,17 @@ def _update(
 ) -> Outcome:
     """One update: the micro-batches' generators in step, each loss summed before its network moves."""
     student, stop, moved = math.nan, False, False
+    number = -1
     while True:
+        number += 1
         losses = []
-        for k, (_, generator) in enumerate(runs):
+        for k, (rng, generator) in enumerate(runs):
             with ExitStack() as stack:
                 if k + 1 < len(runs):  # gradients are exchanged once, with the last micro-batch
                     for learner in state.learners.values():
                         stack.enter_context(learner.accumulating())
+                # what layers draw themselves, as dropout does
+                torch.manual_seed(derived_seed(rng.initial_seed(), number))
                 with accelerator.autocast():
                     loss = next(generator, None)
                 if loss is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +15,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from torch import nn
 
 from diffkd import config
 from diffkd.base import Interrupted, Unfinished, UserError
 from diffkd.data import Images
+from diffkd.denoiser import Denoiser
 from diffkd.files import free, no_room, shown
 from diffkd.launching import lost_another
 from diffkd.metrics.evaluator import networks_of, require
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.weights import digest
 from diffkd.runs import Run
-from diffkd.session import Session
+from diffkd.session import Session, Stop
 
 TOGETHER = 10.0  # seconds that the clocks of processes, and what they are doing, may be apart
 
@@ -85,41 +86,47 @@ def held(
     images: Images,
     console: Console,
     terms: Terms = PLAIN,
-    teacher: nn.Module | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
-    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second stops at once.
+    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second SIGINT ends at once.
 
-    teacher: whose weights must be those that the run began with.
-
-    Raises Interrupted for these and for the end of the time, Unfinished where the disk is full.
+    Launchers pass signals on that processes have had already, so a second SIGTERM says nothing new. inputs:
+    what identifies the data, and else must be what the run began with. Raises Interrupted for signals and for
+    the end of the time, Unfinished where the disk is full.
     """
     check(settings, accelerator)
-    run = Run(
-        settings.out, config.resolved(settings), owner=accelerator.is_main_process,
-        keep=settings.training.keep, allow=terms.allow,
-    )  # fmt: skip
     until = [terms.until]
     broadcast_object_list(until)
-    session = Session(settings, accelerator, run, images, console, until[0])
+    stop = Stop(until[0])
 
-    def stop(number: int, frame: Any) -> None:
-        if session.told:
+    def handler(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in stop.signals:
             raise KeyboardInterrupt
-        session.told = True
+        stop.signals.append(number)
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+    asked = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, handler) for s in asked} if _in_main_thread() else {}
+    run: Run | None = None
     try:
+        run = Run(
+            settings.out, config.resolved(settings), owner=accelerator.is_main_process,
+            keep=settings.training.keep, allow=terms.allow,
+        )  # fmt: skip
+        parts = [settings.training.parts(accelerator.num_processes)]
         if accelerator.is_main_process:
-            run.describe(str(accelerator.device), accelerator.num_processes, torch.get_num_threads())
-            run.check_inputs({"data": images.digest(), **_weights(teacher)})
-        yield session
+            run.check_inputs({"data": images.digest(), **(inputs or {})})
+            parts[0] = run.micro_batches(parts[0], accelerator.num_processes)
+            run.describe(accelerator.device.type, accelerator.num_processes, torch.get_num_threads())
+        broadcast_object_list(parts)
+        training = settings.training.model_copy(update={"micro_batches": parts[0]})
+        yield Session(settings, training, accelerator, run, images, console, stop)
     except Interrupted as told:  # perhaps another process was, or its clock is ahead
-        raise Interrupted(told.saved, due=not session.told and session.due(early=TOGETHER)) from None
+        raise Interrupted(told.saved, due=not stop.signals and stop.due(early=TOGETHER)) from None
     except (UserError, Unfinished):
         raise
     except Exception as error:
-        if lost_another(error) and (session.told or session.due(early=TOGETHER)):  # stopped as this one is
-            raise Interrupted(due=not session.told) from error
+        if lost_another(error) and (stop.signals or stop.due(early=TOGETHER)):  # stopped as this one is
+            raise Interrupted(due=not stop.signals) from error
         if no_room(error):
             raise Unfinished(
                 f"{settings.out}: the disk is full ({shown(free(settings.out))} free); what was done is "
@@ -127,13 +134,18 @@ def held(
             ) from error
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        run.close()
+        for number, previous in before.items():
+            signal.signal(number, previous)
+        if run is not None:
+            run.close()
 
 
-def _weights(teacher: nn.Module | None) -> dict[str, str]:
-    return {} if teacher is None else {"teacher": digest(teacher.state_dict())}
+def identity(teacher: Denoiser) -> str:
+    """Of its weights, and of how they are read."""
+    read = (teacher.prediction, teacher.num_classes, teacher.null_label, teacher.clip)
+    total = hashlib.sha256(f"{digest(teacher.network.state_dict())} {read}".encode())
+    total.update(teacher.schedule.alphas_cumprod.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _in_main_thread() -> bool:

@@ -56,7 +56,8 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
     if teaching is not None:
         train(teaching, console, terms)
         teacher = _teacher(settings, source)
-    with holding.held(settings, accelerator, images, console, terms, teacher.network) as job:
+    inputs = {"teacher": holding.identity(teacher)}
+    with holding.held(settings, accelerator, images, console, terms, inputs) as job:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance

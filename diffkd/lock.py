@@ -52,7 +52,11 @@ class Lock:
                 )
             log.warning("%s was held by %s, which is gone: taken over", self.name, self._named(before))
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
-        self._owner.write_text(json.dumps(owner), encoding="utf-8")
+        try:
+            self._owner.write_text(json.dumps(owner), encoding="utf-8")
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         self._owner.unlink(missing_ok=True)

@@ -96,10 +96,11 @@ class Meter:
 
     def load(self, states: list[dict[str, Any]], rank: int, processes: int) -> None:
         """states: of every process then, of which there may be another number now."""
-        mine = states[rank : rank + 1] if len(states) == processes else states if rank == 0 else []
-        for state in mine:
-            for key, value in state.items():
-                self.sums[key] = self.sums.get(key, 0) + np.asarray(value)
+        same = len(states) == processes
+        for there, state in enumerate(states):
+            mine = there == rank if same else rank == 0
+            for key, value in state.items():  # all have all keys: sums are exchanged key by key
+                self.sums[key] = self.sums.get(key, 0) + np.asarray(value) * mine
 
 
 def _host(parts: list[Tensor]) -> np.ndarray:

@@ -19,7 +19,7 @@ from diffkd.differences import changes, differences
 from diffkd.environment import commit, versions
 from diffkd.files import new_file, read_json, remove_left, sync, write_json
 from diffkd.lock import Lock
-from diffkd.text import from_json, masked
+from diffkd.text import from_json, masked, reason
 
 log = logging.getLogger("diffkd")
 SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits depend on
@@ -44,9 +44,8 @@ class Run:
         allow: bool = False,
     ) -> None:
         self.folder = folder
-        self.checkpoints = Checkpoints(
-            folder / "checkpoints", config, keep=keep, before_rename=self._sync_log
-        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", config, keep=keep, before_rename=self.sync_log)
+        self._parts: int | None = None
         self._lock: Lock | None = None
         if not owner:
             return
@@ -67,11 +66,16 @@ class Run:
     def _begin(self, config: Mapping[str, Any], allow: bool) -> None:
         """What is done once the folder is held. Another process may have begun a run in it just before."""
         folder = self.folder
-        if self._check(config, allow):
-            log.warning("%s goes on with another config: %s", folder, self._check(config, allow))
+        changed = self._check(config, allow)
+        if changed:
+            log.warning("%s goes on with another config: %s", folder, changed)
+        measured = folder / "metrics.json"
+        if "evaluation" in changed and measured.exists():  # numbers of two protocols do not compare
+            number = len(list(folder.glob("metrics-before-*.json"))) + 1
+            measured.rename(folder / f"metrics-before-{number}.json")
         remove_left(folder, folder / "checkpoints", folder / "students", folder / "samples")
         known = folder / "config.yaml"
-        if not known.exists() or yaml.safe_load(known.read_text(encoding="utf-8")) != _plain(config):
+        if not known.exists() or _yaml(known) != _plain(config):
             with new_file(known) as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
@@ -86,7 +90,7 @@ class Run:
             if any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty and holds no run of diffkd; use another out")
             return ""
-        differ = changes(yaml.safe_load(known.read_text(encoding="utf-8")), _plain(config))
+        differ = changes(_yaml(known), _plain(config))
         differ = {key: pair for key, pair in differ.items() if key not in PLACES}
         said = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
         text = "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
@@ -117,12 +121,13 @@ class Run:
             "device": device,
             "processes": processes,
             "threads": threads,
+            "micro_batches": self._parts,
             "cores": os.cpu_count(),
         }
         if not path.exists():
             write_json(path, content)
             return
-        before = read_json(path, {})
+        before = self._read(path.name)
         said = [d for key in SAME_BITS for d in differences(before.get(key), content[key], key)]
         if said:
             log.warning(
@@ -130,15 +135,42 @@ class Run:
                 self.folder, "; ".join(said),
             )  # fmt: skip
 
+    def micro_batches(self, wanted: int, processes: int) -> int:
+        """Those that the run began with, as other parts of a batch draw other images and noise.
+
+        wanted: what the config, and without it the number of processes, gives now.
+        """
+        before = self._read("environment.json").get("micro_batches", wanted)
+        if isinstance(before, int) and before >= 1 and before % processes == 0:
+            self._parts = before
+            return before
+        log.warning(
+            "%s goes on with %d micro-batches where it began with %s, so other images and noise are drawn "
+            "from here on; training.micro_batches fixes their number for any number of processes",
+            self.folder, wanted, before,
+        )  # fmt: skip
+        self._parts = wanted
+        return wanted
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """One of the run's own files; {} where there is none, or another process has made nonsense of it."""
+        try:
+            found = read_json(self.folder / name, {})
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s); it is passed over", self.folder / name, error)
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Raises UserError where the run began with other data, or another teacher, of the same name.
 
         inputs: what identifies each.
         """
-        path = self.folder / "inputs.json"
-        if not path.exists():
-            write_json(path, dict(inputs))
-        for name in changes(read_json(path, {}), dict(inputs)):
+        before = self._read("inputs.json")
+        if not before:
+            write_json(self.folder / "inputs.json", dict(inputs))
+            return
+        for name in changes(before, dict(inputs)):
             raise UserError(
                 f"the {name} of {self.folder} has changed since the run began; put it back, or use another "
                 "out"
@@ -156,21 +188,31 @@ class Run:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = from_json(line)
-            except ValueError:
-                continue  # torn by a kill
-            if (record.get("stage_index", -1), record.get("update", 0)) <= (stage_index, update):
-                kept.append(line)
+                place = (record.get("stage_index", -1), record.get("update", 0))
+                if all(type(number) is int for number in place) and place <= (stage_index, update):
+                    kept.append(line)
+            except (ValueError, TypeError, AttributeError):
+                continue  # torn by a kill, or none of ours
         with new_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def _sync_log(self) -> None:
+    def sync_log(self) -> None:
         """What the log says of the updates before a checkpoint is on the disk when that is."""
         path = self.folder / "log.jsonl"
         if path.is_file():
             sync(path)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); put it back, or use another out"
+        ) from error
 
 
 def _plain(config: Mapping[str, Any]) -> Any:

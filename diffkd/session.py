@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,21 @@ from diffkd.metrics.targets import Target, identity, model_target, remembered
 from diffkd.progress import bar
 from diffkd.runs import Run
 from diffkd.text import printable
+from diffkd.training import Training
 
 TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
+
+
+@dataclass
+class Stop:
+    """Whether a run is to stop. until: the time (of time.time) that it has; signals: those that came."""
+
+    until: float | None = None
+    signals: list[int] = field(default_factory=list)
+
+    def due(self, early: float = 0.0) -> bool:
+        """Whether the time is over, or nearly."""
+        return self.until is not None and time.time() > self.until - early
 
 
 class Session:
@@ -41,30 +55,26 @@ class Session:
     def __init__(
         self,
         settings: config.Train | config.Distill,
+        training: Training,
         accelerator: Accelerator,
         run: Run,
         images: Images,
         console: Console,
-        until: float | None = None,
+        stop: Stop,
     ) -> None:
-        self.settings = settings
+        self.settings, self.training = settings, training
         self.accelerator = accelerator
         self.run = run
         self.images = images
         self.console = console
-        self.until = until
-        self.told = False  # to stop, by a signal
+        self.stop = stop
         self.teacher: tuple[Callable[[], Denoiser], float] | None = None  # loaded anew, with its guidance
         self.source = ""  # where it is
         self._evaluator: Evaluator | None = None
         self._teacher: Target | None = None
 
-    def due(self, early: float = 0.0) -> bool:
-        """Whether the time that was given is over, or nearly."""
-        return self.until is not None and time.time() > self.until - early
-
     def should_stop(self) -> bool:
-        return self.told or self.due()
+        return bool(self.stop.signals) or self.stop.due()
 
     def run_stage(self, method: Method, stage: Stage, nets: dict[str, Any], index: int) -> None:
         with self._bar(stage.name, stage.updates) as advance:
@@ -77,7 +87,7 @@ class Session:
                 advance(done, text)
 
             run_stage(
-                self.accelerator, method, stage, nets, self.images, self.settings.training, self.run,
+                self.accelerator, method, stage, nets, self.images, self.training, self.run,
                 seed=self.settings.seed, stage_index=index, on_update=on_update,
                 should_stop=self.should_stop,
             )  # fmt: skip
@@ -87,6 +97,7 @@ class Session:
             with new_folder(folder) as temporary:
                 models.save(denoiser, temporary)
                 cards.write(temporary, cards.describe(denoiser, **card))
+                self.run.sync_log()  # the stage is not done again: what it logged must not be lost
         self.accelerator.wait_for_everyone()
 
     def measure(

@@ -15,6 +15,7 @@ from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.engine import run_stage
 from diffkd.files import sha256
+from diffkd.meter import Meter
 from diffkd.method import Loss, Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
@@ -225,6 +226,48 @@ def test_an_update_that_is_no_number_is_skipped(tmp_path, kind):
         assert first["images"] == [drawn_at(5)[3]]
     else:
         assert first["images"] == drawn_at(5)
+
+
+def test_dropout_goes_on_where_it_stopped(tmp_path):
+    """Layers draw from torch's own generator: seeded for every part of an update, and put back after."""
+
+    def one(folder, stop_at=None):
+        pupil = student(3, "v_prediction", COSINE)
+        for module in pupil.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        method, run, done = Denoising(updates=12, learning_rate=1e-3, warmup=0), Run(folder, {}), [0]
+        before = torch.random.get_rng_state()
+        with contextlib.suppress(Interrupted):
+            run_stage(
+                Accelerator(), method, method.stages(pupil)[0], {"student": pupil.train()}, images(),
+                Training(batch_size=8, micro_batches=2), run, seed=0, stage_index=0,
+                on_update=lambda update, record: done.append(update),
+                should_stop=lambda: done[-1] + 1 == stop_at,
+            )  # fmt: skip
+        run.close()
+        assert torch.equal(before, torch.random.get_rng_state())
+        return weights(pupil)
+
+    whole = one(tmp_path / "whole")
+    torch.manual_seed(1)
+    one(tmp_path / "parts", stop_at=5)
+    assert torch.equal(whole, one(tmp_path / "parts"))
+
+
+def test_an_interval_of_which_only_the_beginning_was_good():
+    """Resumed by more processes: all of them know that there is something to be exchanged."""
+    first = Meter(torch.device("cpu"))
+    first.add([Loss("student", torch.tensor(2.0), {"t": torch.tensor([0.5]), "gap": torch.tensor([3.0])})],
+              torch.tensor(4.0))  # fmt: skip
+    states = json.loads(json.dumps([first.state()]))
+    again = [Meter(torch.device("cpu")) for _ in range(2)]
+    for rank, meter in enumerate(again):
+        meter.load(states, rank, 2)
+    assert all(meter.has_any for meter in again)
+    assert again[0].sums.keys() == again[1].sums.keys() == first.sums.keys()
+    for key, value in first.sums.items():
+        assert (again[0].sums[key] + again[1].sums[key] == value).all() and not again[1].sums[key].any()
 
 
 def test_a_second_network_that_is_no_number(tmp_path):

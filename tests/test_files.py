@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 
 import pytest
 from safetensors import SafetensorError
@@ -115,6 +117,21 @@ def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
     (tmp_path / ".4-steps.78.old").mkdir()
     files.remove_left(tmp_path)
     assert tree(tmp_path) == {"4-steps": None, "4-steps/a": b"1"}
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", [1])
+    with new_folder(tmp_path / "b") as temporary:
+        (temporary / "c").write_bytes(b"1")
+    assert read_json(tmp_path / "a.json", None) == [1] and (tmp_path / "b/c").read_bytes() == b"1"
 
 
 def test_a_full_disk_is_known_in_any_words():

@@ -167,6 +167,64 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, host, proces
         assert "taken over" in caplog.text
 
 
+def test_the_micro_batches_of_a_run_stay(tmp_path, caplog):
+    """By default one for each process; a run that goes on with fewer or more keeps them where it can."""
+
+    def begun(folder, parts, processes):
+        run = Run(folder, CONFIG)
+        found = run.micro_batches(parts, processes)
+        run.describe("cpu", processes, 1)
+        run.close()
+        return found
+
+    assert begun(tmp_path / "two", 2, 2) == 2
+    caplog.clear()
+    assert begun(tmp_path / "two", 1, 1) == 2
+    assert "other images" not in caplog.text
+    assert begun(tmp_path / "one", 1, 1) == 1
+    assert begun(tmp_path / "one", 2, 2) == 2
+    assert "goes on with 2 micro-batches where it began with 1, so other images" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0\0"])
+def test_files_that_a_power_cut_left(run, content):
+    """Of what is only told, nothing depends on them."""
+    for name in ("environment.json", "inputs.json"):
+        (run.folder / name).write_bytes(content)
+    run.describe("cpu", 1, 1)
+    run.check_inputs({"data": "a"})
+    run.check_inputs({"data": "a"})
+    (run.folder / "config.yaml").write_bytes(content)
+    run.close()
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read|belongs to a run of another config"):
+        Run(run.folder, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "null", '"x"', '{"update": null}', '{"stage_index": "x"}', "[" * 5000, "\udcff"]
+)
+def test_lines_that_are_not_ours(run, line):
+    run.append({"stage_index": 0, "update": 1})
+    with (run.folder / "log.jsonl").open("ab") as stream:
+        stream.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    run.append({"stage_index": 0, "update": 2})
+    run.rewind_log(0, 2)
+    lines = (run.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == [1, 2]
+
+
+def test_numbers_of_another_protocol_are_laid_aside(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    run.close()
+    (tmp_path / "metrics.json").write_text("[1]")
+    Run(tmp_path, {**CONFIG, "training": {"ema": 0.99, "log_every": 3}}, allow=True).close()
+    assert (tmp_path / "metrics.json").exists()
+    other = {**CONFIG, "training": {"ema": 0.99, "log_every": 3}, "evaluation": {"samples": 5}}
+    Run(tmp_path, other, allow=True).close()
+    assert not (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "metrics-before-1.json").read_text() == "[1]"
+
+
 def test_what_the_last_bits_depend_on_is_told_where_it_changed(run, caplog):
     run.describe("cpu", 1, 2)
     run.describe("cpu", 1, 2)

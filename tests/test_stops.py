@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -91,6 +92,24 @@ def test_a_time_that_is_over_saves_and_ends_well(here, cli):
             err == "diffkd: stopped, as the time is over; a checkpoint is saved, the same command goes on\n"
         )
     assert stops >= 1
+    assert_same_runs(here / "runs/whole", here / "runs/parts")
+
+
+@pytest.mark.slow
+def test_signals_that_come_twice(here, cli):
+    """As from a launcher that passes on what its processes have had already, in the middle of saving."""
+    overrides = [*FOREVER, "method.updates=60"]
+    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
+    command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides, "out=runs/parts"]
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    wait_for(process, here / "runs/parts/log.jsonl", '"update": 20')
+    for _ in range(5):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "a checkpoint is saved" in err
+    assert len(list((here / "runs/parts/checkpoints").iterdir())) == 1
+    assert cli("distill", "distill.yaml", *overrides, "out=runs/parts").code == 0
     assert_same_runs(here / "runs/whole", here / "runs/parts")
 
 
@@ -227,6 +246,13 @@ def test_a_disk_that_is_full_half_way(here, cli, disk):
     assert not [p for p in place.rglob(".*") if p.suffix == ".tmp"]
     kept = sorted(p.name for p in (place / "run/checkpoints").iterdir())
     assert kept and "Traceback" not in err
+    (place / "filling").write_bytes(b"0" * 10)
+    with contextlib.suppress(OSError), (place / "filling").open("ab") as stream:
+        while True:
+            stream.write(b"0" * 4096)
+            stream.flush()
+    code, out, err = cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}")
+    assert code == 1 and len(err.splitlines()) == 1 and "the disk is full (0 B free)" in err, err
     disk("100m")
     assert cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}").code == 0
     assert_same_runs(whole, place / "run")
@@ -290,6 +316,11 @@ def test_another_teacher_or_other_images_half_way(here, cli, image_folder, make_
     refuse(cli, here, *args, says=["the data of runs/students has changed since the run began"])
     shutil.rmtree(here / "images")
     (here / "before").rename(here / "images")
+    kept = here / "teacher/scheduler/scheduler_config.json"
+    content = kept.read_text()
+    kept.write_text(content.replace("squaredcos_cap_v2", "linear"))
+    refuse(cli, here, *args, says=["the teacher of runs/students has changed"])
+    kept.write_text(content)
     make_pipeline(here, name="teacher", classes=2, seed=1)
     refuse(cli, here, *args, says=["the teacher of runs/students has changed"])
 

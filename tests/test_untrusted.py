@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 
 import diffkd
 from diffkd import (
-    base,
     benchmarking,
     cards,
     config,
@@ -45,7 +44,7 @@ from diffkd.metrics.reference import Reference
 from diffkd.metrics.statistics import read_npz
 from diffkd.metrics.vision import DINOv2
 from diffkd.subjects import Subject
-from diffkd.text import line, masked, printable
+from diffkd.text import line, masked, printable, quoted
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -721,7 +720,7 @@ def test_a_secret_reaches_no_error_and_no_log(tmp_path, monkeypatch, cli, caplog
 def test_a_long_line_keeps_its_end():
     said = line("a" * 10_000 + "; use another")
     assert len(said) < 2_100 and said.endswith("use another")
-    assert base.quoted([1] * 9999).endswith("...") and len(base.quoted(10**5000)) < 300
+    assert quoted([1] * 9999).endswith("...") and len(quoted(10**5000)) < 300
 
 
 # images ---------------------------------------------------------------------------------------------------

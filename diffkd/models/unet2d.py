@@ -159,10 +159,8 @@ def _network(folder: Path, name: str) -> UNet2DModel:
         network, loading = UNet2DModel.from_pretrained(
             place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except UserError:
-        raise
     except Exception as error:  # diffusers raises what it likes for a config that makes no network
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
         raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
     if loading["missing_keys"]:
         raise UserError(
