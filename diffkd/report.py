@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from PIL import Image
 
 from diffkd import charts
 from diffkd.data import open_image
+from diffkd.files import new_file
 from diffkd.text import from_json, printable
 
 Record = dict[str, Any]
@@ -63,12 +63,8 @@ def write(folder: Path) -> Path | None:
         parts = [_summary(measured, stages), _fid(measured), _noise(folder / "samples", measured)]
         parts += [_training(stages), _details(folder, measured)]
     path = folder / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         temporary.write_text(_page(folder.resolve().name, "\n".join(parts)), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -132,8 +132,18 @@ def fuzz(what: str) -> Any:
 
         functools.update_wrapper(longer, test)
         more = settings(FUZZ, max_examples=SLOW * INPUTS[what])(seed(1)(given(data=st.data())(longer)))
-        globals()[f"{test.__name__}_at_length"] = pytest.mark.slow(more)
-        return settings(FUZZ, max_examples=INPUTS[what])(given(data=st.data())(test))
+        globals()[f"{test.__name__}_at_length"] = pytest.mark.slow(counted(more))
+        return counted(settings(FUZZ, max_examples=INPUTS[what])(given(data=st.data())(test)))
+
+    def counted(whole: Any) -> Any:
+        @functools.wraps(whole)
+        def run(*args: Any, **kwargs: Any) -> None:
+            before = TRIED[what]
+            whole(*args, **kwargs)
+            assert TRIED[what] - before >= 0.9 * INPUTS[what]  # some spaces are smaller than was asked for
+            assert "place" not in kwargs or not exploded(kwargs["place"]).exists()
+
+        return run
 
     return made
 
@@ -571,15 +581,7 @@ def unreachable_rows(self: Any) -> Any:
     raise UserError("no data sets in a test")
 
 
-# all of them ----------------------------------------------------------------------------------------------
-
-
-def test_that_many_were_tried(place):
-    """Of the tests of this file that ran before: some spaces are smaller than what was asked of them."""
-    assert sum(INPUTS.values()) > 3000
-    for what, count in TRIED.items():
-        assert count >= 0.9 * INPUTS[what], (what, count)
-    assert not exploded(place).exists()
+# the canary -----------------------------------------------------------------------------------------------
 
 
 def test_a_canary_does_what_it_should(tmp_path):

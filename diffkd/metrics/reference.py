@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffkd import files
 from diffkd.base import UserError
 from diffkd.metrics.collect import Collector, Pixels
 from diffkd.metrics.processes import Processes
@@ -62,7 +62,7 @@ class Reference:
         if "mu" not in arrays and "sigma" not in arrays and self.source is not None:
             return
         self.statistics = Statistics.of_arrays(arrays, str(path))
-        self.sha256 = _sha256(path)
+        self.sha256 = files.sha256(path)
         if "protocol" in arrays:
             self.protocol = _protocol(arrays["protocol"], path)
             self.sha256 = self.protocol.get("sha256", self.sha256)
@@ -191,14 +191,6 @@ class Reference:
             "name": self.name, "count": self.count, "sha256": self.sha256, "features": made_with,
             "spec": spec,
         }  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
 
 
 def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
