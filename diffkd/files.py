@@ -18,7 +18,7 @@ from filelock import FileLock
 from diffkd.base import UserError
 from diffkd.text import from_json
 
-REPLACED = re.compile(r"\.(.+)\.\d+\.old")
+LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
 
 @contextmanager
@@ -90,10 +90,12 @@ def append_json(path: Path, record: Any) -> None:
 def remove_left(*folders: Path) -> None:
     """What a process that was killed left half written, or half replaced, in these folders."""
     for folder in folders:
-        for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-            replaced = REPLACED.fullmatch(left.name)
-            if replaced and not (folder / replaced[1]).exists():
-                left.rename(folder / replaced[1])  # the new one was not in its place yet
+        for left in list(folder.glob(".*")):
+            name = LEFT.fullmatch(left.name)
+            if name is None:
+                continue
+            if name[2] == "old" and not (folder / name[1]).exists():
+                left.rename(folder / name[1])  # the new one was not in its place yet
             elif left.is_dir():
                 shutil.rmtree(left)
             else:

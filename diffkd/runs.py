@@ -73,7 +73,8 @@ class Run:
         if "evaluation" in changed and measured.exists():  # numbers of two protocols do not compare
             number = len(list(folder.glob("metrics-before-*.json"))) + 1
             measured.rename(folder / f"metrics-before-{number}.json")
-        remove_left(folder, folder / "checkpoints", folder / "students", folder / "samples")
+        inner = [path for path in (*folder.glob("*"), *folder.glob("students/*")) if path.is_dir()]
+        remove_left(folder, *inner)
         known = folder / "config.yaml"
         if not known.exists() or _yaml(known) != _plain(config):
             with new_file(known) as temporary:

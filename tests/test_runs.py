@@ -301,7 +301,11 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     for place in ("checkpoints/.stage-00-update-0000001.999.tmp", "students/.4-steps.999.tmp"):
         (tmp_path / "run" / place).mkdir(parents=True)
     (tmp_path / "run/.metrics.json.999.tmp").write_text("[")
+    (tmp_path / "run/students/2-steps").mkdir()
     (tmp_path / "run/students/.2-steps.999.old").mkdir()
+    (tmp_path / "run/students/2-steps/.README.md.999.tmp").write_text("# A")
+    (tmp_path / "run/.mine.tmp").write_text("of the user's own")
     (tmp_path / "run/config.yaml").write_text("{}")
     Run(tmp_path / "run", {}).close()
-    assert [p for p in (tmp_path / "run").rglob(".*") if p.suffix in (".tmp", ".old")] == []
+    left = [p.name for p in (tmp_path / "run").rglob(".*") if p.suffix in (".tmp", ".old")]
+    assert left == [".mine.tmp"]
