@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 
 import diffkd
 from diffkd import session
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -160,11 +160,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli, how):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )
-    record = here / "runs/parts/log.jsonl"
-    while process.poll() is None and not (
-        record.exists() and '"2-steps", "stage_index": 1, "update": 7' in record.read_text()
-    ):
-        time.sleep(0.01)
+    wait_for(process, here / "runs/parts/log.jsonl", '"2-steps", "stage_index": 1, "update": 7')
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     if how != signal.SIGKILL:

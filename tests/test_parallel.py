@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.test_jobs import CONFIG, TEACHER, network, same
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -144,11 +145,7 @@ def test_a_process_that_dies_takes_the_others_with_it(here, cli):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )
-    record = here / "runs/parts/log.jsonl"
-    while process.poll() is None and not (
-        record.exists() and '"1-steps", "stage_index": 1, "update": 17' in record.read_text()
-    ):
-        time.sleep(0.01)
+    wait_for(process, here / "runs/parts/log.jsonl", '"1-steps", "stage_index": 1, "update": 17')
     workers = psutil.Process(process.pid).children()
     ranks = {worker.environ()["RANK"]: worker for worker in workers if "RANK" in worker.environ()}
     assert sorted(ranks) == ["0", "1"]

@@ -20,6 +20,7 @@ from diffkd.holding import duration
 from diffkd.session import Session
 from tests.refusals import refuse
 from tests.test_jobs import CONFIG, MEASURED, TEACHER, network, same
+from tests.waiting import wait_for
 
 FOREVER = ["evaluation=null", "pictures=0", "method.steps=[4,1]", "training.checkpoint_every=1000"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -52,13 +53,6 @@ def assert_same_runs(one, two, students=("4-steps", "1-steps")):
     for name in students:
         assert same(network(one / "students" / name), network(two / "students" / name)), name
     assert log(one) == log(two)
-
-
-def wait_for(process, path, text):
-    """Until the file says so."""
-    while process.poll() is None and not (path.exists() and text in path.read_text()):
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
 
 
 # the time that is given -------------------------------------------------------------------------------
