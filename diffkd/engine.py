@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffkd.base import Interrupted, Unfinished, UserError
+from diffkd.classifier import Model
 from diffkd.data import Images
-from diffkd.denoiser import Denoiser
 from diffkd.learner import Copies, Learner, Shards
 from diffkd.meter import Meter
 from diffkd.method import Batch, Loss, Method, Stage
@@ -106,7 +106,7 @@ def run_stage(
             run.checkpoints.wait()
         raise
     for name, net in nets.items():
-        if isinstance(net, Denoiser) and name in state.learners:
+        if isinstance(net, Model) and name in state.learners:
             shadow = state.ema.shadow_params
             learner = state.learners[name]
             net.network = learner.trained(shadow) if name == "student" else learner.bare
@@ -116,7 +116,7 @@ def run_stage(
 def _state(
     accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage, training: Training
 ) -> StageState:
-    """The networks prepared in place: inside a Denoiser, whose own methods stay reachable."""
+    """The networks prepared in place: inside a Model, whose own methods stay reachable."""
     trained = [name for name, net in nets.items() if _is_trained(net)]
     for net in nets.values():
         _prepare(accelerator, net, training)
@@ -124,9 +124,9 @@ def _state(
     learners = {}
     for name in trained:
         net = nets[name]
-        network = net.network if isinstance(net, Denoiser) else net
+        network = net.network if isinstance(net, Model) else net
         learners[name] = kind(accelerator, network, training, stage.learning_rate, alone=len(trained) == 1)
-        if isinstance(net, Denoiser):
+        if isinstance(net, Model):
             net.network = learners[name].network
     ema = EMAModel(list(learners["student"].network.parameters()), decay=training.ema, foreach=True)
     ema.to(dtype=torch.float32)
@@ -141,7 +141,7 @@ def _is_trained(net: nn.Module) -> bool:
 
 def _prepare(accelerator: Accelerator, net: nn.Module, training: Training) -> None:
     """On the device and in the dtype that it is run in; compiled where asked for."""
-    network: Any = net.network if isinstance(net, Denoiser) else net
+    network: Any = net.network if isinstance(net, Model) else net
     if _is_trained(net):
         if training.gradient_checkpointing:
             if not getattr(network, "_supports_gradient_checkpointing", False):

@@ -119,7 +119,7 @@ def held(
             run.describe(accelerator.device.type, accelerator.num_processes, torch.get_num_threads())
         broadcast_object_list(parts)
         training = settings.training.model_copy(update={"micro_batches": parts[0]})
-        yield Session(settings, training, accelerator, run, images, console, stop)
+        yield Session(settings.seed, training, accelerator, run, console, stop)
     except Interrupted as told:  # perhaps another process was, or its clock is ahead
         raise Interrupted(told.saved, due=not stop.signals and stop.due(early=TOGETHER)) from None
     except (UserError, Unfinished):

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from diffkd import config, holding, launching, models, session, students
+from diffkd import config, holding, launching, models, students
 from diffkd.base import UserError
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.holding import PLAIN, Terms
 from diffkd.method import Method, Stage
+from diffkd.results import Results
 from diffkd.seeds import derived_seed
+from diffkd.session import Session
 
 
 def train(settings: config.Train, console: Console, terms: Terms = PLAIN) -> Path:
@@ -23,19 +25,20 @@ def train(settings: config.Train, console: Console, terms: Terms = PLAIN) -> Pat
     fresh = _fresh(settings, images)
     method, folder = settings.denoising, settings.out / "teacher"
     with holding.held(settings, accelerator, images, console, terms) as job:
+        results = Results(job, settings, images)
         if not folder.exists():
             denoiser = fresh.to(accelerator.device).train()
-            job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, 0)
-            job.export(
+            job.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, images, 0)
+            results.export(
                 denoiser.eval(), folder, data=images.name, classes=images.classes,
                 class_counts=images.class_counts,
             )  # fmt: skip
         denoiser = models.load(folder, device=accelerator.device)
-        for steps in job.teacher_steps(denoiser):
-            job.measure("teacher", "teacher", denoiser, steps, folder)
-        steps = max(job.teacher_steps(denoiser))
-        job.preview(f"teacher-{steps}-steps", denoiser, steps)
-        job.finish()
+        for steps in results.teacher_steps(denoiser):
+            results.measure("teacher", "teacher", denoiser, steps, folder)
+        steps = max(results.teacher_steps(denoiser))
+        results.preview(f"teacher-{steps}-steps", denoiser, steps)
+        results.finish()
     return folder
 
 
@@ -58,18 +61,19 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
         teacher = _teacher(settings, source)
     inputs = {"teacher": holding.identity(teacher)}
     with holding.held(settings, accelerator, images, console, terms, inputs) as job:
+        results = Results(job, settings, images)
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
-        job.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
-        job.source = source
-        job.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps], guidance)
+        results.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
+        results.source = source
+        results.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps], guidance)
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is drawn
         for index, (method, stage) in enumerate(plan):
             folder = settings.out / "students" / stage.name
             if not folder.exists():
-                student = _trained(job, method, stage, current, index)
-                job.export(
+                student = _trained(job, method, stage, current, images, index)
+                results.export(
                     student,
                     folder,
                     teacher=source,
@@ -82,20 +86,22 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
                 )
                 del student
             current = models.load(folder, device=accelerator.device)
-            steps = current.steps or max(job.teacher_steps(current))
-            job.measure(stage.name, "student", current, steps, folder)
-            job.preview(stage.name, current, steps)
-            job.stage_line(stage, steps)
-        job.finish()
+            steps = current.steps or max(results.teacher_steps(current))
+            results.measure(stage.name, "student", current, steps, folder)
+            results.preview(stage.name, current, steps)
+            results.stage_line(stage, steps)
+        results.finish()
     return folder
 
 
-def _trained(job: session.Session, method: Method, stage: Stage, current: Denoiser, index: int) -> Denoiser:
+def _trained(
+    job: Session, method: Method, stage: Stage, current: Denoiser, images: Images, index: int
+) -> Denoiser:
     """The student of one stage. current: its teacher, which is not to be used for anything else after."""
     student = students.copy_of(current, stage.prediction).requires_grad_(True)
     student.steps, student.clip = stage.steps, None  # its targets were not clipped
     nets = {"student": student, "teacher": current.requires_grad_(False)}
-    job.run_stage(method, stage, nets | method.networks(current, student), index)
+    job.run_stage(method, stage, nets | method.networks(current, student), images, index)
     return student
 
 

@@ -75,16 +75,18 @@ class Method(Strict, ABC):
     """
 
     reference: ClassVar[str]
+    kind: ClassVar[type[Any]] = Denoiser  # of its teacher and its student
 
     @abstractmethod
-    def stages(self, start: Denoiser) -> list[Stage]:
-        """What is trained, in order. start: the model that the first stage begins from (not changed).
+    def stages(self, start: Any) -> list[Stage]:
+        """What is trained, in order. start: the model that the first stage begins from (not changed), of the
+        method's own kind.
 
         Raises UserError where the method does not fit it.
         """
 
-    def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, torch.nn.Module]:
-        """Networks needed beside these two."""
+    def networks(self, teacher: Any, student: Any) -> dict[str, torch.nn.Module]:
+        """Networks needed beside these two, those that learn with parameters that require gradients."""
         return {}
 
     @abstractmethod

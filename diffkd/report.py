@@ -10,14 +10,13 @@ import html
 import io
 import math
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from diffkd import charts
+from diffkd import charts, page
 from diffkd.data import open_image
 from diffkd.files import new_file
 from diffkd.text import from_json, printable
@@ -64,17 +63,12 @@ def write(folder: Path) -> Path | None:
         parts += [_training(stages), _details(folder, measured)]
     path = folder / "report.html"
     with new_file(path) as temporary:
-        temporary.write_text(_page(folder.resolve().name, "\n".join(parts)), encoding="utf-8")
+        temporary.write_text(page.whole(folder.resolve().name, "\n".join(parts)), encoding="utf-8")
     return path
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _escaped(text: str) -> str:
-    """Text of the page: no markup of a name survives, nor what cannot be shown."""
-    return html.escape(printable(text))
 
 
 def _json(text: str) -> Any:
@@ -113,58 +107,35 @@ def _stages(path: Path) -> Stages:
     return stages
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested objects as ("outer.inner", text); a list is read as a command line."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, shlex.join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _number(value: float | None) -> str:
-    """Three digits or so, without a power of ten where a reader would rather see none."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    return f"{value:.3g}" if size < 0.01 else f"{value:.{3 if size < 1 else 2 if size < 100 else 0}f}"
-
-
 def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
-    """Cells are text; they are escaped here."""
-    top = "".join(f"<th>{_escaped(cell)}</th>" for cell in head)
-    lines = ("".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _summary(measured: _Measured, stages: Stages) -> str:
     """What was distilled, how good it is and by which features: what a reader in a hurry needs."""
     said, best = [], measured.best
     if best:
-        said.append(f"The teacher’s best FID is {_number(best['fid'])}, at {_steps(best['steps'])}.")
+        said.append(f"The teacher’s best FID is {page.number(best['fid'])}, at {_steps(best['steps'])}.")
     if measured.students:
         last = measured.students[min(measured.students)]
         ratio = measured.ratio(last)
-        said.append(f"Distilled to {_steps(last['steps'])}, the student’s FID is {_number(last['fid'])}")
-        said[-1] += "." if ratio is None else f", {_number(ratio)} times the teacher’s best."
+        said.append(f"Distilled to {_steps(last['steps'])}, the student’s FID is {page.number(last['fid'])}")
+        said[-1] += "." if ratio is None else f", {page.number(ratio)} times the teacher’s best."
     if not measured.records():
         said.append("No FID has been measured in this run.")
     if stages:
         name, end = list(stages)[-1], list(stages.values())[-1][-1]
         if end["update"] < end.get("updates", 0):
             said.append(f"The log ends in stage {name}, at update {end['update']} of {end['updates']}.")
-    text = f'<p class="lead">{_escaped(" ".join(said))}</p>'
-    names = (dict(_flat(r.get("protocol", {}))).get("features.name", "unknown") for r in measured.records())
+    text = f'<p class="lead">{page.escaped(" ".join(said))}</p>'
+    names = (
+        dict(page.flat(r.get("protocol", {}))).get("features.name", "unknown") for r in measured.records()
+    )
     for features in dict.fromkeys(names):
         note = f"FID by the feature network “{features}”."
         if features != "inception":
             note += f" It is not an Inception-FID: compare it with other {features}-FIDs only."
-        text += f'<p class="note">{_escaped(note)}</p>'
+        text += f'<p class="note">{page.escaped(note)}</p>'
     return text
 
 
@@ -173,8 +144,8 @@ def _fid(measured: _Measured) -> str:
     for steps in sorted(measured.teacher.keys() | measured.students.keys(), reverse=True):
         theirs, ours = measured.teacher.get(steps), measured.students.get(steps)
         nfe = dict.fromkeys(str(r.get("nfe", "–")) for r in (theirs, ours) if r)
-        fids = [_number(r["fid"] if r else None) for r in (theirs, ours)]
-        more = [_number(measured.ratio(ours)), _seconds(ours or theirs or {})]
+        fids = [page.number(r["fid"] if r else None) for r in (theirs, ours)]
+        more = [page.number(measured.ratio(ours)), _seconds(ours or theirs or {})]
         rows.append([str(steps), " / ".join(nfe), *fids, *more])
     if not rows:
         return ""
@@ -184,7 +155,7 @@ def _fid(measured: _Measured) -> str:
         note += " Two nfe: the teacher’s / the student’s."
     kept = [column for column in zip(head, *rows, strict=True) if set(column[1:]) != {"–"}]
     head, *rows = (list(row) for row in zip(*kept, strict=True))
-    table = f'<div class="card">{_table(head, rows, "numbers")}<p class="small">{note}</p></div>'
+    table = f'<div class="card">{page.table(head, rows, "numbers")}<p class="small">{note}</p></div>'
     chart = ""
     if len(measured.records()) > 1:
         chart = f'<div class="card"><p class="small">FID, lower is better</p>{_fid_chart(measured)}</div>'
@@ -193,7 +164,7 @@ def _fid(measured: _Measured) -> str:
 
 def _seconds(record: Record) -> str:
     samples, seconds = record.get("protocol", {}).get("samples"), record.get("seconds")
-    return _number(seconds / samples * 1000 if samples and seconds else None)
+    return page.number(seconds / samples * 1000 if samples and seconds else None)
 
 
 def _fid_chart(measured: _Measured) -> str:
@@ -209,7 +180,8 @@ def _fid_chart(measured: _Measured) -> str:
             if above and steps in measured.students and fid < 1.15 * measured.students[steps]["fid"]:
                 continue  # the curves meet; the student's value stands for both
             axes.annotate(
-                _number(fid), (steps, fid), xytext=(2, 5) if above else (-4, -6), textcoords="offset points",
+                page.number(fid), (steps, fid), xytext=(2, 5) if above else (-4, -6),
+                textcoords="offset points",
                 ha="left" if above else "center", va="bottom" if above else "top", fontsize=8.5, color=colour,
             )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -239,8 +211,8 @@ def _noise(folder: Path, measured: _Measured) -> str:
     for student, _, stem, count, tiles in found:
         role, records = ("student", measured.students) if student else ("teacher", measured.teacher)
         title = f"{role}, {_steps(count)}" if count else stem
-        fid = f"<span>FID {_number(records[count]['fid'])}</span>" if count and count in records else ""
-        caption = f"<figcaption><b>{_escaped(title)}</b>{fid}</figcaption>"
+        fid = f"<span>FID {page.number(records[count]['fid'])}</span>" if count and count in records else ""
+        caption = f"<figcaption><b>{page.escaped(title)}</b>{fid}</figcaption>"
         rows += f'<figure class="strip {role}">{caption}{_strip(tiles[:width], title)}</figure>'
     why = "A column starts from one noise and one label: each row is what its model makes of them."
     head = f"<h2>The same noise</h2><p>{why}</p>" if len(found) > 1 else "<h2>Samples</h2>"
@@ -272,7 +244,7 @@ def _strip(tiles: Sequence[Image.Image], title: str) -> str:
     rendering = "pixelated" if size <= 64 else "auto"  # larger ones are shown reduced, where it would alias
     style = f"--tiles:{len(tiles)};image-rendering:{rendering}"
     shape = f'width="{strip.width}" height="{strip.height}" style="{style}"'
-    return f'<img alt="{_escaped(title)}" {shape} src="{source}">'
+    return f'<img alt="{page.escaped(title)}" {shape} src="{source}">'
 
 
 def _training(stages: Stages) -> str:
@@ -327,7 +299,7 @@ def _heat(stages: Stages, key: str) -> str:
     bins, low, span = max(map(len, means.values())), min(logs), max(logs) - min(logs) or 1
     body = ""
     for name, row in means.items():
-        body += f"<tr><td>{_escaped(name)}</td>"
+        body += f"<tr><td>{page.escaped(name)}</td>"
         for value in row:
             shade = 0.04 + 0.5 * (math.log(value) - low) / span if value else 0
             text = f"{value:.2g}" if value else "–"
@@ -352,27 +324,12 @@ def _details(folder: Path, measured: _Measured) -> str:
     if config:
         parts.append(("Config", f"<pre>{html.escape(config)}</pre>"))
     if environment:
-        parts.append(("Environment", _table([], _flat(environment), "facts")))
+        parts.append(("Environment", page.table([], page.flat(environment), "facts")))
     protocol: dict[str, dict[str, None]] = {}
     for record in measured.records():
-        for key, text in _flat(record.get("protocol", {})):
+        for key, text in page.flat(record.get("protocol", {})):
             protocol.setdefault(key, {})[text] = None
     if protocol:  # several values: they differ between the measurements
         rows = [(key, "; ".join(values)) for key, values in protocol.items()]
-        parts.append(("Protocol of the numbers", _table([], rows, "facts")))
+        parts.append(("Protocol of the numbers", page.table([], rows, "facts")))
     return "".join(f"<details><summary>{title}</summary>{content}</details>" for title, content in parts)
-
-
-def _page(name: str, body: str) -> str:
-    title = _escaped(name)
-    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>{style}</style></head>
-<body><main><h1>{title}</h1>
-{body}
-</main></body></html>
-"""

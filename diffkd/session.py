@@ -1,4 +1,4 @@
-"""One run at work: its folder held, its bars, and what is done with a model at the end of a stage."""
+"""One run at work: its folder held, its stages trained, its bars and its words."""
 
 from __future__ import annotations
 
@@ -6,35 +6,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.table import Table
 
-from diffkd import cards, config, models, pictures, report
-from diffkd.base import Interrupted
 from diffkd.data import Images
-from diffkd.denoiser import Denoiser
 from diffkd.engine import run_stage
-from diffkd.files import append_json, new_folder, read_json
-from diffkd.generation import generate
 from diffkd.method import Method, Stage
-from diffkd.metrics.evaluation import Evaluation
-from diffkd.metrics.evaluator import Evaluator
-from diffkd.metrics.processes import Processes
-from diffkd.metrics.reference import Reference
-from diffkd.metrics.sources import DataSource
-from diffkd.metrics.targets import Target, identity, model_target, remembered
 from diffkd.progress import bar
 from diffkd.runs import Run
 from diffkd.text import printable
 from diffkd.training import Training
-
-TEACHER_STEPS = 64  # of a preview of a teacher that is not measured
 
 
 @dataclass
@@ -50,34 +33,25 @@ class Stop:
 
 
 class Session:
-    """One run's parts, and what is done with a model at the end of its stage."""
+    """One run's parts. seed: of everything random in it."""
 
     def __init__(
-        self,
-        settings: config.Train | config.Distill,
-        training: Training,
-        accelerator: Accelerator,
-        run: Run,
-        images: Images,
-        console: Console,
-        stop: Stop,
+        self, seed: int, training: Training, accelerator: Accelerator, run: Run, console: Console, stop: Stop
     ) -> None:
-        self.settings, self.training = settings, training
+        self.seed, self.training = seed, training
         self.accelerator = accelerator
         self.run = run
-        self.images = images
         self.console = console
         self.stop = stop
-        self.teacher: tuple[Callable[[], Denoiser], float] | None = None  # loaded anew, with its guidance
-        self.source = ""  # where it is
-        self._evaluator: Evaluator | None = None
-        self._teacher: Target | None = None
 
     def should_stop(self) -> bool:
         return bool(self.stop.signals) or self.stop.due()
 
-    def run_stage(self, method: Method, stage: Stage, nets: dict[str, Any], index: int) -> None:
-        with self._bar(stage.name, stage.updates) as advance:
+    def run_stage(
+        self, method: Method, stage: Stage, nets: dict[str, Any], images: Images, index: int
+    ) -> None:
+        """Trains one stage, from its last checkpoint where there is one. index: among the run's."""
+        with self.bar(stage.name, stage.updates) as advance:
             rate = 0.0
 
             def on_update(done: int, record: dict[str, Any]) -> None:
@@ -87,177 +61,14 @@ class Session:
                 advance(done, text)
 
             run_stage(
-                self.accelerator, method, stage, nets, self.images, self.training, self.run,
-                seed=self.settings.seed, stage_index=index, on_update=on_update,
+                self.accelerator, method, stage, nets, images, self.training, self.run,
+                seed=self.seed, stage_index=index, on_update=on_update,
                 should_stop=self.should_stop,
             )  # fmt: skip
-
-    def export(self, denoiser: Denoiser, folder: Path, **card: Any) -> None:
-        if self.accelerator.is_main_process:
-            with new_folder(folder) as temporary:
-                models.save(denoiser, temporary)
-                cards.write(temporary, cards.describe(denoiser, **card))
-                self.run.sync_log()  # the stage is not done again: what it logged must not be lost
-        self.accelerator.wait_for_everyone()
-
-    def measure(
-        self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
-    ) -> None:
-        """Appends the model's record to metrics.json and its card, unless it is there already.
-
-        All processes measure together. folder: where the model is, None for one of another run.
-        """
-        if self.settings.evaluation is None:
-            return
-        known = [self._record(name, steps)]
-        broadcast_object_list(known)  # what the main process finds, which writes the file
-        record = known[0]
-        if record is None:
-            record = {"model": name, "role": role, **self._evaluate(name, denoiser, steps, guidance)}
-            record["protocol"]["target"] = self._identity(denoiser, folder)
-            if self.accelerator.is_main_process:
-                append_json(self.run.folder / "metrics.json", record)
-        if folder is not None and self.accelerator.is_main_process:
-            card = models.card(folder)
-            if record not in card.get("metrics", []):
-                cards.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
-
-    def _evaluate(self, name: str, denoiser: Denoiser, steps: int, guidance: float) -> dict[str, Any]:
-        how = self.settings.evaluation
-        assert how is not None
-        if self._evaluator is None:
-            spec = how.reference or self.settings.data
-            reference = Reference(spec, None if how.reference else DataSource(self.images))
-            with self._bar("features of the reference", reference.count or 0) as advance:
-                self._evaluator = Evaluator(
-                    how, reference, Processes(self.accelerator.device), self._counted(advance)
-                )
-        target = model_target(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
-        teacher = self._teacher_target(how)
-        with self._bar(f"FID of {name} in {steps}", target.count) as advance:
-            return self._evaluator(target, teacher=teacher, on_images=self._counted(advance))
-
-    def _identity(self, denoiser: Denoiser, folder: Path | None) -> dict[str, Any]:
-        named = None
-        if folder is None and isinstance(self.settings, config.Distill):
-            named = self.settings.teacher.null_label
-        return identity(denoiser, str(folder or self.source), named)
-
-    def _teacher_target(self, how: Evaluation) -> Target | None:
-        """The teacher at its most steps, where students are compared with it image by image."""
-        if "agreement" not in how.metrics or self.teacher is None or self._evaluator is None:
-            return None
-        if self._teacher is not None:
-            return self._teacher
-        load, guidance = self.teacher
-        reference = self._evaluator.reference
-        denoiser = load()
-        steps = max(self.teacher_steps(denoiser))
-        target = model_target(denoiser, how, reference, steps, guidance=guidance)
-        target.protocol |= self._identity(denoiser, None)
-        target.batches = lambda rank, world: model_target(
-            load(), how, reference, steps, guidance=guidance
-        ).batches(rank, world)  # it is in memory only while it is drawn
-        self._teacher = remembered(target)
-        return self._teacher
-
-    def _counted(self, advance: Callable[[int, str], None]) -> Callable[[int], None]:
-        """Moves a bar on by so many images, and stops where a stop was asked for."""
-        done = 0
-
-        def on_images(more: int) -> None:
-            nonlocal done
-            if self.should_stop():
-                raise Interrupted
-            done += more * self.accelerator.num_processes
-            advance(done, "")
-
-        return on_images
-
-    def records(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = read_json(self.run.folder / "metrics.json", [])
-        return found
-
-    def _record(self, name: str, steps: int) -> dict[str, Any] | None:
-        return next(
-            (
-                r
-                for r in self.records()
-                if (r["model"], r["steps"]) == (name, steps) and r["role"] != "evaluated"
-            ),
-            None,
-        )
-
-    def teacher_steps(self, teacher: Denoiser) -> list[int]:
-        """Step counts of a model that has none of its own."""
-        evaluation = self.settings.evaluation
-        wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [TEACHER_STEPS]
-        return [min(steps, teacher.schedule.num_train_timesteps) for steps in wanted]
-
-    def teacher_curve(self, teacher: Denoiser, student_steps: list[int], guidance: float) -> None:
-        """The teacher's FID at its own step counts and at the students', with pictures at most and fewest."""
-        own = self.teacher_steps(teacher)
-        for steps in sorted({*own, *student_steps}, reverse=True):
-            self.measure("teacher", "teacher", teacher, steps, None, guidance)
-        for steps in sorted({*own, *student_steps}, reverse=True):
-            if steps == max(own) or steps <= 4:
-                self.preview(f"teacher-{steps}-steps", teacher, steps, guidance)
-
-    def preview(self, name: str, denoiser: Denoiser, steps: int, guidance: float = 1.0) -> None:
-        """samples/<name>.png, the same noises and labels for every model."""
-        path = self.run.folder / "samples" / f"{name}.png"
-        count = self.settings.pictures
-        if count == 0 or path.exists() or not self.accelerator.is_main_process:
-            return
-        options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        batches = generate(denoiser, count, steps=steps, batch_size=64, **options)
-        pictures.save(pictures.grid(np.concatenate([b.cpu().numpy() for b in batches])), path)
-
-    def stage_line(self, stage: Stage, steps: int) -> None:
-        record = self._record(stage.name, steps)
-        teacher = [r["fid"] for r in self.records() if r["role"] == "teacher"]
-        text = f"{stage.name}: {stage.updates} updates"
-        if record:
-            text += f", FID {record['fid']:.2f} ({record['fid'] / min(teacher):.2f} of the teacher's best)"
-        self.say(text)
-
-    def finish(self) -> None:
-        """The report, and what there is to see."""
-        if not self.accelerator.is_main_process:
-            return
-        page = report.write(self.run.folder)
-        if self.records():
-            self.console.print(_table(self.records()))
-            name = self.records()[0]["protocol"]["features"]["name"]
-            if name != "inception":
-                self.say(f"FID by the features {name!r}: not comparable with FID by Inception features.")
-        self.say(f"pictures: {self.run.folder / 'samples'}")
-        if page is None:
-            self.say("no report: it needs matplotlib (pip install 'diffkd[report]')")
-        else:
-            self.say(f"report:   {page}")
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
-    def _bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
+    def bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
         return bar(self.console, title, total, shown=self.accelerator.is_main_process)
-
-
-def _table(records: list[dict[str, Any]]) -> Table:
-    """FID by steps, teacher and students side by side."""
-    table = Table(title="FID by sampling steps (nfe: network evaluations)")
-    for column in ("steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"):
-        table.add_column(column, justify="right")
-    teacher = {r["steps"]: r for r in records if r["role"] == "teacher"}
-    student = {r["steps"]: r for r in records if r["role"] == "student"}
-    best = min((r["fid"] for r in teacher.values()), default=None)
-    for steps in sorted(teacher.keys() | student.keys(), reverse=True):
-        cells = []
-        for found in (teacher, student):
-            record = found.get(steps)
-            cells += [str(record["nfe"]), f"{record['fid']:.2f}"] if record else ["", ""]
-        ratio = f"{student[steps]['fid'] / best:.2f}" if steps in student and best else ""
-        table.add_row(str(steps), *cells, ratio)
-    return table

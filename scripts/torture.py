@@ -58,7 +58,7 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 
 def child(fault: dict[str, Any], arguments: list[str]) -> None:
     """`diffkd` with a fault in it. fault: kind, signal, rank, and what the kind needs."""
-    from diffkd import cli, engine, holding, session
+    from diffkd import cli, engine, holding, results
 
     def strike() -> None:
         Path(fault["struck"]).touch()
@@ -100,7 +100,7 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
         engine._agreed = between
     elif fault["kind"] == "evaluation":
-        counted = session.Session._counted
+        counted = results.Results._counted
 
         def watched(self: Any, advance: Any) -> Any:
             on_images = counted(self, advance)
@@ -111,7 +111,7 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
             return passed
 
-        session.Session._counted = watched  # type: ignore[method-assign]
+        results.Results._counted = watched  # type: ignore[method-assign]
     sys.argv = ["diffkd", *arguments]
     cli.main()
 

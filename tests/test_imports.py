@@ -14,11 +14,12 @@ import diffkd
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
     "text", "base", "own_code", "differences", "files", "environment", "lock", "prefetch", "schedules",
-    "losses", "denoiser", "samplers", "seeds", "models", "students", "data", "method", "methods",
-    "checkpoints", "runs", "meter", "training", "learner", "launching", "zero", "watch", "resuming", "engine",
-    "clock", "capture", "generation", "stock", "metrics", "encoding", "cards", "pictures", "charts", "report",
-    "config", "progress", "writing", "image_folder", "array_file", "sampling", "tables", "subjects",
-    "evaluating", "stats", "benchmarking", "session", "holding", "jobs", "cli",
+    "losses", "denoiser", "classifier", "samplers", "seeds", "strict_yaml", "models", "students", "data",
+    "method", "methods", "checkpoints", "runs", "meter", "training", "learner", "launching", "zero",
+    "watch", "resuming", "engine", "clock", "capture", "generation", "stock", "metrics", "encoding",
+    "cards", "pictures", "charts", "page", "report", "config", "progress", "writing", "image_folder",
+    "array_file", "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session",
+    "results", "holding", "jobs", "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",

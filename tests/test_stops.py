@@ -17,6 +17,7 @@ import yaml
 
 from diffkd.base import UserError
 from diffkd.holding import duration
+from diffkd.results import Results
 from diffkd.session import Session
 from tests.refusals import refuse
 from tests.test_jobs import CONFIG, MEASURED, TEACHER, network, same
@@ -134,7 +135,7 @@ def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
     ]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
     seen = [0]
-    counted = Session._counted
+    counted = Results._counted
 
     def watched(self, advance):
         on_images = counted(self, advance)
@@ -147,7 +148,7 @@ def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
 
         return passed
 
-    monkeypatch.setattr(Session, "_counted", watched)
+    monkeypatch.setattr(Results, "_counted", watched)
     for _ in range(2):
         code, _, err = cli("distill", "distill.yaml", *overrides, "out=runs/parts")
         assert code == 130 and err == "diffkd: interrupted; the same command goes on\n"
