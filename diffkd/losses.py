@@ -32,9 +32,21 @@ def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
     return torch.ones_like(snr)
 
 
+def weighting_of(prediction: str) -> Weighting:
+    """The weight that makes an error in x0 one of the output of a network of this prediction type."""
+    if prediction == "epsilon":
+        return "snr"
+    return "snr_plus_one" if prediction == "v_prediction" else "constant"
+
+
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference per example: two (B, ...) -> (B,), whatever the size of an image."""
     return (x - y).square().flatten(1).mean(1)
+
+
+def relative_error(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|^2 / |y|^2 of each example: two (B, ...) -> (B,). y is what x is to be."""
+    return squared_error(x, y) / y.square().flatten(1).mean(1).clamp(min=1e-12)
 
 
 def knowledge_distillation(
@@ -58,10 +70,12 @@ def knowledge_distillation(
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha} is a share; use 0 (labels alone) to 1 (the teacher alone)")
+    labels = labels if labels.is_floating_point() else labels.long()  # bytes know no -100
     _check_labels(labels, student_logits, ignore_index)
-    hard = hard_error(student_logits, labels, ignore_index)
+    wide = _wide(student_logits)  # once: its gradient is rounded once
+    hard = hard_error(wide, labels, ignore_index)
     count = torch.ones_like(hard) if labels.is_floating_point() else (labels != ignore_index).to(hard)
-    soft = soft_error(student_logits, teacher_logits, temperature, direction)
+    soft = soft_error(wide, teacher_logits, temperature, direction)
     mean = hard.sum() / count.sum().clamp(min=1)
     return ((1 - alpha) * mean + alpha * soft.mean()).to(student_logits.dtype)
 
@@ -75,14 +89,14 @@ def soft_error(
     """
     if not 0 < temperature < float("inf"):
         raise UserError(
-            f"temperature {temperature} is not above 0; 1 is the logits as they are, 2 to 20 usual"
+            f"temperature {temperature} is no number above 0; 1 is the logits as they are, 2 to 20 usual"
         )
     if direction not in ("reverse", "forward"):
         raise UserError(f"direction {direction!r} is unknown; use reverse or forward")
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
             f"logits of the student are {_shape(student_logits)}, of the teacher {_shape(teacher_logits)}; "
-            "both have to be of the same classes"
+            "both have to be of the same examples and classes"
         )
     log_s = torch.log_softmax(_wide(student_logits) / temperature, 1)
     log_z = torch.log_softmax(_wide(teacher_logits.detach()) / temperature, 1)
@@ -105,15 +119,22 @@ def hard_error(logits: Tensor, labels: Tensor, ignore_index: int = UNLABELLED) -
 
 def _check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
     """Apart from the error itself, since it waits for the device."""
+    if logits.ndim < 2:
+        raise UserError(f"logits are {_shape(logits) or 'one number'}; give (B, K), or dense (B, K, H, W)")
     wanted = logits.shape if labels.is_floating_point() else logits.shape[:1] + logits.shape[2:]
     if labels.shape != wanted:
         raise UserError(
-            f"labels are {_shape(labels)} for logits {_shape(logits)}; give one class index for each example, "
+            f"labels are {_shape(labels)} for logits {_shape(logits)}; give a class index for each example, "
             "or a distribution"
         )
     if labels.is_floating_point():
-        if bool((labels < 0).any()) or not labels.sum(1).allclose(torch.ones_like(labels[:, 0]), atol=1e-2):
-            raise UserError("labels are no distributions; they are 0 or more and sum to 1 over the classes")
+        sums = labels.double().sum(1)
+        wrong = torch.cat([labels[~(labels >= 0)].double(), sums[~((sums - 1).abs() < 1e-2)]])
+        if wrong.numel():
+            raise UserError(
+                f"labels are no distributions: {float(wrong[0]):g} in them, or as the sum of one; they are "
+                "not below 0 and sum to 1 over the classes"
+            )
         return
     wrong = labels[((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)]
     if wrong.numel():
