@@ -64,7 +64,8 @@ def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Subject
         if left or (not model.steps and model.title not in names):
             wanted.append(Subject(
                 model.path, name=model.title, steps=left, guidance=model.guidance, stock=model.stock,
-                null_label=model.null_label, teacher=teacher.path if teacher else None,
+                null_label=model.null_label, quantize=model.quantize,
+                teacher=teacher.path if teacher else None,
                 teacher_steps=teacher.steps[0] if teacher and teacher.steps else TEACHER_STEPS,
                 teacher_guidance=teacher.guidance if teacher else 1.0,
             ))  # fmt: skip
@@ -95,16 +96,22 @@ def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows."""
     values = [records.shown(record) for record in found]
     titles = list(dict.fromkeys(title for value in values for title in value))
+    first = records.seconds_per_image(found[0])
     rows = [
         [
             str(record["model"]), str(record.get("steps", "")), str(record.get("nfe", "")),
             *(value.get(title, "") for title in titles),
             f"{1 / records.seconds_per_image(record):.0f}",
-            f"{record['parameters'] / 1e6:.2f} M" if "parameters" in record else "",
+            f"{first / records.seconds_per_image(record):.3g}",
+            _millions(record, "parameters", 1), _millions(record, "macs", record.get("nfe", 1)),
         ]
         for record, value in zip(found, values, strict=True)
     ]  # fmt: skip
-    return ["model", "steps", "nfe", *titles, "images/s", "parameters"], rows
+    return ["model", "steps", "nfe", *titles, "images/s", "times the first", "parameters", "MACs/image"], rows
+
+
+def _millions(record: Record, key: str, times: int) -> str:
+    return f"{record[key] * times / 1e6:.2f} M" if key in record else ""
 
 
 def _show(console: Console, found: Sequence[Record]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffkd import sizes
 from diffkd.denoiser import Denoiser
 from diffkd.files import new_file, write_json
 from diffkd.metrics.records import shown
@@ -24,7 +25,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "clip": denoiser.clip,
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
-        "parameters": sum(p.numel() for p in denoiser.network.parameters()),
+        **({} if denoiser.shape is None else sizes.of_denoiser(denoiser)._asdict()),
         **more,
     }
 
@@ -76,12 +77,14 @@ def _readme(card: Mapping[str, Any]) -> str:
         "num_train_timesteps",
         "zero_terminal_snr",
         "parameters",
+        "macs",
+        "bytes",
         "clip",
         "teacher",
         "method",
     ):
         if key in card:
-            lines.append(f"| {key.replace('_', ' ')} | {_escaped(card[key])} |")
+            lines.append(f"| {key.replace('_', ' ')} | {escaped(card[key])} |")
     rows = [row for row in map(_row, card.get("metrics", [])) if row is not None]
     if rows:
         lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
@@ -98,13 +101,14 @@ def _row(record: Mapping[str, Any]) -> tuple[str, str] | None:
     try:
         protocol, numbers = record["protocol"], shown(record)
         features, reference = str(protocol["features"]["name"]), protocol["reference"]["name"]
-        samples = protocol["samples"]
-    except (KeyError, TypeError, ValueError, OverflowError):
+        samples, target = protocol["samples"], dict(protocol.get("target") or {})
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     fid = numbers.pop("FID", "")
     more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
-    before = [_escaped(record.get(key, "")) for key in ("steps", "nfe")]
-    cells = [*before, f"{fid}{more}", *map(_escaped, (features, samples, reference))]
+    before = [escaped(record.get(key, "")) for key in ("steps", "nfe")]
+    before[0] += ", int8" * (target.get("quantize") == "int8")
+    cells = [*before, f"{fid}{more}", *map(escaped, (features, samples, reference))]
     return f"| {' | '.join(cells)} |", features
 
 
@@ -113,6 +117,6 @@ def _many(total: int) -> int:
     return max(n for n in range(1, 65) if total % n == 0)
 
 
-def _escaped(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Text for a table's cell: no markup of the quoted value survives, HTML's or Markdown's."""
     return "".join(c if c.isalnum() or c in " /,-" else f"&#{ord(c)};" for c in " ".join(str(value).split()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,26 @@ PLOTS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def axes() -> tuple[Figure, Axes]:
-    """Small, so that its text is legible when the plot is as narrow as a phone."""
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Inside, plots are drawn for the page. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own settings are for the user's own plots
+        matplotlib.rcParams.update(PLOTS)
+        yield
+
+
+def axes(scale: str = "log") -> tuple[Figure, Axes]:
+    """Small, so that its text is legible when the plot is as narrow as a phone. scale: of y."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.9, 2.9), layout="constrained")
     plot = figure.add_subplot()
     plot.grid(axis="y", linewidth=0.6)
     plot.tick_params(length=3)
-    plot.set_yscale("log")
+    plot.set_yscale(scale)
     return figure, plot
 
 
@@ -44,10 +56,11 @@ def svg(figure: Figure, label: str) -> str:
     from matplotlib.ticker import LogLocator
 
     axis, (low, high) = figure.axes[0].yaxis, figure.axes[0].get_ylim()
-    subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 60 * low else (1,)
-    axis.set_major_locator(LogLocator(subs=subs))  # a narrow range may hold no power of ten
+    if axis.get_scale() == "log":
+        subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 60 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))  # a narrow range may hold no power of ten
+        axis.set_minor_formatter("")
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     text = stream.getvalue()

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,9 @@ Allow = Annotated[
     bool,
     typer.Option("--allow", help="Go on with a config that differs in logging, evaluation or checkpoints."),
 ]
+Quantized = Annotated[
+    str | None, typer.Option(help="int8: the model's weights in 8 bits, by torchao (extra quant).")
+]
 StopAfter = Annotated[
     str | None,
     typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command goes on."),
@@ -56,7 +60,10 @@ def distill(
     config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, allow: Allow = False,
     stop_after: StopAfter = None,
 ) -> None:  # fmt: skip
-    """Distil a teacher into students of fewer steps. The same command goes on where it stopped."""
+    """Distil a diffusion model into students of fewer steps, or a classifier into smaller ones.
+
+    The config's method says which. The same command goes on where it stopped.
+    """
     _job("distill", config, overrides, dry_run, allow, stop_after)
 
 
@@ -67,11 +74,11 @@ def _job(
     import yaml
     from rich.console import Console
 
+    _prepare_libraries()
     from diffkd import config, holding, jobs
 
     until = None if stop_after is None else time.time() + holding.duration(stop_after)
     terms = holding.Terms(allow, until)
-    _prepare_libraries()
     work: Callable[[], object]
     if name == "benchmark":
         from diffkd import benchmarking
@@ -82,8 +89,14 @@ def _job(
         teaching = config.load(path, config.Train, overrides or ())
         shown, work = config.resolved(teaching), lambda: jobs.train(teaching, Console(), terms)
     else:
-        distilling = config.load(path, config.Distill, overrides or ())
-        shown, work = config.resolved(distilling), lambda: jobs.distill(distilling, Console(), terms)
+        from diffkd import classifying, config_classify
+
+        distilling = config_classify.load(path, overrides or ())
+        shown = config.resolved(distilling)
+        if isinstance(distilling, config.Distill):
+            work = partial(jobs.distill, distilling, Console(), terms)
+        else:
+            work = partial(classifying.distill, distilling, Console(), terms)
     if dry_run:
         print(yaml.safe_dump(shown, sort_keys=False), end="")
     else:
@@ -127,6 +140,7 @@ def sample(
         str | None, typer.Option(help="cuda, cuda:1, cpu or mps; default cuda where there is one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other images at --out.")] = False,
+    quantize: Quantized = None,
 ) -> None:
     """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
 
@@ -134,16 +148,16 @@ def sample(
     """
     from rich.console import Console
 
+    _prepare_libraries()
     from diffkd import sampling
 
-    _prepare_libraries()
     options = {
         key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
     }
     sampling.sample_to(
         model, out, Console(), n=n, classes=classes, seed=seed, steps=steps, sampler=sampler,
         batch_size=batch_size, dtype=dtype, mode=mode, image_format=image_format, workers=workers,
-        device=device, overwrite=overwrite, options=options,
+        device=device, overwrite=overwrite, quantize=quantize, options=options,
     )  # fmt: skip
 
 
@@ -166,8 +180,8 @@ Device = Annotated[str | None, typer.Option(help="Default: cuda where there is o
 
 
 # Options of `diffkd evaluate` that mean something for a model only, or with a metric: it refuses them else.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "seed", "teacher", "teacher_steps",
-             "teacher_guidance")  # fmt: skip
+OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "seed", "teacher",
+             "teacher_steps", "teacher_guidance")  # fmt: skip
 OF_METRICS = {
     "teacher": "agreement", "teacher_steps": "agreement", "teacher_guidance": "agreement",
     "bootstrap": "fid", "dino_weights": "fd_dino", "clip_weights": "cmmd",
@@ -208,6 +222,7 @@ def evaluate(
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
     ] = None,
+    quantize: Quantized = None,
     teacher: Annotated[
         str | None, typer.Option(help="Of agreement: the model to draw the same noise with.")
     ] = None,
@@ -237,10 +252,10 @@ def evaluate(
     """Measure a model or images: FID and friends, each number with its whole protocol."""
     from rich.console import Console
 
+    _prepare_libraries()
     from diffkd import evaluating, subjects
     from diffkd.base import UserError
 
-    _prepare_libraries()
     given = [
         name for name in context.params
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
@@ -263,7 +278,7 @@ def evaluate(
     subject = subjects.Subject(
         target, steps=evaluating.parse_steps(steps), guidance=guidance, stock=sampler == "stock",
         resize=resize, teacher=teacher, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
-        null_label=null_label,
+        null_label=null_label, quantize=quantize,
     )  # fmt: skip
     how = evaluating.evaluation(
         features=features or evaluating.usual_features(compared), weights=weights, resize=feature_resize,
@@ -313,9 +328,9 @@ def stats(
     """Compute reference statistics of images once, in the format that other FID tools read."""
     from rich.console import Console
 
+    _prepare_libraries()
     from diffkd import stats as statistics
 
-    _prepare_libraries()
     statistics.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
         dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
@@ -344,6 +359,8 @@ def methods() -> None:
 def _prepare_libraries() -> None:
     """Warnings of ours to stderr, one line each; libraries speak up only for errors. And no more threads than
     cores: two on one core wait for each other."""
+    for talkative in ("torchao", "torch.utils._pytree"):  # of what they lack, as soon as they are imported
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     import diffusers
     import psutil
     import torch

@@ -11,12 +11,15 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 from diffkd import method as methods
 from diffkd.base import Positive, Strict, UserError
 from diffkd.data import Data
+from diffkd.denoiser import Denoiser
 from diffkd.method import Method
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.models.unet2d import UNet2D
+from diffkd.quantization import Quantize
 from diffkd.schedules import Schedule, from_diffusers
 from diffkd.strict_yaml import one_line, read
+from diffkd.students import Copy, Student
 from diffkd.text import printable, quoted, reason
 from diffkd.training import Training
 
@@ -86,10 +89,10 @@ class Teacher(Strict):
         return self
 
 
-def _method(given: Any) -> Any:
-    """{"name": ..., fields} -> the Method, or a list of such."""
+def methods_of(given: Any) -> list[Method]:
+    """{"name": ..., fields} -> the Method, or a list of such. Raises UserError."""
     if isinstance(given, list) and not any(isinstance(one, list) for one in given):
-        return [_method(one)[0] for one in given]
+        return [methods_of(one)[0] for one in given]
     if isinstance(given, Method):
         return [given]
     if not isinstance(given, Mapping):
@@ -103,6 +106,28 @@ def _method(given: Any) -> Any:
         raise UserError(one_line(error, kind, "method")) from error
 
 
+def name_of(method: Method) -> str:
+    """As a config has it."""
+    return type(method).__module__.removeprefix("diffkd.methods.")
+
+
+def check_kind(method: Method, kind: type[Any], what: str) -> None:
+    """Raises UserError for a method of other models than the run's."""
+    if method.kind is not kind:
+        fitting = [name for name in methods.names() if methods.find(name).kind is kind]
+        raise UserError(
+            f"method {name_of(method)} distils a {method.kind.__name__.lower()}, and this run is of {what}; "
+            f"use one of {', '.join(fitting)}"
+        )
+
+
+def _denoisers_methods(given: Any) -> list[Method]:
+    found = methods_of(given)
+    for method in found:
+        check_kind(method, Denoiser, "a denoiser")
+    return found
+
+
 class Distill(Strict):
     """`diffkd distill`: students from a teacher."""
 
@@ -110,7 +135,8 @@ class Distill(Strict):
     seed: int = Field(0, ge=0, description="of everything random")
     teacher: Teacher
     data: Data
-    method: Annotated[list[SerializeAsAny[Method]], BeforeValidator(_method)] = Field(
+    student: Student = Field(Copy(), description="the first stage's; those after it are made from the last")
+    method: Annotated[list[SerializeAsAny[Method]], BeforeValidator(_denoisers_methods)] = Field(
         min_length=1, description="one method or several, whose stages run one after another"
     )
     training: Training = Training()
@@ -128,6 +154,7 @@ class Measured(Strict):
     null_label: int | None = Field(
         None, ge=0, description="the label that means no class, where a pipeline has one"
     )
+    quantize: Quantize | None = Field(None, description="int8: weights in 8 bits (extra quant)")
     stock: bool = Field(False, description="drawn by the pipeline's own code and scheduler")
 
     @property
@@ -149,10 +176,13 @@ class Benchmark(Strict):
             raise ValueError(
                 "config key evaluation.reference is missing; name what to compare with, such as digits"
             )
-        titles = [model.title for model in self.models]
-        for model in self.models:
-            if titles.count(model.title) > 1 or len({*model.steps}) < len(model.steps):
-                raise ValueError(f"models name {model.title} twice; give one another name, or other steps")
+        for model in self.models:  # those of one name are one line of the plots
+            alike = [one for one in self.models if one.title == model.title]
+            steps = [count for one in alike for count in one.steps]
+            if len({*steps}) < len(steps) or (len(alike) > 1 and not all(one.steps for one in alike)):
+                raise ValueError(
+                    f"models name {model.title} twice; give one another name, or each steps that differ"
+                )
         agreeing = "agreement" in self.evaluation.metrics
         if agreeing and self.teacher is None:
             raise ValueError("config key teacher is missing, which the metric agreement is with; name it")
@@ -163,7 +193,7 @@ class Benchmark(Strict):
         return self
 
 
-Config = TypeVar("Config", Train, Distill, Benchmark)
+Config = TypeVar("Config", bound=Strict)
 
 
 def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Config:
@@ -187,10 +217,13 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         raise UserError(one_line(error, kind)) from error
 
 
-def resolved(config: Train | Distill | Benchmark) -> dict[str, Any]:
+def resolved(config: Strict) -> dict[str, Any]:
     """The config as plain data, every default written out; the run folder keeps it."""
     content = config.model_dump(mode="json")
-    if isinstance(config, Distill):
-        names = [type(m).__module__.removeprefix("diffkd.methods.") for m in config.method]
-        content["method"] = [{"name": n, **m} for n, m in zip(names, content["method"], strict=True)]
+    given = getattr(config, "method", None)
+    if isinstance(given, Method):
+        content["method"] = {"name": name_of(given), **content["method"]}
+    elif given is not None:
+        pairs = zip(given, content["method"], strict=True)
+        content["method"] = [{"name": name_of(one), **fields} for one, fields in pairs]
     return content

@@ -105,6 +105,14 @@ class Denoiser(nn.Module):
         t2 = t if isinstance(t, float) else torch.cat([t, t])
         return torch.cat([x_t, x_t]), t2, {**cond, "class_labels": both}
 
+    def blank(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What it is called with for one image: zeros, the time of pure noise, the first class."""
+        assert self.shape is not None
+        x = torch.zeros(1, *self.shape, device=self.device)
+        labels = torch.zeros(1, dtype=torch.long, device=self.device)
+        cond = {} if self.num_classes is None else {"class_labels": labels}
+        return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
+
     def check_guidance(self) -> None:
         """Raises UserError where the network has no label that means "no class"."""
         if self.null_label is None:

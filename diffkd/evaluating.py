@@ -70,7 +70,7 @@ class Work:
         place = self.processes.rank, self.processes.world
         given = subject, evaluator.how, evaluator.reference, self.processes.device
         key = subject.teacher, subject.teacher_steps, subject.teacher_guidance, subject.null_label
-        for title, target, where, parameters in opened(*given):
+        for title, target, where, size in opened(*given):
             same_as(expected, where.get("sha256"), subject.path)
             if key not in self.teachers:
                 self.teachers = {key: teacher_of(*given)}
@@ -84,9 +84,8 @@ class Work:
             pixels = found["protocol"].pop("pixels", None)
             found["protocol"]["target"] = {**where, **({} if pixels is None else {"sha256": pixels})}
             same_as(expected, found["protocol"]["target"].get("sha256"), subject.path)
-            known = {} if parameters is None else {"parameters": parameters}
             name = printable(subject.name or Path(subject.path).name or subject.path)
-            yield {"model": name, "role": "evaluated", **known, **found}
+            yield {"model": name, "role": "evaluated", **size, **found}
 
 
 def same_as(expected: str | None, found: str | None, what: str) -> None:
@@ -282,6 +281,7 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Subject, Evaluation, A
         teacher_steps=teacher.get("steps", TEACHER_STEPS),
         teacher_guidance=teacher.get("guidance", 1.0),
         null_label=target.get("null_label"),
+        quantize=target.get("quantize"),
     )
     return subject, how, spec
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from diffkd import config
 from diffkd.base import Interrupted, Unfinished, UserError
+from diffkd.config_classify import Classify
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
 from diffkd.files import free, no_room, shown
@@ -55,7 +56,7 @@ def duration(text: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> None:
+def check(settings: config.Train | config.Distill | Classify, accelerator: Accelerator) -> None:
     """Raises UserError for what could only fail later, when there is a run folder already."""
     settings.training.parts(accelerator.num_processes)
     if settings.training.compile and accelerator.device.type != "cuda":
@@ -63,7 +64,7 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
         raise UserError(
             f"training.compile is for CUDA, and the device is {accelerator.device.type}; leave it out"
         )
-    how = settings.evaluation
+    how = None if isinstance(settings, Classify) else settings.evaluation
     if how is not None:
         if "fid" not in how.metrics:
             raise UserError(
@@ -81,7 +82,7 @@ def check(settings: config.Train | config.Distill, accelerator: Accelerator) -> 
 
 @contextmanager
 def held(
-    settings: config.Train | config.Distill,
+    settings: config.Train | config.Distill | Classify,
     accelerator: Accelerator,
     images: Images,
     console: Console,

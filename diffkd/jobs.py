@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from diffkd import config, holding, launching, models, students
 from diffkd.base import UserError
@@ -14,8 +16,10 @@ from diffkd.denoiser import Denoiser
 from diffkd.holding import PLAIN, Terms
 from diffkd.method import Method, Stage
 from diffkd.results import Results
-from diffkd.seeds import derived_seed
+from diffkd.seeds import derived_seed, generator_of
 from diffkd.session import Session
+
+SCORED = 8  # batches that the importance of channels by gradients is the sum over
 
 
 def train(settings: config.Train, console: Console, terms: Terms = PLAIN) -> Path:
@@ -54,7 +58,7 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
     else:
         teacher = _teacher(settings, source)
     _check_fits(teacher, images)
-    plan = _plan(settings.method, teacher)
+    plan = _plan(settings, teacher)
     holding.check(settings, accelerator)
     if teaching is not None:
         train(teaching, console, terms)
@@ -72,7 +76,9 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
         for index, (method, stage) in enumerate(plan):
             folder = settings.out / "students" / stage.name
             if not folder.exists():
-                student = _trained(job, method, stage, current, images, index)
+                student = _begun(settings, current, images) if index == 0 else students.copy_of(current)
+                results.tell_sizes(current, student)
+                _train(job, method, stage, {"teacher": current, "student": student}, images, index)
                 results.export(
                     student,
                     folder,
@@ -94,26 +100,42 @@ def distill(settings: config.Distill, console: Console, terms: Terms = PLAIN) ->
     return folder
 
 
-def _trained(
-    job: Session, method: Method, stage: Stage, current: Denoiser, images: Images, index: int
-) -> Denoiser:
-    """The student of one stage. current: its teacher, which is not to be used for anything else after."""
-    student = students.copy_of(current, stage.prediction).requires_grad_(True)
+def _begun(settings: config.Distill, teacher: Denoiser, images: Images) -> Denoiser:
+    """The first stage's student as it begins."""
+    rng = generator_of((settings.seed, 0, 0), 0)
+
+    def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for _ in range(SCORED):
+            x0, labels = images.batch(min(settings.training.batch_size, len(images)), rng)
+            unconditional = teacher.num_classes is None
+            yield x0, {} if unconditional or labels is None else {"class_labels": labels}
+
+    return settings.student.build(teacher, settings.seed, batches())
+
+
+def _train(
+    job: Session, method: Method, stage: Stage, nets: dict[str, Denoiser], images: Images, index: int
+) -> None:
+    """Trains nets["student"] in place. The teacher is not to be used for anything else after."""
+    teacher, student = nets["teacher"].requires_grad_(False), nets["student"].requires_grad_(True)
+    if stage.prediction is not None:
+        student.prediction = stage.prediction
     student.steps, student.clip = stage.steps, None  # its targets were not clipped
-    nets = {"student": student, "teacher": current.requires_grad_(False)}
-    job.run_stage(method, stage, nets | method.networks(current, student), images, index)
-    return student
+    job.run_stage(method, stage, nets | method.networks(teacher, student), images, index)
 
 
-def _plan(method_list: list[Method], teacher: Denoiser) -> list[tuple[Method, Stage]]:
+def _plan(settings: config.Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
     """Every stage of every method, checked before anything is trained."""
     plan: list[tuple[Method, Stage]] = []
+    student = settings.student.build(teacher, settings.seed)
     start = teacher
-    for method in method_list:
+    for method in settings.method:
         stages = method.stages(start)
         plan += [(method, stage) for stage in stages]
+        method.networks(start, student)
         for stage in stages:
-            start = students.read_as(start, stage.prediction)
+            start = student = students.with_network(student, student.network, stage.prediction)
+            start.steps = stage.steps
     names = [stage.name for _, stage in plan]
     for name in names:
         if names.count(name) > 1:

@@ -57,11 +57,13 @@ class Meter:
             every = [loss for losses, _ in found for loss in losses]
             self._sum(f"{prefix}grad_norm", _host([norm[None] for _, norm in found]))
             self._sum(f"{prefix}loss", _host([loss.value[None] for loss in every]))
-            for key in every[0].metrics:
-                if key != "t":
-                    values = _host([loss.metrics[key] for loss in every])
-                    t = _host([loss.metrics.get("t", torch.zeros(len(values))) for loss in every])
+            for key in every[0].metrics:  # in one order in all processes
+                values = _host([loss.metrics[key] for loss in every])
+                if key != "t" and "t" in every[0].metrics:
+                    t = _host([loss.metrics["t"] for loss in every])
                     self._sum(f"{prefix}{key}_by_noise", values, noise_bin(t), NOISE_BINS)
+                elif key not in ("t", "loss"):  # of a model that knows no noise; the loss has been added
+                    self._sum(f"{prefix}{key}", values)
 
     def _sum(self, key: str, values: np.ndarray, bins: Any = 0, count: int = 1) -> None:
         sums = self.sums.setdefault(key, np.zeros((2, count)))

@@ -51,16 +51,13 @@ def write(folder: Path) -> Path | None:
     Reads config.yaml, environment.json, log.jsonl, metrics.json and samples/*.png, those that are there. The
     page stands alone: it asks for no other file. The same files give the same bytes.
     """
+    measured, stages = _measured(folder / "metrics.json"), _stages(folder / "log.jsonl")
     try:
-        import matplotlib
+        with charts.drawing():
+            parts = [_summary(measured, stages), _fid(measured), _noise(folder / "samples", measured)]
+            parts += [_training(stages), details(folder, measured.records())]
     except ImportError:
         return None
-    measured, stages = _measured(folder / "metrics.json"), _stages(folder / "log.jsonl")
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own settings are for the user's own plots
-        matplotlib.rcParams.update(charts.PLOTS)
-        parts = [_summary(measured, stages), _fid(measured), _noise(folder / "samples", measured)]
-        parts += [_training(stages), _details(folder, measured)]
     path = folder / "report.html"
     with new_file(path) as temporary:
         temporary.write_text(page.whole(folder.resolve().name, "\n".join(parts)), encoding="utf-8")
@@ -317,7 +314,7 @@ def _mean(values: Iterable[Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _details(folder: Path, measured: _Measured) -> str:
+def details(folder: Path, measured: Sequence[Record] = ()) -> str:
     """Config, environment and the protocol of the numbers, folded away."""
     parts = []
     config, environment = _text(folder / "config.yaml"), _json(_text(folder / "environment.json"))
@@ -326,7 +323,7 @@ def _details(folder: Path, measured: _Measured) -> str:
     if environment:
         parts.append(("Environment", page.table([], page.flat(environment), "facts")))
     protocol: dict[str, dict[str, None]] = {}
-    for record in measured.records():
+    for record in measured:
         for key, text in page.flat(record.get("protocol", {})):
             protocol.setdefault(key, {})[text] = None
     if protocol:  # several values: they differ between the measurements

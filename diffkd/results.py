@@ -10,7 +10,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
-from diffkd import cards, config, models, pictures, report
+from diffkd import cards, config, models, pictures, report, sizes
 from diffkd.base import Interrupted
 from diffkd.data import Images
 from diffkd.denoiser import Denoiser
@@ -47,6 +47,13 @@ class Results:
                 self.run.sync_log()  # the stage is not done again: what it logged must not be lost
         self.accelerator.wait_for_everyone()
 
+    def tell_sizes(self, teacher: Denoiser, student: Denoiser) -> None:
+        """Before a stage whose student is smaller, or larger."""
+        theirs, ours = sizes.of_denoiser(teacher), sizes.of_denoiser(student)
+        if ours != theirs:
+            share = ours.parameters / theirs.parameters
+            self.session.say(f"student: {ours} ({share:.2f} of the parameters of its teacher: {theirs})")
+
     def measure(
         self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
     ) -> None:
@@ -60,7 +67,8 @@ class Results:
         broadcast_object_list(known)  # what the main process finds, which writes the file
         record = known[0]
         if record is None:
-            record = {"model": name, "role": role, **self._evaluate(name, denoiser, steps, guidance)}
+            size = sizes.of_denoiser(denoiser).recorded()
+            record = {"model": name, "role": role, **size, **self._evaluate(name, denoiser, steps, guidance)}
             record["protocol"]["target"] = self._identity(denoiser, folder)
             if self.accelerator.is_main_process:
                 append_json(self.run.folder / "metrics.json", record)

@@ -73,6 +73,7 @@ def sample_to(
     workers: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    quantize: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Draws n images, or what is missing of them; all processes of a launcher together.
@@ -85,7 +86,7 @@ def sample_to(
     output.check()
     processes = Processes(None if device == "mps" else device)
     place = processes.device if processes.world > 1 else _device(device)
-    denoiser = models.load(model, device=place, dtype=_dtype(dtype, place))
+    denoiser = models.load(model, device=place, dtype=_dtype(dtype, place), quantize=quantize)
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is no student); say --steps")
     if denoiser.steps and steps and steps != denoiser.steps:

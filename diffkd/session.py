@@ -48,9 +48,17 @@ class Session:
         return bool(self.stop.signals) or self.stop.due()
 
     def run_stage(
-        self, method: Method, stage: Stage, nets: dict[str, Any], images: Images, index: int
+        self,
+        method: Method,
+        stage: Stage,
+        nets: dict[str, Any],
+        images: Images,
+        index: int,
+        *,
+        seed: int | None = None,
     ) -> None:
-        """Trains one stage, from its last checkpoint where there is one. index: among the run's."""
+        """Trains one stage, from its last checkpoint where there is one. index: among the run's. seed:
+        default the run's."""
         with self.bar(stage.name, stage.updates) as advance:
             rate = 0.0
 
@@ -62,7 +70,7 @@ class Session:
 
             run_stage(
                 self.accelerator, method, stage, nets, images, self.training, self.run,
-                seed=self.seed, stage_index=index, on_update=on_update,
+                seed=self.seed if seed is None else seed, stage_index=index, on_update=on_update,
                 should_stop=self.should_stop,
             )  # fmt: skip
 

@@ -152,8 +152,13 @@ def one_line(error: ValidationError, kind: type[Strict], prefix: str = "") -> st
 def _fields_at(kind: type[Strict], loc: Sequence[int | str]) -> list[type[Strict]]:
     """The config classes that the value at loc may be."""
     choices = [kind]
+    keyed = False
     for part in loc:
+        if keyed:  # a name that the user chose
+            keyed = False
+            continue
         fields = [c.model_fields[str(part)].annotation for c in choices if str(part) in c.model_fields]
+        keyed = any(get_origin(annotation) is dict for annotation in fields)
         choices = [model for annotation in fields for model in _models(annotation)]
     return choices
 
@@ -162,13 +167,18 @@ def _known(kind: type[Strict], loc: Sequence[int | str]) -> tuple[list[str], lis
     """The keys of the object that loc ends in, and loc without pydantic's tags of union members."""
     path: list[int | str] = []
     choices: list[type[Strict]] = [kind]
-    inside = False  # a value that has no keys
+    inside = keyed = False  # in a value that has no keys, or in a mapping of models by name
     for part in loc[:-1]:
         tagged = [c for c in choices if len(choices) > 1 and _tag(c) == part]
         if tagged:
             choices = tagged
             continue
         fields = [c.model_fields[str(part)].annotation for c in choices if str(part) in c.model_fields]
+        if keyed:  # a name that the user chose
+            path.append(part)
+            keyed = False
+            continue
+        keyed = any(get_origin(annotation) is dict for annotation in fields)
         if fields or isinstance(part, int):
             path.append(part)
         inside = inside or (bool(fields) and not [m for a in fields for m in _models(a)])
@@ -187,6 +197,6 @@ def _models(annotation: Any) -> list[type[Strict]]:
     """The config classes in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return [annotation]
-    if get_origin(annotation) in (Annotated, Union, types.UnionType, list):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, list, dict):
         return [model for inner in get_args(annotation) for model in _models(inner)]
     return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkd import models
+from diffkd import models, sizes
 from diffkd.base import UserError
 from diffkd.data import SUFFIXES
 from diffkd.denoiser import Denoiser
@@ -43,6 +43,7 @@ class Subject:
     steps: tuple[int, ...] = ()  # none: a student's own
     guidance: float = 1.0
     null_label: int | None = None
+    quantize: str | None = None
     stock: bool = False  # drawn by the pipeline's own code
     resize: int | None = None  # of a folder of images
     teacher: str | None = None
@@ -51,12 +52,13 @@ class Subject:
 
 
 class Opened(NamedTuple):
-    """One set of images to be measured. where: enough to open it again. parameters: of the network."""
+    """One set of images to be measured. where: enough to open it again. size: parameters and MACs of the
+    network, as far as they are known."""
 
     title: str
     target: Target
     where: dict[str, Any]
-    parameters: int | None = None
+    size: Mapping[str, int] = {}
 
 
 def is_model(path: str) -> bool:
@@ -114,18 +116,20 @@ def _images(subject: Subject, how: Evaluation) -> Opened:
 
 
 def _model(subject: Subject, how: Evaluation, reference: Reference, device: torch.device) -> Iterator[Opened]:
-    denoiser = _load(subject.path, device, subject.null_label)
+    denoiser = _load(subject.path, device, subject.null_label, subject.quantize)
     if not subject.steps and denoiser.steps is None:
         raise UserError(f"{subject.path} has no step count of its own (it is no student); say --steps")
     where = identity(denoiser, subject.path, subject.null_label)
-    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    if subject.quantize:
+        where["quantize"] = subject.quantize
+    size = sizes.of_denoiser(denoiser).recorded()
     for steps in subject.steps or (denoiser.steps or 0,):
         target = model_target(denoiser, how, reference, steps, guidance=subject.guidance)
-        yield Opened(f"{steps} steps", target, where, parameters)
+        yield Opened(f"{steps} steps", target, where, size)
 
 
-def _load(path: str, device: torch.device, null_label: int | None) -> Denoiser:
-    denoiser = models.load(path, device=device)
+def _load(path: str, device: torch.device, null_label: int | None, quantize: str | None = None) -> Denoiser:
+    denoiser = models.load(path, device=device, quantize=quantize)
     if null_label is not None and denoiser.null_label is None:
         models.name_null_label(denoiser, null_label)
     return denoiser
@@ -135,11 +139,13 @@ def _stock(subject: Subject, how: Evaluation, reference: Reference, device: torc
     """By the pipeline's own code. Its card, where it is a student of ours, says its steps and its classes."""
     if subject.guidance != 1:
         raise UserError("--sampler stock draws as the pipeline does: --guidance is not for it")
+    if subject.quantize:
+        raise UserError("--sampler stock draws as the pipeline does: --quantize is not for it")
     if not 0 <= how.seed < 2**63 - features.USUAL:
         raise UserError(f"seed {how.seed} is out of range; use 0 to {2**63 - features.USUAL - 1}")
     pipeline = models.open_stock(subject.path).to(device)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    parameters = sum(p.numel() for p in network.parameters()) if network is not None else None
+    size = {} if network is None else {"parameters": sum(p.numel() for p in network.parameters())}
     card = models.card(Path(subject.path).expanduser())
     count = default_count(how, reference)
     said, labels = _stock_labels(pipeline, network, card, subject, how, reference, count)
@@ -167,7 +173,7 @@ def _stock(subject: Subject, how: Evaluation, reference: Reference, device: torc
         })  # fmt: skip
 
     for steps in subject.steps or (card.get("steps"),):
-        yield Opened(f"{steps or 'its own'} steps", target(steps), where, parameters)
+        yield Opened(f"{steps or 'its own'} steps", target(steps), where, size)
 
 
 def _stock_labels(

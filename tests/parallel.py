@@ -1,8 +1,9 @@
 """Stages trained by several processes, which are forked from one: `python tests/parallel.py JOBS`.
 
 JOBS is a JSON list, of what comes one after another: folder, world (how many processes), kind, method (one
-or two networks), updates, stop_at (the last of the processes is told to). The main process leaves
-student.safetensors, and judge.safetensors, beside the run's own files.
+or two networks, or feature, whose projectors learn with a narrower student), updates, stop_at (the last of
+the processes is told to). The main process leaves student.safetensors, and judge.safetensors, beside the
+run's own files.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffkd.base import Interrupted
 from diffkd.engine import run_stage
 from diffkd.launching import accelerator_of
 from diffkd.method import Loss
+from diffkd.methods.feature import Feature
 from diffkd.methods.progressive import Progressive
 from diffkd.runs import Run
 from diffkd.training import Training
@@ -71,17 +73,24 @@ class Two(Progressive):
         yield Loss("judge", (nets["judge"](batch.x0) - batch.x0.mean()).square().mean())
 
 
+METHODS = {"one": Progressive, "two": Two}
+
+
 def work(options: dict[str, Any]) -> None:
     folder = Path(options["folder"])
-    networks = Two if options.get("method") == "two" else Progressive
-    method = networks(steps=[4], updates=options.get("updates", 50), learning_rate=5e-4)
+    asked, fields = (
+        options.get("method", "one"),
+        {"updates": options.get("updates", 50), "learning_rate": 5e-4},
+    )
+    method = Feature(**fields) if asked == "feature" else METHODS[asked](steps=[4], **fields)
     training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
     accelerator = accelerator_of(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
     assert found == (options["world"], options.get("kind", "copies")), found
     teacher = student(3, "v_prediction", COSINE)
-    pupil = students.copy_of(teacher).requires_grad_(True)
+    pupil = students.narrow(teacher, [4, 8]) if asked == "feature" else students.copy_of(teacher)
+    pupil.requires_grad_(True)
     nets = {"student": pupil, "teacher": teacher.requires_grad_(False), **method.networks(teacher, pupil)}
     run = Run(folder, {}, owner=accelerator.is_main_process)
     done = [0]

@@ -270,6 +270,19 @@ def test_an_interval_of_which_only_the_beginning_was_good():
         assert (again[0].sums[key] + again[1].sums[key] == value).all() and not again[1].sums[key].any()
 
 
+def test_what_a_model_that_knows_no_noise_logs():
+    """Without t there are no bins; the mean is of all examples, the loss that of the values."""
+    meter = Meter(torch.device("cpu"))
+    for value in (2.0, 4.0):
+        loss = Loss(
+            "student", torch.tensor(value), {"loss": torch.zeros(3), "right": torch.full((3,), value)}
+        )
+        meter.add([loss], torch.tensor(1.0))
+    record = meter.read(Accelerator(), 3)
+    assert (record["loss"], record["right"], record["grad_norm"]) == (3, 3, 1)
+    assert not [key for key in record if key.endswith("_by_noise")]
+
+
 def test_a_second_network_that_is_no_number(tmp_path):
     """The student moved before: its average goes on with it. The second network stays as it was."""
 

@@ -32,19 +32,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from diffkd import cards, config, evaluating, models, tables
+from diffkd import cards, classifiers, config, evaluating, models, tables
 from diffkd.base import UserError
+from diffkd.classifier import Classifier
+from diffkd.config_classify import Classify
 from diffkd.data import SUFFIXES, Folder, HubDataset
 from diffkd.metrics import records, sources
 from diffkd.metrics.evaluation import Evaluation
 from diffkd.metrics.reference import Reference
 from diffkd.metrics.statistics import Statistics
+from diffkd.schedules import Schedule
 from diffkd.subjects import Subject
 
 INPUTS = {  # of the quick pass
     "config text": 300, "config values": 400, "damaged arrays": 400, "made archives": 300,
     "odd statistics": 250, "damaged images": 350, "made-up images": 150, "damaged pipelines": 160,
-    "edited pipelines": 200, "cards": 200, "records": 400,
+    "edited pipelines": 200, "cards": 200, "records": 400, "classifiers": 200,
 }  # fmt: skip
 SLOW = 3  # times as many
 SECONDS, MEMORY = 20, 1 << 30  # of one input, of all
@@ -203,7 +206,7 @@ def edited(draw: Any, content: Any, odd: Any = ODD) -> Any:
 
 # configs --------------------------------------------------------------------------------------------------
 
-KINDS = (config.Train, config.Distill, config.Benchmark)
+KINDS = (config.Train, config.Distill, config.Benchmark, Classify)
 CONFIGS: list[tuple[Any, dict[str, Any]]] = [
     (config.Train, {
         "out": "run", "seed": 1, "data": {"kind": "folder", "path": "x", "size": 8, "channels": 1},
@@ -220,6 +223,13 @@ CONFIGS: list[tuple[Any, dict[str, Any]]] = [
         "out": "run", "teacher": {"train": "teacher.yaml"},
         "data": {"kind": "datasets", "path": "a/b", "size": 4},
         "method": {"steps": [8]}, "training": {},
+    }),
+    (Classify, {
+        "out": "run", "repeats": 2, "data": {"kind": "digits"}, "held_out": 97, "labelled": 40,
+        "teacher": {"model": {"arguments": {"channels": [8]}}, "updates": 2},
+        "students": {"small": {"name": "cnn", "arguments": {"channels": [4, 6]}}},
+        "method": {"name": "logits", "alpha": 0.5, "noisy": True}, "schedule": {"num_train_timesteps": 16},
+        "sweep": {"student": "small", "alpha": [0.5], "temperature": [1, 3]},
     }),
     (config.Benchmark, {
         "out": "run", "models": [{"path": "a/b", "steps": [1, 2], "guidance": 2.0}],
@@ -538,6 +548,31 @@ def test_cards_that_were_edited(place, record, data):
         (place / "card" / "README.md").read_text(encoding="utf-8")
 
     tried("cards", rewritten)
+
+
+@fuzz("classifiers")
+def test_classifiers_of_anybodys_making(place, data):
+    folder = place / "classifier"
+    if not folder.exists():
+        folder.mkdir()
+        network = classifiers.Network(arguments={"channels": [2, 4]})
+        built = Classifier(
+            network.build((1, 4, 4), 3, timed=True), 3, shape=(1, 4, 4), schedule=Schedule.cosine(16)
+        )
+        classifiers.save(built, network, folder)
+    name = data.draw(st.sampled_from(["diffkd.json", "diffkd.json", "model.safetensors"]))
+    before = (folder / name).read_bytes()
+    if name == "diffkd.json" and data.draw(st.booleans()):
+        content = json.dumps(edited(data.draw, json.loads(before))).encode()
+    else:
+        content = damaged(data.draw, before)
+    (folder / name).write_bytes(content)
+    try:
+        found = tried("classifiers", lambda: classifiers.load(folder))
+    finally:
+        (folder / name).write_bytes(before)
+    if isinstance(found, Classifier):
+        assert all(bool(p.isfinite().all()) for p in found.parameters())
 
 
 # records --------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import diffkd
 ROOT = Path(diffkd.__file__).parent
 ORDER = [
     "text", "base", "own_code", "differences", "files", "environment", "lock", "prefetch", "schedules",
-    "losses", "denoiser", "classifier", "samplers", "seeds", "strict_yaml", "models", "students", "data",
-    "method", "methods", "checkpoints", "runs", "meter", "training", "learner", "launching", "zero",
-    "watch", "resuming", "engine", "clock", "capture", "generation", "stock", "metrics", "encoding",
-    "cards", "pictures", "charts", "page", "report", "config", "progress", "writing", "image_folder",
-    "array_file", "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session",
-    "results", "holding", "jobs", "cli",
+    "losses", "denoiser", "quantization", "classifier", "seeds", "noising", "hooks", "sizes", "samplers",
+    "strict_yaml", "models", "students", "data", "splits", "method", "methods", "checkpoints", "runs",
+    "meter", "training", "learner", "launching", "zero", "watch", "resuming", "engine", "clock",
+    "capture", "generation", "stock", "metrics", "encoding", "cards", "classifiers", "pictures", "charts",
+    "page", "report", "config", "config_classify", "progress", "writing", "image_folder", "array_file",
+    "sampling", "tables", "subjects", "evaluating", "stats", "benchmarking", "session",
+    "classifier_report", "classifier_results", "results", "holding", "jobs", "classifying", "cli",
 ]  # fmt: skip
 FORBIDDEN = {
     "torchvision",

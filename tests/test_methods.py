@@ -8,7 +8,9 @@ import torch
 
 from diffkd import method as methods
 from diffkd import students
+from diffkd.classifier import Classifier
 from diffkd.method import Batch, Method
+from diffkd.models.cnn import CNN
 from diffkd.schedules import Schedule
 from tests.test_models import student
 
@@ -16,7 +18,18 @@ ROOT = Path(__file__).parents[1]
 COSINE = Schedule.cosine(64)
 
 
+def classifiers_of(method):
+    torch.manual_seed(3)
+    teacher, pupil = (
+        Classifier(CNN(1, 3, channels, timed=False), 3, shape=(1, 8, 8)) for channels in ([8, 8], [4])
+    )
+    teacher.requires_grad_(False)
+    return {"teacher": teacher, "student": pupil, **method.networks(teacher, pupil)}
+
+
 def nets_of(method):
+    if method.kind is Classifier:
+        return classifiers_of(method)
     teacher = student(4, "v_prediction", COSINE, seed=1).requires_grad_(False)
     teacher.num_classes, teacher.null_label = 3, 3
     pupil = students.copy_of(teacher).requires_grad_(True)

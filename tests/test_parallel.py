@@ -54,7 +54,7 @@ def log(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["one", "two"])
+@pytest.mark.parametrize("method", ["one", "two", "feature"])
 def test_the_same_however_it_is_spread(tmp_path, method):
     """Four micro-batches in 1, 2 or 4 processes, copies or shards: the table of docs/reliability.md.
 
@@ -86,7 +86,7 @@ def test_the_same_however_it_is_spread(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["one", "two"])
+@pytest.mark.parametrize("method", ["one", "two", "feature"])
 def test_a_stop_and_another_number_of_processes(tmp_path, method):
     """Stopped after update 23 of 30 by a signal to one process; resumed as it was, and by other numbers."""
     one, two, fsdp, zero = (1, "copies"), (2, "copies"), (2, "fsdp"), (2, "deepspeed")

@@ -11,7 +11,7 @@ from pydantic import Field
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.prefetch import moved
+from diffkd.noising import grid_times, noised, some_hidden
 
 
 class Denoising(Method):
@@ -31,25 +31,19 @@ class Denoising(Method):
     )
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        return [Stage("teacher", self.updates, self.learning_rate, self.warmup)]
+        return [Stage("denoising", self.updates, self.learning_rate, self.warmup)]
 
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
     ) -> Iterator[Loss]:
         student = nets["student"]
-        x0, device = batch.x0, batch.x0.device
+        x0, schedule = batch.x0, student.schedule
         # 1. a time of the table, and the noised data
-        total = student.schedule.num_train_timesteps
-        t = moved(torch.randint(1, total + 1, (len(x0),), generator=rng), device).double() / total
-        eps = moved(torch.randn(x0.shape, generator=rng), device)
-        alpha, sigma = student.schedule.at(t, like=x0)
-        x_t = alpha * x0 + sigma * eps
+        t, _ = grid_times(len(x0), schedule.num_train_timesteps, rng, x0.device)
+        x_t = noised(schedule, x0, t, rng)
         # 2. some labels hidden
-        cond = dict(batch.cond)
-        if "class_labels" in cond and student.null_label is not None and self.label_dropout > 0:
-            hidden = moved(torch.rand(len(x0), generator=rng) < self.label_dropout, device)
-            cond["class_labels"] = torch.where(hidden, student.null_label, cond["class_labels"])
+        cond = some_hidden(batch.cond, student.null_label, self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)
-        loss = weight(self.weight, student.schedule.snr(t), gamma=self.gamma).float() * error
+        loss = weight(self.weight, schedule.snr(t), gamma=self.gamma).float() * error
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": error.detach().sqrt()})

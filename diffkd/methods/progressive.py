@@ -15,6 +15,7 @@ from diffkd.base import Positive, UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import Weighting, squared_error, weight
 from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.noising import grid_times, noised
 from diffkd.prefetch import moved
 
 Rate = Annotated[float, Field(gt=0)]
@@ -169,14 +170,11 @@ class Progressive(Method):
     ) -> Iterator[Loss]:
         student, teacher = nets["student"], nets["teacher"]
         assert stage.steps is not None
-        x0, device = batch.x0, batch.x0.device
+        x0 = batch.x0
         # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
-        i = moved(torch.randint(1, stage.steps + 1, (len(x0),), generator=rng), device)
-        t, s = i.double() / stage.steps, (i - 1).double() / stage.steps
+        t, s = grid_times(len(x0), stage.steps, rng, x0.device)
         # 2. noise the data
-        eps = moved(torch.randn(x0.shape, generator=rng), device)
-        alpha, sigma = student.schedule.at(t, like=x0)
-        x_t = alpha * x0 + sigma * eps
+        x_t = noised(student.schedule, x0, t, rng)
         # 3. where the teacher's sub-steps land, as an x0
         cond: dict[str, Any] = dict(batch.cond)
         extra = {"eta": self.eta} if self.eta is not None and stage.sampler == "ancestral" else {}

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffkd.base import Positive, UserError
 from diffkd.differences import differences
+from diffkd.quantization import Quantize
 from diffkd.text import from_json, quoted, reason
 
 Record = dict[str, Any]
@@ -142,6 +143,7 @@ class _Where(_Known):
     sha256: str | None = None
     spec: _Spec = _Spec()
     null_label: int | None = Field(None, ge=0)
+    quantize: Quantize | None = None
     steps: Positive | None = None
     guidance: float = Field(1.0, ge=0)
 
@@ -175,6 +177,8 @@ class _Record(_Known):
     nfe: Positive | None = None
     seconds: float = Field(0, ge=0)
     parameters: Positive | None = None
+    macs: int | None = Field(None, ge=0)
+    bytes: int | None = Field(None, ge=0)
     protocol: _Protocol
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -13,7 +14,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     came in. Counters of batches that batch normalisation keeps are no weights."""
     total = hashlib.sha256()
     for name in sorted(name for name in tensors if not name.endswith("num_batches_tracked")):
-        values = tensors[name].detach().float().cpu().contiguous()
+        value = tensors[name].detach()
+        if is_traceable_wrapper_subclass(value):  # quantized ones as what they stand for
+            value = value.dequantize()
+        values = value.float().cpu().contiguous()
         total.update(f"{name} {tuple(values.shape)} ".encode())
         total.update(values.numpy().tobytes())
     return total.hexdigest()

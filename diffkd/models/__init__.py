@@ -13,6 +13,7 @@ from diffkd.base import UserError
 from diffkd.denoiser import Denoiser
 from diffkd.models import checks, unet2d
 from diffkd.models.checks import read_object
+from diffkd.quantization import quantized
 from diffkd.text import quoted, reason
 
 FAMILIES = (unet2d,)
@@ -20,11 +21,16 @@ CARD = "diffkd.json"
 
 
 def load(
-    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> Denoiser:
     """A diffusers pipeline, from a folder or a hub id, as a Denoiser in eval mode.
 
-    Reads safetensors only. Raises UserError for what is no pipeline, or one of an unsupported family.
+    quantize: "int8" keeps the weights in 8 bits (see `quantization.quantized`). Reads safetensors only. Raises
+    UserError for what is no pipeline, or one of an unsupported family.
     """
     folder = folder_of(path_or_hub_id)
     index = read_object(folder / checks.INDEX)
@@ -32,7 +38,8 @@ def load(
     for family in FAMILIES:
         if name in family.PIPELINES:
             denoiser = family.load(folder, index, str(path_or_hub_id), card(folder))
-            return denoiser.to(device=device, dtype=dtype).eval()
+            denoiser = denoiser.to(device=device, dtype=dtype).eval()
+            return quantized(denoiser, quantize) if quantize else denoiser
     supported = ", ".join(p for family in FAMILIES for p in family.PIPELINES)
     raise UserError(
         f"{path_or_hub_id} is a {name}, a family that is not supported; supported are {supported} "

@@ -66,7 +66,7 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
     """Raises UserError where a config asks for a network much larger than its weights are, before there is
     memory taken for it: the network is made without any first. whole: where it is larger at all."""
     config = {k: v for k, v in read_object(place / "config.json").items() if not k.startswith("_")}
-    counts = list(_sizes(place))
+    counts = list(sizes(place))
     for key, value in _leaves(config):
         least = 0 if "block" in key or "channels" in key or "layers" in key else -LARGEST
         most = LONGEST_SIDE if "size" in key else len(counts) if "layers" in key else LARGEST
@@ -118,7 +118,7 @@ def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
             check_scheduler(read_object(place / "scheduler_config.json"), name)
 
 
-def _sizes(place: Path) -> Iterator[int]:
+def sizes(place: Path) -> Iterator[int]:
     """How many numbers each tensor of the weights has."""
     for file in place.glob("*.safetensors"):
         try:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
 from pydantic import Field
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkd.base import Positive, Strict, UserError
 from diffkd.denoiser import Denoiser
@@ -201,6 +202,10 @@ def _schedule(config: dict[str, Any], name: str) -> Schedule:
 def save(denoiser: Denoiser, folder: Path) -> None:
     """A DDIMPipeline, or for classes a ConsistencyModelPipeline, whose call takes `class_labels`."""
     network: Any = denoiser.network
+    if any(map(is_traceable_wrapper_subclass, network.parameters())):
+        raise UserError(
+            "8-bit weights are no weights of a stock pipeline; save the model loaded without quantize"
+        )
     if next(network.parameters()).dtype not in (torch.float32, torch.float16):
         raise UserError("stock pixel pipelines cannot make pictures in bfloat16; save in float32 or float16")
     network.to(memory_format=torch.contiguous_format)  # as it may not be on a GPU, and safetensors wants it

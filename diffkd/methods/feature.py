@@ -1,0 +1,186 @@
+"""Feature distillation: a smaller student learns the data, its teacher's outputs, and its features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from diffkd.base import UserError
+from diffkd.denoiser import Denoiser
+from diffkd.hooks import recorded
+from diffkd.losses import Weighting, relative_error, squared_error, weight, weighting_of
+from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.noising import grid_times, noised, some_hidden
+
+
+class Projectors(nn.Module):
+    """1x1 convolutions from the student's widths to the teacher's, where they differ.
+
+    widths: (student's, teacher's) by the student's names. Linear maps are enough to say "the same but for a
+    change of basis", and the student leaves them behind.
+    """
+
+    def __init__(self, widths: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.names = list(widths)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same in every process
+            self.maps = nn.ModuleList(nn.Conv2d(mine, theirs, 1) for mine, theirs in widths.values())
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features by name, (B, C, H, W), those of another width in the teacher's."""
+        return {**features, **{n: m(features[n]) for n, m in zip(self.names, self.maps, strict=True)}}
+
+
+class Feature(Method):
+    """Feature distillation: denoising, output matching and feature matching together."""
+
+    reference: ClassVar[str] = "Kim et al. 2023 (BK-SDM), https://arxiv.org/abs/2305.15798"
+
+    updates: int = Field(2000, ge=1, description="updates in all")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
+    task: float = Field(1.0, ge=0, description="share of the denoising loss on the data")
+    output: float = Field(1.0, ge=0, description="share of output matching")
+    feature: float = Field(1.0, ge=0, description="share of feature matching; 0 takes no features")
+    blocks: dict[str, str] | list[str] | None = Field(
+        None,
+        description="modules whose outputs are matched, or teacher's: student's; default every block of both",
+    )
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is none")
+    weight: Weighting | None = Field(
+        None, description="of squared errors in x0; default the error in what the student puts out"
+    )
+    gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Feature:
+        if self.task == self.output == self.feature == 0:
+            raise ValueError("task, output and feature are all 0; give one of them a share")
+        return self
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        if self.guidance != 1.0:
+            start.check_guidance()
+        return [
+            Stage(
+                "feature", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance
+            )
+        ]
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        """Projectors, where widths differ. Raises UserError for features that cannot be matched."""
+        pairs = self.pairs(teacher, student)
+        _check_names("teacher", teacher, pairs.keys())
+        _check_names("student", student, pairs.values())
+        theirs, ours = _shapes(teacher, list(pairs)), _shapes(student, list(pairs.values()))
+        for name, mine in pairs.items():
+            if len(ours[mine]) != 3 or theirs[name][1:] != ours[mine][1:]:
+                raise UserError(
+                    f"method.blocks: {name} of the teacher gives {_size(theirs[name])} and {mine} of the "
+                    f"student {_size(ours[mine])}; match modules of one resolution"
+                )
+        widths = {m: (ours[m][0], theirs[n][0]) for n, m in pairs.items() if ours[m][0] != theirs[n][0]}
+        return {"projectors": Projectors(widths).to(student.device)} if widths else {}
+
+    def pairs(self, teacher: Denoiser, student: Denoiser) -> dict[str, str]:
+        """Names of modules, the teacher's -> the student's."""
+        if self.feature == 0:
+            return {}
+        if self.blocks is None:
+            return _alike(_blocks(teacher), _blocks(student))
+        return self.blocks if isinstance(self.blocks, dict) else {name: name for name in self.blocks}
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, teacher, x0 = nets["student"], nets["teacher"], batch.x0
+        pairs = self.pairs(teacher, student)
+        # 1. a time that the teacher is used at, the noised data, some labels hidden
+        steps = stage.steps or student.schedule.num_train_timesteps
+        t, _ = grid_times(len(x0), steps, rng, x0.device)
+        x_t = noised(student.schedule, x0, t, rng)
+        cond = some_hidden(batch.cond, teacher.null_label, self.label_dropout, rng)
+        # 2. the teacher's output, guided, and features; of a guided call the first half is conditional
+        with torch.no_grad(), recorded(teacher.network, list(pairs)) as theirs:
+            target = teacher(x_t, t, guidance=stage.guidance, **cond)
+        # 3. the student's
+        with recorded(student.network, list(pairs.values())) as ours:
+            denoised = student(x_t, t, **cond)
+        # 4. L = task * denoising + output * output matching + feature * feature matching
+        name = self.weight or weighting_of(student.prediction)
+        w = weight(name, student.schedule.snr(t), gamma=self.gamma).float()
+        gap = squared_error(denoised, target)
+        loss = w * (self.task * squared_error(denoised, x0) + self.output * gap)
+        metrics = {"t": t, "gap": gap.detach().sqrt()}
+        if pairs:
+            apart = _apart(nets, pairs, theirs, ours)
+            metrics["feature"] = apart.detach()
+            loss = loss + self.feature * apart
+        yield Loss("student", loss.mean(), {**metrics, "loss": loss.detach()})
+        # 5. the projectors follow, on the same features
+        if "projectors" in nets:
+            held = {key: value.detach() for key, value in ours.items()}
+            yield Loss("projectors", _apart(nets, pairs, theirs, held).mean())
+
+
+def _apart(
+    nets: Mapping[str, Any],
+    pairs: Mapping[str, str],
+    theirs: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+) -> Tensor:
+    """Mean over blocks of |student's - teacher's|^2 / |teacher's|^2, (B,): any scale counts alike."""
+    count = len(next(iter(ours.values())))
+    projected = nets["projectors"](ours) if "projectors" in nets else ours
+    errors = [
+        relative_error(projected[mine].float(), theirs[name][:count].float()) for name, mine in pairs.items()
+    ]
+    return torch.stack(errors).mean(0)
+
+
+def _blocks(denoiser: Denoiser) -> list[str]:
+    """The blocks of a UNet, from the first to the last; the innermost where it has one."""
+    network = getattr(denoiser.network, "module", denoiser.network)
+    down = [f"down_blocks.{i}" for i in range(len(getattr(network, "down_blocks", ())))]
+    up = [f"up_blocks.{i}" for i in range(len(getattr(network, "up_blocks", ())))]
+    return [*down, *(["mid_block"] if getattr(network, "mid_block", None) is not None else []), *up]
+
+
+def _alike(theirs: list[str], ours: list[str]) -> dict[str, str]:
+    """Blocks that correspond: down blocks from the first on, up blocks from the last."""
+    levels, left = (sum(name.startswith("up") for name in blocks) for blocks in (theirs, ours))
+    if left == levels:
+        return {name: name for name in ours if name in theirs}
+    # without the innermost resolutions its last down block does not halve, and its middle is where they were
+    down = {f"down_blocks.{i}": f"down_blocks.{i}" for i in range(left - 1)}
+    return down | {f"up_blocks.{i + levels - left}": f"up_blocks.{i}" for i in range(left)}
+
+
+def _check_names(whose: str, denoiser: Denoiser, names: Iterable[str]) -> None:
+    known = {name for name, _ in denoiser.network.named_modules()} - {""}
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"method.blocks names {name!r}, which the {whose} has not; it has "
+                f"{', '.join(_blocks(denoiser))} and what is in them"
+            )
+
+
+def _shapes(denoiser: Denoiser, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """(C, H, W) of what these modules put out."""
+    x_t, t, cond = denoiser.blank()
+    with torch.no_grad(), recorded(denoiser.network, names) as found:
+        denoiser(x_t, t, **cond)
+    return {name: tuple(value.shape[1:]) for name, value in found.items()}
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape[1:])) if len(shape) == 3 else "no map of features"

@@ -1,0 +1,61 @@
+"""Knowledge distillation of a classifier: hard labels and softened teacher outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkd.classifier import Classifier
+from diffkd.losses import UNLABELLED, Direction, hard_error, soft_error
+from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.noising import grid_times, noised
+
+
+class Logits(Method):
+    """(1 - alpha) CE with the labels + alpha T^2 KL with the teacher; alpha = 0 is training by labels."""
+
+    reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
+    kind: ClassVar[type[Any]] = Classifier
+
+    alpha: float = Field(0.9, ge=0, le=1, description="share of the teacher; 0 is labels alone, without one")
+    temperature: float = Field(
+        4.0, gt=0, allow_inf_nan=False, description="T that both logits are divided by in the teacher's part"
+    )
+    direction: Direction = Field(
+        "forward", description="reverse is KL(student || teacher), forward KL(teacher || student)"
+    )
+    noisy: bool = Field(
+        False, description="the student sees noised images and t, the teacher the clean ones: for guidance"
+    )
+    updates: int = Field(600, ge=1, description="updates in all")
+    learning_rate: float = Field(3e-3, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
+
+    def stages(self, start: Classifier) -> list[Stage]:
+        return [Stage("student", self.updates, self.learning_rate, self.warmup)]
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, x = nets["student"], batch.x0
+        given: dict[str, Any] = {}
+        # 1. what the student sees: the images, or a time of its table and the noised images
+        if self.noisy:
+            given["t"], _ = grid_times(len(x), student.schedule.num_train_timesteps, rng, x.device)
+            x = noised(student.schedule, x, given["t"], rng)
+        logits = student(x, **given)
+        # 2. hard labels: the mean over those that there are, written as a mean over all
+        labels = batch.cond["class_labels"]
+        hard = hard_error(logits, labels)
+        share = (labels != UNLABELLED).to(hard).mean().clamp(min=1 / len(labels))
+        loss = (1 - self.alpha) * hard / share
+        # 3. soft labels: what the teacher says of the clean images, labelled or not
+        if self.alpha > 0:
+            with torch.no_grad():
+                teacher_logits = nets["teacher"](batch.x0)
+            loss = loss + self.alpha * soft_error(logits, teacher_logits, self.temperature, self.direction)
+        loss = loss.float()
+        yield Loss("student", loss.mean(), {**given, "loss": loss.detach()})

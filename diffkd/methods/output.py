@@ -1,0 +1,59 @@
+"""Output matching: a smaller student says what its teacher says, at the teacher's own step count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkd.denoiser import Denoiser
+from diffkd.losses import Weighting, squared_error, weight, weighting_of
+from diffkd.method import Batch, Loss, Method, Stage
+from diffkd.noising import grid_times, noised, some_hidden
+
+
+class Output(Method):
+    """Output matching alone: knowledge distillation of a denoiser as a regression onto its teacher."""
+
+    reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
+
+    updates: int = Field(2000, ge=1, description="updates in all")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is none")
+    weight: Weighting | None = Field(
+        None, description="of the squared error in x0; default the error in what the student puts out"
+    )
+    gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance"
+    )
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        if self.guidance != 1.0:
+            start.check_guidance()
+        return [
+            Stage(
+                "output", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance
+            )
+        ]
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, teacher, x0 = nets["student"], nets["teacher"], batch.x0
+        # 1. a time that the teacher is used at, the noised data, some labels hidden
+        steps = stage.steps or student.schedule.num_train_timesteps
+        t, _ = grid_times(len(x0), steps, rng, x0.device)
+        x_t = noised(student.schedule, x0, t, rng)
+        cond = some_hidden(batch.cond, teacher.null_label, self.label_dropout, rng)
+        # 2. what the teacher makes of it, guided
+        with torch.no_grad():
+            target = teacher(x_t, t, guidance=stage.guidance, **cond)
+        # 3. the student's error, weighted
+        gap = squared_error(student(x_t, t, **cond), target)
+        name = self.weight or weighting_of(student.prediction)
+        loss = weight(name, student.schedule.snr(t), gamma=self.gamma).float() * gap
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})
