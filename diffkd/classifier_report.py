@@ -39,13 +39,16 @@ def table_rows(settings: Classify, records: Sequence[Record]) -> list[list[str]]
     teaching = config.resolved(settings)["method"]
     rows = []
     for model in ("teacher", *settings.students):
+        latencies = [
+            r["milliseconds"] for r in records if r["model"] == model
+        ]  # of one network, whoever taught
         for role, title in (("teacher", ""), ("labels", ", labels alone"), ("distilled", ", distilled")):
             found = [r for r in records if (r["model"], r["role"]) == (model, role)]
             if role == "distilled":
                 found = [r for r in found if r["method"] == teaching]
             if found:
-                one, milliseconds = found[0], statistics.median(r["milliseconds"] for r in found)
-                numbers = [_short(one["parameters"]), _short(one["macs"]), f"{milliseconds:.2f}"]
+                sizes = [_short(found[0]["parameters"]), _short(found[0]["macs"])]
+                numbers = [*sizes, f"{statistics.median(latencies):.2f}"]
                 rows.append([f"{model}{title}", *numbers, str(mean_of(found))])
     return rows
 

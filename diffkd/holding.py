@@ -64,6 +64,11 @@ def check(settings: config.Train | config.Distill | Classify, accelerator: Accel
         raise UserError(
             f"training.compile is for CUDA, and the device is {accelerator.device.type}; leave it out"
         )
+    hooked = [m for m in settings.method if m.hooks] if isinstance(settings, config.Distill) else []
+    if settings.training.compile and hooked:
+        raise UserError(
+            f"training.compile passes over the hooks of method {config.name_of(hooked[0])}; leave it out"
+        )
     how = None if isinstance(settings, Classify) else settings.evaluation
     if how is not None:
         if "fid" not in how.metrics:

@@ -76,6 +76,7 @@ class Method(Strict, ABC):
 
     reference: ClassVar[str]
     kind: ClassVar[type[Any]] = Denoiser  # of its teacher and its student
+    hooks: ClassVar[bool] = False  # whether it sets hooks in them, which torch.compile passes over
 
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:

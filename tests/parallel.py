@@ -1,9 +1,9 @@
 """Stages trained by several processes, which are forked from one: `python tests/parallel.py JOBS`.
 
 JOBS is a JSON list, of what comes one after another: folder, world (how many processes), kind, method (one
-or two networks, or feature, whose projectors learn with a narrower student), updates, stop_at (the last of
-the processes is told to). The main process leaves student.safetensors, and judge.safetensors, beside the
-run's own files.
+or two networks, feature, whose projectors learn with a narrower student, or logits), updates, stop_at (the
+last of the processes is told to). The main process leaves student.safetensors, and judge.safetensors, beside
+the run's own files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from torch import nn
 
 from diffkd import students
 from diffkd.base import Interrupted
+from diffkd.classifier import Classifier
 from diffkd.engine import run_stage
 from diffkd.launching import accelerator_of
 from diffkd.method import Loss
 from diffkd.methods.feature import Feature
+from diffkd.methods.logits import Logits
 from diffkd.methods.progressive import Progressive
+from diffkd.models.cnn import Arguments
 from diffkd.runs import Run
 from diffkd.training import Training
 from tests.test_engine import COSINE, images
@@ -73,7 +76,17 @@ class Two(Progressive):
         yield Loss("judge", (nets["judge"](batch.x0) - batch.x0.mean()).square().mean())
 
 
-METHODS = {"one": Progressive, "two": Two}
+METHODS = {"one": Progressive, "two": Two, "feature": Feature, "logits": Logits}
+
+
+def models_of(method: str) -> tuple[Any, Any]:
+    """A teacher, and a student that is smaller where the method is for such."""
+    teacher = student(3, "v_prediction", COSINE)
+    if method == "logits":
+        torch.manual_seed(3)
+        networks = [Arguments(channels=channels).build(1, 3, timed=False) for channels in ([8, 16], [4, 8])]
+        return Classifier(networks[0], 3), Classifier(networks[1], 3)
+    return teacher, students.narrow(teacher, [8, 8]) if method == "feature" else students.copy_of(teacher)
 
 
 def work(options: dict[str, Any]) -> None:
@@ -82,14 +95,13 @@ def work(options: dict[str, Any]) -> None:
         options.get("method", "one"),
         {"updates": options.get("updates", 50), "learning_rate": 5e-4},
     )
-    method = Feature(**fields) if asked == "feature" else METHODS[asked](steps=[4], **fields)
+    method = METHODS[asked](**fields, **({} if asked in ("feature", "logits") else {"steps": [4]}))
     training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
     accelerator = accelerator_of(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
     assert found == (options["world"], options.get("kind", "copies")), found
-    teacher = student(3, "v_prediction", COSINE)
-    pupil = students.narrow(teacher, [4, 8]) if asked == "feature" else students.copy_of(teacher)
+    teacher, pupil = models_of(asked)
     pupil.requires_grad_(True)
     nets = {"student": pupil, "teacher": teacher.requires_grad_(False), **method.networks(teacher, pupil)}
     run = Run(folder, {}, owner=accelerator.is_main_process)

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffkd import session
+from diffkd import results
 from tests.refusals import tree
 
 TRAIN = {
@@ -65,7 +65,7 @@ def here(tmp_path, monkeypatch, pipelines) -> Path:
     write(tmp_path / "train.yaml", TRAIN)
     write(tmp_path / "distill.yaml", DISTILL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "TEACHER_STEPS", 2)  # quick pictures of what the runs that do work make
+    monkeypatch.setattr(results, "TEACHER_STEPS", 2)  # quick pictures of what the runs that do work make
     return tmp_path
 
 

@@ -145,6 +145,23 @@ def test_the_table(run):
     assert "30 images" in text and "toy.Quarters" in text and "real" in text
 
 
+def test_models_of_one_name_are_rows_of_one_line(run, here):
+    """Of several step counts, each another student; MACs and how many times faster, by the first row."""
+    models = [
+        {"path": "plain", "name": "both", "steps": [4]},
+        {"path": "student", "name": "both", "steps": [2]},
+    ]
+    run(changed(here, out="runs/both", models=models))
+    titles, *rows = table("runs/both")
+    found = records("runs/both")
+    assert [(r["model"], r["steps"]) for r in found] == [("both", 4), ("both", 2)]
+    assert found[0]["protocol"]["target"]["path"] != found[1]["protocol"]["target"]["path"]
+    for row, record in zip(rows, found, strict=True):
+        cells = dict(zip(titles, row, strict=True))
+        assert cells["MACs/image"] == f"{record['macs'] * record['nfe'] / 1e6:.2f} M"
+        assert cells["times the first"] == f"{found[0]['seconds'] / record['seconds']:.3g}"
+
+
 def test_the_plots(run, monkeypatch):
     run()
     for name in ("fid-nfe", "fid-seconds"):
@@ -351,6 +368,7 @@ def test_two_processes(run, here, launched):
         ("models=[{path: plain, steps: [1, 1]}]", ["plain", "twice"]),
         ("models=[{path: plain, steps: [1]}, {path: student, name: plain, steps: [1]}]", ["plain", "twice"]),
         ("models=[{path: student}, {path: plain, name: student}]", ["student", "twice"]),
+        ("models=[{path: student}, {path: plain, name: student, steps: [1]}]", ["student", "twice"]),
         ("models=[{path: plain, steps: [1], guidance: -1}]", ["guidance", "-1"]),
         ("models=[{path: plain, steps: [1], guidance: 2}]", ["guidance"]),
         ("models=[{path: plain, steps: [1], null_label: 2}]", ["null_label 2"]),

@@ -257,8 +257,8 @@ def test_a_loss_that_is_no_number(here, cli):
     )
     assert code == 2 and len(err.splitlines()) == 1
     assert re.search(
-        r"of network student in stage teacher became NaN or infinite at update \d+, noise level t = [\d.e-]+ "
-        r"\(bin [\d.]+ to [\d.]+\), images \d+, .*; 3 updates in a row were skipped before",
+        r"of network student in stage denoising became NaN or infinite at update \d+, noise level t = "
+        r"[\d.e-]+ \(bin [\d.]+ to [\d.]+\), images \d+, .*; 3 updates in a row were skipped before",
         err,
     )
     assert not (here / "runs/teacher/teacher").exists()

@@ -54,7 +54,7 @@ def log(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["one", "two", "feature"])
+@pytest.mark.parametrize("method", ["one", "two", "feature", "logits"])
 def test_the_same_however_it_is_spread(tmp_path, method):
     """Four micro-batches in 1, 2 or 4 processes, copies or shards: the table of docs/reliability.md.
 
@@ -73,12 +73,13 @@ def test_the_same_however_it_is_spread(tmp_path, method):
         worst = {
             key: max(abs(mine[key] / theirs[key] - 1) for mine, theirs in zip(records, whole, strict=True))
             for key in ("learning_rate", "loss", "grad_norm", "gap")
+            if key in whole[0]
         }
         print(
             f"{method} {name}: weights {weights:.1e}", *(f"{key} {value:.1e}" for key, value in worst.items())
         )
         assert weights < 1e-6 and worst["learning_rate"] == 0
-        assert max(worst["loss"], worst["gap"]) < 2e-6 and worst["grad_norm"] < 1e-5
+        assert max(worst["loss"], worst.get("gap", 0)) < 2e-6 and worst["grad_norm"] < 1e-5
         assert [r["update"] for r in records] == [r["update"] for r in whole]
     if method == "two":
         for name in ("2x2", "4x1"):
@@ -86,7 +87,7 @@ def test_the_same_however_it_is_spread(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["one", "two", "feature"])
+@pytest.mark.parametrize("method", ["one", "two", "feature", "logits"])
 def test_a_stop_and_another_number_of_processes(tmp_path, method):
     """Stopped after update 23 of 30 by a signal to one process; resumed as it was, and by other numbers."""
     one, two, fsdp, zero = (1, "copies"), (2, "copies"), (2, "fsdp"), (2, "deepspeed")

@@ -2,13 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline
 
 import diffkd
-from diffkd import sizes
+from diffkd import config, holding, sizes
+from diffkd.base import UserError
 from tests.refusals import refuse
 from tests.test_jobs import CONFIG, MEASURED, TEACHER, log, network, same
 
@@ -137,3 +140,14 @@ def test_refused_before_the_teacher_is_trained(here, cli, case):
     more, message = REFUSED[case]
     write("small.yaml", **{"student": NARROWED, **more})
     assert re.search(message, refuse(cli, here, "distill", "small.yaml"))
+
+
+def test_compiling_and_hooks_are_refused_together(here):
+    """On a GPU, that is: elsewhere compiling is refused anyway."""
+    write("small.yaml", training={"compile": True}, student=NARROWED)
+    settings = config.load(here / "small.yaml", config.Distill)
+    device = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    with pytest.raises(UserError, match="training.compile passes over the hooks of method feature; leave it"):
+        holding.check(settings, device)
+    other = config.load(here / "small.yaml", config.Distill, ["method={name: output}"])
+    holding.check(other, device)

@@ -210,37 +210,27 @@ def test_without_the_innermost_resolution_the_middle_follows_the_one_before(chan
     with torch.no_grad():
         assert torch.equal(made(x, t, class_labels=labels).sample, replayed(teacher, x, t, labels))
     assert made.config.block_out_channels == channels[:-1]
-    # with fewer layers in what stays, too
-    fewer = unet2d_drop.drop(teacher, [f"down_blocks.{last}", "down_blocks.*.resnets.1", "*.resnets.1"])
-    again = unet2d_drop.drop(made, ["*.resnets.1"])
-    assert torch.equal(says(fewer), says(again))
+    fewer = unet2d_drop.drop(teacher, [f"down_blocks.{last}", "*.resnets.1"])
+    assert torch.equal(says(fewer), says(unet2d_drop.drop(made, ["*.resnets.1"])))
 
 
 def test_the_layers_that_stay_keep_their_weights():
     teacher = network((16, 16), [False, True], layers_per_block=3)
-    names = [
-        "down_blocks.0.resnets.0",
-        "down_blocks.1.resnets.1",
-        "up_blocks.0.resnets.3",
-        "up_blocks.1.resnets.0",
-    ]
-    made = unet2d_drop.drop(teacher, names)
+    names = ["down_blocks.0.resnets.0", "down_blocks.1.resnets.1", "*0.resnets.3", "up_blocks.1.resnets.0"]
+    made = unet2d_drop.drop(teacher, names).state_dict()
     stay = {
         "down_blocks.0": [1, 2],
         "down_blocks.1": [0, 2],
         "up_blocks.0": [0, 1, 2],
         "up_blocks.1": [1, 2, 3],
     }
-    old, found = teacher.state_dict(), made.state_dict()
-    for name, value in found.items():
-        block, kind, number, rest = re.fullmatch(
-            r"(\w+\.\d)\.(resnets|attentions)\.(\d)\.(.+)|.*", name
-        ).groups()
-        source = name if block is None else f"{block}.{kind}.{stay[block][int(number)]}.{rest}"
+    old = teacher.state_dict()
+    for name, value in made.items():
+        found = re.fullmatch(r"(\w+\.\d)\.(resnets|attentions)\.(\d)\.(.+)", name)
+        source = f"{found[1]}.{found[2]}.{stay[found[1]][int(found[3])]}.{found[4]}" if found else name
         assert torch.equal(value, old[source]), name
-    assert len(found) == len(old) - sum(n.startswith(f"{name}.") for n in old for name in names) - sum(
-        n.startswith(("down_blocks.1.attentions.1.", "up_blocks.0.attentions.3.")) for n in old
-    )
+    gone = r"down_blocks.0.resnets.0|down_blocks.1.\w+.1|up_blocks.0.\w+.3|up_blocks.1.resnets.0"
+    assert len(made) == sum(re.match(rf"({gone})\.", name) is None for name in old)
 
 
 # channels that go -----------------------------------------------------------------------------------------
@@ -383,10 +373,8 @@ def test_channels_are_chosen_by_the_norms_of_what_writes_them():
     assert torch.equal(made[f"{down}.conv2.weight"], old[f"{down}.conv2.weight"][stream][:, hidden])
     assert torch.equal(made["conv_out.weight"], old["conv_out.weight"][:, up])
     first = chosen("up_blocks.0.resnets.0.conv2", "up_blocks.0.resnets.0.conv_shortcut")
-    both = np.concatenate([first, stream + 16])  # what is joined: the stream, and the way around
-    assert torch.equal(
-        made["up_blocks.0.resnets.1.norm1.weight"], old["up_blocks.0.resnets.1.norm1.weight"][both]
-    )
+    both, norm = np.concatenate([first, stream + 16]), "up_blocks.0.resnets.1.norm1.weight"
+    assert torch.equal(made[norm], old[norm][both])  # of what is joined: the stream, and the way around
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -425,7 +413,7 @@ def test_taylor_scores_are_what_the_loss_changes_by():
             values.append((v - (alpha * eps - sigma * x0)).square().mean().item())
         return np.array(values)
 
-    for name, parameter in net.named_parameters():
+    for name, parameter in list(net.named_parameters())[::3]:
         row, sides = len(parameter) // 2, []
         for scale in (1 - 1e-3, 1 + 1e-3):
             parameter.data[row] = before[name][row] * scale
@@ -480,8 +468,9 @@ def test_a_student_is_a_stock_pipeline(name, classes, tmp_path):
     teacher = whole(classes)
     teacher.steps = 4
     made = build(STUDENTS[name], teacher)
-    for key in ("prediction", "shape", "num_classes", "null_label", "clip", "steps", "schedule"):
+    for key in ("prediction", "shape", "num_classes", "null_label", "clip", "steps"):
         assert getattr(made, key) == getattr(teacher, key)
+    assert torch.equal(made.schedule.alphas_cumprod, teacher.schedule.alphas_cumprod)
     made.network.save_pretrained(tmp_path / "network")
     again = UNet2DModel.from_pretrained(tmp_path / "network").eval()
     assert torch.equal(says(again), says(made.network))
@@ -490,10 +479,8 @@ def test_a_student_is_a_stock_pipeline(name, classes, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(5 + i) for i in range(3)]
     cond = {} if classes is None else {"class_labels": [0, 1, 2]}
-    pictures = pipeline(
-        batch_size=3, generator=generators, num_inference_steps=4, output_type="np", **cond
-    ).images
-    theirs = (pictures * 255).round().astype(np.uint8)
+    given = {"batch_size": 3, "generator": generators, "num_inference_steps": 4, "output_type": "np", **cond}
+    theirs = (pipeline(**given).images * 255).round().astype(np.uint8)
     ours = torch.cat(list(generate(made, 3, seed=5))).numpy()
     assert np.array_equal(ours, theirs) and ours.std() > 10
 
@@ -518,7 +505,7 @@ def test_what_a_config_builds():
 
 # what is refused ------------------------------------------------------------------------------------------
 
-
+LAYERS = {"layers_per_block": 2}
 STUCK = [
     ({}, ["mid"], "names 'mid'.*it has down_blocks.0.resnets.0, down_blocks.1.resnets.0, up_blocks.0.res"),
     ({"channels": (8,)}, ["down_blocks.0"], "names 'down_blocks.0', which this network has not"),
@@ -527,17 +514,9 @@ STUCK = [
     ({}, ["down_blocks.0.attentions"], "which this network has not"),
     ({}, ["*.resnets.0"], "drops 1 resnets of blocks that have 1; one has to stay"),
     ({}, ["*"], "drop as many of each block"),
-    (
-        {"layers_per_block": 2},
-        ["down_blocks.*.resnets.1"],
-        "1 resnets of some.*0 of up_blocks.0.*drop as many",
-    ),
-    ({"layers_per_block": 2}, ["*.resnets.[01]"], "one has to stay"),
-    (
-        {"layers_per_block": 2},
-        ["*.resnets.0"],
-        "down_blocks.1.resnets.1 does not fit.*16 for 8.*changes no w",
-    ),
+    (LAYERS, ["down_blocks.*.resnets.1"], "1 resnets of some.*0 of up_blocks.0.*drop as many"),
+    (LAYERS, ["*.resnets.[01]"], "one has to stay"),
+    (LAYERS, ["*.resnets.0"], "down_blocks.1.resnets.1 does not fit.*16 for 8.*changes no width"),
     ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*use from_config"),
 ]
 
@@ -559,11 +538,7 @@ UNFIT = [
     ({}, [8, 20], "20 is more than the 16 that the teacher has"),
     ({}, [0, 16], "channels 0"),
     ({"attention_head_dim": 8}, [8, 12], "12 is not divided by attention_head_dim 8.*such as 8"),
-    (
-        {"attention_head_dim": 8, "attention": [True, False]},
-        [4, 16],
-        "4 is not divided by attention_head_dim",
-    ),
+    ({"attention_head_dim": 8, "attention": [True, False]}, [4, 16], "4 is not divided by attention_head"),
     ({"channels": (16, 32), "attn_norm_num_groups": 16}, [8, 24], "24 is not divided by .*16"),
     ({"channels": (16, 16)}, [8, 12], "12"),  # what ties them, the way around a resnet, is no layer
     ({}, [8, 8], "8"),  # and one that is a layer would be lost
@@ -587,11 +562,9 @@ def test_no_head_is_there_to_be_divided():
     assert made.config.block_out_channels == (4, 12)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "message"), [(0.3, "not divided|odd"), (0.01, "0"), (0.7, "not divided|odd")]
-)
-def test_a_ratio_that_gives_no_width(ratio, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("ratio", [0.3, 0.01, 0.7])
+def test_a_ratio_that_gives_no_width(ratio):
+    with pytest.raises(UserError, match="channels"):
         build({"kind": "narrow", "ratio": ratio}, denoiser_of(network((8, 16))))
 
 
@@ -603,6 +576,6 @@ def test_configs_that_say_too_little_or_too_much():
         with pytest.raises(ValidationError):
             TypeAdapter(students.Student).validate_python(given)
     plain = Denoiser(torch.nn.Conv2d(1, 1, 1), COSINE, "sample", shape=(1, 8, 8))
-    for name in ("drop", "narrow", "ratio", "new"):
+    for name in ("drop", "narrow", "taylor", "new"):
         with pytest.raises(UserError, match="a smaller student of a Conv2d is not known; use kind: copy"):
             TypeAdapter(students.Student).validate_python(STUDENTS[name]).build(plain, 0)

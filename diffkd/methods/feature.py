@@ -39,7 +39,8 @@ class Projectors(nn.Module):
 class Feature(Method):
     """Feature distillation: denoising, output matching and feature matching together."""
 
-    reference: ClassVar[str] = "Kim et al. 2023 (BK-SDM), https://arxiv.org/abs/2305.15798"
+    reference: ClassVar[str] = "Kim et al. 2023, https://arxiv.org/abs/2305.15798"
+    hooks: ClassVar[bool] = True
 
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")

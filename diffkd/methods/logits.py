@@ -24,6 +24,9 @@ class Logits(Method):
     temperature: float = Field(
         4.0, gt=0, allow_inf_nan=False, description="T that both logits are divided by in the teacher's part"
     )
+    # Forward by default: the smallest digits student, alpha 0.9, mean over T = 1, 4 and 16, is right in 99.1%
+    # of the images against 98.9% after 400 updates (three seeds, within the spread), and in 90.3% against
+    # 88.6% after 100 (six seeds; at T = 1 in 93.5% against 87.7%, else alike).
     direction: Direction = Field(
         "forward", description="reverse is KL(student || teacher), forward KL(teacher || student)"
     )

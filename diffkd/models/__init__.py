@@ -29,8 +29,8 @@ def load(
 ) -> Denoiser:
     """A diffusers pipeline, from a folder or a hub id, as a Denoiser in eval mode.
 
-    quantize: "int8" keeps the weights in 8 bits (see `quantization.quantized`). Reads safetensors only. Raises
-    UserError for what is no pipeline, or one of an unsupported family.
+    quantize: "int8" keeps the weights in 8 bits (see `quantization.quantized`). Reads safetensors only.
+    Raises UserError for what is no pipeline, or one of an unsupported family.
     """
     folder = folder_of(path_or_hub_id)
     index = read_object(folder / checks.INDEX)
