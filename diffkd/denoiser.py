@@ -107,7 +107,8 @@ class Denoiser(nn.Module):
 
     def blank(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What it is called with for one image: zeros, the time of pure noise, the first class."""
-        assert self.shape is not None
+        if self.shape is None:
+            raise UserError("the network's config has no sample_size, so its images' size is unknown; add it")
         x = torch.zeros(1, *self.shape, device=self.device)
         labels = torch.zeros(1, dtype=torch.long, device=self.device)
         cond = {} if self.num_classes is None else {"class_labels": labels}

@@ -7,9 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffkd.denoiser import Denoiser
+
+
+def _attention(query: Any, key: Any, value: Any, *more: Any, **options: Any) -> int:
+    count: int = sdpa_flop_count(query, key, value)
+    return count
+
+
+ON_CPUS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention
+}  # torch counts CUDA's alone
 
 
 class Size(NamedTuple):
@@ -31,7 +41,7 @@ class Size(NamedTuple):
 
 def of(network: nn.Module, *inputs: Any, **more: Any) -> Size:
     """Of a network called with these inputs, of one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=ON_CPUS) as counter, torch.no_grad():
         network(*inputs, **more)
     weights = [*network.parameters(), *network.buffers()]
     parameters = sum(p.numel() for p in network.parameters())

@@ -15,7 +15,7 @@ from diffkd.base import Positive, Strict, UserError
 from diffkd.denoiser import Denoiser
 from diffkd.losses import squared_error, weight, weighting_of
 from diffkd.models import unet2d_drop, unet2d_narrow
-from diffkd.models.unet2d import UNet2D, quick
+from diffkd.models.unet2d import UNet2D, like
 from diffkd.noising import grid_times, noised
 from diffkd.seeds import derived_seed
 
@@ -30,7 +30,7 @@ def read_as(denoiser: Denoiser, prediction: str | None = None) -> Denoiser:
 
 def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None = None) -> Denoiser:
     """Another network in place of this one, read as it is."""
-    return Denoiser(
+    found = Denoiser(
         network,
         denoiser.schedule,
         prediction or denoiser.prediction,
@@ -40,6 +40,7 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         clip=denoiser.clip,
         steps=denoiser.steps,
     )
+    return found.train(network.training)
 
 
 def copy_of(denoiser: Denoiser, prediction: str | None = None) -> Denoiser:
@@ -68,11 +69,11 @@ def narrow(
 
 def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
     """A new network of another architecture, freshly initialised, read as the teacher is."""
-    assert teacher.shape is not None
+    shape = teacher.blank()[0].shape[1:]
     total = _unet(teacher).config.num_class_embeds
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
-        network = model.build(teacher.shape, total)
+        network = model.build((shape[0], shape[1], shape[2]), total)
     return with_network(teacher, network.train(teacher.network.training))
 
 
@@ -80,8 +81,7 @@ def fresh(student: Denoiser, seed: int) -> Denoiser:
     """The same architecture with new random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
-        network = quick(UNet2DModel.from_config(student.network.config))
-    return with_network(student, network.train(student.network.training))
+        return with_network(student, like(_unet(student)))
 
 
 def taylor_scores(teacher: Denoiser, batches: Iterable[Batch], rng: torch.Generator) -> dict[str, Tensor]:
@@ -165,12 +165,21 @@ class Narrow(Strict):
         channels = self.channels
         if channels is None:
             assert self.ratio is not None
-            channels = [round(width * self.ratio) for width in _unet(teacher).config.block_out_channels]
+            channels = [_part(width, self.ratio) for width in _unet(teacher).config.block_out_channels]
         scores = None
-        if self.importance == "taylor" and batches is not None:
+        if self.importance == "taylor" and self.weights == "teacher" and batches is not None:
             scores = taylor_scores(teacher, batches, torch.Generator().manual_seed(derived_seed(seed)))
         student = narrow(teacher, channels, scores)
         return student if self.weights == "teacher" else fresh(student, seed)
+
+
+def _part(width: int, ratio: float) -> int:
+    if abs(width * ratio - round(width * ratio)) > 1e-6:
+        raise UserError(
+            f"student.ratio {ratio} of {width} channels is {width * ratio:g}, no whole number; use another, "
+            "or give channels"
+        )
+    return round(width * ratio)
 
 
 class FromConfig(Strict):

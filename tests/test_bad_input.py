@@ -218,7 +218,11 @@ def test_a_config_in_another_encoding_or_a_folder(refused, here):
         ("distill", "method.substeps=0", ["method.substeps is 0"]),
         ("distill", "method.guidance=2", ["guidance", "use guidance 1"]),
         ("distill", "method.eta=0.5", ["eta", "sampler is ddim", "set sampler: ancestral"]),
-        ("distill", "method.name=progresive", ["method 'progresive' is unknown", "denoising, progressive"]),
+        (
+            "distill",
+            "method.name=progresive",
+            ["method 'progresive' is unknown", "denoising, feature, logits, output, progressive"],
+        ),
         ("distill", "method=[{steps: [4, 2]}, {steps: [2]}]", ["two stages are called 2-steps"]),
         ("distill", "teacher.null_label=3", ["null_label 3", "none"]),
         ("distill", "teacher.train=train.yaml", ["teacher needs either path", "or train"]),

@@ -535,13 +535,12 @@ UNFIT = [
     ({}, [8, 10], "10 is not divided by norm_num_groups 4.*such as 8"),
     ({}, [8, 2], "2 is not divided by norm_num_groups 4.*such as 4"),
     ({}, [7, 16], "7 is odd"),
-    ({}, [8, 20], "20 is more than the 16 that the teacher has"),
+    ({}, [8, 20], "20 is out of range; the teacher has 16 there"),
     ({}, [0, 16], "channels 0"),
     ({"attention_head_dim": 8}, [8, 12], "12 is not divided by attention_head_dim 8.*such as 8"),
     ({"attention_head_dim": 8, "attention": [True, False]}, [4, 16], "4 is not divided by attention_head"),
     ({"channels": (16, 32), "attn_norm_num_groups": 16}, [8, 24], "24 is not divided by .*16"),
     ({"channels": (16, 16)}, [8, 12], "12"),  # what ties them, the way around a resnet, is no layer
-    ({}, [8, 8], "8"),  # and one that is a layer would be lost
     ({"resnet_time_scale_shift": "scale_shift"}, [8, 8], "time_scale_shift default.*use drop_blocks or from"),
     ({"channels": (32, 32), **SKIP}, [16, 16], "has SkipDownBlock2D; use drop_blocks or from_config"),
     ({"downsample_type": "resnet"}, [8, 8], "has resnets; use drop_blocks or from_config"),
@@ -554,6 +553,12 @@ def test_channels_that_cannot_be(config, channels, message):
     with pytest.raises(UserError, match=message) as caught:
         students.narrow(denoiser_of(network(**config)), channels)
     assert "\n" not in str(caught.value)
+
+
+def test_a_learned_shortcut_that_is_lost_is_told(caplog):
+    """Widths that become one: what was a layer between them begins as the identity."""
+    students.narrow(denoiser_of(network()), [8, 8])
+    assert "student.channels 8, 8 for 8, 16: one width where there were two" in caplog.text
 
 
 def test_no_head_is_there_to_be_divided():

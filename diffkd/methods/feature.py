@@ -20,7 +20,7 @@ from diffkd.noising import grid_times, noised, some_hidden
 class Projectors(nn.Module):
     """1x1 convolutions from the student's widths to the teacher's, where they differ.
 
-    widths: (student's, teacher's) by the student's names. Linear maps are enough to say "the same but for a
+    widths: (student's, teacher's) by the teacher's names. Linear maps are enough to say "the same but for a
     change of basis", and the student leaves them behind.
     """
 
@@ -32,7 +32,7 @@ class Projectors(nn.Module):
             self.maps = nn.ModuleList(nn.Conv2d(mine, theirs, 1) for mine, theirs in widths.values())
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The features by name, (B, C, H, W), those of another width in the teacher's."""
+        """The student's features by the teacher's names, (B, C, H, W), in the teacher's widths."""
         return {**features, **{n: m(features[n]) for n, m in zip(self.names, self.maps, strict=True)}}
 
 
@@ -65,6 +65,8 @@ class Feature(Method):
     def _something(self) -> Feature:
         if self.task == self.output == self.feature == 0:
             raise ValueError("task, output and feature are all 0; give one of them a share")
+        if self.feature > 0 and self.blocks is not None and not self.blocks:
+            raise ValueError("method.blocks is empty; leave it out for every block, or set feature: 0")
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
@@ -79,6 +81,8 @@ class Feature(Method):
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         """Projectors, where widths differ. Raises UserError for features that cannot be matched."""
         pairs = self.pairs(teacher, student)
+        if self.feature > 0 and not pairs:
+            raise UserError("these networks have no blocks of a UNet; name modules as method.blocks")
         _check_names("teacher", teacher, pairs.keys())
         _check_names("student", student, pairs.values())
         theirs, ours = _shapes(teacher, list(pairs)), _shapes(student, list(pairs.values()))
@@ -88,7 +92,7 @@ class Feature(Method):
                     f"method.blocks: {name} of the teacher gives {_size(theirs[name])} and {mine} of the "
                     f"student {_size(ours[mine])}; match modules of one resolution"
                 )
-        widths = {m: (ours[m][0], theirs[n][0]) for n, m in pairs.items() if ours[m][0] != theirs[n][0]}
+        widths = {n: (ours[m][0], theirs[n][0]) for n, m in pairs.items() if ours[m][0] != theirs[n][0]}
         return {"projectors": Projectors(widths).to(student.device)} if widths else {}
 
     def pairs(self, teacher: Denoiser, student: Denoiser) -> dict[str, str]:
@@ -140,10 +144,10 @@ def _apart(
 ) -> Tensor:
     """Mean over blocks of |student's - teacher's|^2 / |teacher's|^2, (B,): any scale counts alike."""
     count = len(next(iter(ours.values())))
-    projected = nets["projectors"](ours) if "projectors" in nets else ours
-    errors = [
-        relative_error(projected[mine].float(), theirs[name][:count].float()) for name, mine in pairs.items()
-    ]
+    projected = {name: ours[mine] for name, mine in pairs.items()}
+    if "projectors" in nets:
+        projected = nets["projectors"](projected)
+    errors = [relative_error(projected[name].float(), theirs[name][:count].float()) for name in pairs]
     return torch.stack(errors).mean(0)
 
 
@@ -158,6 +162,10 @@ def _blocks(denoiser: Denoiser) -> list[str]:
 def _alike(theirs: list[str], ours: list[str]) -> dict[str, str]:
     """Blocks that correspond: down blocks from the first on, up blocks from the last."""
     levels, left = (sum(name.startswith("up") for name in blocks) for blocks in (theirs, ours))
+    if left > levels:
+        raise UserError(
+            f"the student has {left} resolutions, the teacher {levels}; say what to match as method.blocks"
+        )
     if left == levels:
         return {name: name for name in ours if name in theirs}
     # without the innermost resolutions its last down block does not halve, and its middle is where they were
@@ -178,8 +186,13 @@ def _check_names(whose: str, denoiser: Denoiser, names: Iterable[str]) -> None:
 def _shapes(denoiser: Denoiser, names: list[str]) -> dict[str, tuple[int, ...]]:
     """(C, H, W) of what these modules put out."""
     x_t, t, cond = denoiser.blank()
-    with torch.no_grad(), recorded(denoiser.network, names) as found:
+    with torch.no_grad(), torch.random.fork_rng(), recorded(denoiser.network, names) as found:
         denoiser(x_t, t, **cond)
+    for name in names:
+        if name not in found:
+            raise UserError(
+                f"method.blocks names {name!r}, which the network does not call; name what is in it"
+            )
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 

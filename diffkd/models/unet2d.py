@@ -46,6 +46,17 @@ def stock(network: UNet2DModel) -> UNet2DModel:
     return same
 
 
+def like(network: UNet2DModel, **changes: Any) -> UNet2DModel:
+    """A freshly initialised network of the same config but for these; in its dtype, place and mode. torch's
+    own generators are as they were."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    first = next(network.parameters())
+    with torch.random.fork_rng():
+        made = quick(UNet2DModel.from_config({**config, **changes}))
+    torch.nn.Module.to(made, first.device, first.dtype)  # diffusers' own warns of what does not concern it
+    return made.train(network.training)
+
+
 class UNet2D(Strict):
     """A new UNet2DModel for a teacher to be trained."""
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffkd.base import UserError
-from diffkd.models.unet2d import quick
+from diffkd.models.unet2d import like
 
 PLAIN = {  # block types and what they are without attention
     "AttnDownBlock2D": "DownBlock2D", "AttnUpBlock2D": "UpBlock2D",
@@ -39,7 +39,7 @@ def droppable(network: UNet2DModel) -> list[str]:
 def drop(network: UNet2DModel, patterns: Sequence[str]) -> UNet2DModel:
     """A new network without these, its config saying so: `save_pretrained` and `from_pretrained` know it.
 
-    patterns: names of `droppable`, * standing for any number. The config of a UNet2DModel has one number of
+    patterns: names of `droppable`, * standing for anything. The config of a UNet2DModel has one number of
     layers for all of its blocks, so as many resnets go from every block. Raises UserError for names that it
     has not, and for what the layers that stay do not fit without.
     """
@@ -71,10 +71,10 @@ def drop(network: UNet2DModel, patterns: Sequence[str]) -> UNet2DModel:
                 "what is left would not fit together; drop layers of it, or use from_config"
             )
         config["block_out_channels"] = widths[:-1]
-    smaller = UNet2DModel.from_config(config)
+    smaller = like(network, **config)
     shift = int(lost < blocks)  # the first up block is gone with the last down block
     _fill(smaller, network, kept, shift)
-    return quick(smaller.train(network.training))
+    return smaller
 
 
 def _types(side: str) -> str:

@@ -6,6 +6,7 @@ the same of its channels. Spaces are found by walking through the network as its
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,9 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from diffkd.base import UserError
-from diffkd.models.unet2d import quick
+from diffkd.models.unet2d import like
+
+log = logging.getLogger("diffkd")
 
 
 @dataclass(eq=False)
@@ -65,7 +68,8 @@ def narrow(
     config["block_out_channels"] = tuple(channels)
     if config.get("time_embedding_dim"):
         config["time_embedding_dim"] = config["time_embedding_dim"] * channels[0] // widths[0]
-    smaller = UNet2DModel.from_config(config)
+    smaller = like(network, **config)
+    _check_shortcuts(network, smaller, widths, channels)
     plan = Walk(network, smaller).plan
     scores = norm_scores(network) if scores is None else scores
     old, found = network.state_dict(), {}
@@ -78,7 +82,7 @@ def narrow(
         assert taken.shape == value.shape, f"{name}: {tuple(taken.shape)} for {tuple(value.shape)}"
         found[name] = taken
     smaller.load_state_dict(found)
-    return quick(smaller.train(network.training))
+    return smaller
 
 
 def norm_scores(network: nn.Module) -> dict[str, Tensor]:
@@ -124,20 +128,45 @@ def _check(config: Mapping[str, Any], widths: Sequence[int], channels: Sequence[
             f"{strange[0] if strange else 'resnets'}; use drop_blocks or from_config"
         )
     for i, (wide, few) in enumerate(zip(widths, channels, strict=True)):
-        if few > wide:
-            raise UserError(f"student.channels {few} is more than the {wide} that the teacher has there")
+        if not 1 <= few <= wide:
+            raise UserError(
+                f"student.channels {few} is out of range; the teacher has {wide} there: use 1 to {wide}"
+            )
         if few % groups:
             raise UserError(
                 f"student.channels {few} is not divided by norm_num_groups {groups} of this network; use a "
                 f"multiple, such as {max(groups, few // groups * groups)}"
             )
         last = i == len(widths) - 1 and config["mid_block_type"] and config["add_attention"]
+        norms = config["attn_norm_num_groups"]
+        if last and norms and few % norms:
+            raise UserError(
+                f"student.channels {few} is not divided by attn_norm_num_groups {norms} of this network; "
+                "use a multiple"
+            )
         attends = last or any(kinds[k].startswith("Attn") for k in (i, len(widths) + i))
         if attends and head is not None and few % head:
             raise UserError(
                 f"student.channels {few} is not divided by attention_head_dim {head} of this network; use a "
                 f"multiple, such as {max(head, few // head * head)}"
             )
+
+
+def _check_shortcuts(
+    network: UNet2DModel, smaller: UNet2DModel, widths: Sequence[int], channels: Sequence[int]
+) -> None:
+    """Resolutions of one width add their channels to each other's, those of different ones through a learned
+    shortcut. What was one width can only become one."""
+    theirs, ours = (
+        {n for n, _ in net.named_parameters() if "conv_shortcut" in n} for net in (network, smaller)
+    )
+    told = f"student.channels {', '.join(map(str, channels))} for {', '.join(map(str, widths))}"
+    if ours - theirs:
+        raise UserError(
+            f"{told}: resolutions of one width have to stay so; use one width for both, or from_config"
+        )
+    if theirs - ours:
+        log.warning("%s: one width where there were two, without the learned shortcuts between them", told)
 
 
 class Walk:
@@ -188,8 +217,9 @@ class Walk:
         """Time, and class labels that are added to it. Those frequencies stay that a narrower one has."""
         wide, few = (n.config.block_out_channels[0] for n in (self.network, self.smaller))
         angles = Space(wide, few)
-        half = torch.arange(few // 2)
-        frequencies = (half * (wide // 2) / (few // 2)).round().long()
+        shift = self.network.config.freq_shift  # frequency k of n has the exponent k / (n - shift)
+        scale = (wide // 2 - shift) / max(few // 2 - shift, 1)
+        frequencies = (torch.arange(few // 2) * scale).round().long().clamp(max=wide // 2 - 1)
         angles.kept = torch.cat([frequencies, wide // 2 + frequencies])
         found = angles
         for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
@@ -216,10 +246,11 @@ class Walk:
 
     def _attention(self, name: str, stream: Space) -> None:
         self._norm(f"{name}.group_norm", (stream,))
-        unit = self.network.config.attention_head_dim or 1  # without it there is one head, of any width
+        head = self.network.config.attention_head_dim  # without it there is one head, of any width
+        unit = head or 1
         keys = self._weight(f"{name}.to_q", (stream,), parts=1, unit=unit)
         self._weight(f"{name}.to_k", (stream,), keys)
-        values = keys if unit > 1 else None  # heads stay whole, with what they look at
+        values = keys if head else None  # heads stay whole, with what they look at
         values = self._weight(f"{name}.to_v", (stream,), values, parts=1, unit=unit)
         self._weight(f"{name}.to_out.0", (values,), stream)
 
