@@ -332,8 +332,9 @@ def test_a_worker_that_is_killed(here):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    lines = err.decode().splitlines()
-    assert process.returncode == 1 and len(lines) == 1, err.decode()
+    # torchao says what it lacks as soon as it is imported, here before the command can hush it
+    lines = [line for line in err.decode().splitlines() if line.startswith("diffkd: ")]
+    assert process.returncode == 1 and len(lines) == 1 and "Traceback" not in err.decode(), err.decode()
     assert "of 90 images are complete" in lines[0] and "goes on from image" in lines[0]
 
 
