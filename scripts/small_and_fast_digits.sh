@@ -6,10 +6,11 @@
 . "$(dirname "$0")/_setup" digits,report,quant
 config=configs/digits/small-and-fast.yaml
 denoising="method={name: denoising, updates: 1000, learning_rate: 4.0e-3}"   # as the feature stage
-students() {    # name, how it is made of the teacher
-  diffkd distill $config "out=runs/digits-$1" "student={$2}"
-  diffkd distill $config "out=runs/digits-$1-denoising" "student={$2}" "$denoising" pictures=0
-  diffkd distill $config "out=runs/digits-$1-scratch" "student={$2, weights: random}" "$denoising" pictures=0
+students() {    # name, how it is made of the teacher; by its path, as two runs cannot both hold the teacher's own
+  local common=("teacher={path: runs/digits-deep-teacher/teacher}" "out=runs/digits-$1")
+  diffkd distill $config "${common[@]}" "student={$2}"
+  diffkd distill $config "${common[@]}-denoising" "student={$2}" "$denoising" pictures=0
+  diffkd distill $config "${common[@]}-scratch" "student={$2, weights: random}" "$denoising" pictures=0
 }
 diffkd train configs/digits/deep-teacher.yaml
 export OMP_NUM_THREADS=1
