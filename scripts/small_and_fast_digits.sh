@@ -5,7 +5,7 @@
 # two plots. The two halves run side by side, on a core each, and write to runs/*.log.
 . "$(dirname "$0")/_setup" digits,report,quant
 config=configs/digits/small-and-fast.yaml
-denoising="method={name: denoising, updates: 1000, learning_rate: 4.0e-3}"   # as the feature stage
+denoising="method={name: denoising, updates: 1500, learning_rate: 1.0e-3}"   # as the feature stage
 students() {    # name, how it is made of the teacher; by its path, as two runs cannot both hold the teacher's own
   local common=("teacher={path: runs/digits-deep-teacher/teacher}" "out=runs/digits-$1")
   diffkd distill $config "${common[@]}" "student={$2}"
