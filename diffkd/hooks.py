@@ -26,13 +26,5 @@ def recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
     bare = getattr(network, "module", network)  # what several processes wrap around it
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(_removed(bare.get_submodule(name).register_forward_hook(keep(name))))
+            stack.callback(bare.get_submodule(name).register_forward_hook(keep(name)).remove)
         yield found
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
