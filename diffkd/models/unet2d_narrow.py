@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -166,7 +167,13 @@ def _check_shortcuts(
             f"{told}: resolutions of one width have to stay so; use one width for both, or from_config"
         )
     if theirs - ours:
-        log.warning("%s: one width where there were two, without the learned shortcuts between them", told)
+        _warn_once(f"{told}: one width where there were two, without the learned shortcuts between them")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """A run makes its student twice, to check it and to train it."""
+    log.warning(text)
 
 
 class Walk:
