@@ -3,6 +3,8 @@
 # channels), each trained on the teacher's outputs and features at its own steps and then down to one step; and the same
 # two networks on the data alone, from the same start and from scratch, with as many updates at the same rate. One table,
 # two plots. The trainings of students run two at a time, on a core each, and write to runs/*.log.
+# FID at 64 steps: teacher 0.24, half 0.27 (0.40 by denoising alone, 0.57 from scratch), quarter 0.31 (0.38, 0.78); at 4
+# steps half 0.28, quarter 0.30; at 1 step 0.41 and 0.42. Minutes: 28 on two slow cores without AVX-512.
 . "$(dirname "$0")/_setup" digits,report,quant
 config=configs/digits/small-and-fast.yaml
 denoising="method={name: denoising, updates: 600, learning_rate: 4.0e-3}"   # as the feature stage
