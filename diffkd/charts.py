@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MARKERS = "osD^v*P"  # of lines in one plot, which are told apart without their colours too
 # Plots are drawn in these, and the page's own take their place: so they follow its light or dark scheme.
 COLOURS = {"ink": "#0b0b01", "faint": "#0b0b02", "teacher": "#0b0b03", "student": "#0b0b04"}
 INK, FAINT, TEACHER, STUDENT = COLOURS.values()
@@ -53,14 +54,7 @@ def axes(scale: str = "log") -> tuple[Figure, Axes]:
 
 def svg(figure: Figure, label: str) -> str:
     """The figure as an element of the page, in the page's colours."""
-    from matplotlib.ticker import LogLocator
-
-    axis, (low, high) = figure.axes[0].yaxis, figure.axes[0].get_ylim()
-    if axis.get_scale() == "log":
-        subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 60 * low else (1,)
-        axis.set_major_locator(LogLocator(subs=subs))  # a narrow range may hold no power of ten
-        axis.set_minor_formatter("")
-    axis.set_major_formatter("{x:g}")
+    _plain_ticks(figure.axes[0])
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     text = stream.getvalue()
@@ -70,22 +64,31 @@ def svg(figure: Figure, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
+def _plain_ticks(plot: Axes) -> None:
+    """Numbers of y as they are written by hand, also where a narrow range holds no power of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis, (low, high) = plot.yaxis, plot.get_ylim()
+    if axis.get_scale() == "log":
+        subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 200 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_formatter("")
+    axis.set_major_formatter("{x:g}")
+
+
 def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
     """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID.
 
-    A line for each model with several step counts, and one for all models with one.
+    Each model by its name: a line through its step counts, a point without a line where it has one.
     """
     rows = [r for r in found if r.get("fid", 0) > 0 and r.get("nfe")]
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    names = [r["model"] for r in rows]
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(
-            row["model"] if names.count(row["model"]) > 1 else "models of one step count", []
-        ).append(row)
+        lines.setdefault(row["model"], []).append(row)
     drawn = []
     for name, label, of in (
         ("fid-nfe", "network evaluations", lambda r: r["nfe"]),
@@ -93,15 +96,18 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
     ):
         if not rows:
             break
-        figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+        figure = Figure(figsize=(8 if len(lines) > 5 else 6, 4), layout="constrained", dpi=150)
         plot = figure.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="FID")
         plot.grid(linewidth=0.4)
-        for title, of_line in lines.items():
+        for i, (title, of_line) in enumerate(lines.items()):
             points = sorted((of(r), r["fid"]) for r in of_line)
-            plot.plot(*zip(*points, strict=True), marker="o", markersize=4, label=title)
+            marker = MARKERS[i % len(MARKERS)]
+            style = "-" if len(points) > 1 else ""
+            plot.plot(*zip(*points, strict=True), style, marker=marker, markersize=4.5, label=title)
         plot.xaxis.set_major_formatter("{x:g}")
-        plot.yaxis.set_major_formatter("{x:g}")
-        for text in plot.legend(frameon=False).get_texts():
+        _plain_ticks(plot)
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}
+        for text in plot.legend(frameon=False, fontsize=9, **beside).get_texts():
             text.set_parse_math(False)  # a name is no formula
         with new_file(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")

@@ -15,7 +15,6 @@ from diffkd.files import new_file
 Record = dict[str, Any]
 TITLES = ("model", "parameters", "MACs", "ms an image", "accuracy, %")
 PNG = {"student": "#0c7d74", "teacher": "#6b7787"}  # colours on white, as of the page
-MARKERS = "osD^v*P"
 
 
 class Mean(NamedTuple):
@@ -93,8 +92,8 @@ def draw(plot: Any, settings: Classify, records: Sequence[Record], colours: dict
         plot.errorbar(
             [T * 1.03 ** (i - (len(found) - 1) / 2) for T in points],  # side by side, so that bars are seen
             [m.mean for m in points.values()], yerr=[m.spread for m in points.values()],
-            color=colours["student"], alpha=shade, marker=MARKERS[i % len(MARKERS)], markersize=4.5,
-            linewidth=1.3, capsize=2, label=f"alpha {alpha:g}",
+            color=colours["student"], alpha=shade, marker=charts.MARKERS[i % len(charts.MARKERS)],
+            markersize=4.5, linewidth=1.3, capsize=2, label=f"alpha {alpha:g}",
         )  # fmt: skip
     plot.axhline(alone.mean, color=colours["teacher"], linestyle="--", linewidth=1.3, label="labels alone")
     plot.axhspan(

@@ -176,7 +176,7 @@ def test_the_plots(run, monkeypatch):
 
 
 def test_what_the_plots_show(run, here):
-    """A line through the teacher's two points."""
+    """A line through the teacher's two points; a model of one step count is a point of its own."""
     run()
     seen = {}
     from matplotlib.axes import Axes
@@ -191,9 +191,13 @@ def test_what_the_plots_show(run, here):
     finally:
         monkey.undo()
     one, four = sorted((r for r in records() if r["model"] == "teacher"), key=lambda r: r["nfe"])
-    x, y = seen["teacher"][0]
-    assert (tuple(x), tuple(y)) == ((1, 4), (one["fid"], four["fid"]))
-    x, y = seen["teacher"][1]
+    x, y, style = seen["teacher"][0]
+    assert (tuple(x), tuple(y), style) == ((1, 4), (one["fid"], four["fid"]), "-")
+    lone = {r["model"]: r for r in records() if r["model"] != "teacher" and r.get("nfe")}
+    assert lone and {*seen} == {"teacher", *lone}
+    for name, row in lone.items():
+        assert seen[name][0] == ((row["nfe"],), (row["fid"],), "")
+    x, y, _ = seen["teacher"][1]
     assert sorted(x) == pytest.approx(sorted(r["seconds"] / 30 for r in (one, four)))
 
 
