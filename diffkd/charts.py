@@ -102,8 +102,12 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
         for i, (title, of_line) in enumerate(lines.items()):
             points = sorted((of(r), r["fid"]) for r in of_line)
             marker = MARKERS[i % len(MARKERS)]
-            style = "-" if len(points) > 1 else ""
-            plot.plot(*zip(*points, strict=True), style, marker=marker, markersize=4.5, label=title)
+            style: dict[str, Any] = {
+                "linestyle": "-" if len(points) > 1 else "none",
+                "marker": marker,
+                "markersize": 4.5,
+            }
+            plot.plot(*zip(*points, strict=True), label=title, **style)
         plot.xaxis.set_major_formatter("{x:g}")
         _plain_ticks(plot)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}

@@ -184,7 +184,11 @@ def test_what_the_plots_show(run, here):
     real = Axes.plot
     monkey = pytest.MonkeyPatch()
     monkey.setattr(
-        Axes, "plot", lambda self, *a, **k: seen.setdefault(k["label"], []).append(a) or real(self, *a, **k)
+        Axes,
+        "plot",
+        lambda self, *a, **k: (
+            seen.setdefault(k["label"], []).append((*a, k["linestyle"])) or real(self, *a, **k)
+        ),
     )
     try:
         charts.tradeoffs(here / "runs/bench", records())
@@ -196,7 +200,7 @@ def test_what_the_plots_show(run, here):
     lone = {r["model"]: r for r in records() if r["model"] != "teacher" and r.get("nfe")}
     assert lone and {*seen} == {"teacher", *lone}
     for name, row in lone.items():
-        assert seen[name][0] == ((row["nfe"],), (row["fid"],), "")
+        assert seen[name][0] == ((row["nfe"],), (row["fid"],), "none")
     x, y, _ = seen["teacher"][1]
     assert sorted(x) == pytest.approx(sorted(r["seconds"] / 30 for r in (one, four)))
 
