@@ -20,12 +20,10 @@ baselines() {
   distilled "$1-scratch" "$2, weights: random" "$denoising" pictures=0
 }
 side_by_side() {    # a function of name and student, for both students
-  export OMP_NUM_THREADS=1
-  "$1" half "$half" > "runs/digits-half-$1.log" 2>&1 & local first=$!
-  "$1" quarter "$quarter" > "runs/digits-quarter-$1.log" 2>&1 & local second=$!
+  OMP_NUM_THREADS=1 "$1" half "$half" > "runs/digits-half-$1.log" 2>&1 & local first=$!
+  OMP_NUM_THREADS=1 "$1" quarter "$quarter" > "runs/digits-quarter-$1.log" 2>&1 & local second=$!
   wait $first || { tail -n 5 "runs/digits-half-$1.log"; kill $second; exit 1; }
   wait $second || { tail -n 5 "runs/digits-quarter-$1.log"; exit 1; }
-  unset OMP_NUM_THREADS
 }
 diffkd train configs/digits/deep-teacher.yaml
 side_by_side distilled
