@@ -101,13 +101,8 @@ def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
         plot.grid(linewidth=0.4)
         for i, (title, of_line) in enumerate(lines.items()):
             points = sorted((of(r), r["fid"]) for r in of_line)
-            marker = MARKERS[i % len(MARKERS)]
-            style: dict[str, Any] = {
-                "linestyle": "-" if len(points) > 1 else "none",
-                "marker": marker,
-                "markersize": 4.5,
-            }
-            plot.plot(*zip(*points, strict=True), label=title, **style)
+            line, marker = "-" if len(points) > 1 else "none", MARKERS[i % len(MARKERS)]
+            plot.plot(*zip(*points, strict=True), linestyle=line, marker=marker, markersize=4.5, label=title)
         plot.xaxis.set_major_formatter("{x:g}")
         _plain_ticks(plot)
         beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}

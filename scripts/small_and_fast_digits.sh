@@ -7,6 +7,7 @@
 #   scripts/small_and_fast_digits.sh baselines    # also the same networks on the data alone, with as many updates at the
 #                                                 # same rate: from the same start 0.40 and 0.38, from scratch 0.57 and 0.78
 # Minutes on two slow cores (without AVX-512): 20, and 9 more for the baselines.
+case "${1:-}" in '' | baselines) ;; *) echo "unknown argument $1; use baselines, or none" >&2; exit 2 ;; esac
 . "$(dirname "$0")/_setup" digits,report,quant
 half='kind: drop_blocks, blocks: ["down_blocks.*.resnets.1", "up_blocks.*.resnets.1", mid_block]'
 quarter='kind: narrow, channels: [24, 24]'
@@ -22,13 +23,13 @@ baselines() {
 side_by_side() {    # a function of name and student, for both students
   OMP_NUM_THREADS=1 "$1" half "$half" > "runs/digits-half-$1.log" 2>&1 & local first=$!
   OMP_NUM_THREADS=1 "$1" quarter "$quarter" > "runs/digits-quarter-$1.log" 2>&1 & local second=$!
-  wait $first || { tail -n 5 "runs/digits-half-$1.log"; kill $second; exit 1; }
+  wait $first || { tail -n 5 "runs/digits-half-$1.log"; pkill -P $second; exit 1; }
   wait $second || { tail -n 5 "runs/digits-quarter-$1.log"; exit 1; }
 }
 diffkd train configs/digits/deep-teacher.yaml
 side_by_side distilled
 diffkd benchmark configs/digits/small-benchmark.yaml
-if [ "${1:-}" = baselines ]; then
+if [ -n "${1:-}" ]; then
   side_by_side baselines
   diffkd benchmark configs/digits/small-baselines.yaml
 fi
