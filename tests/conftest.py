@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -91,6 +92,7 @@ def make_pipeline() -> Callable[..., Path]:
         classes: int | None = None,
         size: int | tuple[int, int] = 8,
         channels: int = 1,
+        widths: Sequence[int] = (8, 16),
         scheduler: str | dict[str, Any] = "cosine",
         pipeline: str | None = None,
         seed: int = 0,
@@ -101,9 +103,9 @@ def make_pipeline() -> Callable[..., Path]:
                 sample_size=size,
                 in_channels=channels,
                 out_channels=channels,
-                block_out_channels=(8, 16),
-                down_block_types=("DownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "UpBlock2D"),
+                block_out_channels=tuple(widths),
+                down_block_types=("DownBlock2D",) * len(widths),
+                up_block_types=("UpBlock2D",) * len(widths),
                 layers_per_block=1,
                 norm_num_groups=4,
                 add_attention=False,
@@ -150,17 +152,36 @@ def image_folder() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def launched() -> Callable[..., subprocess.CompletedProcess[str]]:
+def _forking() -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(  # ends with its stdin
+        [sys.executable, "-m", "tests.forking"], cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    ) as process:  # fmt: skip
+        yield process
+
+
+@pytest.fixture
+def launched(
+    _forking: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """launched(2, *args): the `diffkd` command in so many processes that know of each other, on CPUs.
 
-    By torchrun, which `accelerate launch` calls for several GPUs; its own `--cpu` starts one process only.
+    By tests/forking.py, which is sooner there than torchrun; that has tests of its own, in test_stops,
+    test_parallel and test_evaluate.
     """
 
-    def run(processes: int, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc_per_node", str(processes), "-m", "diffkd.cli", *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    def run(processes: int, *args: object, module: str = "diffkd.cli") -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("launched")
+        said = {name: folder / name for name in ("stdout", "stderr")}
+        job = {
+            "module": module, "processes": processes, "arguments": [*map(str, args)], "folder": os.getcwd(),
+            "environment": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **{k: str(v) for k, v in said.items()},
+        }  # fmt: skip
+        assert _forking.stdin and _forking.stdout
+        print(json.dumps(job), file=_forking.stdin, flush=True)
+        status = int(_forking.stdout.readline())
+        return subprocess.CompletedProcess(args, status, *(path.read_text() for path in said.values()))
 
     return run
 

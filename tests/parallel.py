@@ -1,18 +1,15 @@
-"""Stages trained by several processes, which are forked from one: `python tests/parallel.py JOBS`.
+"""A stage trained by several processes, for tests/forking.py.
 
-JOBS is a JSON list, of what comes one after another: folder, world (how many processes), kind, method (one
-or two networks, feature, whose projectors learn with a narrower student, or logits), updates, stop_at (the
-last of the processes is told to). The main process leaves student.safetensors, and judge.safetensors, beside
-the run's own files.
+Its argument is JSON of folder, world (how many processes they are), kind, method (one or two networks,
+feature, whose projectors learn with a narrower student, or logits), updates, stop_at (the last of them is
+told to). The main process leaves student.safetensors, and judge.safetensors, beside the run's own files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +93,7 @@ def work(options: dict[str, Any]) -> None:
         {"updates": options.get("updates", 50), "learning_rate": 5e-4},
     )
     method = METHODS[asked](**fields, **({} if asked in ("feature", "logits") else {"steps": [4]}))
-    training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=20)
+    training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=10)
     accelerator = accelerator_of(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
@@ -123,37 +120,7 @@ def work(options: dict[str, Any]) -> None:
             save_file(nets["judge"].state_dict(), folder / "judge.safetensors")
 
 
-def process(options: dict[str, Any], rank: int, port: int) -> None:
-    """One process of a job; it does not return."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options["world"]),
-        "LOCAL_WORLD_SIZE": str(options["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+def main() -> None:
+    options = json.loads(sys.argv[1])
     os.environ |= KINDS[options.get("kind", "copies")]
-    try:
-        work(options)
-        sys.stdout.flush()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def main(every: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    for options in every:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(options["world"]):
-            child = os.fork()
-            if child == 0:
-                process(options, rank, port)
-            children.append(child)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert not any(statuses), (options, statuses)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    work(options)

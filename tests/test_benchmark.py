@@ -336,7 +336,7 @@ def test_a_dry_run(run, here):
 @pytest.mark.slow
 def test_two_processes(run, here, launched):
     run()
-    done = launched(2, "benchmark", "bench.yaml", "out=runs/two", timeout=100)
+    done = launched(2, "benchmark", "bench.yaml", "out=runs/two")
     assert done.returncode == 0, done.stderr
     for one, two in zip(records(), records("runs/two"), strict=True):
         assert two["protocol"]["processes"] == 2

@@ -975,7 +975,7 @@ def test_two_processes_measure_what_one_does(cli, here):
 @pytest.mark.slow
 def test_two_processes_print_once(cli, here, launched):
     args = SEVERAL["folder"]
-    done = launched(2, "evaluate", *args, "--json", timeout=100)
+    done = launched(2, "evaluate", *args, "--json")
     assert done.returncode == 0, done.stderr
     one, two = recorded(cli, *args, "--device", "cpu"), strict(done.stdout)
     assert two["protocol"]["processes"] == 2 and two["fid"] == pytest.approx(one["fid"], abs=1e-9)
@@ -986,7 +986,7 @@ def test_an_error_of_one_process_does_not_leave_the_other_waiting(here, launched
     """The broken image is in the batches of the second alone."""
     Path("images/007.png").write_bytes(Path("images/007.png").read_bytes()[:60])
     args = ["images", "--reference", "real", "--features", "toy.Quarters", "--batch-size", 7]
-    done = launched(2, "evaluate", *args, "--out", "r.json", timeout=100)
+    done = launched(2, "evaluate", *args, "--out", "r.json")
     assert done.returncode != 0 and not Path("r.json").exists()
     lines = [line for line in done.stderr.splitlines() if line.startswith("diffkd: error: ")]
     own = [

@@ -234,7 +234,7 @@ def test_one_that_evaluate_reads(cli, here, compute):
 def test_two_processes_are_one(here, compute, launched):
     args = ["classes", "--store-features", "--batch-size", 7]
     one = compute(*args)
-    done = launched(2, "stats", *args, "--features", "toy.Quarters", "--out", "two.npz", timeout=100)
+    done = launched(2, "stats", *args, "--features", "toy.Quarters", "--out", "two.npz")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("two.npz") == 1
     two = load("two.npz")

@@ -25,6 +25,10 @@ from tests.waiting import wait_for
 
 FOREVER = ["evaluation=null", "pictures=0", "method.steps=[4,1]", "training.checkpoint_every=1000"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LAUNCHER = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    "-m", "diffkd.cli",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_what_is_no_duration(text):
 
 @pytest.mark.slow
 def test_a_time_that_is_over_saves_and_ends_well(here, cli):
-    overrides = [*FOREVER, "method.updates=60"]
+    overrides = [*FOREVER, "method.updates=40"]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
     stops = 0
     while True:
@@ -93,7 +97,7 @@ def test_a_time_that_is_over_saves_and_ends_well(here, cli):
 @pytest.mark.slow
 def test_signals_that_come_twice(here, cli):
     """As from a launcher that passes on what its processes have had already, in the middle of saving."""
-    overrides = [*FOREVER, "method.updates=60"]
+    overrides = [*FOREVER, "method.updates=40"]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
     command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides, "out=runs/parts"]
     process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
@@ -109,13 +113,12 @@ def test_signals_that_come_twice(here, cli):
 
 
 @pytest.mark.slow
-def test_a_time_that_is_over_for_two_processes(here, cli):
+def test_a_time_that_is_over_for_two_processes(here, launched):
     """Whose clocks are never quite the same: both end well, and so does the launcher."""
-    overrides = [*FOREVER, "method.updates=200", "training.micro_batches=2", "--stop-after", "1s"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides]
-    for _ in range(2):
-        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+    args = ["distill", "distill.yaml", *FOREVER, "method.updates=200", "training.micro_batches=2"]
+    args += ["--stop-after", "1s"]
+    first = subprocess.run([*LAUNCHER, *args], env=ONE_THREAD, capture_output=True, text=True)
+    for done in (first, launched(2, *args)):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("stopped, as the time is over; a checkpoint is saved") == 1, done.stderr
 
@@ -205,14 +208,12 @@ def test_a_second_signal_ends_it_at_once(here):
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_told_to_stop(here, cli):
+def test_a_launcher_that_is_told_to_stop(here, launched):
     """As a queue does it: SIGTERM to what started the processes."""
-    overrides = [*FOREVER, "method.updates=40", "training.micro_batches=2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides]
-    subprocess.run([*command, "out=runs/whole"], env=ONE_THREAD, check=True, capture_output=True)
+    args = ["distill", "distill.yaml", *FOREVER, "method.updates=40", "training.micro_batches=2"]
+    assert launched(2, *args, "out=runs/whole").returncode == 0
     process = subprocess.Popen(
-        [*command, "out=runs/parts"], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
+        [*LAUNCHER, *args, "out=runs/parts"], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
     )
     wait_for(process, here / "runs/parts/log.jsonl", '"4-steps", "stage_index": 0, "update": 20')
     process.send_signal(signal.SIGTERM)
@@ -220,7 +221,7 @@ def test_a_launcher_that_is_told_to_stop(here, cli):
     assert process.returncode and err.count("interrupted; a checkpoint is saved") == 1, err
     saved = [p.name for p in (here / "runs/parts/checkpoints").iterdir()]
     assert len(saved) == 1 and "stage-00-update-00000" in saved[0]
-    subprocess.run([*command, "out=runs/parts"], env=ONE_THREAD, check=True, capture_output=True)
+    assert launched(2, *args, "out=runs/parts").returncode == 0
     assert_same_runs(here / "runs/whole", here / "runs/parts")
 
 
