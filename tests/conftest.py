@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from diffkd import own_code
+from tests.waiting import ONE_THREAD
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,10 +154,9 @@ def image_folder() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def _forking() -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(  # ends with its stdin
         [sys.executable, "-m", "tests.forking"], cwd=Path(__file__).parent.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD,
     ) as process:  # fmt: skip
         yield process
 
@@ -167,8 +167,8 @@ def launched(
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """launched(2, *args): the `diffkd` command in so many processes that know of each other, on CPUs.
 
-    By tests/forking.py, which is sooner there than torchrun; that has tests of its own, in test_stops,
-    test_parallel and test_evaluate.
+    By tests/forking.py, which is sooner there than torchrun; that has tests of its own, in test_stops and
+    test_parallel.
     """
 
     def run(processes: int, *args: object, module: str = "diffkd.cli") -> subprocess.CompletedProcess[str]:

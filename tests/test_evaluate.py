@@ -935,31 +935,14 @@ SEVERAL = {
     "stock": ["labelled", "--reference", "digits", "--samples", 50, "--sampler", "stock", "--steps", 2,
               "--batch-size", 8],
 }  # fmt: skip
-DRIVER = """
-import json, sys
-from diffkd.cli import main
-for args in json.load(open("commands.json")):
-    sys.argv = ["diffkd", *args]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
-"""
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(cli, here):
+def test_two_processes_measure_what_one_does(cli, here, launched):
     """Also where one of them has no batch at all."""
-    (here / "driver.py").write_text(DRIVER)
-    commands = [["evaluate", *map(str, args), "--out", f"two {name}.json"] for name, args in SEVERAL.items()]
-    (here / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "driver.py"],
-        capture_output=True, text=True, timeout=150, env={**environment(here), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     for name, args in SEVERAL.items():
+        done = launched(2, "evaluate", *args, "--out", f"two {name}.json")
+        assert done.returncode == 0, done.stderr
         one, two = recorded(cli, *args, "--device", "cpu"), strict(Path(f"two {name}.json").read_text())
         ones, twos = ([x] if isinstance(x, dict) else x for x in (one, two))
         for a, b in zip(ones, twos, strict=True):

@@ -21,14 +21,9 @@ from diffkd.results import Results
 from diffkd.session import Session
 from tests.refusals import refuse
 from tests.test_jobs import CONFIG, MEASURED, TEACHER, network, same
-from tests.waiting import wait_for
+from tests.waiting import LAUNCHED, ONE_THREAD, wait_for
 
 FOREVER = ["evaluation=null", "pictures=0", "method.steps=[4,1]", "training.checkpoint_every=1000"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-LAUNCHER = [
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-    "-m", "diffkd.cli",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +112,7 @@ def test_a_time_that_is_over_for_two_processes(here, launched):
     """Whose clocks are never quite the same: both end well, and so does the launcher."""
     args = ["distill", "distill.yaml", *FOREVER, "method.updates=200", "training.micro_batches=2"]
     args += ["--stop-after", "1s"]
-    first = subprocess.run([*LAUNCHER, *args], env=ONE_THREAD, capture_output=True, text=True)
+    first = subprocess.run([*LAUNCHED, *args], env=ONE_THREAD, capture_output=True, text=True)
     for done in (first, launched(2, *args)):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("stopped, as the time is over; a checkpoint is saved") == 1, done.stderr
@@ -213,7 +208,7 @@ def test_a_launcher_that_is_told_to_stop(here, launched):
     args = ["distill", "distill.yaml", *FOREVER, "method.updates=40", "training.micro_batches=2"]
     assert launched(2, *args, "out=runs/whole").returncode == 0
     process = subprocess.Popen(
-        [*LAUNCHER, *args, "out=runs/parts"], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
+        [*LAUNCHED, *args, "out=runs/parts"], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
     )
     wait_for(process, here / "runs/parts/log.jsonl", '"4-steps", "stage_index": 0, "update": 20')
     process.send_signal(signal.SIGTERM)

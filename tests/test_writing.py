@@ -18,6 +18,7 @@ from rich.console import Console
 
 from diffkd import generation, sampling
 from tests.refusals import refuse, tree
+from tests.waiting import ONE_THREAD
 
 # The command with a network that takes its time; the images are the same.
 SLOWLY = textwrap.dedent("""
@@ -115,9 +116,8 @@ def here(tmp_path, monkeypatch, make_pipeline):
 
 def started(*args, seconds):
     command = [sys.executable, "-c", SLOWLY, seconds, *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD
     )
 
 

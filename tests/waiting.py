@@ -1,10 +1,18 @@
-"""A process that is let run until it has come to a place."""
+"""The command in processes of its own, as users start it, let run until it has come to a place."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LAUNCHED = [  # by torchrun, which is what `accelerate launch` calls
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    "-m", "diffkd.cli",
+]  # fmt: skip
 
 
 def wait_for(process: subprocess.Popen[str], path: Path, text: str) -> None:
