@@ -319,23 +319,30 @@ def test_a_folder_that_may_not_be_written(cli, here):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed(here):
-    """As by a system out of memory: one line, and the same command goes on."""
+def test_a_worker_that_is_killed(cli, here, drawn):
+    """As by a system out of memory: one line, the other worker ends too, and the same command goes on."""
     args = ["sample", here / "plain", "-n", 90, "--steps", 1, "--batch-size", 4, "--workers", 2]
+    assert cli(*args, "--out", here / "whole" / "drawn").code == 0
     process = started(*args, "--out", here / "killed" / "drawn", seconds=0.25)
     try:
         while not complete(here / "killed") and process.poll() is None:
             time.sleep(0.02)
-        for worker in psutil.Process(process.pid).children(recursive=True):
-            if "spawn_main" in " ".join(worker.cmdline()):
-                worker.kill()
+        others = psutil.Process(process.pid).children(recursive=True)
+        workers = [other for other in others if "spawn_main" in " ".join(other.cmdline())]
+        workers[0].kill()
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
+    assert psutil.wait_procs(workers, timeout=15)[1] == []
     # torchao says what it lacks as soon as it is imported, here before the command can hush it
     lines = [line for line in err.decode().splitlines() if line.startswith("diffkd: ")]
     assert process.returncode == 1 and len(lines) == 1 and "Traceback" not in err.decode(), err.decode()
     assert "of 90 images are complete" in lines[0] and "goes on from image" in lines[0]
+    there = len(complete(here / "killed"))
+    drawn.clear()
+    assert cli(*args, "--out", here / "killed" / "drawn").code == 0
+    assert tree(here / "killed") == tree(here / "whole")
+    assert there > 0 and sum(drawn) < 90
 
 
 # two at once ----------------------------------------------------------------------------------------------
