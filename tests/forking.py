@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -32,10 +33,7 @@ def together(processes: int, work: Callable[[], object], seconds: float = 300) -
     As there, the others are told to end when one has failed. They are killed when the time is over.
     """
     end = time.monotonic() + seconds
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    port, children = _port(), []
     for rank in range(processes):
         child = os.fork()
         if child == 0:
@@ -58,6 +56,15 @@ def together(processes: int, work: Callable[[], object], seconds: float = 300) -
                         os.kill(other, signal.SIGTERM)
         time.sleep(0.01)
     return [statuses[child] for child in children]
+
+
+def _port() -> int:
+    """A free one, below those that systems give for any, which others' connections are given all the time."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as tried:
+            tried.bind(("", port))
+            return port
 
 
 def _end(work: Callable[[], object]) -> NoReturn:

@@ -248,10 +248,10 @@ def test_a_network_of_absurd_size_takes_no_memory(tmp_path, make_pipeline, chang
     folder = make_pipeline(tmp_path)
     known = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps({**known, **changes}))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError):
         models.load(folder)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -331,10 +331,10 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in ra
          "date", "hexadecimal", "digits", "python", "empty int", "empty float"],
 )  # fmt: skip
 def test_yaml_that_means_harm_is_one_line_and_soon(tmp_path, text):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError) as error:
         read(tmp_path, text if text.startswith(("[", "{", "-", "x")) else TRAIN + text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "a.yaml" in str(error.value) or "config key" in str(error.value)
 
 
