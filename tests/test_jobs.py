@@ -150,7 +150,7 @@ def test_an_epsilon_teacher_with_guidance(here, cli):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli):
-    overrides = ["evaluation=null", "method.updates=25", "training.checkpoint_every=5"]
+    overrides = ["evaluation=null", "method.updates=16", "training.checkpoint_every=5"]
     assert cli("train", "teacher.yaml", "evaluation=null").code == 0
     overrides += ["teacher={path: runs/teacher/teacher}"]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
