@@ -196,6 +196,12 @@ def test_a_config_in_another_encoding_or_a_folder(refused, here):
         ("train", "model.channels=[6, 12]", ["model.norm_groups 4", "6", "divides each of model.channels"]),
         ("train", "model.channels=[8, 8, 8, 8, 8]", ["8x8", "16 divides"]),
         ("train", "model.attention=[true]", ["model.attention", "1 entries for 2"]),
+        ("train", "model={channels: [4, 4], norm_groups: 4}", ["model.attention_head_dim 8", "4 channels"]),
+        (
+            "train",
+            "model={channels: [4, 8], norm_groups: 4, attention: [true, false]}",
+            ["model.attention_head_dim 8", "4 channels"],
+        ),
         ("train", "schedule.num_train_timesteps=1", ["schedule.num_train_timesteps"]),
         ("train", "evaluation={teacher_steps: [0]}", ["evaluation.teacher_steps", "0"]),
         (

@@ -237,6 +237,17 @@ def test_a_stock_pipeline_is_not_filled_up_with_random_weights(tmp_path, make_pi
         models.open_stock(folder)
 
 
+@pytest.mark.parametrize("opened", [models.load, models.open_stock])
+def test_a_network_of_attention_without_heads(tmp_path, make_pipeline, opened):
+    """diffusers makes it, and divides by zero when it is called."""
+    folder = make_pipeline(tmp_path)
+    known = json.loads((folder / "unet/config.json").read_text())
+    changes = {"add_attention": True, "attention_head_dim": 17}
+    (folder / "unet/config.json").write_text(json.dumps({**known, **changes}))
+    with pytest.raises(UserError, match="attention_head_dim 17, wider than the channels"):
+        opened(folder)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"block_out_channels": [10**9, 10**9]}, {"block_out_channels": [2**20] * 2}, {"layers_per_block": 10**9},

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError, safe_open
 
 from diffkd.base import UserError
@@ -72,8 +74,14 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
         most = LONGEST_SIDE if "size" in key else len(counts) if "layers" in key else LARGEST
         if isinstance(value, int | float) and not least <= value <= most:
             raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers without a width, which are refused next
         network = kind.from_config(config)
+    if any(isinstance(part, Attention) and part.heads < 1 for part in network.modules()):
+        raise UserError(
+            f"{name}: {place / 'config.json'} has heads of attention_head_dim "
+            f"{quoted(config.get('attention_head_dim'))}, wider than the channels there are; repair it"
+        )
     needed = sum(p.numel() for p in network.parameters())
     if needed > (sum(counts) if whole else 2 * sum(counts) + LARGEST):
         raise UserError(

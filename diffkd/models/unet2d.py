@@ -93,6 +93,13 @@ class UNet2D(Strict):
                 f"model.attention has {len(attention)} entries for {len(self.channels)} resolutions; "
                 "give one for each of model.channels"
             )
+        attended = [count for count, has in zip(self.channels, attention, strict=True) if has]
+        for count in attended + self.channels[-1:] * self.mid_attention:
+            if count < self.attention_head_dim:
+                raise UserError(
+                    f"model.attention_head_dim {self.attention_head_dim} is more than the {count} channels "
+                    "there are where attention is; use fewer, or no attention there"
+                )
         return quick(
             UNet2DModel(
                 sample_size=height if height == width else (height, width),
