@@ -75,7 +75,7 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
         if isinstance(value, int | float) and not least <= value <= most:
             raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers without a width, which are refused next
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # which is refused next
         network = kind.from_config(config)
     if any(isinstance(part, Attention) and part.heads < 1 for part in network.modules()):
         raise UserError(

@@ -94,7 +94,9 @@ class UNet2D(Strict):
                 "give one for each of model.channels"
             )
         attended = [count for count, has in zip(self.channels, attention, strict=True) if has]
-        for count in attended + self.channels[-1:] * self.mid_attention:
+        if self.mid_attention:
+            attended.append(self.channels[-1])
+        for count in attended:
             if count < self.attention_head_dim:
                 raise UserError(
                     f"model.attention_head_dim {self.attention_head_dim} is more than the {count} channels "
