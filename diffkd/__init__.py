@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Denoiser", "generate", "load"]
 
 if TYPE_CHECKING:
-    from diffkd.denoiser import Denoiser
-    from diffkd.generation import generate
-    from diffkd.models import load
+    from diffkd.core.denoiser import Denoiser
+    from diffkd.generation.drawing import generate
+    from diffkd.models.loading import load
 
-_HOMES = {"Denoiser": "diffkd.denoiser", "generate": "diffkd.generation", "load": "diffkd.models"}
+_NAMES = {
+    "Denoiser": "diffkd.core.denoiser", "generate": "diffkd.generation.drawing",
+    "load": "diffkd.models.loading",
+}  # fmt: skip
+_MODULES = {
+    "schedules": "diffkd.core.schedules", "samplers": "diffkd.core.samplers", "losses": "diffkd.core.losses",
+    "classifier": "diffkd.core.classifier", "students": "diffkd.models.students", "methods": "diffkd.methods",
+    "classifiers": "diffkd.runs.classification.networks", "metrics": "diffkd.metrics",
+}  # fmt: skip
+__all__ = ["Denoiser", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used: `diffkd --help` needs no torch."""
-    import importlib
+    """Public names, whatever room they live in, imported when first used: `diffkd --help` needs no torch."""
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    raise AttributeError(f"module 'diffkd' has no attribute {name!r}")
 
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    try:
-        return importlib.import_module(f"diffkd.{name}")
-    except ModuleNotFoundError:
-        raise AttributeError(f"module 'diffkd' has no attribute {name!r}") from None
+
+def __dir__() -> list[str]:
+    return sorted([*_NAMES, *_MODULES, "__version__"])

@@ -20,9 +20,9 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from diffkd.environment import commit
+from diffkd.io.environment import commit
 from diffkd.metrics import InceptionV3, density_coverage, frechet_distance, precision_recall
-from diffkd.metrics.collect import Collector
+from diffkd.metrics.evaluation.collector import Collector
 from diffkd.metrics.statistics import BLOCK
 
 

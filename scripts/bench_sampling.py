@@ -28,14 +28,16 @@ import torch
 from machine import describe, synchronize
 from networks import NETWORKS, make, parameters
 
-from diffkd import capture, cards, models
-from diffkd.array_file import ArrayFile
-from diffkd.denoiser import Denoiser
-from diffkd.generation import Drawing
-from diffkd.image_folder import ImageFolder
-from diffkd.sampling import usual_workers
-from diffkd.stock import generate_stock
-from diffkd.writing import Output
+from diffkd.core.denoiser import Denoiser
+from diffkd.generation import cuda_graphs
+from diffkd.generation.drawing import Drawing
+from diffkd.generation.folder_writer import FolderWriter
+from diffkd.generation.npz_writer import NpzWriter
+from diffkd.generation.sample import default_workers
+from diffkd.generation.stock import generate_stock
+from diffkd.generation.writer import ImageWriter
+from diffkd.models import loading
+from diffkd.runs.reports import model_card
 
 STEPS = 4
 BATCHES = {
@@ -83,7 +85,7 @@ class Ways:
                     out = network(x, t, **cond).sample
                 return (out,)
 
-            runner = capture.Graph(calls, ()) if self.device.type == "cuda" else calls
+            runner = cuda_graphs.Graph(calls, ()) if self.device.type == "cuda" else calls
 
         @torch.inference_mode()
         def run() -> object:
@@ -107,7 +109,7 @@ class Ways:
         for _ in self.drawing().batches():
             pass
 
-    def written(self, output: Output) -> None:
+    def written(self, output: ImageWriter) -> None:
         drawing = self.drawing()
         for block, images in enumerate(drawing.arrays()):
             output.write(np.arange(*drawing.span(block)), images)
@@ -120,13 +122,13 @@ class Ways:
 
     def turn(self, way: str) -> float:
         """Images a second, from the first noise to the last byte. Workers are there before."""
-        output: Output | None = None
+        output: ImageWriter | None = None
         if way in ("npz", "png"):
             out = self.folder / f"{way}-{time.time_ns()}"
             output = (
-                ArrayFile(out.with_suffix(".npz"))
+                NpzWriter(out.with_suffix(".npz"))
                 if way == "npz"
-                else (ImageFolder(out, "png", usual_workers()))
+                else (FolderWriter(out, "png", default_workers()))
             )
             output.start({}, self.count, False, output.plan({}, self.count, False))
             output.warm()
@@ -147,9 +149,9 @@ class Ways:
 
 def open_stock(denoiser: Denoiser, folder: Path) -> Any:
     """The same student as diffusers opens it; in float16 for bfloat16, which pixel pipelines cannot do."""
-    models.save(denoiser, folder)
-    cards.write(folder, cards.describe(denoiser))
-    pipeline = models.open_stock(folder).to(denoiser.device)
+    loading.save(denoiser, folder)
+    model_card.write(folder, model_card.describe(denoiser))
+    pipeline = loading.open_stock(folder).to(denoiser.device)
     return pipeline.to(torch.float16) if denoiser.dtype == torch.bfloat16 else pipeline
 
 

@@ -27,13 +27,13 @@ from accelerate import Accelerator
 from machine import describe, synchronize
 from networks import NETWORKS, make, parameters
 
-from diffkd import engine
-from diffkd.data import Images
-from diffkd.denoiser import Denoiser
-from diffkd.engine import run_stage
+from diffkd.core.denoiser import Denoiser
+from diffkd.data.images import Images
 from diffkd.methods.progressive import Progressive
-from diffkd.runs import Run
-from diffkd.training import Training
+from diffkd.training import trainer
+from diffkd.training.config import Training
+from diffkd.training.run_folder import RunFolder
+from diffkd.training.trainer import run_stage
 
 BATCH = {"cpu": {"digits": 128, "middle": 16, "cifar10": 8}, "cuda": dict.fromkeys(NETWORKS, 128)}
 
@@ -88,7 +88,7 @@ def train(
         cpu=teacher.device.type == "cpu", mixed_precision=training.precision.replace("float32", "no")
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", {})
+        run = RunFolder(Path(folder) / "run", {})
         run_stage(
             accelerator, method, method.stages(teacher)[0],
             {"student": student, "teacher": teacher.requires_grad_(False)}, images, training, run,
@@ -133,7 +133,7 @@ def pause(name: str, device: torch.device, precision: str, batch: int, every: in
     intervals: list[float] = []
     saves: list[float] = []
     clock = time.perf_counter()
-    save = engine.save
+    save = trainer.save
 
     def timed(*args: Any) -> None:
         started = time.perf_counter()
@@ -146,12 +146,12 @@ def pause(name: str, device: torch.device, precision: str, batch: int, every: in
         intervals.append(time.perf_counter() - clock)
         clock = time.perf_counter()
 
-    engine.save = timed
+    trainer.save = timed
     try:
         training = Training(batch_size=batch, precision=precision, checkpoint_every=every)
         train(make(name, device), training, 8 * every, on_update)
     finally:
-        engine.save = save
+        trainer.save = save
     size = sum(4 * p.numel() * p.element_size() for p in make(name, device).parameters())
     usual = statistics.median(t for n, t in enumerate(intervals) if n > 3 and n % every not in (0, 1))
     longer = statistics.median(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffkd.data import Digits
+from diffkd.data.digits import Digits
 
 
 def make(out: Path, size: int = 16) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from diffkd.environment import commit
+from diffkd.io.environment import commit
 
 
 def describe(device: torch.device) -> str:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffkd.data import Digits
-from diffkd.metrics.digits import DIGITS_WEIGHTS, DigitsClassifier
+from diffkd.data.digits import Digits
+from diffkd.metrics.features.digits import DIGITS_WEIGHTS, DigitsClassifier
 
 SEED, UPDATES, BATCH, RATE = 0, 1500, 128, 2e-3
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from diffkd import config
-from diffkd.denoiser import Denoiser
-from diffkd.models.unet2d import UNet2D, quick
-from diffkd.schedules import Schedule
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
+from diffkd.models.families.unet2d import UNet2D, quick
+from diffkd.runs import config, config_files
 
 DIGITS = Path(__file__).parent.parent / "configs/digits/teacher.yaml"
 
 
 def digits() -> Denoiser:
     """The digits student: 8x8x1, ten classes and the null label."""
-    network = config.load(DIGITS, config.Train).model.build((1, 8, 8), 11)
+    network = config_files.load(DIGITS, config.Train).model.build((1, 8, 8), 11)
     return Denoiser(network, Schedule.cosine(), "v_prediction", num_classes=10, null_label=10)
 
 

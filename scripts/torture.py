@@ -28,6 +28,10 @@ from typing import Any
 
 import yaml
 
+from diffkd import cli
+from diffkd.runs import artifacts, session
+from diffkd.training import trainer
+
 MEASURED = {  # of a machine's moods, not of the run
     "images_per_second", "peak_memory_gb", "seconds", "peak_memory_bytes", "created", "device", "commit",
 }  # fmt: skip
@@ -58,7 +62,6 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 
 def child(fault: dict[str, Any], arguments: list[str]) -> None:
     """`diffkd` with a fault in it. fault: kind, signal, rank, and what the kind needs."""
-    from diffkd import cli, engine, holding, results
 
     def strike() -> None:
         Path(fault["struck"]).touch()
@@ -75,13 +78,13 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         pass
     elif fault["kind"] == "time":
-        check = holding.check
+        check = session.check
 
         def begun(*args: Any) -> None:  # not while torch is imported
             threading.Timer(fault["at"], strike).start()
             check(*args)
 
-        holding.check = begun
+        session.check = begun
     elif fault["kind"] == "disk":
 
         def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -92,15 +95,15 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
         sys.addaudithook(hook)
     elif fault["kind"] == "update":
-        agreed = engine._agreed
+        agreed = trainer._agreed
 
         def between(*args: Any) -> Any:
             count("update")
             return agreed(*args)
 
-        engine._agreed = between
+        trainer._agreed = between
     elif fault["kind"] == "evaluation":
-        counted = results.Results._counted
+        counted = artifacts.RunArtifacts._counted
 
         def watched(self: Any, advance: Any) -> Any:
             on_images = counted(self, advance)
@@ -111,7 +114,7 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
             return passed
 
-        results.Results._counted = watched  # type: ignore[method-assign]
+        artifacts.RunArtifacts._counted = watched  # type: ignore[method-assign]
     sys.argv = ["diffkd", *arguments]
     cli.main()
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkd import own_code
+from diffkd.cli import main
+from diffkd.io import plugins
 from tests.waiting import ONE_THREAD
 
 
@@ -29,7 +30,7 @@ def _threads() -> None:
 @pytest.fixture(autouse=True)
 def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are the own modules of many tests; that they are run is said once, in whichever came first."""
-    monkeypatch.setattr(own_code, "announced", {"toy", "wide", "json"})
+    monkeypatch.setattr(plugins, "announced", {"toy", "wide", "json"})
 
 
 class Outcome(NamedTuple):
@@ -45,7 +46,6 @@ def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
     """cli(*args) -> (code, stdout, stderr): the `diffkd` command, in this process."""
-    from diffkd.cli import main
 
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

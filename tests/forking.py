@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any, NoReturn
 
 IMPORTED = (  # what diffkd.cli imports when it needs it
-    "benchmarking", "classifying", "cli", "config_classify", "evaluating", "holding", "jobs", "sampling",
-    "stats", "subjects", "tables",
+    "cli", "runs.benchmark", "runs.classification.distill", "runs.distill", "runs.evaluate", "runs.stats",
+    "generation.sample",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from diffkd.denoiser import Denoiser
-from diffkd.schedules import Schedule, write_prediction
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule, write_prediction
 
 
 class Gaussian(nn.Module):

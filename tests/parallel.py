@@ -18,20 +18,20 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
-from diffkd import students
-from diffkd.base import Interrupted
-from diffkd.classifier import Classifier
-from diffkd.engine import run_stage
-from diffkd.launching import accelerator_of
-from diffkd.method import Loss
+from diffkd.core.classifier import Classifier
+from diffkd.errors import Interrupted
+from diffkd.methods.base import Loss
 from diffkd.methods.feature import Feature
 from diffkd.methods.logits import Logits
 from diffkd.methods.progressive import Progressive
-from diffkd.models.cnn import Arguments
-from diffkd.runs import Run
-from diffkd.training import Training
-from tests.test_engine import COSINE, images
-from tests.test_models import student
+from diffkd.models import students
+from diffkd.runs.classification.cnn import Arguments
+from diffkd.training.config import Training
+from diffkd.training.launch import make_accelerator
+from diffkd.training.run_folder import RunFolder
+from diffkd.training.trainer import run_stage
+from tests.models.test_unet2d import student
+from tests.training.test_trainer import COSINE, images
 
 KINDS: dict[str, dict[str, str]] = {  # as configs/accelerate has it
     "copies": {},
@@ -94,14 +94,14 @@ def work(options: dict[str, Any]) -> None:
     )
     method = METHODS[asked](**fields, **({} if asked in ("feature", "logits") else {"steps": [4]}))
     training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=10)
-    accelerator = accelerator_of(training)
+    accelerator = make_accelerator(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
     assert found == (options["world"], options.get("kind", "copies")), found
     teacher, pupil = models_of(asked)
     pupil.requires_grad_(True)
     nets = {"student": pupil, "teacher": teacher.requires_grad_(False), **method.networks(teacher, pupil)}
-    run = Run(folder, {}, owner=accelerator.is_main_process)
+    run = RunFolder(folder, {}, owner=accelerator.is_main_process)
     done = [0]
     last = accelerator.process_index == accelerator.num_processes - 1
     try:

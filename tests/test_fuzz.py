@@ -32,17 +32,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from diffkd import cards, classifiers, config, evaluating, models, tables
-from diffkd.base import UserError
-from diffkd.classifier import Classifier
-from diffkd.config_classify import Classify
-from diffkd.data import SUFFIXES, Folder, HubDataset
-from diffkd.metrics import records, sampling_error, sources
-from diffkd.metrics.evaluation import Evaluation
-from diffkd.metrics.reference import Reference
+from diffkd.core.classifier import Classifier
+from diffkd.core.schedules import Schedule
+from diffkd.data.decoding import SUFFIXES
+from diffkd.data.folder import Folder
+from diffkd.data.hub import HubDataset
+from diffkd.errors import UserError
+from diffkd.metrics import sampling_error
+from diffkd.metrics.evaluation import image_sets, records
+from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.evaluation.targets import Target
 from diffkd.metrics.statistics import Statistics
-from diffkd.schedules import Schedule
-from diffkd.subjects import Subject
+from diffkd.models import loading
+from diffkd.runs import config, config_files, evaluate
+from diffkd.runs.classification import networks
+from diffkd.runs.classification.config import Classify
+from diffkd.runs.reports import model_card, tables
 
 INPUTS = {  # of the quick pass
     "config text": 300, "config values": 400, "damaged arrays": 400, "made archives": 300,
@@ -246,8 +252,8 @@ PIECES = [
 
 
 def loaded(path: Path, kind: Any, overrides: list[str]) -> None:
-    found = config.load(path, kind, overrides)
-    assert config.resolved(found)["out"] is not None
+    found = config_files.load(path, kind, overrides)
+    assert config_files.resolved(found)["out"] is not None
 
 
 @fuzz("config text")
@@ -297,11 +303,11 @@ FILES = [npz(**STATISTICS), npz(arr_0=PIXELS, arr_1=np.arange(6)), npz(**STATIST
 
 def opened(path: Path) -> None:
     """As a reference, as images to be measured, and as statistics."""
-    reference = tried_quietly(lambda: Reference(sources.File(path=path)))
+    reference = tried_quietly(lambda: Reference(image_sets.File(path=path)))
     if reference is not None:
-        tried_quietly(lambda: evaluating.usual_features(reference))
+        tried_quietly(lambda: evaluate.usual_features(reference))
         json.dumps(reference.describe())
-    tried_quietly(lambda: sources.images_of(sources.File(path=path)).read(0, 2))
+    tried_quietly(lambda: image_sets.images_of(image_sets.File(path=path)).read(0, 2))
     tried_quietly(lambda: Statistics.load(path).gaussian())
 
 
@@ -452,7 +458,7 @@ def both_readers(place: Path, name: str, content: bytes) -> None:
         return  # no file system has that name
     spec = Folder(kind="folder", path=root, size=6, channels=3, upscale=True)
     trained = tried_quietly(lambda: spec.load().pixels.transpose(0, 2, 3, 1))
-    measured = tried_quietly(lambda: sources.FolderSource(root, 6).read(0, 1).numpy())
+    measured = tried_quietly(lambda: image_sets.FolderSource(root, 6).read(0, 1).numpy())
     assert (trained is None) == (measured is None)
     if trained is not None:
         np.testing.assert_array_equal(trained, measured)
@@ -505,11 +511,11 @@ def with_file(folder: Path, name: str, content: bytes) -> None:
     before = path.read_bytes()
     path.write_bytes(content)
     try:
-        found = tried_quietly(lambda: models.load(folder))
+        found = tried_quietly(lambda: loading.load(folder))
         if found is not None:
             assert found.schedule.alphas_cumprod.isfinite().all()
         if name != "unet/diffusion_pytorch_model.safetensors":
-            tried_quietly(lambda: models.open_stock(folder))
+            tried_quietly(lambda: loading.open_stock(folder))
     finally:
         path.write_bytes(before)
 
@@ -543,8 +549,8 @@ def test_cards_that_were_edited(place, record, data):
     (place / "card" / "diffkd.json").write_text(json.dumps(content))
 
     def rewritten() -> None:
-        known = models.card(place / "card")
-        cards.write(place / "card", {**known, "metrics": [*known.get("metrics", []), record]})
+        known = loading.card(place / "card")
+        model_card.write(place / "card", {**known, "metrics": [*known.get("metrics", []), record]})
         (place / "card" / "README.md").read_text(encoding="utf-8")
 
     tried("cards", rewritten)
@@ -555,11 +561,11 @@ def test_classifiers_of_anybodys_making(place, data):
     folder = place / "classifier"
     if not folder.exists():
         folder.mkdir()
-        network = classifiers.Network(arguments={"channels": [2, 4]})
+        network = networks.Network(arguments={"channels": [2, 4]})
         built = Classifier(
             network.build((1, 4, 4), 3, timed=True), 3, shape=(1, 4, 4), schedule=Schedule.cosine(16)
         )
-        classifiers.save(built, network, folder)
+        networks.save(built, network, folder)
     name = data.draw(st.sampled_from(["diffkd.json", "diffkd.json", "model.safetensors"]))
     before = (folder / name).read_bytes()
     if name == "diffkd.json" and data.draw(st.booleans()):
@@ -568,7 +574,7 @@ def test_classifiers_of_anybodys_making(place, data):
         content = damaged(data.draw, before)
     (folder / name).write_bytes(content)
     try:
-        found = tried("classifiers", lambda: classifiers.load(folder))
+        found = tried("classifiers", lambda: networks.load(folder))
     finally:
         (folder / name).write_bytes(before)
     if isinstance(found, Classifier):
@@ -583,12 +589,12 @@ def record(place) -> dict[str, Any]:
     """A real one, of images of the house's own."""
     (place / "measured.npz").write_bytes(FILES[1])
     (place / "reference.npz").write_bytes(npz(arr_0=PIXELS[::-1], arr_1=np.arange(6)))
-    subject = Subject(str(place / "measured.npz"))
+    subject = Target(str(place / "measured.npz"))
     how = Evaluation(features="digits", metrics=["fid", "kid", "prdc"], precision_k=1, density_k=1)
-    reference = Reference(sources.File(path=place / "reference.npz"))
+    reference = Reference(image_sets.File(path=place / "reference.npz"))
     quiet = Console(file=io.StringIO())
-    found = evaluating.evaluate(subject, how, reference, quiet, device="cpu", out=place / "record.json")
-    assert evaluating.repeat(place / "record.json", quiet)
+    found = evaluate.evaluate(subject, how, reference, quiet, device="cpu", out=place / "record.json")
+    assert evaluate.repeat(place / "record.json", quiet)
     return found[0]
 
 
@@ -606,7 +612,7 @@ def test_records_that_were_edited(place, record, data):
             patch.setattr(torch, "set_num_threads", lambda count: None)
             patch.setattr(sampling_error, "_simulated", lambda spectrum, counts: 0.0)  # most of the time
             patch.setattr(HubDataset, "_rows", unreachable_rows)
-            tried_quietly(lambda: evaluating.repeat(path, quiet))
+            tried_quietly(lambda: evaluate.repeat(path, quiet))
         tried_quietly(lambda: tables.compare(path, place / "record.json", quiet))
         assert records.load(path)
 

@@ -7,22 +7,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 
-from diffkd import models, students
-from diffkd.base import Interrupted
-from diffkd.encoding import read_image
-from diffkd.engine import run_stage
-from diffkd.generation import generate
+from diffkd.core.schedules import Schedule
+from diffkd.errors import Interrupted
+from diffkd.generation.drawing import generate
+from diffkd.generation.encoding import read_image
+from diffkd.io.processes import Processes
 from diffkd.methods.progressive import Progressive, target
 from diffkd.metrics import Evaluation, Evaluator
-from diffkd.metrics.processes import Processes
-from diffkd.metrics.reference import Reference
-from diffkd.metrics.sources import parse
-from diffkd.metrics.targets import model_target
-from diffkd.runs import Run
-from diffkd.schedules import Schedule
-from diffkd.training import Training
-from tests.test_engine import images, run_one, weights
-from tests.test_models import student
+from diffkd.metrics.evaluation.image_sets import parse
+from diffkd.metrics.evaluation.image_stream import sampled_images
+from diffkd.metrics.evaluation.reference import Reference
+from diffkd.models import loading, students
+from diffkd.training.config import Training
+from diffkd.training.run_folder import RunFolder
+from diffkd.training.trainer import run_stage
+from tests.models.test_unet2d import student
+from tests.training.test_trainer import images, run_one, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ def test_a_stage_learns_there(tmp_path, precision):
     pupil = students.copy_of(teacher)
     before = weights(teacher)
     method = Progressive(steps=[4], updates=10, learning_rate=1e-3)
-    run = Run(tmp_path / "run", {})
+    run = RunFolder(tmp_path / "run", {})
     nets = {"student": pupil, "teacher": teacher.requires_grad_(False)}
     accelerator = Accelerator(mixed_precision=precision)
     run_stage(
@@ -89,7 +89,7 @@ def test_a_scale_that_is_too_large_is_found_and_kept(tmp_path):
         method = Progressive(steps=[4], updates=60, learning_rate=1e-3)
         scaler = GradScalerKwargs(init_scale=2.0**40, growth_interval=1000)
         accelerator = Accelerator(mixed_precision="fp16", kwargs_handlers=[scaler])
-        run, done = Run(folder, {}), [0]
+        run, done = RunFolder(folder, {}), [0]
         try:
             run_stage(
                 accelerator, method, method.stages(teacher)[0],
@@ -120,7 +120,7 @@ def test_an_update_waits_for_the_device_once(tmp_path):
 
     teacher = student(3, "v_prediction", COSINE).cuda()
     method = Progressive(steps=[4], updates=10)
-    run = Run(tmp_path / "run", {})
+    run = RunFolder(tmp_path / "run", {})
     try:
         run_stage(
             Accelerator(), method, method.stages(teacher)[0],
@@ -162,7 +162,7 @@ def test_evaluation_on_the_gpu_is_the_one_on_the_cpu(make_pipeline, tmp_path):
     found = {}
     for device in ("cpu", "cuda"):
         evaluator = Evaluator(how, Reference(parse("digits")), Processes(device))
-        drawn = model_target(models.load(folder, device=device), how, evaluator.reference, 4)
+        drawn = sampled_images(loading.load(folder, device=device), how, evaluator.reference, 4)
         found[device] = evaluator(drawn)
         assert evaluator.real["main"].statistics.mu.device.type == device
         assert found[device]["seconds"] > 0

@@ -25,26 +25,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import diffkd
-from diffkd import (
-    benchmarking,
-    cards,
-    config,
-    data,
-    evaluating,
-    method,
-    models,
-    report,
-    sampling,
-    tables,
-)
-from diffkd.base import UserError
-from diffkd.metrics import features, sources
-from diffkd.metrics.evaluation import Evaluation
-from diffkd.metrics.reference import Reference
-from diffkd.metrics.statistics import read_npz
-from diffkd.metrics.vision import DINOv2
-from diffkd.subjects import Subject
-from diffkd.text import line, masked, printable, quoted
+from diffkd import methods
+from diffkd.data import decoding, folder, hub
+from diffkd.errors import UserError, line, masked, printable
+from diffkd.generation import sample as sampling
+from diffkd.io.npz import read_npz
+from diffkd.io.text import quoted
+from diffkd.metrics import features
+from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.evaluation.targets import Target
+from diffkd.metrics.features.dinov2 import DINOv2
+from diffkd.models import loading
+from diffkd.runs import benchmark, config, config_files, evaluate
+from diffkd.runs.reports import model_card, run_report, tables
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -85,7 +80,7 @@ def test_no_code_of_ours_trusts_remote_code():
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
-@pytest.mark.parametrize("way", [models.load, models.open_stock])
+@pytest.mark.parametrize("way", [loading.load, loading.open_stock])
 def test_a_folder_of_pickles_alone(tmp_path, make_pipeline, exploded, suffix, way):
     folder = make_pipeline(tmp_path)
     (folder / WEIGHTS).unlink()
@@ -102,7 +97,7 @@ def test_a_pickle_as_a_model(tmp_path, exploded, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(pickle.dumps(Canary(exploded)))
     with pytest.raises(UserError, match="pickle.*safe_serialization=True"):
-        models.load(path)
+        loading.load(path)
     assert not exploded.exists()
 
 
@@ -120,9 +115,9 @@ def test_components_that_are_not_diffusers_own(tmp_path, make_pipeline, exploded
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": unet}))
     with pytest.raises(UserError, match="only classes of diffusers|cannot be opened"):
-        models.open_stock(folder)
+        loading.open_stock(folder)
     with pytest.raises(UserError):
-        models.load(folder)
+        loading.load(folder)
     assert not exploded.exists()
 
 
@@ -132,7 +127,7 @@ def test_a_pipeline_that_is_its_own_class(tmp_path, make_pipeline, exploded, cod
     (folder / "pipeline.py").write_text(code)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-    for way in (models.load, models.open_stock):
+    for way in (loading.load, loading.open_stock):
         with pytest.raises(UserError, match="not supported|has not"):
             way(folder)
     assert not exploded.exists()
@@ -142,8 +137,8 @@ def test_code_beside_a_pipeline_does_not_matter(tmp_path, make_pipeline, explode
     folder = make_pipeline(tmp_path)
     for place in ("pipeline.py", "unet/unet.py", "diffusers.py", "unet/model.py"):
         (folder / place).write_text(code)
-    assert models.load(folder).shape == (1, 8, 8)
-    assert type(models.open_stock(folder)).__name__ == "DDIMPipeline"
+    assert loading.load(folder).shape == (1, 8, 8)
+    assert type(loading.open_stock(folder)).__name__ == "DDIMPipeline"
     assert not exploded.exists()
 
 
@@ -153,8 +148,8 @@ def test_code_in_the_place_of_diffusers(tmp_path, make_pipeline, exploded, code,
     folder = make_pipeline(tmp_path)
     (folder / component / "diffusers.py").write_text(code)
     with pytest.raises(UserError, match="in a file of its own"):
-        models.open_stock(folder)
-    assert models.load(folder).shape == (1, 8, 8)  # which asks diffusers for two classes by name
+        loading.open_stock(folder)
+    assert loading.load(folder).shape == (1, 8, 8)  # which asks diffusers for two classes by name
     assert not exploded.exists()
 
 
@@ -191,9 +186,9 @@ def sharded(folder: Path, name: str) -> None:
 
 def test_weights_in_several_files(tmp_path, make_pipeline):
     folder = make_pipeline(tmp_path)
-    before = models.load(folder).network.state_dict()
+    before = loading.load(folder).network.state_dict()
     sharded(folder, "b.safetensors")
-    for key, value in models.load(folder).network.state_dict().items():
+    for key, value in loading.load(folder).network.state_dict().items():
         assert torch.equal(value, before[key])
 
 
@@ -201,7 +196,7 @@ def test_weights_in_several_files(tmp_path, make_pipeline):
 def test_an_index_does_not_lead_out_of_the_folder(tmp_path, make_pipeline, name):
     folder = make_pipeline(tmp_path)
     sharded(folder, str(tmp_path / "x.safetensors") if name == "absolute" else name)
-    for way in (models.load, models.open_stock):
+    for way in (loading.load, loading.open_stock):
         with pytest.raises(UserError, match="no safetensors file beside it"):
             way(folder)
 
@@ -222,7 +217,7 @@ def test_what_is_fetched_of_a_hub(tmp_path, monkeypatch):
         raise OSError("fetched nothing")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    for fetch in (models.load, models.open_stock, DINOv2):
+    for fetch in (loading.load, loading.open_stock, DINOv2):
         with pytest.raises(UserError, match="fetched nothing"):
             fetch("some/body")
     assert asked and all(pattern.endswith((".json", ".safetensors")) for pattern in asked)
@@ -234,10 +229,10 @@ def test_a_stock_pipeline_is_not_filled_up_with_random_weights(tmp_path, make_pi
     tensors.pop("conv_in.weight")
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="parameters and the weights are"):
-        models.open_stock(folder)
+        loading.open_stock(folder)
 
 
-@pytest.mark.parametrize("opened", [models.load, models.open_stock])
+@pytest.mark.parametrize("opened", [loading.load, loading.open_stock])
 def test_a_network_of_attention_without_heads(tmp_path, make_pipeline, opened):
     """diffusers makes it, and divides by zero when it is called."""
     folder = make_pipeline(tmp_path)
@@ -261,7 +256,7 @@ def test_a_network_of_absurd_size_takes_no_memory(tmp_path, make_pipeline, chang
     (folder / "unet/config.json").write_text(json.dumps({**known, **changes}))
     started = time.process_time()
     with pytest.raises(UserError):
-        models.load(folder)
+        loading.load(folder)
     assert time.process_time() - started < 5
 
 
@@ -277,7 +272,7 @@ def test_a_schedule_of_absurd_numbers(tmp_path, make_pipeline, changes):
     path = folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UserError):
-        models.load(folder)
+        loading.load(folder)
 
 
 # YAML -----------------------------------------------------------------------------------------------------
@@ -287,7 +282,7 @@ TRAIN = "out: run\ndata: {kind: digits}\n"
 
 def read(tmp_path: Path, text: str, *overrides: str) -> config.Train:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    return config.load(tmp_path / "a.yaml", config.Train, overrides)
+    return config_files.load(tmp_path / "a.yaml", config.Train, overrides)
 
 
 @pytest.mark.parametrize(
@@ -370,11 +365,11 @@ def test_a_name_that_is_no_path(tmp_path, name):
     (tmp_path / "a.yaml").write_text(text)
     if "\0" in name:
         with pytest.raises(UserError, match="teacher.train"):
-            config.load(tmp_path / "a.yaml", config.Distill)
+            config_files.load(tmp_path / "a.yaml", config.Distill)
     else:
-        assert config.load(tmp_path / "a.yaml", config.Distill).teacher.train.name == name
+        assert config_files.load(tmp_path / "a.yaml", config.Distill).teacher.train.name == name
     with pytest.raises(UserError, match="cannot be read|is no YAML"):
-        config.load(tmp_path / name, config.Train)
+        config_files.load(tmp_path / name, config.Train)
 
 
 def test_true_is_true(tmp_path):
@@ -428,8 +423,8 @@ def test_a_method_of_ones_own_is_named_once_in_the_log(tmp_path, monkeypatch, ow
     (package / "mine.py").write_text(METHOD)
     name = f"{package.name}.mine"
     with caplog.at_level(logging.WARNING):
-        assert method.find(name) is method.find(name)
-        method.find("progressive")
+        assert methods.find(name) is methods.find(name)
+        methods.find("progressive")
     assert announced(caplog) == [f"running code of yours: module {name} ({package / 'mine.py'})"]
 
 
@@ -448,8 +443,8 @@ def measured(tmp_path) -> Path:
     for name in ("real", "fake"):
         np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, 256, (6, 4, 4, 3), dtype=np.uint8))
     how = Evaluation(features="digits", metrics=["fid"])
-    reference = Reference(sources.File(path=tmp_path / "real.npz"))
-    evaluating.evaluate(Subject(str(tmp_path / "fake.npz")), how, reference, quiet(), out=tmp_path / "r.json")
+    reference = Reference(image_sets.File(path=tmp_path / "real.npz"))
+    evaluate.evaluate(Target(str(tmp_path / "fake.npz")), how, reference, quiet(), out=tmp_path / "r.json")
     return tmp_path / "r.json"
 
 
@@ -459,18 +454,18 @@ def test_a_record_does_not_get_to_name_code(measured, own, exploded):
     record["protocol"]["evaluation"]["features"] = f"{name}.Mine"
     measured.write_text(json.dumps(record))
     with pytest.raises(UserError, match=rf"r.json.*--features {name}.Mine"):
-        evaluating.repeat(measured, quiet())
+        evaluate.repeat(measured, quiet())
     assert not exploded.exists() and name not in sys.modules
 
 
 def test_a_record_by_code_that_the_user_names_is_repeated(tmp_path, measured, own):
     name = f"{own()}.Mine"
     how = Evaluation(features=name, metrics=["fid"])
-    reference = Reference(sources.File(path=tmp_path / "real.npz"))
-    evaluating.evaluate(Subject(str(tmp_path / "fake.npz")), how, reference, quiet(), out=measured)
-    assert evaluating.repeat(measured, quiet(), features_name=name)
+    reference = Reference(image_sets.File(path=tmp_path / "real.npz"))
+    evaluate.evaluate(Target(str(tmp_path / "fake.npz")), how, reference, quiet(), out=measured)
+    assert evaluate.repeat(measured, quiet(), features_name=name)
     with pytest.raises(UserError, match="leave out --features digits"):
-        evaluating.repeat(measured, quiet(), features_name="digits")
+        evaluate.repeat(measured, quiet(), features_name="digits")
 
 
 def test_a_reference_does_not_get_to_name_code(tmp_path, own, exploded, cli):
@@ -494,8 +489,8 @@ def test_a_card_does_not_get_to_name_code(tmp_path, make_pipeline, own, exploded
         "metrics": [],
     }
     (folder / "diffkd.json").write_text(json.dumps(card))
-    assert models.load(folder).steps == 4
-    models.open_stock(folder)
+    assert loading.load(folder).steps == 4
+    loading.open_stock(folder)
     assert not exploded.exists() and name not in sys.modules
 
 
@@ -521,26 +516,26 @@ def clean(text: str) -> bool:
 def test_a_class_folder_of_any_name(tmp_path, image_folder, caplog, name):
     root = image_folder(tmp_path, classes=["a", "b"], count=3)
     (root / "b").rename(root / name.replace("/", "_"))
-    images = data.Folder(kind="folder", path=root, size=8).load()
+    images = folder.Folder(kind="folder", path=root, size=8).load()
     assert images.class_counts == [3, 3] and name.replace("/", "_") in images.classes
     (root / name.replace("/", "_") / "x.png").write_text("no image")
     with pytest.raises(UserError) as error, caplog.at_level(logging.WARNING):
-        data.Folder(kind="folder", path=root, size=8).load()
+        folder.Folder(kind="folder", path=root, size=8).load()
     assert clean(str(error.value)) and all(clean(r.getMessage()) for r in caplog.records) and caplog.records
     with pytest.raises(UserError) as error:
-        sources.FolderSource(root, None)
+        image_sets.FolderSource(root, None)
     assert clean(str(error.value)) and "x.png" in str(error.value)
 
 
 def test_names_that_are_not_utf_8(tmp_path, image_folder, caplog):
     root = image_folder(tmp_path, classes=["a", "b"], count=3)
     (root / "b").rename(root / "\udcff\udcfe")
-    images = data.Folder(kind="folder", path=root, size=8).load()
+    images = folder.Folder(kind="folder", path=root, size=8).load()
     assert images.class_counts == [3, 3]
     assert json.loads(json.dumps(images.classes)) == ["a", "\udcff\udcfe"]
     (root / "\udcff\udcfe" / "x.png").write_text("no image")
     with pytest.raises(UserError, match=r"x\.png") as error:
-        sources.FolderSource(root, None)
+        image_sets.FolderSource(root, None)
     str(error.value).encode()
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     tables.show(Console(file=out), ["model", "\udcff"], [["\udcff", "1"]])
@@ -549,8 +544,8 @@ def test_names_that_are_not_utf_8(tmp_path, image_folder, caplog):
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
 def test_names_in_a_terminal(tmp_path, name, terminal):
     tables.show(terminal, [name], [[name]])
-    evaluating.Work(terminal, "cpu").say(name)
-    sampling._say(terminal, evaluating.Processes("cpu"), name)
+    evaluate.Work(terminal, "cpu").say(name)
+    sampling._say(terminal, evaluate.Processes("cpu"), name)
     said = terminal.file.getvalue()
     assert clean(said) and said.count(printable(name)) == 4
 
@@ -558,26 +553,26 @@ def test_names_in_a_terminal(tmp_path, name, terminal):
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
 def test_names_in_a_benchmark(tmp_path, name, measured, terminal):
     record = json.loads(measured.read_text())
-    model = config.Measured(path="x/y", name=name)
+    model = config.BenchmarkEntry(path="x/y", name=name)
     assert model.title == printable(name)
     record["model"] = record["protocol"]["reference"]["name"] = record["protocol"]["features"]["name"] = (
         model.title
     )
-    benchmarking._write(tmp_path, [record])
+    benchmark._write(tmp_path, [record])
     written = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
     assert "<script>" not in written and clean(written)
     assert {row.count("|") for row in written.splitlines()[:3]} == {written.splitlines()[0].count("|")}
-    benchmarking._show(terminal, [record])
+    benchmark._show(terminal, [record])
     assert clean(terminal.file.getvalue())
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff", "---\nlicense: evil"])
 def test_names_in_a_card(tmp_path, make_pipeline, measured, name):
-    denoiser = models.load(make_pipeline(tmp_path))
+    denoiser = loading.load(make_pipeline(tmp_path))
     record = json.loads(measured.read_text())
     record["protocol"]["reference"]["name"] = name
-    cards.write(
-        tmp_path, cards.describe(denoiser, teacher=name, method=name, classes=[name], metrics=[record])
+    model_card.write(
+        tmp_path, model_card.describe(denoiser, teacher=name, method=name, classes=[name], metrics=[record])
     )
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     front = text.split("---\n")[1]
@@ -586,7 +581,7 @@ def test_names_in_a_card(tmp_path, make_pipeline, measured, name):
         "tags": ["diffusion", "distillation", "diffkd"],
     }
     assert "<script>" not in text and clean(text) and "evil" not in front
-    assert models.card(tmp_path)["classes"] == [name]
+    assert loading.card(tmp_path)["classes"] == [name]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
@@ -602,7 +597,7 @@ def test_names_in_a_report(tmp_path, measured, name):
     (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
     (folder / "environment.json").write_text(json.dumps({name: [name]}))
     Image.new("L", (64, 64)).save(folder / "samples" / f"{name.replace('/', '_')}.png")
-    page = report.write(folder).read_text(encoding="utf-8")
+    page = run_report.write(folder).read_text(encoding="utf-8")
     assert "<script" not in page and clean(page)
 
 
@@ -615,7 +610,7 @@ def test_a_report_of_files_that_are_none(tmp_path):
         '[{"steps": "x", "fid": 1}, {"steps": 2, "fid": 1, "protocol": 3}]',
     ):
         (tmp_path / "metrics.json").write_text(metrics)
-        assert report.write(tmp_path) is not None
+        assert run_report.write(tmp_path) is not None
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "evil\x1b[31m", "e" * 300])
@@ -627,7 +622,7 @@ def test_members_of_an_archive_go_nowhere(tmp_path, name, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     assert list(read_npz("x.npz")) == [name]
     with pytest.raises(UserError, match="holds no images") as error:
-        sources.images_of(sources.File(path=place / "x.npz"))
+        image_sets.images_of(image_sets.File(path=place / "x.npz"))
     assert clean(str(error.value))
     assert sorted(tmp_path.rglob("*")) == before and not Path("/tmp/evil.npy").exists()
 
@@ -654,9 +649,9 @@ def test_ids_of_a_hub_that_are_none(tmp_path, monkeypatch, name):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError) as error:
-        models.load(name)
+        loading.load(name)
     assert clean(str(error.value))
-    for read in (sources.parse, lambda text: DINOv2(text), lambda text: evaluating.reference_of(text)):
+    for read in (image_sets.parse, lambda text: DINOv2(text), lambda text: evaluate.reference_of(text)):
         with pytest.raises(UserError) as error:
             read(name)
         assert clean(str(error.value))
@@ -669,10 +664,10 @@ def test_links_in_a_circle(tmp_path, image_folder):
     (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
     (root / "b" / "one.png").symlink_to(root / "b" / "two.png")
     (root / "b" / "two.png").symlink_to(root / "b" / "one.png")
-    assert len(sources.FolderSource(root, None)) == 6
-    assert data.Folder(kind="folder", path=root, size=8).load().class_counts == [3, 3]
+    assert len(image_sets.FolderSource(root, None)) == 6
+    assert folder.Folder(kind="folder", path=root, size=8).load().class_counts == [3, 3]
     (root / "loop").symlink_to(root, target_is_directory=True)
-    assert data.Folder(kind="folder", path=root, size=8).load().class_counts[:2] == [3, 3]
+    assert folder.Folder(kind="folder", path=root, size=8).load().class_counts[:2] == [3, 3]
 
 
 # secrets --------------------------------------------------------------------------------------------------
@@ -721,7 +716,7 @@ def test_a_secret_reaches_no_error_and_no_log(tmp_path, monkeypatch, cli, caplog
     code, out, err = cli("sample", "some/body", "--out", "drawn")
     assert code == 2 and secret not in out + err and "***" in err
     with pytest.raises(UserError) as error:
-        models.load("some/body")
+        loading.load("some/body")
     assert secret not in str(error.value)
     with caplog.at_level(logging.WARNING):
         logging.getLogger("diffkd").warning("unreadable: %s (%s)", f"https://a:{secret}@h", 3)
@@ -754,15 +749,15 @@ def read_both(tmp_path: Path, content: bytes, name: str = "x.png", channels: int
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     (root / name).write_bytes(content)
-    with data.open_image(root / name) as opened:
-        trained = data.upright(opened, channels)
+    with decoding.open_image(root / name) as opened:
+        trained = decoding.upright(opened, channels)
     if channels == 3:
         np.testing.assert_array_equal(
-            np.asarray(trained), sources.FolderSource(root, None).read(0, 1)[0].numpy()
+            np.asarray(trained), image_sets.FolderSource(root, None).read(0, 1)[0].numpy()
         )
     width, height = trained.size
     if width == height:
-        spec = data.Folder(kind="folder", path=root, size=width, channels=channels)
+        spec = folder.Folder(kind="folder", path=root, size=width, channels=channels)
         pixels = spec.load().pixels[0].transpose(1, 2, 0)
         np.testing.assert_array_equal(np.asarray(trained), pixels if channels == 3 else pixels[..., 0])
     return np.asarray(trained)
@@ -969,9 +964,9 @@ def test_images_that_are_not_read(tmp_path, name, caplog, recwarn):
         warnings.resetwarnings()  # as in the command, with what diffkd.data asked for
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
         with pytest.raises(UserError, match=rf"x\d.png cannot be read \(.*({why})"):
-            sources.FolderSource(root, None).read(0, 1)
+            image_sets.FolderSource(root, None).read(0, 1)
         with pytest.raises(UserError, match="3 of 3 images in"), caplog.at_level(logging.WARNING):
-            data.Folder(kind="folder", path=root, size=2, upscale=True).load()
+            folder.Folder(kind="folder", path=root, size=2, upscale=True).load()
     assert len(caplog.records) == 3
     assert all(re.search(why, record.getMessage()) for record in caplog.records)
     assert not [w for w in recwarn if "bomb" in str(w.message)]
@@ -985,7 +980,7 @@ def test_bombs_print_nothing_of_their_own(tmp_path, image_folder):
     for i in range(4):
         (root / f"bomb{i}.pgm").write_bytes(BOMB)
     script = (
-        "import diffkd.data as d, logging; logging.basicConfig(format='%(message)s')\n"
+        "import diffkd.data.decoding as d, logging; logging.basicConfig(format='%(message)s')\n"
         f"try: d.Folder(kind='folder', path={str(root)!r}, size=8).load()\n"
         "except ValueError as error: print(error)"
     )
@@ -1012,14 +1007,16 @@ def test_thin_images_are_fitted(tmp_path, shape):
     root = tmp_path / "thin"
     root.mkdir()
     Image.fromarray(pixels).save(root / "x.png")
-    trained = data.Folder(kind="folder", path=root, size=8, upscale=True).load().pixels[0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(trained, sources.FolderSource(root, 8).read(0, 1)[0].numpy())
+    trained = (
+        folder.Folder(kind="folder", path=root, size=8, upscale=True).load().pixels[0].transpose(1, 2, 0)
+    )
+    np.testing.assert_array_equal(trained, image_sets.FolderSource(root, 8).read(0, 1)[0].numpy())
     middle = pixels.reshape(-1, 3)
     assert trained.shape == (8, 8, 3)
     if len(middle) == 1:
         np.testing.assert_array_equal(trained, np.broadcast_to(middle[0], (8, 8, 3)))
     with pytest.raises(UserError, match="smaller than data.size"):
-        data.Folder(kind="folder", path=root, size=8).load()
+        folder.Folder(kind="folder", path=root, size=8).load()
 
 
 def test_rows_of_a_data_set_are_opened_as_files_are(tmp_path):
@@ -1031,9 +1028,9 @@ def test_rows_of_a_data_set_are_opened_as_files_are(tmp_path):
     )
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match="1 of 4 images"):
-        data.HubDataset(kind="datasets", path=str(tmp_path / "set"), size=4).load()
+        hub.HubDataset(kind="datasets", path=str(tmp_path / "set"), size=4).load()
     table.select(range(3)).save_to_disk(tmp_path / "good")
-    images = data.HubDataset(kind="datasets", path=str(tmp_path / "good"), size=4).load()
+    images = hub.HubDataset(kind="datasets", path=str(tmp_path / "good"), size=4).load()
     for found, (_, expected) in zip(
         images.pixels, [EXACT[n] for n in ("rgb", "rgba", "16-bit rgb")], strict=True
     ):

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from diffkd.denoiser import Denoiser
-from diffkd.losses import Weighting, squared_error, weight
-from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.noising import grid_times, noised, some_hidden
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.methods.base import Batch, Loss, Method, Stage
 
 
 class Denoising(Method):
@@ -40,9 +40,9 @@ class Denoising(Method):
         x0, schedule = batch.x0, student.schedule
         # 1. a time of the table, and the noised data
         t, _ = grid_times(len(x0), schedule.num_train_timesteps, rng, x0.device)
-        x_t = noised(schedule, x0, t, rng)
+        x_t = add_noise(schedule, x0, t, rng)
         # 2. some labels hidden
-        cond = some_hidden(batch.cond, student.null_label, self.label_dropout, rng)
+        cond = drop_labels(batch.cond, student.null_label, self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)
         loss = weight(self.weight, schedule.snr(t), gamma=self.gamma).float() * error

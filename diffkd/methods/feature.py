@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.base import UserError
-from diffkd.denoiser import Denoiser
-from diffkd.hooks import recorded
-from diffkd.losses import Weighting, relative_error, squared_error, weight, weighting_of
-from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.noising import grid_times, noised, some_hidden
+from diffkd.core.activations import capture_activations
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import Weighting, relative_error, squared_error, weight, weighting_for
+from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.errors import UserError
+from diffkd.methods.base import Batch, Loss, Method, Stage
 
 
 class Projectors(nn.Module):
@@ -111,16 +111,16 @@ class Feature(Method):
         # 1. a time that the teacher is used at, the noised data, some labels hidden
         steps = stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
-        x_t = noised(student.schedule, x0, t, rng)
-        cond = some_hidden(batch.cond, teacher.null_label, self.label_dropout, rng)
+        x_t = add_noise(student.schedule, x0, t, rng)
+        cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
         # 2. the teacher's output, guided, and features; of a guided call the first half is conditional
-        with torch.no_grad(), recorded(teacher.network, list(pairs)) as theirs:
+        with torch.no_grad(), capture_activations(teacher.network, list(pairs)) as theirs:
             target = teacher(x_t, t, guidance=stage.guidance, **cond)
         # 3. the student's
-        with recorded(student.network, list(pairs.values())) as ours:
+        with capture_activations(student.network, list(pairs.values())) as ours:
             denoised = student(x_t, t, **cond)
         # 4. L = task * denoising + output * output matching + feature * feature matching
-        name = self.weight or weighting_of(student.prediction)
+        name = self.weight or weighting_for(student.prediction)
         w = weight(name, student.schedule.snr(t), gamma=self.gamma).float()
         gap = squared_error(denoised, target)
         loss = w * (self.task * squared_error(denoised, x0) + self.output * gap)
@@ -186,7 +186,7 @@ def _check_names(whose: str, denoiser: Denoiser, names: Iterable[str]) -> None:
 def _shapes(denoiser: Denoiser, names: list[str]) -> dict[str, tuple[int, ...]]:
     """(C, H, W) of what these modules put out."""
     x_t, t, cond = denoiser.blank()
-    with torch.no_grad(), torch.random.fork_rng(), recorded(denoiser.network, names) as found:
+    with torch.no_grad(), torch.random.fork_rng(), capture_activations(denoiser.network, names) as found:
         denoiser(x_t, t, **cond)
     for name in names:
         if name not in found:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from diffkd.classifier import Classifier
-from diffkd.losses import UNLABELLED, Direction, hard_error, soft_error
-from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.noising import grid_times, noised
+from diffkd.core.classifier import Classifier
+from diffkd.core.losses import UNLABELLED, Direction, cross_entropy, soft_kl
+from diffkd.core.noise import add_noise, grid_times
+from diffkd.methods.base import Batch, Loss, Method, Stage
 
 
 class Logits(Method):
@@ -48,17 +48,17 @@ class Logits(Method):
         # 1. what the student sees: the images, or a time of its table and the noised images
         if self.noisy:
             given["t"], _ = grid_times(len(x), student.schedule.num_train_timesteps, rng, x.device)
-            x = noised(student.schedule, x, given["t"], rng)
+            x = add_noise(student.schedule, x, given["t"], rng)
         logits = student(x, **given)
         # 2. hard labels: the mean over those that there are, written as a mean over all
         labels = batch.cond["class_labels"]
-        hard = hard_error(logits, labels)
+        hard = cross_entropy(logits, labels)
         share = (labels != UNLABELLED).to(hard).mean().clamp(min=1 / len(labels))
         loss = (1 - self.alpha) * hard / share
         # 3. soft labels: what the teacher says of the clean images, labelled or not
         if self.alpha > 0:
             with torch.no_grad():
                 teacher_logits = nets["teacher"](batch.x0)
-            loss = loss + self.alpha * soft_error(logits, teacher_logits, self.temperature, self.direction)
+            loss = loss + self.alpha * soft_kl(logits, teacher_logits, self.temperature, self.direction)
         loss = loss.float()
         yield Loss("student", loss.mean(), {**given, "loss": loss.detach()})

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from diffkd.denoiser import Denoiser
-from diffkd.losses import Weighting, squared_error, weight, weighting_of
-from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.noising import grid_times, noised, some_hidden
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
+from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.methods.base import Batch, Loss, Method, Stage
 
 
 class Output(Method):
@@ -47,13 +47,13 @@ class Output(Method):
         # 1. a time that the teacher is used at, the noised data, some labels hidden
         steps = stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
-        x_t = noised(student.schedule, x0, t, rng)
-        cond = some_hidden(batch.cond, teacher.null_label, self.label_dropout, rng)
+        x_t = add_noise(student.schedule, x0, t, rng)
+        cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
         # 2. what the teacher makes of it, guided
         with torch.no_grad():
             target = teacher(x_t, t, guidance=stage.guidance, **cond)
         # 3. the student's error, weighted
         gap = squared_error(student(x_t, t, **cond), target)
-        name = self.weight or weighting_of(student.prediction)
+        name = self.weight or weighting_for(student.prediction)
         loss = weight(name, student.schedule.snr(t), gamma=self.gamma).float() * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

@@ -10,13 +10,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffkd import samplers
-from diffkd.base import Positive, UserError
-from diffkd.denoiser import Denoiser
-from diffkd.losses import Weighting, squared_error, weight
-from diffkd.method import Batch, Loss, Method, Stage
-from diffkd.noising import grid_times, noised
-from diffkd.prefetch import moved
+from diffkd.core import samplers
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.noise import add_noise, grid_times
+from diffkd.errors import UserError
+from diffkd.io.config import Positive
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Stage
 
 Rate = Annotated[float, Field(gt=0)]
 MOST_STEPS = 100_000
@@ -174,7 +175,7 @@ class Progressive(Method):
         # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
         t, s = grid_times(len(x0), stage.steps, rng, x0.device)
         # 2. noise the data
-        x_t = noised(student.schedule, x0, t, rng)
+        x_t = add_noise(student.schedule, x0, t, rng)
         # 3. where the teacher's sub-steps land, as an x0
         cond: dict[str, Any] = dict(batch.cond)
         extra = {"eta": self.eta} if self.eta is not None and stage.sampler == "ancestral" else {}
@@ -186,7 +187,7 @@ class Progressive(Method):
             stage.substeps,
             stage.sampler,
             guidance=stage.guidance,
-            noise=lambda x: moved(torch.randn(x.shape, generator=rng, dtype=x.dtype), x.device),
+            noise=lambda x: to_device(torch.randn(x.shape, generator=rng, dtype=x.dtype), x.device),
             **extra,
             **cond,
         ).float()

@@ -10,15 +10,15 @@ _HOMES = {
     "kernel_distance": "kernel",
     "cmmd": "kernel",
     "inception_score": "score",
-    "precision_recall": "manifold",
-    "density_coverage": "manifold",
+    "precision_recall": "prdc",
+    "density_coverage": "prdc",
     "frechet_infinity": "sampling_error",
-    "InceptionV3": "inception",
-    "DINOv2": "vision",
-    "CLIP": "vision",
-    "DigitsFeatures": "digits",
-    "Evaluation": "evaluation",
-    "Evaluator": "evaluator",
+    "InceptionV3": "features.inception",
+    "DINOv2": "features.dinov2",
+    "CLIP": "features.clip",
+    "DigitsFeatures": "features.digits",
+    "Evaluation": "evaluation.config",
+    "Evaluator": "evaluation.evaluator",
 }
 __all__ = list(_HOMES)  # noqa: PLE0604
 

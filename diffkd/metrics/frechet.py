@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.base import UserError
+from diffkd.errors import UserError
 
 SYMMETRY = 1e-6  # of the largest entry or eigenvalue: what is further off is no covariance
 WELL_CONDITIONED = 1e-10  # ratio of Cholesky pivots above which that factor is as exact as the eigenvectors

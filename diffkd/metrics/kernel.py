@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.base import UserError
+from diffkd.errors import UserError
 
 BLOCK = 1 << 24  # entries of a block of a kernel matrix: 128 MB
 

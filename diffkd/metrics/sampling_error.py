@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffkd.base import UserError
+from diffkd.errors import UserError
 from diffkd.metrics.frechet import Gaussian, distance
 from diffkd.metrics.statistics import Statistics
 

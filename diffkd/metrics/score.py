@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.base import UserError
+from diffkd.errors import UserError
 
 
 class InceptionScore(NamedTuple):

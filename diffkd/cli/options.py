@@ -1,0 +1,97 @@
+"""What several subcommands share: options, and how a config becomes a job."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from diffkd.runs.session import ResumeOptions
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+Allow = Annotated[
+    bool,
+    typer.Option("--allow", help="Go on with a config that differs in logging, evaluation or checkpoints."),
+]
+Quantized = Annotated[
+    str | None, typer.Option(help="int8: the model's weights in 8 bits, by torchao (extra quant).")
+]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command goes on."),
+]
+
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="inception, digits, dinov2, clip or an nn.Module's dotted path; default as the reference."
+    ),
+]
+Weights = Annotated[str | None, typer.Option(help="File or folder of the feature network's weights.")]
+FeatureResize = Annotated[
+    str | None, typer.Option(help="How inception resizes: tf1 (default), bilinear, antialias or clean.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
+ImageSize = Annotated[
+    int | None, typer.Option("--resize", min=1, help="Bring images of folders and data sets to this size.")
+]
+Split = Annotated[str, typer.Option(help="Of a Hugging Face data set.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+
+
+def duration(text: str) -> float:
+    """Seconds: 90s, 50m, 1h30m, 2d. Raises UserError for anything else."""
+    from diffkd.errors import UserError
+
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.ASCII)
+    if parts is None or not any(parts.groups()):
+        raise UserError(f"--stop-after {text!r} is no time; give one such as 50m, 1h30m or 90s")
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def resume_options(allow: bool, stop_after: str | None) -> ResumeOptions:
+    from diffkd.runs.session import ResumeOptions
+
+    return ResumeOptions(allow, None if stop_after is None else time.time() + duration(stop_after))
+
+
+def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> None:
+    """Runs the job, or prints its config with every default written out."""
+    import yaml
+
+    from diffkd.runs.config_files import resolved
+
+    if dry_run:
+        print(yaml.safe_dump(resolved(settings), sort_keys=False), end="")
+    else:
+        run()
+
+
+def prepare_libraries() -> None:
+    """Warnings of ours to stderr, one line each; libraries speak up only for errors. And no more threads than
+    cores: two on one core wait for each other."""
+    for talkative in ("torchao", "torch.utils._pytree"):  # of what they lack, as soon as they are imported
+        logging.getLogger(talkative).setLevel(logging.ERROR)
+    import diffusers
+    import psutil
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), psutil.cpu_count(logical=False) or 1))
+
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own
+    logging.basicConfig(format="diffkd: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()

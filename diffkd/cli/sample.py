@@ -1,0 +1,67 @@
+"""`diffkd sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffkd.cli.options import Quantized, prepare_libraries
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="A student, or any supported pipeline: folder or hub id.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder of PNGs, or one .npz file (arr_0, uint8, NHWC).")
+    ],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    classes: Annotated[
+        str, typer.Option(help="Labels: balanced, data (as often as there), or in turn, as 0-9 or 3,5,7.")
+    ] = "balanced",
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: the student's own.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddim, heun, dpmpp_2m or ancestral.")] = "ddim",
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
+    guidance: Annotated[
+        float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")
+    ] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="auto, eager, graph (a CUDA graph of all steps) or compile.")
+    ] = "auto",
+    image_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of a folder's files: png (default) or webp, both lossless."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=64, help="Processes that encode images; default up to 8 with a GPU, else 0."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, cpu or mps; default cuda where there is one.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other images at --out.")] = False,
+    quantize: Quantized = None,
+) -> None:
+    """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
+
+    The same command goes on where it stopped.
+    """
+    from rich.console import Console
+
+    prepare_libraries()
+    from diffkd.generation.sample import sample_to
+
+    options = {
+        key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
+    }
+    sample_to(
+        model, out, Console(), n=n, classes=classes, seed=seed, steps=steps, sampler=sampler,
+        batch_size=batch_size, dtype=dtype, mode=mode, image_format=image_format, workers=workers,
+        device=device, overwrite=overwrite, quantize=quantize, options=options,
+    )  # fmt: skip

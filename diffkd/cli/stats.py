@@ -1,0 +1,48 @@
+"""`diffkd stats`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffkd.cli.options import (
+    Device,
+    Dtype,
+    FeatureResize,
+    Features,
+    ImageSize,
+    Split,
+    Weights,
+    prepare_libraries,
+)
+
+
+def stats(
+    images: Annotated[str, typer.Argument(help="digits, a folder of images, an image .npz, or a data set.")],
+    out: Annotated[Path, typer.Option("--out", help="The .npz to write: mu, sigma, and their protocol.")],
+    features: Features = None,
+    weights: Weights = None,
+    feature_resize: FeatureResize = None,
+    dtype: Dtype = None,
+    resize: ImageSize = None,
+    split: Split = "train",
+    store_features: Annotated[
+        bool, typer.Option("--store-features", help="Keep every feature, for kid, prdc and cmmd.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+) -> None:
+    """Compute reference statistics of images once, in the format that other FID tools read."""
+    from rich.console import Console
+
+    prepare_libraries()
+    from diffkd.runs import stats as job
+
+    job.stats(
+        images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
+        dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
+        overwrite=overwrite,
+    )  # fmt: skip

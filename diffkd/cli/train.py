@@ -1,0 +1,31 @@
+"""`diffkd train`."""
+
+from __future__ import annotations
+
+from diffkd.cli.options import (
+    Allow,
+    ConfigFile,
+    DryRun,
+    Overrides,
+    StopAfter,
+    prepare_libraries,
+    resume_options,
+    run_or_print,
+)
+
+
+def train(
+    config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, allow: Allow = False,
+    stop_after: StopAfter = None,
+) -> None:  # fmt: skip
+    """Train a teacher from images. The same command goes on where it stopped."""
+    from rich.console import Console
+
+    prepare_libraries()
+    from diffkd.runs import train as job
+    from diffkd.runs.config import Train
+    from diffkd.runs.config_files import load
+
+    options = resume_options(allow, stop_after)
+    settings = load(config, Train, overrides or ())
+    run_or_print(settings, dry_run, lambda: job.train(settings, Console(), options))

@@ -1,0 +1,132 @@
+"""Any network read as a prediction of x0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
+from diffkd.errors import UserError
+
+
+class Predicted(NamedTuple):
+    """Both readings of one network call, each (B, C, H, W): x_t = alpha x0 + sigma eps."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+class Denoiser(nn.Module):
+    """A network read as a prediction of x0: (B, C, H, W), (B,) -> (B, C, H, W).
+
+    network: called as network(x_t, time, **cond); may return a tensor, a tuple, or an object with `.sample`.
+    prediction: what it outputs, one of epsilon, v_prediction, sample, flow.
+    shape: (C, H, W) of one image; read from the network's config where it has one.
+    num_classes, null_label: how many labels it takes, and the one that means "no class".
+    clip: bound on x0 while images are sampled (never inside a distillation target), None for none.
+    steps: its own number of sampling steps, None for a model that was not distilled.
+
+    States keep the dtype that they come in; the network runs in its own. Coefficients are float64, rounded
+    once. Raises UserError for an epsilon network on a schedule that reaches alpha = 0: eps says nothing of x0
+    there.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str,
+        *,
+        shape: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+        null_label: int | None = None,
+        clip: float | None = None,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise UserError(f"prediction type {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+        if prediction == "epsilon" and schedule.zero_terminal_snr:
+            raise UserError(
+                f"an epsilon network cannot start from alpha = 0, where this schedule of "
+                f"{schedule.num_train_timesteps} steps ends (zero terminal SNR); "
+                "use prediction_type v_prediction, or a schedule without rescale_betas_zero_snr"
+            )
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.shape = shape or _shape_of(network)
+        self.num_classes = num_classes
+        self.null_label = null_label
+        self.clip = clip
+        self.steps = steps
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's dtype; float64 for a network without weights, which is a formula."""
+        return next((p.dtype for p in self.network.parameters()), torch.float64)
+
+    def forward(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
+        """Prediction of x0, (B, C, H, W). t: (B,) in (0, 1], or one for the whole batch."""
+        return self.predict(x_t, t, guidance=guidance, **cond).x0
+
+    def predict(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
+        """x0 and eps of one call. guidance: w of `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
+        output = self.output(x_t, t, guidance=guidance, **cond)
+        alpha, sigma = self.schedule.at(t, like=x_t)
+        return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
+
+    def output(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
+        """What the network says, as its prediction type has it: (B, C, H, W) in the network's dtype, or
+        guided in that of x_t. x0 and eps are linear in it, so guiding it guides both."""
+        if guidance != 1.0:
+            x_t2, t2, cond2 = self._with_null(x_t, t, cond)
+            given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
+            return null + guidance * (given - null)
+        x_t = x_t.to(self.dtype)
+        output = self.network(x_t, self.schedule.network_time(t, x_t), **cond)
+        found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        return found
+
+    def _with_null(
+        self, x_t: Tensor, t: Time, cond: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Time, dict[str, Any]]:
+        """One batch of the conditional and the unconditional half."""
+        self.check_guidance()
+        labels = cond["class_labels"]
+        both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
+        t2 = t if isinstance(t, float) else torch.cat([t, t])
+        return torch.cat([x_t, x_t]), t2, {**cond, "class_labels": both}
+
+    def blank(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What it is called with for one image: zeros, the time of pure noise, the first class."""
+        if self.shape is None:
+            raise UserError("the network's config has no sample_size, so its images' size is unknown; add it")
+        x = torch.zeros(1, *self.shape, device=self.device)
+        labels = torch.zeros(1, dtype=torch.long, device=self.device)
+        cond = {} if self.num_classes is None else {"class_labels": labels}
+        return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
+
+    def check_guidance(self) -> None:
+        """Raises UserError where the network has no label that means "no class"."""
+        if self.null_label is None:
+            raise UserError(
+                "guidance needs a label that means no class, and this model has none; "
+                "use guidance 1, or name it as null_label where the model was trained with one"
+            )
+
+
+def _shape_of(network: nn.Module) -> tuple[int, int, int] | None:
+    config = getattr(network, "config", None)
+    size = getattr(config, "sample_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return (config.in_channels, height, width)  # type: ignore[union-attr]

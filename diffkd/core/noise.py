@@ -1,0 +1,49 @@
+"""Where every random number of a stage comes from; times, noised data and dropped labels drawn by it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffkd.core.schedules import Schedule
+from diffkd.io.prefetch import to_device
+
+
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed from (seed, stage, update, micro-batch): nearby numbers give unrelated ones."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_for(key: tuple[int, int, int], micro: int) -> torch.Generator:
+    """Of one micro-batch. key: (seed, stage, update)."""
+    return torch.Generator().manual_seed(derived_seed(*key, micro))
+
+
+def grid_times(count: int, steps: int, rng: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random t of the grid i / steps, i = 1, ..., steps, and the s one step before each: (B,) float64."""
+    i = to_device(torch.randint(1, steps + 1, (count,), generator=rng), device)
+    return i.double() / steps, (i - 1).double() / steps
+
+
+def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, rng: torch.Generator) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) eps. x0: (B, C, H, W); t: (B,)."""
+    eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
+    alpha, sigma = schedule.at(t, like=x0)
+    noisy: Tensor = alpha * x0 + sigma * eps
+    return noisy
+
+
+def drop_labels(
+    cond: Mapping[str, Tensor], null_label: int | None, share: float, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """The conditioning with that share of its labels replaced by the null label, where there is one."""
+    found = dict(cond)
+    if "class_labels" in found and null_label is not None and share > 0:
+        labels = found["class_labels"]
+        hidden = to_device(torch.rand(len(labels), generator=rng) < share, labels.device)
+        found["class_labels"] = torch.where(hidden, null_label, labels)
+    return found

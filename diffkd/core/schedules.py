@@ -1,0 +1,226 @@
+"""Noise schedules in float64, read from a diffusers scheduler and written back to one; prediction types.
+
+Time runs from 0 (data) to 1 (noise). Index i of a T-step table is t = (i + 1) / T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from diffkd.errors import UserError
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Time = Tensor | float  # (B,) float64, or one for the whole batch
+PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
+_BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+_DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_NODE_TOLERANCE = 1e-6  # in units of the table's index: closer than this, a time is the node itself
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A variance-preserving noise schedule, x_t = alpha(t) x0 + sigma(t) eps with alpha² + sigma² = 1.
+
+    alphas_cumprod: (T,) float64, alpha² at t = 1/T, 2/T, ..., 1. Between nodes the log-SNR is linear in t;
+    below the first node sigma/alpha is linear and, where the last alpha is 0, alpha/sigma is linear above the
+    last but one, so that both ends are reached exactly.
+    betas: the keys by which a diffusers scheduler gives this very table.
+    """
+
+    alphas_cumprod: Tensor
+    betas: Mapping[str, Any]
+    _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _numbers: dict[tuple[float, torch.dtype], tuple[float, float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    @staticmethod
+    def cosine(num_train_timesteps: int = 1024) -> Schedule:
+        """Cosine (Nichol & Dhariwal 2021, eq. 17) rescaled to zero terminal SNR (Lin et al. 2024, alg. 1)."""
+        return from_diffusers(
+            DDIMScheduler(
+                num_train_timesteps=num_train_timesteps,
+                beta_schedule="squaredcos_cap_v2",
+                rescale_betas_zero_snr=True,
+            )
+        )
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(T + 1,) alpha², sigma² and half log-SNR at t = 0, 1/T, ..., 1, kept once per device."""
+        if device not in self._tables:
+            alpha2 = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(device)
+            sigma2 = 1 - alpha2
+            self._tables[device] = (alpha2, sigma2, (alpha2.log() - sigma2.log()) / 2)
+        return self._tables[device]
+
+    def squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha² and sigma² at t: (B,) -> two float64 (B,)."""
+        alpha2, sigma2, _ = self._table(t.device)
+        index = t.double() * self.num_train_timesteps
+        node = index.round()
+        at_node = (index - node).abs() < _NODE_TOLERANCE
+        nearest = node.long()
+        if t.device.type == "cpu" and bool(at_node.all()):  # a question that would stop any other device
+            return alpha2[nearest], sigma2[nearest]
+        log_snr = 2 * self._interpolated(index)
+        return (
+            torch.where(at_node, alpha2[nearest], torch.sigmoid(log_snr)),
+            torch.where(at_node, sigma2[nearest], torch.sigmoid(-log_snr)),
+        )
+
+    def _interpolated(self, index: Tensor) -> Tensor:
+        """Half log-SNR between the nodes around a fractional index (meaningless at the nodes themselves)."""
+        table = self._table(index.device)[2]
+        low = index.floor().long().clamp(0, self.num_train_timesteps - 1)
+        part = index - low
+        below, above = table[low], table[low + 1]
+        inner = below + part * (above - below)
+        data_end = above - part.log()
+        noise_end = below + torch.log1p(-part)
+        return torch.where(below.isposinf(), data_end, torch.where(above.isneginf(), noise_end, inner))
+
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        """lambda(t) = log(alpha / sigma): (B,) -> float64 (B,); +inf at t = 0, -inf at zero terminal SNR."""
+        alpha2, sigma2 = self.squares(t)
+        return (alpha2.log() - sigma2.log()) / 2
+
+    @overload
+    def at(self, t: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def at(self, t: Time, like: Tensor | None = None) -> tuple[Any, Any]: ...
+
+    def at(self, t: Time, like: Tensor | None = None) -> tuple[Any, Any]:
+        """alpha(t), sigma(t): (B,) -> float64 (B,), or in the dtype of `like` and shaped to multiply it.
+
+        Of one time for the whole batch they are numbers, looked up once: a sampler on an even grid launches
+        nothing for them and never waits for a device. The squares are rounded before the root is taken, as
+        stock schedulers do: in float32 the coefficients, and so a student's pixels, equal theirs bit by bit.
+        """
+        if isinstance(t, float):
+            return self.numbers(t, torch.float64 if like is None else like.dtype)
+        alpha2, sigma2 = self.squares(t)
+        if like is not None:
+            shape = (-1,) + (1,) * (like.ndim - 1)
+            alpha2 = alpha2.to(like.dtype).reshape(shape)
+            sigma2 = sigma2.to(like.dtype).reshape(shape)
+        return alpha2.sqrt(), sigma2.sqrt()
+
+    def numbers(self, t: float, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+        """alpha(t), sigma(t) of one time, as rounded to `dtype`; looked up once."""
+        if (t, dtype) not in self._numbers:
+            alpha, sigma = self.at(torch.tensor([t], dtype=torch.float64), torch.empty(0, dtype=dtype))
+            self._numbers[t, dtype] = (alpha.item(), sigma.item())
+        return self._numbers[t, dtype]
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha² / sigma²: (B,) -> float64 (B,)."""
+        alpha2, sigma2 = self.squares(t)
+        return alpha2 / sigma2
+
+    def network_time(self, t: Time, like: Tensor) -> Tensor:
+        """What the network is given as time: the table index t T - 1, float32 (B,); whole at the nodes."""
+        if isinstance(t, float):
+            index = t * self.num_train_timesteps - 1
+            return torch.full((len(like),), index, dtype=torch.float32, device=like.device)
+        return (t.double() * self.num_train_timesteps - 1).float()
+
+    def fitting_steps(self) -> list[int]:
+        """Step counts that the stock DDIM scheduler takes without drift: the divisors of T."""
+        total = self.num_train_timesteps
+        return [n for n in range(1, total + 1) if total % n == 0]
+
+    def check_steps(self, steps: int) -> None:
+        """Raises UserError for a student's step count that does not divide T."""
+        if steps < 1 or self.num_train_timesteps % steps:
+            fitting = self.fitting_steps()
+            shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
+            raise UserError(
+                f"a student of {steps} steps does not fit a teacher of {self.num_train_timesteps} time "
+                f"steps: the stock DDIM scheduler would drift. Use one of {shown}"
+            )
+
+
+def from_diffusers(scheduler: Any) -> Schedule:
+    """The Schedule of any diffusers scheduler that has betas (DDPM, DDIM, DPM-Solver, ...).
+
+    Beta schedules that DDIMScheduler does not know by name are kept as `trained_betas`.
+    """
+    if not hasattr(scheduler, "betas"):
+        raise UserError(
+            f"scheduler {type(scheduler).__name__} has no betas; supported are discrete schedulers "
+            "(DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, ...)"
+        )
+    config = scheduler.config
+    betas = {key: config[key] for key in _BETA_KEYS if key in config}
+    if config.get("trained_betas") is not None:
+        betas = {"trained_betas": [float(b) for b in config["trained_betas"]]}
+    elif config.get("beta_schedule") not in _DDIM_BETA_SCHEDULES:
+        betas = {"trained_betas": scheduler.betas.tolist()}
+    if "trained_betas" in betas:
+        betas["num_train_timesteps"] = len(betas["trained_betas"])
+        if config.get("rescale_betas_zero_snr") and config.get("trained_betas") is not None:
+            betas["rescale_betas_zero_snr"] = True
+    return Schedule(DDIMScheduler(**betas).alphas_cumprod.double(), betas)
+
+
+def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None) -> DDIMScheduler:
+    """The stock scheduler that samples a student of this schedule exactly as `samplers.sample` does.
+
+    clip: bound on the predicted x0 while sampling, None for none.
+    """
+    if prediction not in PREDICTIONS[:3]:
+        raise UserError(
+            f"prediction {prediction!r} has no DDIMScheduler; it knows {', '.join(PREDICTIONS[:3])}"
+        )
+    return DDIMScheduler(
+        **schedule.betas,
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=clip is not None,
+        clip_sample_range=1.0 if clip is None else clip,
+    )
+
+
+def read_prediction(prediction: str, x_t: Any, output: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """Any network output as (x0, eps), each shaped like x_t: tensors, or numbers for linear coefficients.
+
+    v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D); flow: u = eps - x0 (Liu et al. 2023).
+    """
+    if prediction == "epsilon":
+        return (x_t - sigma * output) / alpha, output
+    if prediction == "v_prediction":
+        return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+    if prediction == "sample":
+        return output, (x_t - alpha * output) / sigma
+    if prediction == "flow":
+        x0 = (x_t - sigma * output) / (alpha + sigma)
+        return x0, x0 + output
+    raise UserError(f"prediction type {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+
+
+def write_prediction(prediction: str, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The network output that means x0 at x_t: the inverse of `read_prediction` (sigma > 0)."""
+    if prediction == "sample":
+        return x0
+    eps = (x_t - alpha * x0) / sigma
+    if prediction == "epsilon":
+        return eps
+    if prediction == "v_prediction":
+        return alpha * eps - sigma * x0
+    if prediction == "flow":
+        return eps - x0
+    raise UserError(f"prediction type {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")

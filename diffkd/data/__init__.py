@@ -1,0 +1,13 @@
+"""Images to train on and to compare with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from diffkd.data.digits import Digits
+from diffkd.data.folder import Folder
+from diffkd.data.hub import HubDataset
+
+Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]

@@ -1,0 +1,102 @@
+"""Hugging Face data sets, from the hub or from a folder."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from diffkd.data.decoding import open_image
+from diffkd.data.images import Images, Sized
+from diffkd.errors import UserError
+from diffkd.io.text import reason
+
+
+class HubDataset(Sized):
+    """A Hugging Face data set, by name or by the path of a saved one (extra `datasets`)."""
+
+    kind: Literal["datasets"]
+    path: str = Field(description="name on the hub, or a folder written by save_to_disk")
+    subset: str | None = Field(None, description="configuration of a data set that has several")
+    split: str = Field("train", description="which split")
+    image: str | None = Field(None, description="column of images; default the first of that type")
+    label: str | None = Field(None, description="column of labels; default the first of type ClassLabel")
+
+    def load(self) -> Images:
+        rows = self._rows()
+        image = self._column(rows.features, self.image, "image column", "Image")
+        if image is None:
+            raise UserError(f"data set {self.path} has no image column; it has {', '.join(rows.features)}")
+        label = (
+            self._column(rows.features, self.label, "column", "ClassLabel", "Value")
+            if self.labelled
+            else None
+        )
+        stored = self._stored(rows, image)
+        pixels, good = self.read_all(
+            self.path, len(rows), lambda i: _opened(stored[i][image]), lambda i: f"{self.path}[{i}]"
+        )
+        if not good:
+            raise UserError(f"data set {self.path} (split {self.split}) holds no images")
+        if label is None:
+            return Images(self.path, pixels, flip=self.flip)
+        values = [int(v) for v in rows[label]]
+        if min(values) < 0:
+            raise UserError(
+                f"data set {self.path} has label {min(values)} in row {values.index(min(values))}, no class; "
+                "use a split with labels, or set data.labelled: false"
+            )
+        classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
+        return Images(self.path, pixels, torch.tensor([values[i] for i in good]), classes, self.flip)
+
+    def _stored(self, rows: Any, image: str) -> Any:
+        """The rows with their images as files, to be opened as all others are."""
+        feature = copy.copy(rows.features[image])
+        feature.decode = False
+        return rows.select_columns([image]).cast_column(image, feature)
+
+    def _column(self, features: Any, name: str | None, what: str, *kinds: str) -> str | None:
+        """The column asked for, or the first of the first kind; None where there is none."""
+        if name is None:
+            return next((n for n, feature in features.items() if type(feature).__name__ == kinds[0]), None)
+        if name not in features:
+            raise UserError(f"data set {self.path} has no {what} {name!r}; it has {', '.join(features)}")
+        kind = type(features[name]).__name__
+        if kind not in kinds or (kind == "Value" and "int" not in features[name].dtype):
+            raise UserError(
+                f"data set {self.path} has no {kinds[0]} in column {name!r}; it has {', '.join(features)}"
+            )
+        return name
+
+    def _rows(self) -> Any:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "data kind datasets needs the datasets package; pip install 'diffkd[datasets]'"
+            ) from error
+        try:
+            if os.path.isfile(Path(self.path) / "dataset_dict.json"):
+                splits = datasets.load_from_disk(self.path)
+                if self.split not in splits:
+                    raise ValueError(f"it has {', '.join(splits)}")
+                return splits[self.split]
+            if os.path.isfile(Path(self.path) / "state.json"):
+                return datasets.load_from_disk(self.path)
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"data set {self.path} (split {self.split}) cannot be read: {reason(error)}"
+            ) from error
+
+
+def _opened(stored: Mapping[str, Any]) -> Image.Image:
+    """The image of a data set's row: bytes, or the path of a file."""
+    return open_image(Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"]))

@@ -1,0 +1,60 @@
+"""Images from a diffusers pipeline by its own code and scheduler, to measure it and to compare with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkd.errors import UserError
+from diffkd.generation.drawing import check_finite
+
+
+@torch.inference_mode()
+def generate_stock(
+    pipeline: Any,
+    n: int,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
+    """n images as uint8 batches (B, H, W, C); image i from `torch.Generator().manual_seed(seed + i)`.
+
+    labels: (n,), for a pipeline that takes class labels. Raises UserError where it refuses what it is given.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    rank, world = share
+    for start in range(rank * batch_size, n, world * batch_size):
+        count = min(batch_size, n - start)
+        options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+        if "batch_size" in takes:
+            options["batch_size"] = count
+        if labels is not None:
+            options["class_labels"] = labels[start : start + count].tolist()
+        options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
+        try:
+            drawn = pipeline(**options, output_type="np").images
+        except ValueError as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise UserError(f"the pipeline does not draw ({reason}); use other --steps") from error
+        images = torch.from_numpy(np.ascontiguousarray(drawn))
+        check_finite(images.isfinite().all())
+        yield (images * 255).round().to(torch.uint8)
+
+
+def stock_defaults(pipeline: Any) -> dict[str, Any]:
+    """The arguments that a pipeline's own defaults decide, such as guidance_scale and eta."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return scalars({key: p.default for key, p in takes.items()})
+
+
+def scalars(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a mapping a record can hold."""
+    return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}

@@ -1,0 +1,116 @@
+"""One pass over images: all that the metrics need of them, no more."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.errors import UserError
+from diffkd.metrics.features.precision import full_float32
+from diffkd.metrics.score import ScoreSums
+from diffkd.metrics.statistics import Statistics
+
+BATCH = 128  # images that a feature network takes at a time, whatever the sampler's batches are
+Add = Callable[[Tensor], Tensor]
+SPLIT_SEED = 0
+
+
+def split_order(count: int) -> Tensor:
+    """A fixed random order of images for the splits of the Inception Score: images often come class by class,
+    and a split of one class has a score of 1."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+
+
+class Collector:
+    """Gathers what `count` images are by one feature network.
+
+    statistics: always. features: (count, d) in the order of the images, where `store` asks for them. score:
+    sums of class probabilities, where `splits` asks for them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        count: int,
+        device: torch.device,
+        *,
+        store: bool = False,
+        splits: int | None = None,
+    ) -> None:
+        self.network: Any = network
+        self.num_features: int = getattr(network, "num_features")  # noqa: B009
+        self.count = count
+        self.store = store
+        self.device = device
+        dtype = next((p.dtype for p in network.parameters()), torch.float64)
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32  # of stored features
+        self.statistics = Statistics(self.num_features, device)
+        self.features: Tensor | None = None
+        self.score = ScoreSums(count, splits, split_order(count)) if splits else None
+
+    @torch.no_grad()
+    def update(self, first: int, images: Tensor) -> Tensor:
+        """images: (B, H, W, C) uint8, `first` the index of the first. Returns their features (B, d)."""
+        features = self.of(images)
+        self.statistics.update(features)
+        if self.store:
+            self._room()[first : first + len(features)] = features
+        if self.score is not None:
+            self.score.update(self.network.probabilities(features), first)
+        return features
+
+    @torch.no_grad()
+    def of(self, images: Tensor) -> Tensor:
+        """Features (B, d) of images (B, H, W, C) uint8, which are not gathered."""
+        try:
+            with full_float32(images.device.type):
+                parts = [self.network(part.permute(0, 3, 1, 2)) for part in images.split(BATCH)]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            size = "x".join(map(str, images.shape[1:]))
+            kind = type(self.network)
+            raise UserError(
+                f"the feature network {kind.__module__}.{kind.__qualname__} cannot take images of "
+                f"{size} (height x width x channels): {str(error).splitlines()[0]}"
+            ) from error
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stored(self) -> Tensor:
+        assert self.features is not None
+        return self.features
+
+    def merge_across(self, add: Add) -> None:
+        """Adds up all processes, each of which must call it, with images or without."""
+        self.statistics.merge_across(add)
+        if self.store:
+            self.features = add(self._room())  # each row is of one process, 0 elsewhere
+        if self.score is not None:
+            none = torch.zeros(0, self.num_features, dtype=self.dtype, device=self.device)
+            self.score.merge_across(add, self.network.probabilities(none).shape[1])
+
+    def _room(self) -> Tensor:
+        if self.features is None:
+            shape = (self.count, self.num_features)
+            self.features = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self.features
+
+
+class Pixels:
+    """sha256 of a set of images: of the digests of the images in order, whatever process read which."""
+
+    def __init__(self, count: int) -> None:
+        self.digests = torch.zeros(count, 32, dtype=torch.int64)
+
+    def update(self, first: int, images: Tensor) -> None:
+        """images: (B, H, W, C) uint8 on the CPU."""
+        for i, image in enumerate(images.contiguous().numpy()):
+            digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
+            self.digests[first + i] = torch.tensor(list(digest))
+
+    def sha256(self, add: Add) -> str:
+        return hashlib.sha256(bytes(add(self.digests).flatten().tolist())).hexdigest()

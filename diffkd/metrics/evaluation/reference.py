@@ -1,0 +1,211 @@
+"""What models are compared with: images, or a file with the statistics of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffkd.errors import UserError
+from diffkd.io import files
+from diffkd.io.npz import read_npz
+from diffkd.io.processes import Processes
+from diffkd.io.text import from_json, reason
+from diffkd.metrics.evaluation.collector import Collector, Pixels
+from diffkd.metrics.evaluation.image_sets import File, Source, batches, images_of, labels_in
+from diffkd.metrics.statistics import Statistics
+
+MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
+
+
+class Collected(NamedTuple):
+    """Of one feature network. features: (N, d), where they were asked for."""
+
+    statistics: Statistics
+    features: Tensor | None
+
+
+class Reference:
+    """Images, or statistics, or both.
+
+    name, count, sha256 (of the pixels), labels (N,): where they are known.
+    """
+
+    def __init__(self, spec: Any, source: Source | None = None) -> None:
+        """spec: of `sources.parse` or a config. source: its images, where they are open already."""
+        self.spec = spec
+        self.statistics: Statistics | None = None
+        self.stored_features: Tensor | None = None
+        self.protocol: dict[str, Any] = {}
+        self.sha256: str | None = None
+        self.labels: Tensor | None = None
+        self.source = source
+        if source is None and isinstance(spec, File):
+            self._read(spec.path)
+        elif source is None:
+            self.source = images_of(spec)
+        if self.source is not None:
+            self.labels = self.source.labels
+            self.name = self.source.name
+            self.count: int | None = len(self.source)
+        if self.statistics is not None:
+            self.count = self.statistics.num_samples  # not of images beside them, which may be fewer
+
+    def _read(self, path: Path) -> None:
+        arrays = read_npz(path)
+        self.name = str(path)
+        if "arr_0" in arrays:
+            self.source = images_of(self.spec, arrays)
+        if "mu" not in arrays and "sigma" not in arrays and self.source is not None:
+            return
+        self.statistics = Statistics.of_arrays(arrays, str(path))
+        self.sha256 = files.sha256(path)
+        if "protocol" in arrays:
+            self.protocol = _protocol(arrays["protocol"], path)
+            self.sha256 = self.protocol.get("sha256", self.sha256)
+        count = self.statistics.num_samples
+        if count is None:
+            return  # of another tool, whose other arrays mean what they may
+        if "features" in arrays:
+            stored = arrays["features"]
+            if stored.shape != (count, self.statistics.num_features):
+                raise UserError(f"{path}: features do not fit num_samples and mu; write it with diffkd stats")
+            if stored.dtype.kind != "f" or not np.isfinite(stored).all():
+                raise UserError(f"{path}: features has values that are not finite numbers; write it again")
+            self.stored_features = torch.from_numpy(stored)
+        if self.source is None and "labels" in arrays:
+            self.labels = labels_in(arrays, count, path)
+
+    def collect(
+        self,
+        networks: Mapping[str, nn.Module],
+        descriptions: Mapping[str, Mapping[str, Any]],
+        store: set[str],
+        processes: Processes,
+        *,
+        batch_size: int = 64,
+        allow_mismatch: bool = False,
+        on_images: Callable[[int], None] = lambda count: None,
+    ) -> dict[str, Collected]:
+        """Statistics by each of these networks and features by those in `store`, in one pass over the images.
+
+        The first of the networks is the one that a file's statistics are of. Raises UserError where they are
+        of another, and where a file of statistics does not hold what is asked for.
+        """
+        missing = self.require(descriptions, store, allow_mismatch)
+        known: dict[str, Collected] = {}
+        if self.statistics is not None:
+            known[next(iter(networks))] = Collected(self.statistics, self.stored_features)
+        passed = (
+            self._pass({n: networks[n] for n in missing}, store, processes, batch_size, on_images)
+            if missing
+            else {}
+        )
+        return {
+            name: Collected(
+                (known if name in known else passed)[name].statistics,
+                (passed if name in passed else known)[name].features,
+            )
+            for name in networks
+        }
+
+    def require(
+        self, descriptions: Mapping[str, Mapping[str, Any]], store: set[str], allow_mismatch: bool = False
+    ) -> list[str]:
+        """The networks that its images have to go through.
+
+        Raises UserError where there are no images, and where the statistics of a file are by other features
+        than the first described.
+        """
+        first = next(iter(descriptions))
+        there = set()
+        if self.statistics is not None:
+            self._check(self.statistics, descriptions[first], allow_mismatch)
+            there = {first} if first not in store or self.stored_features is not None else set()
+        missing = [name for name in descriptions if name not in there]
+        if missing and self.source is None:
+            what = (
+                "stored features" if missing[0] == first else f"{descriptions[missing[0]]['name']} statistics"
+            )
+            raise UserError(
+                f"{self.name} holds no {what}, which a metric needs; give the images themselves, "
+                "or a file of diffkd stats --store-features"
+            )
+        return missing
+
+    def _pass(
+        self,
+        networks: Mapping[str, nn.Module],
+        store: set[str],
+        processes: Processes,
+        batch_size: int,
+        on_images: Callable[[int], None],
+    ) -> dict[str, Collected]:
+        assert self.source is not None
+        count = len(self.source)
+        collectors = {
+            name: Collector(network, count, processes.device, store=name in store)
+            for name, network in networks.items()
+        }
+        pixels = Pixels(count)
+        for first, images in batches(self.source, count, batch_size, processes.rank, processes.world):
+            pixels.update(first, images)
+            on_device = images.to(processes.device)
+            for collector in collectors.values():
+                collector.update(first, on_device)
+            on_images(len(images))
+        for collector in collectors.values():
+            collector.merge_across(processes.add)
+        self.sha256 = self.sha256 or pixels.sha256(processes.add)
+        return {name: Collected(c.statistics, c.features) for name, c in collectors.items()}
+
+    def _check(self, statistics: Statistics, description: Mapping[str, Any], allow_mismatch: bool) -> None:
+        wide = description["num_features"]
+        if statistics.num_features != wide:
+            raise UserError(
+                f"{self.name} has {statistics.num_features} features and {description['name']} has "
+                f"{wide}; use the feature network that it was made with"
+            )
+        known = self.protocol.get("features", {})
+        differ = [
+            f"{key} {known.get(key)} there, {description.get(key)} here"
+            for key in MATCHING
+            if known and known.get(key) != description.get(key)
+        ]
+        if differ and not allow_mismatch:
+            raise UserError(
+                f"{self.name} was made with other features ({'; '.join(differ)}); use the same, "
+                "or --allow-mismatch for a number that cannot be compared"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol says of it, after its images were collected."""
+        spec = self.spec.model_dump(mode="json") if self.spec is not None else {}
+        if "path" in spec and Path(spec["path"]).exists():
+            spec["path"] = str(Path(spec["path"]).resolve())  # to be found from anywhere
+        made_with = self.protocol.get("features") if self.statistics is not None else None
+        return {
+            "name": self.name, "count": self.count, "sha256": self.sha256, "features": made_with,
+            "spec": spec,
+        }  # fmt: skip
+
+
+def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
+    try:
+        content = from_json(str(array))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: its protocol is no JSON ({reason(error)}); write it with diffkd stats"
+        ) from error
+    if not (
+        isinstance(content, dict)
+        and isinstance(content.get("features", {}), dict)
+        and isinstance(content.get("features", {}).get("name", ""), str)
+        and isinstance(content.get("sha256"), str | None)
+    ):
+        raise UserError(f"{path}: its protocol is none of diffkd's; write it with diffkd stats")
+    return content

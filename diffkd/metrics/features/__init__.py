@@ -1,0 +1,80 @@
+"""Feature networks by name: modules from uint8 images (B, C, H, W) to features (B, num_features).
+
+One that also has `probabilities(features)`, (B, classes), can be used for the Inception Score. Those of
+diffkd say in `describe()` all that their features depend on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffkd.core.digest import digest
+from diffkd.errors import UserError
+from diffkd.io.plugins import import_user_module
+from diffkd.io.text import reason
+from diffkd.metrics.features.clip import CLIP
+from diffkd.metrics.features.digits import DigitsFeatures
+from diffkd.metrics.features.dinov2 import DINOv2
+from diffkd.metrics.features.inception import InceptionV3
+from diffkd.metrics.features.resize import Resize
+
+NAMES = ("digits", "inception", "dinov2", "clip")
+STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reported with
+
+
+def load(
+    name: str, *, weights: str | None = None, resize: Resize | None = None, dtype: str | None = None
+) -> nn.Module:
+    """The feature network of that name, or of the dotted path `module.Class` of the user's own.
+
+    weights: a file (inception) or folder (dinov2, clip); default as each of them documents. resize, dtype: of
+    inception. Raises UserError for what cannot be had, and for an option that the network does not have.
+    """
+    if name == "inception":
+        if dtype not in (None, "float32", "float64"):
+            raise UserError(f"dtype {dtype!r} is none of inception's; use float32 or float64")
+        return InceptionV3(weights, resize=resize or "tf1", dtype=getattr(torch, dtype or "float32"))
+    for option, value in (("resize", resize), ("dtype", dtype)):
+        if value is not None:
+            raise UserError(f"{option} {value!r} is for inception features, and the features are {name}")
+    if name in ("dinov2", "clip"):
+        return (DINOv2 if name == "dinov2" else CLIP)(weights)
+    if weights is not None:
+        raise UserError(f"weights {weights!r} are for inception, dinov2 and clip; the features are {name}")
+    return DigitsFeatures() if name == "digits" else _own(name)
+
+
+def check_named(name: str, where: object) -> None:
+    """Raises UserError where a file, and not the user, names a network of somebody's own: to load it runs its
+    code."""
+    if name not in NAMES:
+        raise UserError(
+            f"{where} is by the features {name!r}, code that a file does not get to run; "
+            f"where it is yours, name it: --features {name}"
+        )
+
+
+def _own(name: str) -> nn.Module:
+    module_name, _, class_name = name.rpartition(".")
+    try:
+        kind = getattr(import_user_module(module_name), class_name)
+        network = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"feature network {name!r} cannot be had ({reason(error)}); "
+            f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
+        ) from error
+    if network is None or not isinstance(getattr(network, "num_features", None), int):
+        raise UserError(f"feature network {name!r} is no nn.Module with an integer num_features; give it one")
+    return network.eval().requires_grad_(False)
+
+
+def describe(name: str, network: nn.Module) -> dict[str, Any]:
+    """What a protocol says of a feature network: its name, sha256 of its weights, what it does to images."""
+    own: Any = getattr(network, "describe", None)
+    if own is not None:
+        return dict(own())
+    return {"name": name, "sha256": digest(network.state_dict()), "num_features": network.num_features}

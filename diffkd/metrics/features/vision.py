@@ -1,0 +1,203 @@
+"""Two vision transformers as feature networks: DINOv2 for FD-DINOv2, CLIP for CMMD (extra `dino`).
+
+Both take uint8 images (B, 1 or 3, H, W) to features (B, num_features) in float32, always in eval mode.
+Weights come from a folder that save_pretrained of transformers wrote, or from the hub; safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.errors import UserError
+from diffkd.io.text import from_json, quoted, reason
+from diffkd.models.validation import check_index
+
+
+class Kind(NamedTuple):
+    """What tells one network from the other: where it comes from and how its input is normalised."""
+
+    name: str
+    hub_id: str
+    architecture: str  # the class of transformers
+    model_types: tuple[str, ...]  # those that its config.json may say
+    mean: tuple[float, float, float]  # of RGB in [0, 1], as the network was trained
+    std: tuple[float, float, float]
+
+
+class VisionFeatures(nn.Module):
+    """Abstract: all that DINOv2 and CLIP share. They say the input's size and which output is the feature."""
+
+    num_features: int
+    size: int
+    resize: str
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, kind: Kind, weights: str | Path | None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weights = kind.hub_id if weights is None else str(weights)
+        self.network = _load(kind, self.weights)
+        self.register_buffer("mean", torch.tensor(kind.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(kind.std).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> VisionFeatures:
+        return self  # locked: a metric that is put in train mode keeps its features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W) uint8 -> (B, num_features), in the dtype and on the device of the weights."""
+        x = self.resized(images.to(self.mean.device)).expand(-1, 3, -1, -1)
+        return self.features((x / 255 - self.mean) / self.std)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> (B, C, size, size) in 0..255, as the metric's authors do it."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, size, size), normalised -> (B, num_features)."""
+        raise NotImplementedError
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the shapes and float32 values of all weights, in the order in which the network holds them.
+
+        Names are left out: transformers 5 gave DINOv2's weights other ones.
+        """
+        digest = hashlib.sha256()
+        for value in self.network.state_dict().values():
+            digest.update(str(tuple(value.shape)).encode())
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a protocol says of this network; features compare where all but `weights` is the same."""
+        return {
+            "name": self.kind.name,
+            "sha256": self.weights_sha256,
+            "num_features": self.num_features,
+            "resize": self.resize,
+            "size": self.size,
+            "weights": self.weights,
+        }
+
+
+def _load(kind: Kind, weights: str) -> Any:
+    """The network of transformers in float32; UserError where any of its weights would not be the file's."""
+    transformers = _transformers(kind)
+    folder = _folder(kind, weights)
+    _check(kind, weights, folder)
+    try:
+        with _silent(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights, then reads them
+            network, info = getattr(transformers, kind.architecture).from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                attn_implementation="sdpa",  # a config may name a kernel that is downloaded code
+                ignore_mismatched_sizes=True,  # refused below, with a name
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers, safetensors and the config's checks raise what they like
+        raise UserError(
+            f"{weights} cannot be loaded as a {kind.architecture} ({reason(error)}); "
+            "is it complete? copy or download it again"
+        ) from error
+    # transformers only warns of these, and fills them with random numbers; 4 gives names, 5 names and shapes
+    misfits = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    lost = sorted(misfits.union(info["missing_keys"]))
+    if lost:
+        raise UserError(
+            f"{weights} has no {lost[0]} of the right shape, one of {len(lost)} weights that a "
+            f"{kind.architecture} would get at random; give a folder that has all of them"
+        )
+    return network.float()
+
+
+def _transformers(kind: Kind) -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UserError(
+            f"feature network {kind.name} needs transformers ({reason(error)}); pip install 'diffkd[dino]'"
+        ) from error
+
+
+def _folder(kind: Kind, weights: str) -> Path:
+    """The local folder of the weights; downloads a hub id's config and safetensors."""
+    path = Path(weights)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or weights.count("/") != 1 or weights.startswith((".", "/", "~")):
+        raise UserError(f"{weights} is neither a folder nor a hub id (owner/name); check the path")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(weights, allow_patterns=patterns))
+    except Exception as error:  # whatever the hub's client and the network raise: the model is not here
+        raise UserError(
+            f"{weights} is no folder here and could not be had from the hub ({reason(error)}); "
+            f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
+            "and give it"
+        ) from error
+
+
+def _check(kind: Kind, weights: str, folder: Path) -> None:
+    """UserError, with a remedy, for what from_pretrained would take, guess at, or refuse without one."""
+
+    try:
+        config = from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{weights} has no config.json that can be read ({reason(error)}); "
+            "give a folder that save_pretrained wrote"
+        ) from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type not in kind.model_types:
+        raise UserError(
+            f"{weights} is of model_type {quoted(model_type)}, not {kind.model_types[0]!r}, by its "
+            f"config.json; give the weights of a {kind.architecture}, such as {kind.hub_id}"
+        )
+    if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        raise UserError(
+            f"{weights} has no model.safetensors, and pickled weights are not loaded: they can run code; "
+            f"if you trust them, run {_recipe(kind, weights)} and give DIR"
+        )
+    check_index(folder)
+
+
+def _recipe(kind: Kind, weights: str) -> str:
+    """The command that brings the weights, in any format, as safetensors to DIR."""
+    return (
+        f'python -c "from transformers import {kind.architecture} as M; '
+        f"M.from_pretrained({weights!r}).save_pretrained('DIR')\""
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bar, log or warning of transformers; its settings are put back."""
+    logging = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

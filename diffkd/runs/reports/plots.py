@@ -1,0 +1,120 @@
+"""How every plot looks: small figures, drawn as part of the page in the page's own colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from typing import TYPE_CHECKING
+import html
+import io
+import re
+from diffkd.io.files import new_file
+from diffkd.metrics.evaluation.records import seconds_per_image
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MARKERS = "osD^v*P"  # of lines in one plot, which are told apart without their colours too
+
+
+# Plots are drawn in these, and the page's own take their place: so they follow its light or dark scheme.
+COLOURS = {"ink": "#0b0b01", "faint": "#0b0b02", "teacher": "#0b0b03", "student": "#0b0b04"}
+INK, FAINT, TEACHER, STUDENT = COLOURS.values()
+PLOTS: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "diffkd", "text.parse_math": False, "font.size": 9.5,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.edgecolor": FAINT, "grid.color": FAINT, "figure.facecolor": "none", "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Inside, plots are drawn for the page. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own settings are for the user's own plots
+        matplotlib.rcParams.update(PLOTS)
+        yield
+
+
+def axes(scale: str = "log") -> tuple[Figure, Axes]:
+    """Small, so that its text is legible when the plot is as narrow as a phone. scale: of y."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 2.9), layout="constrained")
+    plot = figure.add_subplot()
+    plot.grid(axis="y", linewidth=0.6)
+    plot.tick_params(length=3)
+    plot.set_yscale(scale)
+    return figure, plot
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as an element of the page, in the page's colours."""
+    _plain_ticks(figure.axes[0])
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    text = stream.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same in every figure, and unused
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def _plain_ticks(plot: Axes) -> None:
+    """Numbers of y as they are written by hand, also where a narrow range holds no power of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis, (low, high) = plot.yaxis, plot.get_ylim()
+    if axis.get_scale() == "log":
+        subs = range(1, 10) if high < 6 * low else (1, 2, 5) if high < 200 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_formatter("")
+    axis.set_major_formatter("{x:g}")
+
+
+def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID.
+
+    Each model by its name: a line through its step counts, a point without a line where it has one.
+    """
+    rows = [r for r in found if r.get("fid", 0) > 0 and r.get("nfe")]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["model"], []).append(row)
+    drawn = []
+    for name, label, of in (
+        ("fid-nfe", "network evaluations", lambda r: r["nfe"]),
+        ("fid-seconds", "seconds per image", seconds_per_image),
+    ):
+        if not rows:
+            break
+        figure = Figure(figsize=(8 if len(lines) > 5 else 6, 4), layout="constrained", dpi=150)
+        plot = figure.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="FID")
+        plot.grid(linewidth=0.4)
+        for i, (title, of_line) in enumerate(lines.items()):
+            points = sorted((of(r), r["fid"]) for r in of_line)
+            line, marker = "-" if len(points) > 1 else "none", MARKERS[i % len(MARKERS)]
+            plot.plot(*zip(*points, strict=True), linestyle=line, marker=marker, markersize=4.5, label=title)
+        plot.xaxis.set_major_formatter("{x:g}")
+        _plain_ticks(plot)
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}
+        for text in plot.legend(frameon=False, fontsize=9, **beside).get_texts():
+            text.set_parse_math(False)  # a name is no formula
+        with new_file(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png")
+        drawn.append(folder / f"{name}.png")
+    return drawn

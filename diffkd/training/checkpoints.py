@@ -1,0 +1,207 @@
+"""Checkpoints: written beside the training, whole or not at all; verified before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffkd.errors import Unfinished, UserError
+from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, remove_leftovers, sha256
+from diffkd.io.text import changes, from_json, log
+
+SCHEMA = 2
+MANIFEST = "checkpoint.json"
+NAME = re.compile(r"stage-(\d+)-update-(\d+)")
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
+
+
+# What does not change where a run ends: it may be changed half way, where the user says so.
+RESUMABLE_CHANGES = (
+    "training.log_every", "training.checkpoint_every", "training.keep", "training.max_skipped",
+    "evaluation", "pictures",
+)  # fmt: skip
+MOVABLE = ("out",)  # what a run that was moved is called now
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """update: how many are done. state: what is no tensor."""
+
+    update: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """A run's checkpoints, `stage-<index>-update-<number>/` each: safetensors files and a manifest, with the
+    size and sha256 of every file, of the run's config, and of itself. The last `keep` are kept.
+
+    before_rename: called before a checkpoint becomes valid, for what must be on the disk by then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        before_rename: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        self.config = json.loads(json.dumps(config))
+        self.keep = keep
+        self._before_rename = before_rename
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, stage_index: int, update: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Returns before it is written, once the one before is. tensors: nobody else's, and on the host.
+
+        Raises what the one before failed with; see `wait`.
+        """
+        self.wait()
+        content = {
+            "schema": SCHEMA, "stage_index": stage_index, "update": update, "config": self.config,
+            "state": json.loads(json.dumps(state)),
+        }  # fmt: skip
+
+        def work() -> None:
+            try:
+                self._write(content, tensors)
+            except BaseException as error:
+                self._error = error
+
+        # It must not keep a process alive that was told to end at once: what it leaves is no checkpoint.
+        self._writer = threading.Thread(target=work, name="diffkd-checkpoint", daemon=True)
+        self._writer.start()
+
+    def check(self) -> None:
+        """Raises what writing failed with, where it has ended."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is written. Raises Unfinished where it could not be."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, content: dict[str, Any], tensors: Tensors) -> None:
+        path = self.folder / _name(content["stage_index"], content["update"])
+        try:
+            with new_folder(path) as temporary:
+                files = {}
+                for name, values in tensors.items():
+                    file = temporary / f"{name}.safetensors"
+                    save_file({key: value.contiguous() for key, value in values.items()}, file)
+                    files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                content = {**content, "files": files}
+                content["digest"] = _digest(content)
+                (temporary / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
+                self._before_rename()
+        except (OSError, SafetensorError) as error:
+            needs = sum(value.nbytes for values in tensors.values() for value in values.values())
+            why = (
+                f"the disk is full ({format_bytes(free_bytes(self.folder))} free)"
+                if is_disk_full(error)
+                else str(error)
+            )
+            raise Unfinished(
+                f"checkpoint {path} needs {format_bytes(needs)} and could not be written: {why}; the last good "
+                "one is kept: make room, and the same command goes on from it"
+            ) from error
+        every = self._all()
+        after = every.index(path) + 1  # later ones could not be used, and are of what was not gone on with
+        for old in [*every[: max(0, after - self.keep)], *every[after:]]:
+            shutil.rmtree(old)
+
+    def load(self, stage_index: int) -> Checkpoint | None:
+        """The newest whole checkpoint of that stage; None where there is none.
+
+        A harmed one is named in the log, and the one before is taken. Raises UserError for one of another
+        config and one of another version's making, which are whole, and not to be passed over.
+        """
+        for path in reversed(self._all()):
+            try:
+                content = _manifest(path)
+                if content["stage_index"] != stage_index:
+                    continue
+                self._check_config(path, content["config"])
+                tensors = {}
+                for name, known in content["files"].items():
+                    if (path / name).stat().st_size != known["bytes"]:
+                        raise ValueError(f"{name} is torn")
+                    if sha256(path / name) != known["sha256"]:
+                        raise ValueError(f"{name} was altered")
+                    tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+                return Checkpoint(content["update"], tensors, content["state"])
+            except UserError:
+                raise
+            except (OSError, ValueError, SafetensorError) as error:
+                log.warning(
+                    "checkpoint %s cannot be used (%s); going back to the one before", path.name, error
+                )
+        return None
+
+    def _check_config(self, path: Path, config: Any) -> None:
+        wrong = [key for key in changes(config, self.config) if not is_resumable(key)]
+        if wrong:
+            raise UserError(
+                f"checkpoint {path} is of another config ({', '.join(wrong)} differ); delete it, "
+                "or use the config that it was made with"
+            )
+
+    def remove_left(self) -> None:
+        remove_leftovers(self.folder)
+
+    def _all(self) -> list[Path]:
+        """From the first to the newest; other things that lie there are none of them."""
+        folders = [p for p in self.folder.glob("stage-*-update-*") if p.is_dir() and not p.is_symlink()]
+        found = {path: NAME.fullmatch(path.name) for path in folders}
+        known = {path: (int(name[1]), int(name[2])) for path, name in found.items() if name}
+        return sorted(known, key=known.__getitem__)
+
+
+def is_resumable(key: str) -> bool:
+    """Whether a config key may differ from that of a checkpoint."""
+    return any(key == one or key.startswith(f"{one}.") for one in (*RESUMABLE_CHANGES, *MOVABLE))
+
+
+def _name(stage_index: int, update: int) -> str:
+    return f"stage-{stage_index:02d}-update-{update:07d}"
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError for one that is not what was written, UserError for that of another version."""
+    content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
+        raise ValueError(f"{MANIFEST} was altered")
+    if content["schema"] != SCHEMA:  # after the digest, which every version makes alike
+        which, remedy = (
+            ("a newer", "update diffkd") if content["schema"] > SCHEMA else ("an older", "delete it")
+        )
+        raise UserError(
+            f"checkpoint {path} was written by {which} diffkd (schema {content['schema']}, this one reads "
+            f"{SCHEMA}); {remedy}, or use the diffkd that wrote it"
+        )
+    if path.name != _name(content["stage_index"], content["update"]):
+        raise ValueError(f"{MANIFEST} is of {_name(content['stage_index'], content['update'])}")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,56 @@
+"""How any method is trained: what of a config the engine reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffkd.errors import UserError
+from diffkd.io.config import Strict
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Training(Strict):
+    """How any method is trained."""
+
+    batch_size: int = Field(
+        128, ge=1, description="images of one update, over all processes and micro-batches"
+    )
+    micro_batches: int | None = Field(
+        None,
+        ge=1,
+        description="parts that a batch is split into, over all processes; default one per process",
+    )
+    ema: float = Field(
+        0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="gradients are clipped to this norm; null for never"
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="autocast of the student, dtype of the others; float32 is TF32 on CUDA"
+    )
+    compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
+    gradient_checkpointing: bool = Field(
+        False, description="computes activations twice instead of keeping them: less memory, more time"
+    )
+    log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
+    checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints that are kept")
+    max_skipped: int = Field(
+        3, ge=0, description="updates in a row that may be skipped for a loss or gradient that is no number"
+    )
+
+    def parts(self, processes: int) -> int:
+        """Micro-batches of one update. Raises UserError where they do not spread evenly."""
+        parts = self.micro_batches or processes
+        if parts % processes or self.batch_size % parts:
+            raise UserError(
+                f"training.batch_size {self.batch_size} in {parts} micro-batches does not spread evenly over "
+                f"{processes} processes; micro_batches must divide the batch and {processes} divide them"
+            )
+        return parts

@@ -1,0 +1,250 @@
+"""Pipelines in and out: what a student is worth to somebody who has only diffusers."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from rich.console import Console
+
+import diffkd
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.samplers import sample
+from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.errors import UserError
+from diffkd.generation import sample as sampling
+from diffkd.generation.drawing import generate
+from diffkd.models import loading
+from diffkd.models.families.unet2d import UNet2D
+from diffkd.runs.reports import model_card
+
+LINEAR = from_diffusers(DDPMScheduler())
+COSINE = Schedule.cosine(64)
+STOCK = textwrap.dedent("""
+    import sys, json
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "diffkd":
+                raise ImportError("diffkd is not installed here")
+    sys.meta_path.insert(0, Blocked())
+    try:
+        import diffkd
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("diffkd could be imported")
+    import numpy as np, torch
+    from diffusers import DiffusionPipeline
+    folder, out = sys.argv[1:3]
+    n, steps, labels = (json.loads(text) for text in sys.argv[3:6])
+    torch.set_num_threads(int(sys.argv[6]))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    cond = {"class_labels": labels} if labels is not None else {}
+    def draw(kind):
+        generators = [torch.Generator().manual_seed(5 + i) for i in range(n)]
+        options = dict(batch_size=n, generator=generators, num_inference_steps=steps, output_type=kind)
+        return pipeline(**options, **cond).images
+    pil = draw("pil")
+    pictures = np.stack([np.asarray(p).reshape(p.height, p.width, -1) for p in pil])
+    np.savez(out, pictures=pictures, floats=draw("np"), kind=type(pipeline).__name__)
+""")
+
+
+def student(classes, prediction, schedule, *, channels=1, size=8, clip=None, steps=4, seed=0):
+    torch.manual_seed(seed)
+    network = UNet2D(channels=[8, 16], norm_groups=4).build((channels, size, size), classes)
+    for parameter in network.parameters():  # far from initialisation, where outputs are near zero
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return Denoiser(network, schedule, prediction, num_classes=classes, clip=clip, steps=steps).eval()
+
+
+def stock_pictures(folder, tmp_path, n, steps, labels):
+    """The same request in a process that cannot import diffkd."""
+    command = [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "stock.npz"), str(n), str(steps)]
+    command += [json.dumps(labels), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return np.load(tmp_path / "stock.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("classes", "prediction", "schedule", "channels", "clip", "steps"),
+    [
+        (10, "v_prediction", COSINE, 1, None, 4),
+        (10, "v_prediction", Schedule.cosine(1024), 3, 1.0, 1),
+        (None, "v_prediction", LINEAR, 3, 1.0, 5),
+        (None, "epsilon", LINEAR, 1, None, 10),
+        (None, "sample", COSINE, 1, None, 32),
+    ],
+)
+def test_a_student_draws_the_same_pictures_without_us(
+    classes, prediction, schedule, channels, clip, steps, tmp_path
+):
+    """Maximum difference 0 in uint8, and 0 in float too, through a saved folder and `diffkd sample`."""
+    denoiser = student(classes, prediction, schedule, channels=channels, clip=clip, steps=steps)
+    folder, n = tmp_path / "student", 24
+    loading.save(denoiser, folder)
+    model_card.write(folder, model_card.describe(denoiser))
+    labels = None if classes is None else [i % classes for i in range(n)]
+    stock = stock_pictures(folder, tmp_path, n, steps, labels)
+    sampling.sample_to(
+        str(folder), tmp_path / "ours.npz", Console(quiet=True), n=n, seed=5, batch_size=n, device="cpu"
+    )
+    ours = np.load(tmp_path / "ours.npz")["arr_0"]
+    assert str(stock["kind"]) == ("DDIMPipeline" if classes is None else "ConsistencyModelPipeline")
+    assert ours.std() > 10 and np.array_equal(ours, stock["pictures"])
+
+    noise = torch.cat(
+        [torch.randn(1, *denoiser.shape, generator=torch.Generator().manual_seed(5 + i)) for i in range(n)]
+    )
+    cond = {} if labels is None else {"class_labels": torch.tensor(labels)}
+    with torch.inference_mode():
+        x0 = sample(diffkd.load(folder), noise, steps, **cond)
+    assert np.abs((x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() - stock["floats"]).max() == 0
+
+
+@pytest.mark.parametrize("classes", [None, 5])
+def test_saved_and_loaded_is_the_same_denoiser(classes, tmp_path):
+    denoiser = student(classes, "v_prediction", COSINE, clip=1.0)
+    loading.save(denoiser, tmp_path / "student")
+    model_card.write(tmp_path / "student", model_card.describe(denoiser))
+    again = diffkd.load(tmp_path / "student")
+    for key, value in denoiser.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    assert torch.equal(again.schedule.alphas_cumprod, COSINE.alphas_cumprod)
+    assert (again.prediction, again.clip, again.steps, again.num_classes) == ("v_prediction", 1.0, 4, classes)
+    assert not again.training and again.shape == (1, 8, 8)
+
+
+def test_the_null_label_is_no_class(tmp_path):
+    denoiser = student(6, "v_prediction", COSINE)
+    denoiser.null_label, denoiser.num_classes = 5, 5
+    loading.save(denoiser, tmp_path)
+    model_card.write(tmp_path, model_card.describe(denoiser))
+    again = diffkd.load(tmp_path)
+    assert again.num_classes == 5 and again.null_label == 5 and again.network.config.num_class_embeds == 6
+
+
+def test_dtype_and_device(tmp_path):
+    loading.save(student(None, "v_prediction", COSINE), tmp_path)
+    half = diffkd.load(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    batch = next(generate(half, 3, steps=2))
+    assert batch.dtype == torch.uint8 and batch.shape == (3, 8, 8, 1)
+    with pytest.raises(UserError, match="bfloat16; save in float32"):
+        loading.save(half, tmp_path / "half")
+
+
+def test_early_repositories_keep_everything_at_the_root(tmp_path):
+    """google/ddpm-cifar10-32 has its network and scheduler beside model_index.json, and keys of long ago."""
+    network = UNet2D(channels=[8, 16], norm_groups=4, attention=[False, True]).build((3, 8, 8), None)
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in set(config) - {
+        "_class_name",
+        "act_fn",
+        "attention_head_dim",
+        "block_out_channels",
+        "center_input_sample",
+        "down_block_types",
+        "downsample_padding",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "in_channels",
+        "layers_per_block",
+        "mid_block_scale_factor",
+        "norm_eps",
+        "norm_num_groups",
+        "out_channels",
+        "sample_size",
+        "time_embedding_type",
+        "up_block_types",
+    }:
+        del config[key]
+    config["_diffusers_version"] = "0.0.4"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": "0.1.1",
+        "beta_end": 0.02,
+        "beta_start": 0.0001,
+        "beta_schedule": "linear",
+        "clip_sample": True,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+        "variance_type": "fixed_large",
+    }
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.1.1",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    denoiser = diffkd.load(tmp_path)
+    assert (denoiser.prediction, denoiser.clip, denoiser.shape) == ("epsilon", 1.0, (3, 8, 8))
+    stock = DiffusionPipeline.from_pretrained(tmp_path).unet
+    for key, value in stock.state_dict().items():
+        assert torch.equal(value, denoiser.network.state_dict()[key])
+
+
+def test_networks_that_are_not_built():
+    with pytest.raises(UserError, match="9x9 cannot be halved 1 times"):
+        UNet2D().build((1, 9, 9), None)
+    with pytest.raises(UserError, match="norm_groups 8 does not divide 12"):
+        UNet2D(channels=[12, 24]).build((1, 8, 8), None)
+    with pytest.raises(UserError, match="attention has 1 entries for 2"):
+        UNet2D(attention=[True]).build((1, 8, 8), None)
+
+
+def test_attention_is_where_it_was_asked_for():
+    network = UNet2D(channels=[8, 16, 16], norm_groups=4, attention=[False, False, True]).build(
+        (1, 8, 8), None
+    )
+    assert network.config.down_block_types == ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")
+    assert network.config.up_block_types == ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
+    assert isinstance(network, UNet2DModel)
+
+
+def test_a_network_that_takes_time_otherwise_is_refused(tmp_path):
+    from diffusers import DDPMPipeline
+
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+        time_embedding_type="fourier",
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="time as 'fourier', which is not supported"):
+        diffkd.load(tmp_path)
+
+
+def test_the_quick_network_is_the_stock_one(make_pipeline, tmp_path):
+    """Its dtype is what the stock class finds, wherever it is moved; what is saved names the stock class."""
+    folder = make_pipeline(tmp_path, classes=3)
+    denoiser = loading.load(folder)
+    theirs = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.arange(4) * 100.0, torch.arange(4) % 3
+    with torch.no_grad():
+        ours = denoiser.network(x, t, class_labels=labels).sample
+        assert torch.equal(ours, theirs(x, t, class_labels=labels).sample)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        assert denoiser.network.to(dtype).dtype == theirs.to(dtype).dtype == dtype
+    loading.save(denoiser, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/unet/config.json").read_text())["_class_name"] == "UNet2DModel"
+    index = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert type(denoiser.network).__name__ == "QuickUNet2DModel"  # saving left it as it was

@@ -1,0 +1,351 @@
+"""The two jobs, whole, at a small size: through the command, as a user runs them."""
+
+from PIL import Image
+from pathlib import Path
+from safetensors.torch import load_file
+import diffkd
+import gc
+import json
+import numpy as np
+import os
+import pytest
+import re
+import signal
+import subprocess
+import sys
+import torch
+import yaml
+from diffkd.runs import session
+from tests.waiting import wait_for
+
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "out": "runs/students",
+    "teacher": {"train": "teacher.yaml"},
+    "data": {"kind": "digits"},
+    "method": {"name": "progressive", "steps": [4, 2, 1], "updates": 3, "learning_rate": 1e-3},
+    "training": {"batch_size": 16, "log_every": 1, "checkpoint_every": 1},
+    "evaluation": {"samples": 32, "teacher_steps": [8]},
+}
+TEACHER = {
+    "out": "runs/teacher",
+    "data": {"kind": "digits"},
+    "model": {"channels": [8, 16], "norm_groups": 4, "mid_attention": False},
+    "denoising": {"updates": 4, "warmup": 0},
+    "training": {"batch_size": 16, "log_every": 1},
+    "evaluation": {"samples": 32, "teacher_steps": [8]},
+}
+MEASURED = ("images_per_second", "peak_memory_gb")  # in the log, and no two runs alike
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def network(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+def test_images_to_students_in_one_command(here, cli):
+    """The run folder, its numbers with their protocol, and that the same command again changes nothing."""
+    code, out, err = cli("distill", "distill.yaml")
+    assert (code, err) == (0, "")
+    run = here / "runs/students"
+    assert sorted(p.name for p in (run / "students").iterdir()) == ["1-steps", "2-steps", "4-steps"]
+    records = json.loads((run / "metrics.json").read_text())
+    assert [(r["role"], r["steps"]) for r in records] == [("teacher", n) for n in (8, 4, 2, 1)] + [
+        ("student", n) for n in (4, 2, 1)
+    ]
+    for record in records:
+        assert f"{record['fid']:.2f}" in out and record["fid"] > 0
+        protocol = record["protocol"]
+        assert protocol["samples"] == 32 and protocol["reference"]["count"] == 1797
+        assert (
+            protocol["nfe"] == record["steps"] == protocol["steps"]
+            and len(protocol["features"]["sha256"]) == 64
+        )
+        assert protocol["versions"]["torch"] == torch.__version__ and protocol["sampler"] == "ddim"
+    for n in (4, 2, 1):
+        card = json.loads((run / f"students/{n}-steps/diffkd.json").read_text())
+        assert card["steps"] == n and card["metrics"] == [r for r in records if r["model"] == f"{n}-steps"]
+        with Image.open(run / f"samples/{n}-steps.png") as grid:
+            assert grid.size == (256, 256)
+    stages = {r["stage"]: r for r in log(run)}
+    assert {name: r["updates"] for name, r in stages.items()} == {"4-steps": 3, "2-steps": 6, "1-steps": 6}
+    assert "not comparable with FID by Inception" in out and "report.html" in out
+    assert "<svg" in (run / "report.html").read_text()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "report.html"}
+    assert cli("distill", "distill.yaml").code == 0
+    assert before == {p: p.read_bytes() for p in before}
+
+
+@pytest.mark.slow
+def test_mistake_the_first_teacher_in_every_stage(here, cli, monkeypatch):
+    """Each stage's teacher, and its student's start, is the student that the stage before saved."""
+    seen = []
+    run_stage = session.run_stage
+
+    def watched(accelerator, method, stage, nets, *rest, **options):
+        if "teacher" in nets:
+            assert not any(p.requires_grad for p in nets["teacher"].parameters())
+            seen.append(
+                [
+                    {k: v.clone() for k, v in nets[n].network.state_dict().items()}
+                    for n in ("teacher", "student")
+                ]
+            )
+        run_stage(accelerator, method, stage, nets, *rest, **options)
+
+    monkeypatch.setattr(session, "run_stage", watched)
+    assert cli("distill", "distill.yaml", "evaluation=null").code == 0
+    students = here / "runs/students/students"
+    for (teacher, start), folder in zip(seen, ["../../teacher/teacher", "4-steps", "2-steps"], strict=True):
+        assert same(teacher, network(students / folder)) and same(start, teacher)
+    assert not same(network(students / "4-steps"), network(students / "1-steps"))
+
+
+@pytest.mark.slow
+def test_an_epsilon_teacher_with_guidance(here, cli):
+    overrides = [
+        "schedule={beta_schedule: linear, num_train_timesteps: 1000, zero_terminal_snr: false}",
+        "prediction=epsilon",
+        "denoising.weight=snr",
+        "evaluation=null",
+    ]
+    assert cli("train", "teacher.yaml", *overrides).code == 0
+    code, out, err = cli(
+        "distill",
+        "distill.yaml",
+        "teacher={path: runs/teacher/teacher}",
+        "method.guidance=1.5",
+        "method.steps=[5,1]",
+        "method.sampler=heun",
+        "evaluation=null",
+    )
+    assert (code, err) == (0, "")
+    students = here / "runs/students/students"
+    assert sorted(p.name for p in students.iterdir()) == ["1-steps", "10-steps", "5-steps"]
+    for n in (10, 5, 1):
+        student = diffkd.load(students / f"{n}-steps")
+        assert student.prediction == "v_prediction" and student.steps == n
+        assert student.schedule.num_train_timesteps == 1000
+    assert json.loads((students / "1-steps/diffkd.json").read_text())["guidance_baked_in"] == 1.5
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli):
+    overrides = ["evaluation=null", "method.updates=16", "training.checkpoint_every=5"]
+    assert cli("train", "teacher.yaml", "evaluation=null").code == 0
+    overrides += ["teacher={path: runs/teacher/teacher}"]
+    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
+    command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    whole = [{k: v for k, v in r.items() if k not in MEASURED} for r in log(here / "runs/whole")]
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        parts = here / "runs" / how.name
+        process = subprocess.Popen(
+            [*command, f"out={parts}"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        wait_for(process, parts / "log.jsonl", '"2-steps", "stage_index": 1, "update": 7')
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+        if how != signal.SIGKILL:
+            assert process.returncode == 130, how
+            assert err.startswith("diffkd: interrupted; a checkpoint is saved"), err
+        assert not (parts / "students/1-steps").exists()
+        assert cli("distill", "distill.yaml", *overrides, f"out={parts}").code == 0
+        for name in ("4-steps", "2-steps", "1-steps"):
+            assert same(network(here / "runs/whole/students" / name), network(parts / "students" / name)), how
+        assert [{k: v for k, v in r.items() if k not in MEASURED} for r in log(parts)] == whole, how
+
+
+def held():
+    """Bytes of all the tensors that there are (a compiler's pretended ones are of other types)."""
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.slow
+def test_memory_holds_each_network_once(here, cli, monkeypatch):
+    """Between two updates of any stage: teacher, student, its average and Adam's two moments, no more."""
+    wide = "model={channels: [64, 64], norm_groups: 8}"
+    assert cli("train", "teacher.yaml", "evaluation=null", "denoising.updates=1", wide).code == 0
+    one = sum(x.numel() * x.element_size() for x in network(here / "runs/teacher/teacher").values())
+    found = []
+    real = session.run_stage
+
+    def watched(*args, on_update, **options):
+        def counted(done, record):
+            gc.collect()
+            found.append(held() / one)
+            on_update(done, record)
+
+        return real(*args, on_update=counted, **options)
+
+    monkeypatch.setattr(session, "run_stage", watched)
+    # measured with agreement, so that the first teacher is needed to the end
+    overrides = [
+        "teacher={path: runs/teacher/teacher}",
+        "evaluation={samples: 4, batch_size: 4, teacher_steps: [2], metrics: [fid, agreement]}",
+        "training.checkpoint_every=100",  # which is a copy more of each, on the host, while it is written
+    ]
+    gc.collect()
+    others = held() / one
+    assert cli("distill", "distill.yaml", *overrides).code == 0
+    assert len(found) == 3 + 6 + 6
+    assert max(found) - others < 5.5, (found, others)
+
+
+@pytest.mark.slow
+def test_two_processes_are_two_micro_batches(here, cli, launched):
+    """Two of them: the learning rate advances once per update, the weights are the same."""
+    assert cli("train", "teacher.yaml", "evaluation=null").code == 0
+    overrides = [
+        "evaluation={samples: 10, batch_size: 4, teacher_steps: [8], metrics: [fid, agreement]}",
+        "teacher={path: runs/teacher/teacher}",
+        "training.micro_batches=2",
+        "method.steps=[4,1]",
+    ]
+    assert cli("distill", "distill.yaml", *overrides, "out=runs/one").code == 0
+    done = launched(2, "distill", "distill.yaml", *overrides, "out=runs/two")
+    assert done.returncode == 0, done.stderr
+    processes = [
+        json.loads((here / f"runs/{n}/environment.json").read_text())["processes"] for n in ("one", "two")
+    ]
+    assert processes == [1, 2]
+    records = [json.loads((here / f"runs/{n}/metrics.json").read_text()) for n in ("one", "two")]
+    assert [r["protocol"]["processes"] for r in records[1]] == [2] * len(records[0])
+    for one, two in zip(*records, strict=True):
+        assert one["fid"] == pytest.approx(two["fid"], rel=1e-3)
+        assert (one["psnr"] is None) == (two["psnr"] is None)
+    for name in ("4-steps", "1-steps"):
+        one, two = network(here / f"runs/one/students/{name}"), network(here / f"runs/two/students/{name}")
+        difference = max((one[k] - two[k]).abs().max().item() for k in one)
+        assert difference < 1e-5, difference
+    rates = [[r["learning_rate"] for r in log(here / f"runs/{n}")] for n in ("one", "two")]
+    assert rates[0] == rates[1] and len(rates[0]) == 3 + 6
+
+
+def test_a_loss_that_is_no_number(here, cli):
+    code, out, err = cli(
+        "train",
+        "teacher.yaml",
+        "evaluation=null",
+        "denoising.learning_rate=1e30",
+        "training.max_grad_norm=null",
+        "denoising.updates=20",
+    )
+    assert code == 2 and len(err.splitlines()) == 1
+    assert re.search(
+        r"of network student in stage denoising became NaN or infinite at update \d+, noise level t = "
+        r"[\d.e-]+ \(bin [\d.]+ to [\d.]+\), images \d+, .*; 3 updates in a row were skipped before",
+        err,
+    )
+    assert not (here / "runs/teacher/teacher").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_needs_no_change_of_code(here, cli):
+    """16x16 RGB PNGs: a teacher and its students, by configs that differ from the digits' in `data` only."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from digits_folder import make
+
+    assert make(here / "images") == 1797
+    data = "data={kind: folder, path: images, size: 16, channels: 3}"
+    assert cli("train", "teacher.yaml", data).code == 0
+    assert cli("distill", "distill.yaml", data, "teacher={path: runs/teacher/teacher}").code == 0
+    code, _, err = cli(
+        "sample",
+        "runs/students/students/1-steps",
+        "-n",
+        "10",
+        "--classes",
+        "0-9",
+        "--out",
+        "drawn",
+        "--device",
+        "cpu",
+    )
+    assert (code, err) == (0, "")
+    pictures = []
+    for i in range(10):
+        with Image.open(here / f"drawn/{i:06d}.png") as picture:
+            pictures.append(np.asarray(picture))
+    assert all(p.shape == (16, 16, 3) for p in pictures) and np.std(pictures) > 5
+
+
+@pytest.mark.slow
+def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(here, cli):
+    """google/ddpm-cifar10-32 with random weights, saved as that repository is; an update a stage on CPU."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        norm_num_groups=32,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 35.7
+    DDPMPipeline(network, DDPMScheduler(variance_type="fixed_large")).save_pretrained(here / "saved")
+    root = here / "ddpm-cifar10-32"  # everything at the root, as there
+    root.mkdir()
+    (here / "saved/model_index.json").rename(root / "model_index.json")
+    (here / "saved/scheduler/scheduler_config.json").rename(root / "scheduler_config.json")
+    for file in (here / "saved/unet").iterdir():
+        file.rename(root / file.name)
+    import datasets
+
+    rng = np.random.default_rng(0)
+    rows = {"img": [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(8)], "label": [0] * 8}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(here / "cifar")
+    code, out, err = cli(
+        "distill",
+        ROOT / "configs/cifar10/progressive.yaml",
+        f"teacher={{path: {root}}}",
+        f"data.path={here / 'cifar'}",
+        "method.updates=1",
+        "method.updates_v=1",
+        "evaluation=null",
+        "training.batch_size=2",
+        "training.precision=float32",
+        "pictures=0",
+        "training.log_every=1",
+    )
+    assert (code, err) == (0, "")
+    students = here / "runs/cifar10-progressive/students"
+    assert sorted(p.name for p in students.iterdir()) == [
+        f"{n}-steps" for n in (1, 1000, 125, 25, 250, 5, 500)
+    ]
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(students / "1-steps")
+    assert (
+        type(pipeline).__name__ == "DDIMPipeline"
+        and pipeline.unet.num_parameters() == network.num_parameters()
+    )
