@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left; silent where the output is no terminal."""
+"""Progress bars with rate and time left, silent where the output is not a terminal; lines on a console."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from diffkd.errors import printable
+
 
 @contextmanager
 def bar(
@@ -29,3 +31,20 @@ def bar(
     with Progress(*columns, console=console, disable=disable, transient=True) as progress:
         task = progress.add_task(title, total=total, text="")
         yield lambda done, text: progress.update(task, completed=done, text=text)
+
+
+def counter(advance: Callable[[int, str], None], processes: int = 1) -> Callable[[int], None]:
+    """A function that moves a bar on by so many items of this process, of each of `processes` alike."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count * processes
+        advance(done, "")
+
+    return add
+
+
+def say(console: Console, text: str) -> None:
+    """One line as it is: no markup, no colours, never wrapped."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
