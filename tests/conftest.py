@@ -1,12 +1,14 @@
-"""What every test may use: the command in process, tiny stock pipelines, image folders; all made here."""
+"""Fixtures of all tests: the command in one process or several, tiny stock pipelines, folders of images."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from diffkd.cli import main
@@ -21,16 +24,42 @@ from diffkd.io import plugins
 from tests.waiting import ONE_THREAD
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """One: networks of a test are too small to be worth two, which spin where other work shares the cores."""
+def _one_thread() -> None:
+    """Networks this small gain nothing from a second thread, which would spin on cores that others share."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These are the own modules of many tests; that they are run is said once, in whichever came first."""
+    """User modules of many tests: each is announced once per process, in whichever test came first."""
     monkeypatch.setattr(plugins, "announced", {"toy", "wide", "json"})
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """built_once(name, build) -> the folder that build(folder) filled, once for all xdist workers together.
+
+    For what takes seconds to make: trained models, features. Tests read it, or copy it before they write.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"  # a worker's lies in it
+    root.mkdir(exist_ok=True)
+
+    def get(name: str, build: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                unfinished = Path(tempfile.mkdtemp(dir=root))
+                build(unfinished)
+                unfinished.rename(root / name)
+        return root / name
+
+    return get
 
 
 class Outcome(NamedTuple):
@@ -67,8 +96,9 @@ def cli(
 
 
 @pytest.fixture(scope="session")
-def make_pipeline() -> Callable[..., Path]:
-    """make_pipeline(parent, *, ...) -> folder: a tiny UNet2DModel of random weights, saved by diffusers.
+def make_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_pipeline(parent, *, name="pipeline", ...) -> parent/name: a copy of a tiny UNet2DModel of random
+    weights, saved by diffusers once for the same arguments.
 
     prediction: its prediction_type. classes: num_class_embeds. scheduler: "cosine" (zero terminal SNR,
     T = 1024), "linear" (T = 1000), or a dict of scheduler arguments. pipeline: a stock class's name; default
@@ -85,10 +115,9 @@ def make_pipeline() -> Callable[..., Path]:
         "linear": {"num_train_timesteps": 1000, "beta_schedule": "linear"},
     }  # fmt: skip
 
-    def make(
-        parent: Path,
+    def save(
+        folder: Path,
         *,
-        name: str = "pipeline",
         prediction: str = "v_prediction",
         classes: int | None = None,
         size: int | tuple[int, int] = 8,
@@ -97,7 +126,7 @@ def make_pipeline() -> Callable[..., Path]:
         scheduler: str | dict[str, Any] = "cosine",
         pipeline: str | None = None,
         seed: int = 0,
-    ) -> Path:
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = diffusers.UNet2DModel(
@@ -112,15 +141,23 @@ def make_pipeline() -> Callable[..., Path]:
                 add_attention=False,
                 num_class_embeds=classes,
             )
-        name_of_class = pipeline or ("DDIMPipeline" if classes is None else "ConsistencyModelPipeline")
-        kind = diffusers.DDPMScheduler if name_of_class == "DDPMPipeline" else diffusers.DDIMScheduler
+        pipeline = pipeline or ("DDIMPipeline" if classes is None else "ConsistencyModelPipeline")
+        kind = diffusers.DDPMScheduler if pipeline == "DDPMPipeline" else diffusers.DDIMScheduler
         arguments = schedulers[scheduler] if isinstance(scheduler, str) else scheduler
         noise = kind(**{"prediction_type": prediction, **arguments})
-        folder = parent / name
-        getattr(diffusers, name_of_class)(unet=network, scheduler=noise).save_pretrained(
+        getattr(diffusers, pipeline)(unet=network, scheduler=noise).save_pretrained(
             folder, safe_serialization=True
         )
-        return folder
+
+    saved: dict[str, Path] = {}
+
+    def make(parent: Path, *, name: str = "pipeline", **model: Any) -> Path:
+        key = repr(sorted(model.items()))
+        if key not in saved:
+            folder = tmp_path_factory.mktemp("pipeline")
+            save(folder, **model)
+            saved[key] = folder
+        return Path(shutil.copytree(saved[key], parent / name, dirs_exist_ok=True))
 
     return make
 
@@ -165,10 +202,10 @@ def _forking() -> Iterator[subprocess.Popen[str]]:
 def launched(
     _forking: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """launched(2, *args): the `diffkd` command in so many processes that know of each other, on CPUs.
+    """launched(2, *args): the `diffkd` command in so many processes of one group, on CPUs.
 
-    By tests/forking.py, which is sooner there than torchrun; that has tests of its own, in test_stops and
-    test_parallel.
+    By tests/forking.py, which starts them sooner than torchrun; that has tests of its own in
+    tests/runs/test_session.py and tests/runs/test_parallel.py.
     """
 
     def run(processes: int, *args: object, module: str = "diffkd.cli") -> subprocess.CompletedProcess[str]:
@@ -188,7 +225,7 @@ def launched(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each call of a network had."""
+    """The number of images in each call of a network."""
     import diffusers
 
     calls: list[int] = []
@@ -204,7 +241,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def disk(tmp_path):
-    """disk(size) -> a folder that holds so many bytes; again, to make it hold more."""
+    """disk(size) -> a folder on a file system of that size; called again, it resizes it."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = []

@@ -1,8 +1,8 @@
-"""Processes that know of each other, forked from one that has imported everything, which saves each seconds.
+"""A torchrun for tests, whose processes are forked from one that has imported everything: seconds saved each.
 
-`python -m tests.forking` takes jobs, a line of JSON on stdin each: module, whose main() is run with these
-arguments in so many processes, folder, environment, stdout and stderr (files that they write). An exit status
-is a line on stdout.
+`python -m tests.forking` reads jobs from stdin, one line of JSON each: `module`, whose main() runs with
+`arguments` in so many `processes`, their `folder` and `environment`, and the files `stdout` and `stderr` that
+they write to. It answers each job with an exit status, one line on stdout.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import contextlib
 import importlib
 import json
 import os
-import random
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
+
+from torch.distributed import TCPStore
 
 IMPORTED = (  # what diffkd.cli imports when it needs it
     "cli", "runs.benchmark", "runs.classification.distill", "runs.distill", "runs.evaluate", "runs.stats",
@@ -28,18 +28,21 @@ IMPORTED = (  # what diffkd.cli imports when it needs it
 
 
 def together(processes: int, work: Callable[[], object], seconds: float = 300) -> list[int]:
-    """Exit statuses of so many processes that do this work, with torchrun's variables.
+    """Exit statuses of so many processes that do this work, with the environment variables of torchrun.
 
-    As there, the others are told to end when one has failed. They are killed when the time is over.
+    As under torchrun, the parent keeps the store in which they meet, so nobody else can take its port, and
+    when one fails the others are told to end. They are killed after `seconds`.
     """
     end = time.monotonic() + seconds
-    port, children = _port(), []
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = []
     for rank in range(processes):
         child = os.fork()
         if child == 0:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
             }  # fmt: skip
             _end(work)
         children.append(child)
@@ -58,17 +61,8 @@ def together(processes: int, work: Callable[[], object], seconds: float = 300) -
     return [statuses[child] for child in children]
 
 
-def _port() -> int:
-    """A free one, below those that systems give for any, which others' connections are given all the time."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as tried:
-            tried.bind(("", port))
-            return port
-
-
 def _end(work: Callable[[], object]) -> NoReturn:
-    """Does the work of a child, which does not return into what it is a copy of."""
+    """Do the work of a child and exit: it must not return into the copy of its parent."""
     status = 1
     try:
         work()
