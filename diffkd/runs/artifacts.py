@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from accelerate.utils import broadcast_object_list
 from collections.abc import Callable
 from pathlib import Path
-from rich.table import Table
 from typing import Any
+
 import numpy as np
+from accelerate.utils import broadcast_object_list
+from rich.table import Table
+
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Images
 from diffkd.errors import Interrupted
 from diffkd.generation import grids
 from diffkd.generation.drawing import generate
-from diffkd.io.files import append_json
-from diffkd.io.files import new_folder
-from diffkd.io.files import read_json
+from diffkd.io.files import append_json, new_folder, read_json
 from diffkd.io.processes import Processes
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
 from diffkd.metrics.evaluation.image_sets import DataSource
-from diffkd.metrics.evaluation.image_stream import ImageStream
-from diffkd.metrics.evaluation.image_stream import cached
-from diffkd.metrics.evaluation.image_stream import identity
-from diffkd.metrics.evaluation.image_stream import sampled_images
+from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.models import loading
-from diffkd.models import sizes
+from diffkd.models import loading, sizes
 from diffkd.runs import config
-from diffkd.runs.reports import model_card
-from diffkd.runs.reports import run_report
+from diffkd.runs.reports import model_card, run_report
 from diffkd.runs.session import Session
-
 
 PREVIEW_STEPS = 64  # of a preview of a teacher that is not measured
 

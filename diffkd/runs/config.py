@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pydantic import BeforeValidator
-from pydantic import Field
-from pydantic import SerializeAsAny
-from pydantic import model_validator
-from typing import Annotated
-from typing import Any
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule
-from diffkd.core.schedules import from_diffusers
+from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.data import Data
 from diffkd.errors import printable
-from diffkd.io.config import Positive
-from diffkd.io.config import Strict
+from diffkd.io.config import Positive, Strict
 from diffkd.methods.base import Method
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.models.families.unet2d import UNet2D
 from diffkd.models.quantization import Quantize
-from diffkd.models.students import Copy
-from diffkd.models.students import Student
-from diffkd.runs.config_files import check_kind
-from diffkd.runs.config_files import methods_of
+from diffkd.models.students import Copy, Student
+from diffkd.runs.config_files import check_kind, methods_of
 from diffkd.training.config import Training
 
 

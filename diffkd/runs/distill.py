@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+
 from rich.console import Console
 from torch import Tensor
+
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
 from diffkd.data.images import Images
 from diffkd.errors import UserError
-from diffkd.methods.base import Method
-from diffkd.methods.base import Stage
-from diffkd.models import loading
-from diffkd.models import students
-from diffkd.runs import config
-from diffkd.runs import config_files
-from diffkd.runs import session
+from diffkd.methods.base import Method, Stage
+from diffkd.models import loading, students
+from diffkd.runs import config, config_files, session
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.session import NO_OPTIONS
-from diffkd.runs.session import ResumeOptions
-from diffkd.runs.session import Session
-from diffkd.runs.train import train
-from diffkd.runs.train import untrained_teacher
+from diffkd.runs.session import NO_OPTIONS, ResumeOptions, Session
+from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
-
 
 SCORED = 8  # batches that the importance of channels by gradients is the sum over
 
@@ -37,7 +31,9 @@ def distill(settings: config.Distill, console: Console, terms: ResumeOptions = N
     if settings.teacher.train is not None:
         teaching = config_files.load(settings.teacher.train, config.Train)
         source = str(teaching.out / "teacher")
-        teacher = untrained_teacher(teaching, teaching.data.load())  # what it will be, enough to check the rest against
+        teacher = untrained_teacher(
+            teaching, teaching.data.load()
+        )  # what it will be, enough to check the rest against
     else:
         teacher = _teacher(settings, source)
     _check_fits(teacher, images)

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from rich.console import Console
-from typing import Any
 import hashlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.data.images import Images
-from diffkd.errors import Interrupted
-from diffkd.errors import Unfinished
-from diffkd.errors import UserError
-from diffkd.errors import printable
-from diffkd.io.files import format_bytes
-from diffkd.io.files import free_bytes
-from diffkd.io.files import is_disk_full
+from diffkd.errors import Interrupted, Unfinished, UserError, printable
+from diffkd.io.files import format_bytes, free_bytes, is_disk_full
 from diffkd.io.progress import bar
-from diffkd.methods.base import Method
-from diffkd.methods.base import Stage
-from diffkd.metrics.evaluation.evaluator import networks_of
-from diffkd.metrics.evaluation.evaluator import require
+from diffkd.methods.base import Method, Stage
+from diffkd.metrics.evaluation.evaluator import networks_of, require
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.runs import config
-from diffkd.runs import config_files
+from diffkd.runs import config, config_files
 from diffkd.runs.classification.config import Classify
 from diffkd.training.config import Training
 from diffkd.training.launch import is_lost_peer
@@ -59,7 +49,13 @@ class Session:
     """One run's parts. seed: of everything random in it."""
 
     def __init__(
-        self, seed: int, training: Training, accelerator: Accelerator, run: RunFolder, console: Console, stop: StopRequest
+        self,
+        seed: int,
+        training: Training,
+        accelerator: Accelerator,
+        run: RunFolder,
+        console: Console,
+        stop: StopRequest,
     ) -> None:
         self.seed, self.training = seed, training
         self.accelerator = accelerator
@@ -198,7 +194,9 @@ def open_run(
     except (UserError, Unfinished):
         raise
     except Exception as error:
-        if is_lost_peer(error) and (stop.signals or stop.due(early=CLOCK_TOLERANCE)):  # stopped as this one is
+        if is_lost_peer(error) and (
+            stop.signals or stop.due(early=CLOCK_TOLERANCE)
+        ):  # stopped as this one is
             raise Interrupted(due=not stop.signals) from error
         if is_disk_full(error):
             raise Unfinished(

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from torch import nn
 import json
-import numpy as np
 import os
-import pytest
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from diffkd.core.classifier import Classifier
-from diffkd.core.losses import UNLABELLED
-from diffkd.core.losses import knowledge_distillation
+from diffkd.core.losses import UNLABELLED, knowledge_distillation
 from diffkd.core.schedules import Schedule
 from diffkd.data import splits
 from diffkd.data.digits import Digits
@@ -27,19 +27,14 @@ from diffkd.errors import UserError
 from diffkd.methods.base import Batch
 from diffkd.methods.logits import Logits
 from diffkd.models import sizes
-from diffkd.runs import config
-from diffkd.runs import config_files
-from diffkd.runs.classification import config
-from diffkd.runs.classification import distill
-from diffkd.runs.classification import networks
+from diffkd.runs import config, config_files
+from diffkd.runs.classification import config, distill, networks
 from diffkd.runs.classification.artifacts import correct
 from diffkd.runs.classification.cnn import CNN
-from diffkd.runs.classification.report import mean_of
-from diffkd.runs.classification.report import table_rows
+from diffkd.runs.classification.report import mean_of, table_rows
 from tests.refusals import refuse
 from tests.runs.test_run_report import Page
 from tests.waiting import wait_for
-
 
 COSINE = Schedule.cosine(64)
 CONFIG = {
@@ -549,7 +544,6 @@ def test_what_is_refused(here, cli, overrides, says):
 
 def test_a_method_of_the_other_kind_is_refused(here, tmp_path):
     from diffkd.runs import config
-    from diffkd.runs import config_files
 
     content = {**CONFIG, "method": {"name": "progressive", "steps": [2]}}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-from typing import Literal
-from typing import get_args
-from typing import get_origin
-import diffkd
 import importlib
 import pkgutil
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
 import pydantic
 import pytest
 import yaml
+
+import diffkd
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
@@ -23,12 +22,8 @@ from diffkd.methods.progressive import Progressive
 from diffkd.metrics.evaluation.image_sets import parse
 from diffkd.runs import config
 from diffkd.runs.classification.config import Classify
-from diffkd.runs.config import Benchmark
-from diffkd.runs.config import Distill
-from diffkd.runs.config import Train
-from diffkd.runs.config_files import load
-from diffkd.runs.config_files import resolved
-
+from diffkd.runs.config import Benchmark, Distill, Train
+from diffkd.runs.config_files import load, resolved
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -339,7 +334,7 @@ def test_a_method_of_the_users_own(tmp_path, monkeypatch):
         "    reference = 'none'\n"
         "    strength: float = 1.0\n"
         "    def stages(self, start): return [Stage('mine', 1, 1e-3)]\n"
-        "    def losses(self, nets, batch, stage, rng): yield from ()\n"
+        "    def losses(self, nets, batch, step, rng): yield from ()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     content = distill(tmp_path, "method={name: my_lab.mine, strength: 0.5}")

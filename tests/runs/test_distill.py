@@ -1,23 +1,24 @@
 """The two jobs, whole, at a small size: through the command, as a user runs them."""
 
-from PIL import Image
-from pathlib import Path
-from safetensors.torch import load_file
-import diffkd
 import gc
 import json
-import numpy as np
 import os
-import pytest
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffkd
 from diffkd.runs import session
 from tests.waiting import wait_for
-
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline
+import json
 from html.parser import HTMLParser
-from markdown_it import MarkdownIt
 from pathlib import Path
 from typing import Any
-import json
+
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+from markdown_it import MarkdownIt
+
 from diffkd.core.denoiser import Denoiser
 from diffkd.generation.drawing import generate
 from diffkd.models import loading

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 import base64
 import io
 import json
 import math
-import numpy as np
 import os
-import pytest
 import re
 import sys
-from diffkd.runs.reports import run_report
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffkd.runs.reports import run_report
 
 pytest.importorskip("matplotlib")
 TEACHER = {8: 2.5, 32: 1.25, 2: 31.0, 1: 62.5}  # not in order: the page puts them in order

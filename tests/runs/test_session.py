@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 import contextlib
 import json
 import os
-import pytest
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 import yaml
+
 from diffkd.cli.options import duration
 from diffkd.errors import UserError
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.session import Session
-from diffkd.runs.session import 
 from tests.refusals import refuse
-from tests.runs.test_distill import CONFIG
-from tests.runs.test_distill import MEASURED
-from tests.runs.test_distill import TEACHER
-from tests.runs.test_distill import network
-from tests.runs.test_distill import same
-from tests.waiting import LAUNCHED
-from tests.waiting import ONE_THREAD
-from tests.waiting import wait_for
-
+from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, network, same
+from tests.waiting import LAUNCHED, ONE_THREAD, wait_for
 
 FOREVER = ["evaluation=null", "pictures=0", "method.steps=[4,1]", "training.checkpoint_every=1000"]
 
@@ -179,10 +173,10 @@ class Slow(Method):
     def stages(self, start):
         return progressive.Progressive(steps=[4], updates=50).stages(start)
 
-    def losses(self, nets, batch, stage, rng):
-        yield from progressive.Progressive(steps=[4], updates=50).losses(nets, batch, stage, rng)
+    def losses(self, nets, batch, step, rng):
+        yield from progressive.Progressive(steps=[4], updates=50).losses(nets, batch, step, rng)
 
-    def after_update(self, nets, stage):
+    def after_update(self, nets, step):
         open("asleep", "a").write("x")
         time.sleep(60)
 '''

@@ -1,27 +1,21 @@
 """Runs whose student is smaller than its teacher, whole, at a small size: through the command."""
 
-from diffusers import DiffusionPipeline
-from types import SimpleNamespace
-import diffkd
 import json
-import pytest
 import re
+from types import SimpleNamespace
+
+import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+
+import diffkd
 from diffkd.errors import UserError
 from diffkd.models import sizes
-from diffkd.runs import config
-from diffkd.runs import config_files
-from diffkd.runs import session
+from diffkd.runs import config, config_files, session
 from diffkd.runs.session import Session
 from tests.refusals import refuse
-from tests.runs.test_distill import CONFIG
-from tests.runs.test_distill import MEASURED
-from tests.runs.test_distill import TEACHER
-from tests.runs.test_distill import log
-from tests.runs.test_distill import network
-from tests.runs.test_distill import same
-
+from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, log, network, same
 
 DEEP = {**TEACHER, "model": {"channels": [8, 16], "layers": 2, "norm_groups": 4}, "evaluation": None}
 BLOCKS = ["down_blocks.*.resnets.1", "up_blocks.*.resnets.1", "mid_block"]
@@ -77,7 +71,6 @@ def test_compressed_then_faster(here, cli, student):
 )
 def test_a_stopped_run_goes_on_with_the_same_bits(here, cli, student, monkeypatch):
     """With projectors, whose weights and moments are in the checkpoint, and importance by gradients."""
-    from diffkd.runs.session import Session
 
     write("whole.yaml", student=student, out="runs/whole")
     write("parts.yaml", student=student, out="runs/parts")

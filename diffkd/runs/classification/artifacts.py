@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
 import statistics
 import time
+from pathlib import Path
+from typing import Any
+
 import torch
+
 from diffkd.core.classifier import Classifier
 from diffkd.core.noise import add_noise
 from diffkd.data.images import Images
-from diffkd.io.files import append_json
-from diffkd.io.files import new_file
-from diffkd.io.files import read_json
+from diffkd.io.files import append_json, new_file, read_json
 from diffkd.models import sizes
 from diffkd.models.loading import card
 from diffkd.runs.classification import report
 from diffkd.runs.classification.config import Classify
 from diffkd.runs.reports import tables
 from diffkd.runs.session import Session
-
 
 Record = dict[str, Any]
 BATCH = 256

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
-from torch import nn
-from torch.nn import functional as F
-from typing import Annotated
 import math
-import torch
-from diffkd.io.config import Strict
+from typing import Annotated
 
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffkd.io.config import Strict
 
 FREQUENCIES = 16  # of the time embedding: a sine and a cosine of each
 LONGEST = 10_000.0  # of their periods, in steps of the schedule's table

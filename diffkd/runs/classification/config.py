@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pydantic import BeforeValidator
-from pydantic import Field
-from pydantic import SerializeAsAny
-from pydantic import StringConstraints
-from pydantic import model_validator
-from typing import Annotated
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, StringConstraints, model_validator
+
 from diffkd import methods
 from diffkd.core.classifier import Classifier
 from diffkd.data import Data
 from diffkd.errors import UserError
-from diffkd.io.config import Strict
-from diffkd.io.config import read_yaml
+from diffkd.io.config import Strict, read_yaml
 from diffkd.methods.base import Method
 from diffkd.methods.logits import Logits
 from diffkd.runs import config_files
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.config import Distill
-from diffkd.runs.config import NoiseSchedule
+from diffkd.runs.config import Distill, NoiseSchedule
 from diffkd.training.config import Training
-
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,40}$")]  # a part of a folder's name
 Share = Annotated[float, Field(gt=0, le=1)]

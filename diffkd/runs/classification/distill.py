@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from rich.console import Console
-from typing import Any
-from typing import Literal
-import dataclasses
+from typing import Any, Literal
+
 import torch
+from rich.console import Console
+
 from diffkd.core.classifier import Classifier
 from diffkd.core.digest import digest
 from diffkd.core.noise import derived_seed
@@ -18,20 +19,15 @@ from diffkd.data import splits
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.io.files import new_folder
-from diffkd.methods.base import Method
-from diffkd.methods.base import Stage
+from diffkd.methods.base import Method, Stage
 from diffkd.methods.logits import Logits
-from diffkd.runs import config_files
-from diffkd.runs import session
+from diffkd.runs import config_files, session
 from diffkd.runs.classification import networks
 from diffkd.runs.classification.artifacts import ClassifierArtifacts
 from diffkd.runs.classification.config import Classify
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.session import NO_OPTIONS
-from diffkd.runs.session import ResumeOptions
-from diffkd.runs.session import Session
+from diffkd.runs.session import NO_OPTIONS, ResumeOptions, Session
 from diffkd.training import launch
-
 
 Role = Literal["teacher", "labels", "distilled"]
 

@@ -4,32 +4,27 @@ the folder's."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from diffusers import DDIMScheduler
 from pathlib import Path
-from pydantic import Field
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from torch import nn
-from typing import Annotated
-from typing import Any
+from typing import Annotated, Any
+
 import torch
+from diffusers import DDIMScheduler
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from diffkd.core.classifier import Classifier
-from diffkd.core.schedules import Schedule
-from diffkd.core.schedules import from_diffusers
+from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
-from diffkd.io.config import Strict
-from diffkd.io.config import validation_message
+from diffkd.io.config import Strict, validation_message
 from diffkd.io.files import write_json
 from diffkd.io.plugins import import_user_module
-from diffkd.io.text import quoted
-from diffkd.io.text import reason
+from diffkd.io.text import quoted, reason
 from diffkd.models import validation
 from diffkd.models.loading import CARD
 from diffkd.runs.classification import cnn
 from diffkd.runs.reports.model_card import escaped
-
 
 BUILTIN_NETWORKS = {"cnn": cnn.Arguments}
 WEIGHTS = "model.safetensors"
@@ -50,7 +45,9 @@ class Network(Strict):
 
         Raises UserError for an unknown name, arguments that it does not take, and another shape of logits.
         """
-        network = self._own() if self.name not in BUILTIN_NETWORKS else self._ours(shape[0], num_classes, timed)
+        network = (
+            self._own() if self.name not in BUILTIN_NETWORKS else self._ours(shape[0], num_classes, timed)
+        )
         _check_logits(network, self.name, shape, num_classes, timed)
         return network
 
@@ -79,7 +76,9 @@ def _arguments(name: str, given: Mapping[str, Any], where: str = "arguments") ->
     try:
         return BUILTIN_NETWORKS[name].model_validate(dict(given))
     except ValidationError as error:
-        raise UserError(validation_message(error, BUILTIN_NETWORKS[name], f"{where} of network {name},")) from error
+        raise UserError(
+            validation_message(error, BUILTIN_NETWORKS[name], f"{where} of network {name},")
+        ) from error
 
 
 def _check_logits(

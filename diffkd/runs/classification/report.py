@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-from typing import NamedTuple
 import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
 from diffkd.io.files import new_file
 from diffkd.runs import config_files
 from diffkd.runs.classification.config import Classify
-from diffkd.runs.reports import page
-from diffkd.runs.reports import plots
-from diffkd.runs.reports import run_report
+from diffkd.runs.reports import page, plots, run_report
 from diffkd.runs.reports.model_card import escaped
-
 
 Record = dict[str, Any]
 TITLES = ("model", "parameters", "MACs", "ms an image", "accuracy, %")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
 from diffkd.core.denoiser import Denoiser
-from diffkd.io.files import new_file
-from diffkd.io.files import write_json
+from diffkd.io.files import new_file, write_json
 from diffkd.metrics.evaluation.records import shown
 from diffkd.models import sizes
 from diffkd.models.loading import CARD

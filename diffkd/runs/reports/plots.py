@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
 import html
 import io
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from diffkd.io.files import new_file
 from diffkd.metrics.evaluation.records import seconds_per_image
-
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,24 +5,22 @@ It reads the run folder and nothing else: a page can be made of any run, at any 
 
 from __future__ import annotations
 
-from PIL import Image
-from collections.abc import Iterable
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-from typing import NamedTuple
 import base64
 import html
 import io
 import math
 import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
 from diffkd.data.decoding import open_image
 from diffkd.errors import printable
 from diffkd.io.files import new_file
 from diffkd.io.text import from_json
-from diffkd.runs.reports import page
-from diffkd.runs.reports import plots
-
+from diffkd.runs.reports import page, plots
 
 Record = dict[str, Any]
 Stages = dict[str, list[Record]]
