@@ -1,13 +1,13 @@
-"""Files that nobody meant: every loader reads them or raises UserError, and does nothing else.
+"""Malformed files of every kind: each loader reads them or raises UserError, and does nothing else.
 
-No other error, no pickle opened (each would leave `exploded`), nothing written but where it was told, no
-gigabyte of memory taken, no minute spent. The inputs are made by hypothesis, the same ones every time: INPUTS
-of them in the quick pass, SLOW times as many in the slow one.
+No other error, no pickle opened (each would leave `exploded`), nothing written outside the folder given, less
+than a gigabyte of memory and 20 seconds of processor time. Hypothesis makes the inputs, the same ones each
+time: a tenth of INPUTS by default, all of them in the exhaustive pass.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import io
 import json
 import pickle
@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -50,17 +50,14 @@ from diffkd.runs.classification import networks
 from diffkd.runs.classification.config import Classify
 from diffkd.runs.reports import model_card, tables
 
-INPUTS = {  # of the quick pass
-    "config text": 300, "config values": 400, "damaged arrays": 400, "made archives": 300,
-    "odd statistics": 250, "damaged images": 350, "made-up images": 150, "damaged pipelines": 160,
-    "edited pipelines": 200, "cards": 200, "records": 400, "classifiers": 200,
+INPUTS = {
+    "config text": 900, "config values": 1200, "damaged arrays": 1200, "made archives": 900,
+    "odd statistics": 750, "damaged images": 1000, "made-up images": 450, "damaged pipelines": 480,
+    "edited pipelines": 600, "cards": 600, "records": 1200, "classifiers": 600,
 }  # fmt: skip
-SLOW = 3  # times as many
-SECONDS, MEMORY = 20, 1 << 30  # of one input, of all
+SECONDS, MEMORY = 20, 1 << 30  # processor time of one input, memory of all
 TRIED: Counter[str] = Counter()
-FUZZ = settings(
-    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
+FUZZ = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
     pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning"),
@@ -68,11 +65,11 @@ pytestmark = [
 
 
 class Hung(BaseException):
-    """Not an Exception: no loader takes it for its own."""
+    """A BaseException, so that no loader handles it."""
 
 
 class Canary:
-    """Unpickled, it leaves a file."""
+    """Leaves a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,14 +80,14 @@ class Canary:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where inputs lie: deep enough that ../../evil is still ours to see."""
+    """The folder of all inputs, deep enough that a file written to ../../evil is found."""
     folder = tmp_path_factory.mktemp("fuzz") / "one" / "two" / "three"
     folder.mkdir(parents=True)
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_else_happens(place: Path) -> Iterator[None]:
+def _no_side_effects(place: Path) -> Iterator[None]:
     def around() -> set[str]:
         inside = {str(p) for p in place.parents[2].rglob("*") if place not in p.parents}
         return inside | {str(p) for p in [*Path("/").iterdir(), *Path.cwd().iterdir()] if "evil" in p.name}
@@ -114,50 +111,50 @@ def exploded(place: Path) -> Path:
 
 
 def tried(what: str, call: Callable[[], Any]) -> Any:
-    """What the call gives, or the one error that a loader may raise, which is one clean line."""
+    """The call's result, or the UserError that it raised, which must be one printable line."""
     TRIED[what] += 1
 
     def hung(*_: object) -> None:
         raise Hung(what)
 
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, hung)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return call()
     except UserError as error:
         assert str(error).isprintable() and 10 < len(str(error)) < 3000
         return error
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def fuzz(what: str) -> Any:
-    """A test of INPUTS[what] inputs, drawn by its last argument, and a slow one of SLOW times as many."""
+    """Decorates a test that draws its inputs from `data`: run with a tenth of INPUTS[what], or with all."""
 
     def made(test: Any) -> Any:
-        def longer(*args: Any, **kwargs: Any) -> None:
-            test(*args, **kwargs)
+        few, many = INPUTS[what] // 10, INPUTS[what]
 
-        functools.update_wrapper(longer, test)
-        more = settings(FUZZ, max_examples=SLOW * INPUTS[what])(seed(1)(given(data=st.data())(longer)))
-        globals()[f"{test.__name__}_at_length"] = pytest.mark.slow(counted(more))
-        return counted(settings(FUZZ, max_examples=INPUTS[what])(given(data=st.data())(test)))
-
-    def counted(whole: Any) -> Any:
-        @functools.wraps(whole)
-        def run(*args: Any, **kwargs: Any) -> None:
+        @pytest.mark.parametrize("inputs", [few, pytest.param(many, marks=pytest.mark.exhaustive)])
+        def run(inputs: int, **fixtures: Any) -> None:
             before = TRIED[what]
-            whole(*args, **kwargs)
-            assert TRIED[what] - before >= 0.9 * INPUTS[what]  # some spaces are smaller than was asked for
-            assert "place" not in kwargs or not exploded(kwargs["place"]).exists()
+            settings(FUZZ, max_examples=inputs)(given(data=st.data())(test))(**fixtures)
+            assert TRIED[what] - before >= 0.9 * inputs  # some spaces hold fewer
+            assert "place" not in fixtures or not exploded(fixtures["place"]).exists()
 
+        names = ["inputs", *inspect.signature(test).parameters][
+            :-1
+        ]  # pytest provides these, hypothesis `data`
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        )
+        run.__doc__ = test.__doc__
         return run
 
     return made
 
 
-# what is drawn --------------------------------------------------------------------------------------------
+# strategies -----------------------------------------------------------------------------------------------
 
 NAMES = ["../../evil", "/evil", "evil\x1b[31m", "a\nb", "e" * 300, "\udcff", "..", "", "C:\\evil", "\0"]
 ODD = st.one_of(
@@ -169,14 +166,14 @@ ODD = st.one_of(
 
 
 def damaged(draw: Any, content: bytes) -> bytes:
-    """The bytes cut short, bits turned, a stretch left out, doubled or overwritten."""
+    """The bytes cut short, bits flipped, or a stretch left out, doubled or overwritten."""
     kind = draw(st.sampled_from(["cut", "bits", "bits", "zeros", "out", "double", "text"]))
     at, length = draw(st.integers(0, len(content) - 1)), draw(st.integers(1, 64))
     if kind == "cut":
         return content[:at]
     if kind == "bits":
         turned = bytearray(content)
-        near = draw(st.booleans())  # headers are where the harm is
+        near = draw(st.booleans())  # a header is where it matters
         for _ in range(draw(st.integers(1, 8))):
             turned[draw(st.integers(0, min(len(content), 200) - 1 if near else len(content) - 1))] ^= 1 << (
                 draw(st.integers(0, 7))
@@ -190,7 +187,7 @@ def damaged(draw: Any, content: bytes) -> bytes:
 
 
 def edited(draw: Any, content: Any, odd: Any = ODD) -> Any:
-    """The same objects with one to three places replaced or left out."""
+    """The same objects with one to three values replaced or left out."""
     content = deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
         node = content
@@ -275,7 +272,7 @@ def test_a_config_of_any_text(place, data):
 
 
 @fuzz("config values")
-def test_a_config_of_other_values(place, data):
+def test_a_config_with_odd_values(place, data):
     kind, content = data.draw(st.sampled_from(CONFIGS))
     path = place / "config.yaml"
     path.write_text(yaml.safe_dump(edited(data.draw, content, ODD)), encoding="utf-8")
@@ -302,7 +299,7 @@ FILES = [npz(**STATISTICS), npz(arr_0=PIXELS, arr_1=np.arange(6)), npz(**STATIST
 
 
 def opened(path: Path) -> None:
-    """As a reference, as images to be measured, and as statistics."""
+    """Open it as a reference, as images to evaluate, and as statistics."""
     reference = tried_quietly(lambda: Reference(image_sets.File(path=path)))
     if reference is not None:
         tried_quietly(lambda: evaluate.usual_features(reference))
@@ -320,7 +317,7 @@ def tried_quietly(call: Callable[[], Any]) -> Any:
 
 
 def damaged_within(draw: Any, content: bytes) -> bytes:
-    """One array damaged, and the archive whole: its checksums tell nothing."""
+    """An intact archive of damaged arrays, which its checksums cannot tell."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         found = {name: archive.read(name) for name in archive.namelist()}
     name = draw(st.sampled_from(list(found)))
@@ -333,7 +330,7 @@ def damaged_within(draw: Any, content: bytes) -> bytes:
 
 
 @fuzz("damaged arrays")
-def test_arrays_that_were_damaged(place, data):
+def test_damaged_arrays(place, data):
     content = data.draw(st.sampled_from(FILES))
     how = data.draw(st.integers(0, 9))
     if how == 0:
@@ -386,7 +383,7 @@ def members(draw: Any) -> tuple[str, Any]:
 
 
 @fuzz("made archives")
-def test_archives_that_no_tool_wrote(place, data):
+def test_hand_made_archives(place, data):
     found = data.draw(st.lists(members(), max_size=5))
     packed = data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
     suffixed = data.draw(st.integers(0, 3))
@@ -447,7 +444,7 @@ OTHERS = [
 
 
 def both_readers(place: Path, name: str, content: bytes) -> None:
-    """Training's reader and evaluation's: what one refuses, the other does."""
+    """Training's reader and evaluation's give the same pixels, or both refuse."""
     root = place / "images"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -455,7 +452,7 @@ def both_readers(place: Path, name: str, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except (OSError, ValueError):
-        return  # no file system has that name
+        return  # not a name that this file system takes
     spec = Folder(kind="folder", path=root, size=6, channels=3, upscale=True)
     trained = tried_quietly(lambda: spec.load().pixels.transpose(0, 2, 3, 1))
     measured = tried_quietly(lambda: image_sets.FolderSource(root, 6).read(0, 1).numpy())
@@ -465,14 +462,14 @@ def both_readers(place: Path, name: str, content: bytes) -> None:
 
 
 @fuzz("damaged images")
-def test_images_that_were_damaged(place, data):
+def test_damaged_images(place, data):
     suffix = data.draw(st.sampled_from(list(IMAGES)))
     content = damaged(data.draw, data.draw(st.sampled_from(IMAGES[suffix])))
     tried("damaged images", lambda: both_readers(place, f"x{suffix}", content))
 
 
 @fuzz("made-up images")
-def test_images_that_are_none(place, data):
+def test_files_that_are_not_images(place, data):
     name = data.draw(st.sampled_from(["x", "\x1b[31m", "a\nb", "e" * 200, "\udcff\udcfe", "-rf", "*", " "]))
     suffix = data.draw(st.sampled_from(SUFFIXES))
     whole = [one for several in IMAGES.values() for one in several]
@@ -493,7 +490,7 @@ CARD = {"steps": 4, "num_classes": None, "null_label": None, "num_train_timestep
 
 @pytest.fixture(scope="module")
 def pipeline(place, make_pipeline) -> Path:
-    """Canaries lie wherever weights or code may be looked for."""
+    """Canaries lie wherever a loader might look for weights or code."""
     folder = make_pipeline(place)
     (folder / "diffkd.json").write_text(json.dumps(CARD))
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "x.ckpt", "x.pkl"):
@@ -506,7 +503,7 @@ def pipeline(place, make_pipeline) -> Path:
 
 
 def with_file(folder: Path, name: str, content: bytes) -> None:
-    """Opened by both ways with one file of its own exchanged, which is put back."""
+    """Open the pipeline both ways with one of its files replaced, then restore that file."""
     path = folder / name
     before = path.read_bytes()
     path.write_bytes(content)
@@ -521,14 +518,14 @@ def with_file(folder: Path, name: str, content: bytes) -> None:
 
 
 @fuzz("damaged pipelines")
-def test_pipelines_that_were_damaged(pipeline, data):
+def test_damaged_pipelines(pipeline, data):
     name = data.draw(st.sampled_from([*PARTS, PARTS[3]]))
     content = damaged(data.draw, (pipeline / name).read_bytes())
     tried("damaged pipelines", lambda: with_file(pipeline, name, content))
 
 
 @fuzz("edited pipelines")
-def test_pipelines_that_were_edited(pipeline, data):
+def test_edited_pipelines(pipeline, data):
     name = data.draw(st.sampled_from([*PARTS[:3], PARTS[1], PARTS[2], PARTS[2]]))
     content = edited(data.draw, json.loads((pipeline / name).read_text()))
     if name == PARTS[0] and data.draw(st.booleans()):
@@ -543,7 +540,7 @@ def test_pipelines_that_were_edited(pipeline, data):
 
 
 @fuzz("cards")
-def test_cards_that_were_edited(place, record, data):
+def test_edited_cards(place, record, data):
     content = edited(data.draw, {**CARD, "metrics": [record]})
     (place / "card").mkdir(exist_ok=True)
     (place / "card" / "diffkd.json").write_text(json.dumps(content))
@@ -557,7 +554,7 @@ def test_cards_that_were_edited(place, record, data):
 
 
 @fuzz("classifiers")
-def test_classifiers_of_anybodys_making(place, data):
+def test_damaged_and_edited_classifiers(place, data):
     folder = place / "classifier"
     if not folder.exists():
         folder.mkdir()
@@ -586,7 +583,7 @@ def test_classifiers_of_anybodys_making(place, data):
 
 @pytest.fixture(scope="module")
 def record(place) -> dict[str, Any]:
-    """A real one, of images of the house's own."""
+    """A real record, of random images."""
     (place / "measured.npz").write_bytes(FILES[1])
     (place / "reference.npz").write_bytes(npz(arr_0=PIXELS[::-1], arr_1=np.arange(6)))
     subject = Target(str(place / "measured.npz"))
@@ -599,7 +596,7 @@ def record(place) -> dict[str, Any]:
 
 
 @fuzz("records")
-def test_records_that_were_edited(place, record, data):
+def test_edited_records(place, record, data):
     path = place / "edited.json"
     if data.draw(st.integers(0, 3)):
         path.write_text(json.dumps(edited(data.draw, [record])))
@@ -610,7 +607,9 @@ def test_records_that_were_edited(place, record, data):
         quiet = Console(file=io.StringIO())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", lambda count: None)
-            patch.setattr(sampling_error, "_simulated", lambda spectrum, counts: 0.0)  # most of the time
+            patch.setattr(
+                sampling_error, "_simulated", lambda spectrum, counts: 0.0
+            )  # takes most of the time
             patch.setattr(HubDataset, "_rows", unreachable_rows)
             tried_quietly(lambda: evaluate.repeat(path, quiet))
         tried_quietly(lambda: tables.compare(path, place / "record.json", quiet))
@@ -620,13 +619,13 @@ def test_records_that_were_edited(place, record, data):
 
 
 def unreachable_rows(self: Any) -> Any:
-    raise UserError("no data sets in a test")
+    raise UserError("no datasets in a test")
 
 
 # the canary -----------------------------------------------------------------------------------------------
 
 
-def test_a_canary_does_what_it_should(tmp_path):
+def test_the_canary_itself_works(tmp_path):
     pickle.loads(pickle.dumps(Canary(tmp_path / "exploded")))
     assert (tmp_path / "exploded").exists()
     (tmp_path / "objects.npy").write_bytes(objects(tmp_path / "again"))
