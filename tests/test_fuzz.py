@@ -142,11 +142,9 @@ def fuzz(what: str) -> Any:
             assert TRIED[what] - before >= 0.9 * inputs  # some spaces hold fewer
             assert "place" not in fixtures or not exploded(fixtures["place"]).exists()
 
-        names = ["inputs", *inspect.signature(test).parameters][
-            :-1
-        ]  # pytest provides these, hypothesis `data`
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        *fixtures, _ = inspect.signature(test).parameters  # the last is `data`, by hypothesis
+        run.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("inputs", *fixtures)]
         )
         run.__doc__ = test.__doc__
         return run
