@@ -1,0 +1,177 @@
+"""What the docs name exists: functions, files, links, commands, and the tests behind each promise."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.test_imports import ROOMS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FOLDERS = ("diffkd", "docs", "tests", "scripts", "configs")
+EXTRA = {"slow", "exhaustive"}  # marks of tests that only `scripts/test --all` runs
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on the usual hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def expand(path: str) -> list[str]:
+    """`a/{b,c}.py` -> `a/b.py`, `a/c.py`."""
+    parts = [part.split(",") for part in re.split(r"[{}]", path)]
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def resolves(dotted: str) -> bool:
+    parts = dotted.split(".")
+    found = importlib.import_module(parts[0])
+    for index, part in enumerate(parts[1:], start=2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:index]))
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_dotted_names_resolve(page):
+    named = set(re.findall(r"(?<![\w/-])diffkd(?:\.[A-Za-z_]\w*)+(?!/)", text(page)))
+    assert [one for one in sorted(named - {"diffkd.json"}) if not resolves(one)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_paths_exist(page):
+    """Paths from the repository's root. Pages on contributing may name files that the reader will write."""
+    wrong = []
+    for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./{{}},*-]*[\w}}/]", text(page)):
+        for one in expand(path):
+            exists = any(ROOT.glob(one.rstrip("/")))
+            planned = page.parent.name == "contributing" or "NAME" in one
+            if not exists and not (planned and (ROOT / one).parent.is_dir()):
+                wrong.append(one)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    wrong = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        headings = re.findall(r"^#+ (.+)$", text(target), re.MULTILINE) if anchor and target.is_file() else []
+        if not target.exists() or (anchor and anchor not in map(slug, headings)):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        for link in re.findall(r"\]\(([^)#\s]+)", text(page)):
+            target = (page.parent / link).resolve()
+            pages = target.glob("*.md") if target.is_dir() else [target] if target.suffix == ".md" else []
+            waiting += [one for one in pages if one.is_file() and one not in reached]
+    assert [name(page) for page in PAGES if page not in reached] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_have_these_options(page):
+    from diffkd.cli import app
+
+    commands = typer.main.get_command(app).commands
+    wrong = []
+    for block in re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            called = re.search(r"(?:^|-m )diffkd(?:\.cli)? +([a-z]\w*)([^#]*)", line)
+            if called is None:
+                continue
+            command = commands.get(called[1])
+            if command is None:
+                wrong.append(line)
+                continue
+            options = {one for parameter in command.params for one in parameter.opts}
+            given = re.findall(r"(?<!\S)--?[a-z][\w-]*", called[2])
+            wrong += [f"{called[1]} {one}" for one in given if one not in options]
+    assert wrong == []
+
+
+def test_the_readme_is_short_and_shows_the_rooms_in_order():
+    lines = text(ROOT / "README.md").splitlines()
+    assert len(lines) <= 150
+    shown = [found[1] for line in lines if (found := re.match(r"diffkd/(\w+)/ ", line))]
+    assert shown == [room for room in ROOMS if room != "errors"]
+
+
+def marks(test: str) -> tuple[set[str], set[str]]:
+    """Marks of EXTRA on every case of a test, and on some of its cases (through a helper of its file too)."""
+    path, _, function = test.partition("::")
+    tree = ast.parse(text(ROOT / path))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    close = difflib.get_close_matches(function, functions, n=1, cutoff=0.4)
+    assert function in functions, f"docs/reliability.md names {test}; the file has {close}"
+
+    def named(node: ast.AST) -> set[str]:
+        return EXTRA & {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
+
+    decorators = functions[function].decorator_list
+    whole = [one for one in decorators if isinstance(one, ast.Attribute)]
+    whole += [node.value for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in
+              {target.id for target in node.targets if isinstance(target, ast.Name)}]  # fmt: skip
+    helpers = [functions[one.func.id] for one in decorators if isinstance(one, ast.Call)
+               and isinstance(one.func, ast.Name) and one.func.id in functions]  # fmt: skip
+    return set().union(*map(named, whole)), set().union(*map(named, [*decorators, *helpers, *whole]))
+
+
+def promises() -> list[tuple[str, list[str], list[str]]]:
+    """The rows of docs/reliability.md: promise, tests that always run, tests that `--all` adds."""
+    rows = [line.strip("|").split(" | ") for line in text(ROOT / "docs/reliability.md").splitlines()
+            if "::test_" in line]  # fmt: skip
+    return [
+        (cells[0].strip(), *(re.findall(r"`(tests/\S+::\w+)", cell) for cell in cells[1:3])) for cells in rows
+    ]
+
+
+def test_every_promise_has_a_default_test():
+    assert len(promises()) >= 8
+    for promise, default, extra in promises():
+        assert default, promise
+        for test in default:
+            assert not marks(test)[0], f"{test} does not run by default, and stands for: {promise}"
+        for test in extra:
+            assert marks(test)[1], f"{test} runs by default; name it in the other column of: {promise}"
+
+
+@pytest.mark.parametrize(
+    ("dotted", "expected"),
+    [
+        ("diffkd.load", True),
+        ("diffkd.core.samplers.ddim_step", True),
+        ("diffkd.schedules.Schedule.cosine", True),
+        ("diffkd.engine", False),
+        ("diffkd.core.samplers.nothing", False),
+    ],
+)
+def test_names_that_are_gone_are_seen(dotted, expected):
+    assert resolves(dotted) is expected
