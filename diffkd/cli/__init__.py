@@ -34,7 +34,7 @@ for command in (
 
 def main() -> None:
     """Entry point: a user's error is one line on stderr and exit status 2."""
-    from diffkd.errors import Interrupted, Unfinished, UserError, line
+    from diffkd.errors import Interrupted, Unfinished, UserError, one_line
 
     try:
         status = app(standalone_mode=False)
@@ -59,7 +59,7 @@ def main() -> None:
             from diffkd.training.launch import is_lost_peer
 
             if is_lost_peer(error):
-                _fail(f"another process of this run is gone; its own error says why ({line(str(error))})", 1)
+                _fail(f"another process of this run is gone; its own error says why ({one_line(str(error))})", 1)
         raise
     sys.exit(status if isinstance(status, int) else 0)
 

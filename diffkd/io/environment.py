@@ -1,31 +1,31 @@
-"""What a run ran on: versions, the commit of the code, memory."""
+"""What a run ran on: package versions, the commit of the code, peak memory."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-PACKAGE = Path(__file__).parents[1]  # all of the code that numbers are made by
+PACKAGE = Path(__file__).parents[1]  # all code that results depend on
 PACKAGES = ("diffkd", "torch", "diffusers", "accelerate", "torchmetrics", "safetensors", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Of Python and of those of PACKAGES that are installed."""
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def peak_rss() -> int:
-    """Bytes: the most that this process has held in memory."""
+    """The peak resident memory of this process, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -35,7 +35,7 @@ def peak_rss() -> int:
 
 
 def commit() -> str | None:
-    """The commit of this very code, with "+" where it was changed since; None outside a checkout of it."""
+    """The git commit of this code, with "+" where it has been modified since; None outside a checkout."""
     try:
         subprocess.run(
             ["git", "ls-files", "--error-unmatch", "__init__.py"],

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, at whatever moment the process ends."""
+"""Files and folders that are written whole or not at all, whenever the process ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEFTOVER = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to, synced and renamed to `path` at the end, removed on an error."""
+    """Yields a temporary sibling of `path`, synced and renamed to it at the end, or removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,9 +37,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; one that was there is replaced, in two renames: `remove_left` puts it back where
-    the process ended in between."""
-    path = path.resolve()  # a link stays one
+    """`new_file` for a folder. An existing one is replaced by two renames; `remove_leftovers` restores it if
+    the process ends between them."""
+    path = path.resolve()  # a symbolic link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +71,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raises UserError where no file can be written at `path`, before any work is done for it."""
+    """Raises UserError, before any work is done, where no file can be written at `path`."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file's name")
     parent = next((p for p in path.absolute().parents if p.exists()), None)
@@ -82,20 +82,20 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def append_json(path: Path, record: Any) -> None:
-    """Adds to a list in a file that other processes may be adding to."""
+    """Appends to a JSON list in a file that other processes may append to at the same time."""
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
         write_json(path, [*read_json(path, []), record])
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """What a process that was killed left half written, or half replaced, in these folders."""
+    """Removes what killed processes left half written here, and restores what they half replaced."""
     for folder in folders:
         for left in list(folder.glob(".*")):
             name = LEFTOVER.fullmatch(left.name)
             if name is None:
                 continue
             if name[2] == "old" and not (folder / name[1]).exists():
-                left.rename(folder / name[1])  # the new one was not in its place yet
+                left.rename(folder / name[1])  # the new folder had not taken its place yet
             elif left.is_dir():
                 shutil.rmtree(left)
             else:
@@ -103,7 +103,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of the file's content, read bit by bit."""
+    """The digest of a file's content, in hex; the file is read in parts."""
     total = hashlib.sha256()
     with path.open("rb") as stream:
         while part := stream.read(1 << 20):
@@ -112,30 +112,31 @@ def sha256(path: Path) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk, or the user's share of it, is full. Libraries that are not
-    written in Python say it in words."""
+    """Whether a write failed because the disk or the user's quota is full. Libraries that are not written in
+    Python give the error number in their message only."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def format_bytes(size: float) -> str:
-    """Bytes, as people read them."""
+    """Such as 1.23 MB."""
     power = next((p for p in range(4) if size < 999.5 * 1000**p), 4)
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that can still be written where `path` is, or would be."""
+    """Free space, in bytes, of the disk where `path` is or would be."""
     return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free
 
 
 def sync(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise  # some file systems cannot sync a folder
+            raise  # some file systems cannot sync folders
     finally:
         os.close(descriptor)

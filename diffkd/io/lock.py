@@ -1,4 +1,4 @@
-"""One owner at a time: a lock that says who holds it."""
+"""A folder's lock, with a record of its owner."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ FILES = (".lock", ".owner.json")
 
 
 class Lock:
-    """The lock of a folder, `.lock`, with who holds it beside it, `.owner.json`.
+    """The lock of a folder, `.lock`, with its owner in `.owner.json` beside it.
 
-    The lock is the operating system's: it ends with its process, however that ends, also of another host
-    where the file system knows of it. What the owner said of itself is for people, and to see that one
-    ended without letting go; only where a file system has no locks does it decide.
+    The lock is the operating system's: it ends with the process that holds it, on another host too where the
+    file system supports that. The owner's record is for error messages, and to notice a process that ended
+    without releasing the lock; it decides only on file systems without locks.
     """
 
     def __init__(self, folder: Path, name: Path, remedy: str) -> None:
-        """name, remedy: what an error calls the place, and says to do about it."""
+        """name, remedy: how an error message calls the folder, and what it tells the user to do."""
         self.folder, self.name, self.remedy = folder, name, remedy
         lock, self._owner = (folder / file for file in FILES)
         self._lock: FileLock | None = FileLock(lock)
 
     def take(self) -> None:
-        """Raises UserError where another process holds it, naming that."""
+        """Raises UserError where another process holds the lock, naming that process."""
         assert self._lock is not None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.name} is in use by {self._named(self._read())}; {self.remedy}") from None
+            raise UserError(
+                f"{self.name} is in use by {self._describe(self._read())}; {self.remedy}"
+            ) from None
         except NotImplementedError:
             self._lock = None
-        before = self._read()
-        if before is not None:
-            if self._lock is None and not _is_gone(before):
+        previous = self._read()
+        if previous is not None:
+            if self._lock is None and not _has_ended(previous):
                 raise UserError(
-                    f"{self.name} is in use by {self._named(before)}; {self.remedy}, or where it is gone, "
-                    f"delete {self._owner}"
+                    f"{self.name} is in use by {self._describe(previous)}; {self.remedy}, or if that process "
+                    f"has ended, delete {self._owner}"
                 )
-            log.warning("%s was held by %s, which is gone: taken over", self.name, self._named(before))
+            log.warning(
+                "%s was locked by %s, which has ended: taken over", self.name, self._describe(previous)
+            )
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
         try:
             self._owner.write_text(json.dumps(owner), encoding="utf-8")
@@ -64,21 +68,21 @@ class Lock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found = from_json(self._owner.read_text(encoding="utf-8"))
-            return {key: found[key] for key in ("host", "process", "since")}
+            owner = from_json(self._owner.read_text(encoding="utf-8"))
+            return {key: owner[key] for key in ("host", "process", "since")}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError):
-            return {"host": "?", "process": "?", "since": "?"}  # torn by a power cut
+            return {"host": "?", "process": "?", "since": "?"}  # half written when the power failed
 
     @staticmethod
-    def _named(owner: dict[str, Any] | None) -> str:
+    def _describe(owner: dict[str, Any] | None) -> str:
         if owner is None:
             return "another process"
         return f"process {owner['process']} on {owner['host']} (since {owner['since']})"
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether a process of this very host is no more; of another host, nobody can say."""
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether the owner is known to have ended; on another host that cannot be known."""
     here = owner["host"] == socket.gethostname() and isinstance(owner["process"], int)
     return here and not psutil.pid_exists(owner["process"])

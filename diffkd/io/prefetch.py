@@ -1,4 +1,4 @@
-"""Data made ahead of use, by a thread, and moved to a device that does not wait for it."""
+"""Items prepared ahead of use by a thread; copies between host and device that do not stall."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items in the same order; `depth` of them are made while earlier ones are used.
+    """The same items in the same order, up to `depth` of them prepared while an earlier one is in use.
 
-    What making one raises is raised where it would have come.
+    An exception of the iterator is raised in the place of the item that failed.
     """
-    with ThreadPoolExecutor(1, "diffkd-ahead") as pool:
+    with ThreadPoolExecutor(1, "diffkd-prefetch") as pool:
         waiting: deque[Future[list[Item]]] = deque()
         try:
             while True:
                 while len(waiting) < depth + 1:
                     waiting.append(pool.submit(_next, items))
-                found = waiting.popleft().result()
-                if not found:
+                item = waiting.popleft().result()
+                if not item:
                     return
-                yield found[0]
+                yield item[0]
         finally:
             for future in waiting:
                 future.cancel()
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; one that runs on its own is not waited for."""
+    """x on the device. A copy to CUDA is asynchronous, from pinned memory."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def to_host(x: Tensor) -> list[float]:
-    """The values of a small vector, (n,), as soon as the device has them: work that was given to it later is
-    not waited for."""
+    """The values of a small vector, (n,), as soon as they are computed: work queued later is not waited for."""
     if x.device.type != "cuda":
-        found: list[float] = x.tolist()
-        return found
+        values: list[float] = x.tolist()
+        return values
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     pinned.copy_(x, non_blocking=True)
     done = torch.cuda.Event()
@@ -55,7 +54,7 @@ def to_host(x: Tensor) -> list[float]:
 
 
 def _next(items: Iterator[Item]) -> list[Item]:
-    """The next item, or nothing at the end: StopIteration itself does not pass through a future."""
+    """[the next item], or [] at the end: StopIteration cannot pass through a future."""
     for item in items:
         return [item]
     return []

@@ -1,4 +1,4 @@
-"""The processes of a launcher that measure together; one, where there is none."""
+"""The processes of a launcher that work together, or a single one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffkd.io.text import reason
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError where it cannot be used."""
+    """The device called `name` on the command line. Raises UserError where it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
@@ -24,13 +24,13 @@ def usable_device(name: str) -> torch.device:
 
 
 class Processes:
-    """rank of world. device: of this process; default accelerate's choice."""
+    """This process is `rank` of `world`. device: its own, by default accelerate's choice."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        """Raises UserError for a device that is not here, and for one that is named to several processes."""
+        """Raises UserError for a device that cannot be used, and for one named for several processes."""
         if device is not None:
             device = usable_device(str(device))
-        # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
+        # Without cpu=True, accelerate ignores the launcher on a CPU, and each process would run alone.
         state = PartialState(cpu=str(device) == "cpu" or not torch.accelerator.is_available())
         self.rank, self.world = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
@@ -39,28 +39,28 @@ class Processes:
         if self.world > 1:
             self.device = state.device
         if self.device.type == "mps":
-            self.device = torch.device("cpu")  # it has no float64, which statistics are in
+            self.device = torch.device("cpu")  # statistics are float64, which mps lacks
         if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)  # whose clock is read
+            torch.cuda.set_device(self.device)  # CUDA events are recorded on the current device
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def wait(self) -> None:
-        """For the others, each of which must call it."""
+        """Barrier: returns once every process has called it."""
         if self.world > 1:
             PartialState().wait_for_everyone()
 
     def agree(self, value: Any) -> Any:
-        """The main process's value, in all of them."""
-        found = [value]
+        """The main process's value, in every process; all of them must call it."""
+        values = [value]
         if self.world > 1:
-            broadcast_object_list(found)
-        return found[0]
+            broadcast_object_list(values)
+        return values[0]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, each of which must call it."""
+        """The sum over all processes, each of which must call it."""
         if self.world == 1:
             return tensor
         total: Tensor = reduce(tensor.to(self.device), reduction="sum")

@@ -22,7 +22,7 @@ from diffkd.errors import printable
 def bar(
     console: Console, title: str, total: int, *, shown: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """Gives advance(done, text)."""
+    """Yields advance(done, text): the total done so far, and a text beside the bar."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False),

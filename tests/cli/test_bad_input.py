@@ -154,9 +154,9 @@ def test_no_arguments_at_all_is_help(cli):
         ("# nothing but a comment\n", ["c.yaml", "no keys"]),
         ("- out: x\n- data: y\n", ["c.yaml", "no keys"]),
         ("just words", ["c.yaml", "no keys"]),
-        ("out: [x\n", ["c.yaml", "no YAML"]),
-        ("out: x\n\tdata: y\n", ["c.yaml", "no YAML"]),
-        ("out: !!python/object/apply:os.getcwd []\n", ["c.yaml", "no YAML"]),
+        ("out: [x\n", ["c.yaml", "not valid YAML"]),
+        ("out: x\n\tdata: y\n", ["c.yaml", "not valid YAML"]),
+        ("out: !!python/object/apply:os.getcwd []\n", ["c.yaml", "not valid YAML"]),
         ("out: runs/x\n", ["missing"]),
     ],
 )
@@ -178,7 +178,7 @@ def test_keys_that_are_no_words(refused, here, command, line, says):
 
 def test_a_config_in_another_encoding_or_a_folder(refused, here):
     (here / "c.yaml").write_bytes("out: Münze\n".encode("latin-1"))
-    refused("train", "c.yaml", says=["c.yaml", "no YAML"])
+    refused("train", "c.yaml", says=["c.yaml", "not valid YAML"])
     refused("train", "plain", says=["plain", "cannot be read", "give a YAML file"])
 
 
@@ -190,7 +190,7 @@ def test_a_config_in_another_encoding_or_a_folder(refused, here):
         ("train", "data.kind=digit", ["config key data", "'digit'", "digits", "folder", "datasets"]),
         ("train", "data={kind: digits, 3: 4}", ["config key data.3"]),
         ("train", "training", ["override 'training'", "key.sub=value"]),
-        ("train", "training.ema=[", ["training.ema=[", "no YAML"]),
+        ("train", "training.ema=[", ["training.ema=[", "not valid YAML"]),
         ("train", "training.betas=[0.9, 2]", ["training.betas", "2", "less than 1"]),
         ("train", "model.channels=[0]", ["model.channels", "0"]),
         ("train", "model.channels=[6, 12]", ["model.norm_groups 4", "6", "divides each of model.channels"]),

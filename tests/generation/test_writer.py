@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on(cli, here, drawn, out, first, then):
     drawn.clear()
     code, stdout, err = cli("sample", *args, *then, "--out", here / "killed" / out)
     assert code == 0 and f"{n} images" in stdout
-    assert all("which is gone: taken over" in line for line in err.splitlines()) and err.count("\n") <= 1
+    assert all("which has ended: taken over" in line for line in err.splitlines()) and err.count("\n") <= 1
     assert n - there <= sum(drawn) <= n - there + 2 * 6
     assert {p: p.stat().st_mtime_ns for p in before} == before
     if "--batch-size" not in then:

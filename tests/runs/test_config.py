@@ -182,8 +182,8 @@ def test_null_takes_a_section_away_and_a_key_brings_it_back(tmp_path):
     [
         ("seed", r"override 'seed' is not of the form key\.sub=value"),
         ("=3", r"override '=3' is not of the form"),
-        ("seed=[1", r"override 'seed=\[1' has a value that is no YAML"),
-        ("seed=!!python/object/apply:os.system [ls]", r"no YAML"),
+        ("seed=[1", r"override 'seed=\[1' has a value that is not valid YAML"),
+        ("seed=!!python/object/apply:os.system [ls]", r"not valid YAML"),
         ("method.steps.3=1", r"indexed by 0 to 2"),
         ("method.steps.x=1", r"indexed by 0 to 2"),
         ("method.steps.3.y=1", r"no keys"),

@@ -122,7 +122,7 @@ def test_another_process_is_kept_out(tmp_path, caplog):
         other.kill()  # a lock dies with its process: no stale lock to be removed by hand
         other.wait()
         RunFolder(tmp_path / "run", CONFIG).close()
-        assert len(caplog.records) == 1 and "which is gone: taken over" in caplog.text
+        assert len(caplog.records) == 1 and "which has ended: taken over" in caplog.text
         assert f"process {other.pid} on" in caplog.text
     RunFolder(tmp_path / "run", CONFIG).close()
     assert len(caplog.records) == 1  # who lets go leaves nothing to take over
