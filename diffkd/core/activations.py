@@ -1,4 +1,4 @@
-"""What a network's inner modules put out, taken by forward hooks that are gone afterwards."""
+"""Outputs of a network's inner modules, captured by forward hooks that are removed afterwards."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 @contextmanager
 def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of these modules in the last forward pass within, by name; of a tuple, its first.
+    """Yields a mapping that the last forward pass fills: module name to output (the first one of a tuple).
 
-    The network is as it was before once this ends, whatever happens in it.
+    The hooks are removed on leaving, whatever happens inside.
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    bare = getattr(network, "module", network)  # what several processes wrap around it
+    bare = getattr(network, "module", network)  # unwrapped from DistributedDataParallel
     with ExitStack() as stack:
         for name in names:
             stack.callback(bare.get_submodule(name).register_forward_hook(keep(name)).remove)
-        yield found
+        yield outputs

@@ -1,4 +1,4 @@
-"""Any network as class logits, of clean images or of noised ones; guidance by one that knows noise."""
+"""Any network read as class logits, of clean or of noised images; classifier guidance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from diffkd.errors import UserError
 class Classifier(nn.Module):
     """A network read as logits: (B, C, H, W) -> (B, K), or noise-conditional, (B, C, H, W), (B,) -> (B, K).
 
-    network: called as network(x), or with a schedule as network(x_t, time), time (B,) as the schedule's own
-    networks are given it. num_classes: K. shape: (C, H, W) of an image.
+    network: called as network(x), or with a schedule as network(x_t, time), time (B,) as the schedule gives
+    it to networks (`Schedule.network_time`). num_classes: K. shape: (C, H, W) of an image.
     """
 
     def __init__(
@@ -36,22 +36,22 @@ class Classifier(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's dtype; float64 for a network without weights, which is a formula."""
+        """The network's dtype; float64 for a network without weights, such as a closed form."""
         return next((p.dtype for p in self.network.parameters()), torch.float64)
 
     def forward(self, x: Tensor, t: Time | None = None) -> Tensor:
-        """Logits (B, K), float32 or, where the network is, float64.
+        """Logits (B, K), float32, or float64 where the network is.
 
-        t: (B,) in (0, 1], of a noise-conditional one, whose x is x_t.
+        t: (B,) in (0, 1], for a noise-conditional network, whose x is x_t.
         """
         x = x.to(self.dtype)
         if self.schedule is None:
             assert t is None
-            found: Tensor = self.network(x)
+            logits: Tensor = self.network(x)
         else:
             assert t is not None
-            found = self.network(x, self.schedule.network_time(t, x))
-        return found if found.dtype == torch.float64 else found.float()
+            logits = self.network(x, self.schedule.network_time(t, x))
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 Model = Denoiser | Classifier  # what a method's teacher and student are
@@ -65,7 +65,7 @@ class _Guided(nn.Module):
         self.denoiser, self.classifier, self.scale = denoiser, classifier, scale
 
     def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
-        """time: as a network is given it, the table's index."""
+        """time: the table's index, (B,), as networks are given it."""
         denoiser, schedule = self.denoiser, self.denoiser.schedule
         t = (time.double() + 1) / schedule.num_train_timesteps
         cond: dict[str, Any] = {} if denoiser.num_classes is None else {"class_labels": class_labels}
@@ -74,14 +74,15 @@ class _Guided(nn.Module):
         # eps - scale sigma g is x0 + scale (sigma^2 / alpha) g, and every output is linear in x0
         per_gradient = torch.where(alpha > 0, self.scale * sigma**2 / alpha, 0)
         shift = per_gradient * self.gradient(x_t, t, class_labels)
-        found: Tensor = output + write_prediction(
+        shifted: Tensor = output + write_prediction(
             denoiser.prediction, torch.zeros_like(shift), shift, alpha, sigma
         )
-        return found
+        return shifted
 
     def gradient(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """g = d log p(y | x_t) / d x_t, (B, C, H, W). Samplers run without gradients, or in inference mode,
-        whose tensors no gradient may pass: these are copies."""
+        whose
+        tensors autograd refuses: hence the copies."""
         with torch.inference_mode(False), torch.enable_grad():
             x, t, labels = x_t.detach().clone().requires_grad_(), t.clone(), labels.clone()
             log_p = torch.log_softmax(self.classifier(x, t), 1).gather(1, labels[:, None])
@@ -89,17 +90,16 @@ class _Guided(nn.Module):
 
 
 def guided(denoiser: Denoiser, classifier: Classifier, scale: float = 1.0) -> Denoiser:
-    """The denoiser of eps - scale sigma grad log p(y | x_t), y the class_labels of each call (Dhariwal &
-    Nichol 2021, equation 14 and algorithm 2); scale 1 and exact models give the exact conditional one.
+    """Classifier guidance: the denoiser of eps - scale sigma grad log p(y | x_t), y the class_labels of each
+    call (Dhariwal & Nichol 2021, equation 14 and algorithm 2). With exact models scale 1 is exact.
 
     classifier: noise-conditional, on the denoiser's schedule. A denoiser that takes labels itself is given
-    them too. At alpha = 0 the shift is zero: x_t is noise alone there and p(y | x_t) the same for all of it,
-    so that a sampler's first step from zero terminal SNR is unguided. Raises UserError for models that do not
-    fit each other.
+    them too. At alpha = 0 the shift is zero: x_t is pure noise there and p(y | x_t) does not depend on it, so
+    a sampler's first step from zero terminal SNR is unguided. Raises UserError for models that do not match.
     """
     if classifier.schedule is None:
         raise UserError(
-            "the classifier is of clean images, and guidance asks it of noised ones; distil one with "
+            "the classifier takes clean images, and guidance needs one for noised images; distil one with "
             "method.noisy: true and the denoiser's schedule"
         )
     ours, theirs = denoiser.schedule.alphas_cumprod, classifier.schedule.alphas_cumprod
@@ -108,11 +108,11 @@ def guided(denoiser: Denoiser, classifier: Classifier, scale: float = 1.0) -> De
             f"the classifier's noise schedule, of {len(theirs)} steps, is not the denoiser's, of {len(ours)};"
             " distil one with the denoiser's schedule"
         )
-    for what in ("shape", "num_classes"):
-        mine, other = getattr(denoiser, what), getattr(classifier, what)
-        if None not in (mine, other) and mine != other:
+    for name in ("shape", "num_classes"):
+        ours, theirs = getattr(denoiser, name), getattr(classifier, name)
+        if None not in (ours, theirs) and ours != theirs:
             raise UserError(
-                f"the classifier's {what} is {other}, and the denoiser's {mine}; they must be one"
+                f"the classifier's {name} is {theirs}, and the denoiser's {ours}; they must match"
             )
     return Denoiser(
         _Guided(denoiser, classifier, scale),

@@ -1,4 +1,4 @@
-"""Any network read as a prediction of x0."""
+"""The denoiser: any network read as a prediction of x0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffkd.errors import UserError
 
 
 class Predicted(NamedTuple):
-    """Both readings of one network call, each (B, C, H, W): x_t = alpha x0 + sigma eps."""
+    """What one network call predicts, each (B, C, H, W): x_t = alpha x0 + sigma eps."""
 
     x0: Tensor
     eps: Tensor
@@ -25,13 +25,12 @@ class Denoiser(nn.Module):
     network: called as network(x_t, time, **cond); may return a tensor, a tuple, or an object with `.sample`.
     prediction: what it outputs, one of epsilon, v_prediction, sample, flow.
     shape: (C, H, W) of one image; read from the network's config where it has one.
-    num_classes, null_label: how many labels it takes, and the one that means "no class".
-    clip: bound on x0 while images are sampled (never inside a distillation target), None for none.
+    num_classes, null_label: how many class labels it takes, and the label that means "no class".
+    clip: bound on x0 while sampling images (never inside a distillation target), None for none.
     steps: its own number of sampling steps, None for a model that was not distilled.
 
-    States keep the dtype that they come in; the network runs in its own. Coefficients are float64, rounded
-    once. Raises UserError for an epsilon network on a schedule that reaches alpha = 0: eps says nothing of x0
-    there.
+    States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
+    UserError for an epsilon network on a schedule that reaches alpha = 0, where eps does not determine x0.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's dtype; float64 for a network without weights, which is a formula."""
+        """The network's dtype; float64 for a network without weights, such as a closed form."""
         return next((p.dtype for p in self.network.parameters()), torch.float64)
 
     def forward(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
@@ -78,37 +77,39 @@ class Denoiser(nn.Module):
         return self.predict(x_t, t, guidance=guidance, **cond).x0
 
     def predict(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
-        """x0 and eps of one call. guidance: w of `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
+        """x0 and eps from one call. guidance: w in `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
         output = self.output(x_t, t, guidance=guidance, **cond)
         alpha, sigma = self.schedule.at(t, like=x_t)
         return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
 
     def output(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
-        """What the network says, as its prediction type has it: (B, C, H, W) in the network's dtype, or
-        guided in that of x_t. x0 and eps are linear in it, so guiding it guides both."""
+        """The network's output, of its prediction type: (B, C, H, W) in the network's dtype, or with guidance
+        in that of x_t. x0 and eps are linear in it, so guiding the output guides both."""
         if guidance != 1.0:
             x_t2, t2, cond2 = self._with_null(x_t, t, cond)
             given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
             return null + guidance * (given - null)
         x_t = x_t.to(self.dtype)
         output = self.network(x_t, self.schedule.network_time(t, x_t), **cond)
-        found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        return found
+        sample: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        return sample
 
     def _with_null(
         self, x_t: Tensor, t: Time, cond: Mapping[str, Tensor]
     ) -> tuple[Tensor, Time, dict[str, Any]]:
-        """One batch of the conditional and the unconditional half."""
+        """The batch doubled: the first half conditional, the second with the null label."""
         self.check_guidance()
         labels = cond["class_labels"]
         both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
         t2 = t if isinstance(t, float) else torch.cat([t, t])
         return torch.cat([x_t, x_t]), t2, {**cond, "class_labels": both}
 
-    def blank(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What it is called with for one image: zeros, the time of pure noise, the first class."""
+    def example_inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x_t, t and cond to call it with for one image: zeros, the time of pure noise, the first class."""
         if self.shape is None:
-            raise UserError("the network's config has no sample_size, so its images' size is unknown; add it")
+            raise UserError(
+                "the network's config has no sample_size, so the size of its images is unknown; add it"
+            )
         x = torch.zeros(1, *self.shape, device=self.device)
         labels = torch.zeros(1, dtype=torch.long, device=self.device)
         cond = {} if self.num_classes is None else {"class_labels": labels}

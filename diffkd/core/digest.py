@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and float32 values in the order of names: of the weights, whatever file they
-    came in. Counters of batches that batch normalisation keeps are no weights."""
+    """sha256 of names, shapes and float32 values, sorted by name: it depends on the weights and not on their
+    file. Batch normalisation's counters of batches are left out."""
     total = hashlib.sha256()
     for name in sorted(name for name in tensors if not name.endswith("num_batches_tracked")):
         value = tensors[name].detach()
-        if is_traceable_wrapper_subclass(value):  # quantized ones as what they stand for
+        if is_traceable_wrapper_subclass(value):  # a quantized weight counts as the value that it stands for
             value = value.dequantize()
         values = value.float().cpu().contiguous()
         total.update(f"{name} {tuple(values.shape)} ".encode())

@@ -33,7 +33,7 @@ def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
 
 
 def weighting_for(prediction: str) -> Weighting:
-    """The weight that makes an error in x0 one of the output of a network of this prediction type."""
+    """The weight that turns an error in x0 into an error in the output of this prediction type."""
     if prediction == "epsilon":
         return "snr"
     return "snr_plus_one" if prediction == "v_prediction" else "constant"
@@ -45,7 +45,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y|^2 / |y|^2 of each example: two (B, ...) -> (B,). y is what x is to be."""
+    """|x - y|^2 / |y|^2 of each example: two (B, ...) -> (B,). y: the target."""
     return squared_error(x, y) / y.square().flatten(1).mean(1).clamp(min=1e-12)
 
 
@@ -64,15 +64,15 @@ def knowledge_distillation(
     student_logits S, teacher_logits Z: (B, K), or dense (B, K, H, W). labels Y: class indices, (B,) or
     (B, H, W), or distributions shaped like S. "reverse" is KL(softmax(S / T) || softmax(Z / T)), "forward"
     KL(softmax(Z / T) || softmax(S / T)) (Hinton, Vinyals & Dean 2015, section 2). T^2 keeps the size of the
-    soft targets' gradient as T grows. The mean over examples, and pixels where dense; of CE over those that
-    have a label, whose index is not ignore_index. Gradients go to S only. Raises UserError for what is out of
-    range or of another shape.
+    soft targets' gradient as T grows. The loss is the mean over examples, and over pixels where dense; CE
+    only counts those with a label, whose index is not ignore_index. Gradients go to S only. Raises UserError
+    for values out of range and shapes that do not match.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha {alpha} is a share; use 0 (labels alone) to 1 (the teacher alone)")
-    labels = labels if labels.is_floating_point() else labels.long()  # bytes know no -100
+        raise UserError(f"alpha {alpha} is out of range; use 0 (labels only) to 1 (the teacher only)")
+    labels = labels if labels.is_floating_point() else labels.long()  # uint8 cannot hold -100
     _check_labels(labels, student_logits, ignore_index)
-    wide = _wide(student_logits)  # once: its gradient is rounded once
+    wide = _wide(student_logits)  # converted once, so that its gradient is rounded once
     hard = cross_entropy(wide, labels, ignore_index)
     count = torch.ones_like(hard) if labels.is_floating_point() else (labels != ignore_index).to(hard)
     soft = soft_kl(wide, teacher_logits, temperature, direction)
@@ -83,20 +83,22 @@ def knowledge_distillation(
 def soft_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, direction: Direction = "reverse"
 ) -> Tensor:
-    """T^2 KL of each example, (B,) or (B, H, W), float64 as it subtracts near-equal numbers where T is large.
+    """T^2 KL of each example, (B,) or (B, H, W); float64, as it subtracts near-equal numbers where T is
+    large.
 
     direction: see `knowledge_distillation`. Gradients go to the student's logits only.
     """
     if not 0 < temperature < float("inf"):
         raise UserError(
-            f"temperature {temperature} is no number above 0; 1 is the logits as they are, 2 to 20 usual"
+            f"temperature {temperature} is out of range; use a finite number above 0: 1 leaves the logits "
+            "as they are, 2 to 20 is usual"
         )
     if direction not in ("reverse", "forward"):
         raise UserError(f"direction {direction!r} is unknown; use reverse or forward")
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
-            f"logits of the student are {_shape(student_logits)}, of the teacher {_shape(teacher_logits)}; "
-            "both have to be of the same examples and classes"
+            f"the student's logits are {_shape(student_logits)} and the teacher's {_shape(teacher_logits)}; "
+            "both must be of the same examples and classes"
         )
     log_s = torch.log_softmax(_wide(student_logits) / temperature, 1)
     log_z = torch.log_softmax(_wide(teacher_logits.detach()) / temperature, 1)
@@ -118,7 +120,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = UNLABELLED
 
 
 def _check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
-    """Apart from the error itself, since it waits for the device."""
+    """Kept apart from `cross_entropy`, since reading the values waits for the device."""
     if logits.ndim < 2:
         raise UserError(f"logits are {_shape(logits) or 'one number'}; give (B, K), or dense (B, K, H, W)")
     wanted = logits.shape if labels.is_floating_point() else logits.shape[:1] + logits.shape[2:]
@@ -132,14 +134,14 @@ def _check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
         wrong = torch.cat([labels[~(labels >= 0)].double(), sums[~((sums - 1).abs() < 1e-2)]])
         if wrong.numel():
             raise UserError(
-                f"labels are no distributions: {float(wrong[0]):g} in them, or as the sum of one; they are "
-                "not below 0 and sum to 1 over the classes"
+                f"labels are not distributions: a value or a sum is {float(wrong[0]):g}; give values of at "
+                "least 0 that sum to 1 over the classes"
             )
         return
     wrong = labels[((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)]
     if wrong.numel():
         raise UserError(
-            f"label {int(wrong[0])} is out of range; with {logits.shape[1]} classes they are 0 to "
+            f"label {int(wrong[0])} is out of range; with {logits.shape[1]} classes, labels are 0 to "
             f"{logits.shape[1] - 1} (or {ignore_index} for none)"
         )
 

@@ -1,7 +1,8 @@
-"""Samplers: plain functions of a denoiser, one set for teacher targets, students and evaluation.
+"""Samplers: plain functions of a denoiser, the same ones for teacher targets, students and evaluation.
 
-Each takes a state x at times[0] to times[-1], decreasing. times: (K + 1, B) float64, one column per image, or
-K + 1 numbers for the whole batch; then the coefficients are numbers too, and a step is its arithmetic alone.
+Each takes a state x from times[0] down to times[-1]. times: (K + 1, B) float64, one column per image, or K +
+1 numbers for the whole batch; the coefficients are then numbers too, and a step is nothing but its
+arithmetic.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def grid(steps: int) -> list[float]:
 def randn(shape: Sequence[int], generator: Generators | None, like: Tensor) -> Tensor:
     """Standard normal noise in the dtype of `like`: from one generator, or image i from generator i.
 
-    Drawn on the generator's own device, then moved, as stock pipelines do.
+    Drawn on the generator's own device, then moved, as in stock pipelines.
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = like.device if generator is None else generator.device
@@ -80,8 +81,8 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, equation 12, eta = 0), order 1, one evaluation a step.
 
-    A float32 network is stepped by the stock scheduler's own operations in its order, so that its pixels are
-    the same bit by bit. One of half precision, where that means nothing, by two fused operations.
+    A float32 network is stepped by the stock scheduler's operations in their order, so that its pixels are
+    the same bit for bit. In half precision, where that is meaningless, a step is two fused operations.
     """
     if isinstance(times, Tensor) or denoiser.dtype not in HALF or clip is not None:
         return ancestral(denoiser, x, times, clip=clip, noise=noise, eta=0.0, **cond)
@@ -112,8 +113,7 @@ def ancestral(
 ) -> Tensor:
     """Stochastic DDIM (Song et al. 2021, equations 12 and 16): eta = 1 is DDPM's ancestral sampler.
 
-    The network's own eps carries the direction, not one derived from a clipped x0: the stock scheduler's
-    step.
+    The direction is the network's own eps, not one derived from a clipped x0: the stock scheduler's step.
     """
     for t, s in pairwise(times):
         x0, eps = denoiser.predict(x, t, **cond)
@@ -131,7 +131,7 @@ def ancestral(
 
 
 def _root(value: Any) -> Any:
-    """The square root, of 0 where rounding made a number less than that."""
+    """The square root, of 0 where rounding made the number negative."""
     return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
 
 
@@ -191,7 +191,7 @@ def dpmpp_2m(
 
 
 def _slopes(schedule: Schedule, times: Times, x: Tensor) -> list[Any]:
-    """Of the extrapolation at each step but the first: h / (2 h_last) in lambda, 0 where h is infinite."""
+    """Extrapolation factors of every step but the first: h / (2 h_last) in lambda, 0 where h is infinite."""
     if isinstance(times, Tensor):
         h = schedule.half_log_snr(times).diff(dim=0)
         slopes = torch.where(h[1:].isfinite(), h[1:] / (2 * h[:-1]), 0.0).to(x.dtype)
@@ -219,7 +219,7 @@ def find(name: str) -> Sampler:
 
 
 def nfe(sampler: str, steps: int) -> int:
-    """Network evaluations of a run down to t = 0, guidance not counted."""
+    """Network evaluations of a run down to t = 0, without guidance."""
     return 2 * steps - 1 if sampler == "heun" else steps
 
 

@@ -1,4 +1,4 @@
-"""Noise schedules in float64, read from a diffusers scheduler and written back to one; prediction types.
+"""Noise schedules in float64, converted from and to diffusers schedulers; prediction types.
 
 Time runs from 0 (data) to 1 (noise). Index i of a T-step table is t = (i + 1) / T.
 """
@@ -20,7 +20,7 @@ Time = Tensor | float  # (B,) float64, or one for the whole batch
 PREDICTIONS: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 _DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_NODE_TOLERANCE = 1e-6  # in units of the table's index: closer than this, a time is the node itself
+_NODE_TOLERANCE = 1e-6  # in units of the table's index; a time closer to a node than this is that node
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Schedule:
     alphas_cumprod: (T,) float64, alpha² at t = 1/T, 2/T, ..., 1. Between nodes the log-SNR is linear in t;
     below the first node sigma/alpha is linear and, where the last alpha is 0, alpha/sigma is linear above the
     last but one, so that both ends are reached exactly.
-    betas: the keys by which a diffusers scheduler gives this very table.
+    betas: config keys with which a diffusers scheduler builds exactly this table.
     """
 
     alphas_cumprod: Tensor
@@ -58,7 +58,7 @@ class Schedule:
         )
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(T + 1,) alpha², sigma² and half log-SNR at t = 0, 1/T, ..., 1, kept once per device."""
+        """(T + 1,) alpha², sigma² and half log-SNR at t = 0, 1/T, ..., 1, cached per device."""
         if device not in self._tables:
             alpha2 = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod]).to(device)
             sigma2 = 1 - alpha2
@@ -72,7 +72,7 @@ class Schedule:
         node = index.round()
         at_node = (index - node).abs() < _NODE_TOLERANCE
         nearest = node.long()
-        if t.device.type == "cpu" and bool(at_node.all()):  # a question that would stop any other device
+        if t.device.type == "cpu" and bool(at_node.all()):  # reading a value back would stall other devices
             return alpha2[nearest], sigma2[nearest]
         log_snr = 2 * self._interpolated(index)
         return (
@@ -81,7 +81,7 @@ class Schedule:
         )
 
     def _interpolated(self, index: Tensor) -> Tensor:
-        """Half log-SNR between the nodes around a fractional index (meaningless at the nodes themselves)."""
+        """Half log-SNR at a fractional index, between its two nodes (meaningless at the nodes themselves)."""
         table = self._table(index.device)[2]
         low = index.floor().long().clamp(0, self.num_train_timesteps - 1)
         part = index - low
@@ -105,9 +105,10 @@ class Schedule:
     def at(self, t: Time, like: Tensor | None = None) -> tuple[Any, Any]:
         """alpha(t), sigma(t): (B,) -> float64 (B,), or in the dtype of `like` and shaped to multiply it.
 
-        Of one time for the whole batch they are numbers, looked up once: a sampler on an even grid launches
-        nothing for them and never waits for a device. The squares are rounded before the root is taken, as
-        stock schedulers do: in float32 the coefficients, and so a student's pixels, equal theirs bit by bit.
+        For one time shared by the batch they are cached numbers: a sampler on an even grid launches no
+        kernels for them and never waits for the device. The squares are rounded before the root is taken, as
+        in stock
+        schedulers: in float32 the coefficients, and so a student's pixels, equal theirs bit for bit.
         """
         if isinstance(t, float):
             return self.numbers(t, torch.float64 if like is None else like.dtype)
@@ -119,7 +120,7 @@ class Schedule:
         return alpha2.sqrt(), sigma2.sqrt()
 
     def numbers(self, t: float, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
-        """alpha(t), sigma(t) of one time, as rounded to `dtype`; looked up once."""
+        """alpha(t), sigma(t) of one time, rounded to `dtype`; cached."""
         if (t, dtype) not in self._numbers:
             alpha, sigma = self.at(torch.tensor([t], dtype=torch.float64), torch.empty(0, dtype=dtype))
             self._numbers[t, dtype] = (alpha.item(), sigma.item())
@@ -131,32 +132,33 @@ class Schedule:
         return alpha2 / sigma2
 
     def network_time(self, t: Time, like: Tensor) -> Tensor:
-        """What the network is given as time: the table index t T - 1, float32 (B,); whole at the nodes."""
+        """The time as the network takes it: the table index t T - 1, float32 (B,), an integer at the
+        nodes."""
         if isinstance(t, float):
             index = t * self.num_train_timesteps - 1
             return torch.full((len(like),), index, dtype=torch.float32, device=like.device)
         return (t.double() * self.num_train_timesteps - 1).float()
 
-    def fitting_steps(self) -> list[int]:
-        """Step counts that the stock DDIM scheduler takes without drift: the divisors of T."""
+    def valid_steps(self) -> list[int]:
+        """Step counts at which the stock DDIM scheduler does not drift: the divisors of T."""
         total = self.num_train_timesteps
         return [n for n in range(1, total + 1) if total % n == 0]
 
     def check_steps(self, steps: int) -> None:
-        """Raises UserError for a student's step count that does not divide T."""
+        """Raises UserError for a student whose step count does not divide T."""
         if steps < 1 or self.num_train_timesteps % steps:
-            fitting = self.fitting_steps()
-            shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
+            valid = self.valid_steps()
+            listed = ", ".join(map(str, valid[:12])) + (", ..." if len(valid) > 12 else "")
             raise UserError(
                 f"a student of {steps} steps does not fit a teacher of {self.num_train_timesteps} time "
-                f"steps: the stock DDIM scheduler would drift. Use one of {shown}"
+                f"steps: the stock DDIM scheduler would drift. Use one of {listed}"
             )
 
 
 def from_diffusers(scheduler: Any) -> Schedule:
     """The Schedule of any diffusers scheduler that has betas (DDPM, DDIM, DPM-Solver, ...).
 
-    Beta schedules that DDIMScheduler does not know by name are kept as `trained_betas`.
+    Beta schedules that DDIMScheduler has no name for are kept as `trained_betas`.
     """
     if not hasattr(scheduler, "betas"):
         raise UserError(
@@ -177,13 +179,14 @@ def from_diffusers(scheduler: Any) -> Schedule:
 
 
 def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None) -> DDIMScheduler:
-    """The stock scheduler that samples a student of this schedule exactly as `samplers.sample` does.
+    """The stock scheduler that draws the same images from a student of this schedule as `samplers.sample`.
 
     clip: bound on the predicted x0 while sampling, None for none.
     """
     if prediction not in PREDICTIONS[:3]:
         raise UserError(
-            f"prediction {prediction!r} has no DDIMScheduler; it knows {', '.join(PREDICTIONS[:3])}"
+            f"DDIMScheduler does not support prediction {prediction!r}; "
+            f"use one of {', '.join(PREDICTIONS[:3])}"
         )
     return DDIMScheduler(
         **schedule.betas,
@@ -213,7 +216,7 @@ def read_prediction(prediction: str, x_t: Any, output: Any, alpha: Any, sigma: A
 
 
 def write_prediction(prediction: str, x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The network output that means x0 at x_t: the inverse of `read_prediction` (sigma > 0)."""
+    """The network output that stands for x0 at x_t: the inverse of `read_prediction` (sigma > 0)."""
     if prediction == "sample":
         return x0
     eps = (x_t - alpha * x0) / sigma

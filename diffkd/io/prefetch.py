@@ -41,7 +41,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(x: Tensor) -> list[float]:
-    """The values of a small vector, (n,), as soon as they are computed: work queued later is not waited for."""
+    """The values of a small vector, (n,), once they are computed: work queued later is not waited for."""
     if x.device.type != "cuda":
         values: list[float] = x.tolist()
         return values

@@ -56,5 +56,5 @@ def _bytes(weight: Tensor) -> int:
 
 def denoiser_size(denoiser: Denoiser) -> Size:
     """Of one network evaluation; guidance takes two."""
-    x_t, t, cond = denoiser.blank()
+    x_t, t, cond = denoiser.example_inputs()
     return network_size(denoiser, x_t, t, **cond)

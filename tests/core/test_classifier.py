@@ -124,7 +124,7 @@ def test_a_conditional_denoiser_is_given_the_labels_too():
 def test_what_does_not_fit_is_refused():
     denoiser = gaussian(COSINE)
     network = CNN(1, 2, [4], timed=True)
-    with pytest.raises(UserError, match="is of clean images"):
+    with pytest.raises(UserError, match="takes clean images"):
         guided(denoiser, Classifier(CNN(1, 2, [4], timed=False), 2))
     with pytest.raises(UserError, match="of 1000 steps, is not the denoiser's, of 64"):
         guided(denoiser, Classifier(network, 2, schedule=LINEAR))

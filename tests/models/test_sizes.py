@@ -127,7 +127,7 @@ def test_compiled_in_place_it_is_as_large():
     before = sizes.denoiser_size(denoiser)
     net.compile(backend="eager")
     assert sizes.denoiser_size(denoiser) == before and before.macs > 0
-    x_t, t, _ = denoiser.blank()
+    x_t, t, _ = denoiser.example_inputs()
     denoiser(x_t, t)  # and after it has run
     assert sizes.denoiser_size(denoiser) == before
     torch._dynamo.reset()

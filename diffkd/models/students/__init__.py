@@ -69,7 +69,7 @@ def narrow(
 
 def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
     """A new network of another architecture, freshly initialised, read as the teacher is."""
-    shape = teacher.blank()[0].shape[1:]
+    shape = teacher.example_inputs()[0].shape[1:]
     total = _unet(teacher).config.num_class_embeds
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
