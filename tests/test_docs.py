@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+import diffkd
 from tests.test_imports import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,28 @@ def test_commands_have_these_options(page):
             given = re.findall(r"(?<!\S)--?[a-z][\w-]*", called[2])
             wrong += [f"{called[1]} {one}" for one in given if one not in options]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```yaml" in text(p) and p.parent.name != "contributing"], ids=name
+)
+def test_configs_are_valid(page, tmp_path, cli):
+    """Each example is a config of `diffkd distill`, or a part of one."""
+    rest = {
+        "out": "runs/x",
+        "teacher": {"path": "x"},
+        "data": {"kind": "digits"},
+        "method": {"name": "output"},
+    }
+    for index, block in enumerate(re.findall(r"```yaml\n(.*?)```", text(page), re.DOTALL)):
+        config = tmp_path / f"{index}.yaml"
+        config.write_text(yaml.safe_dump(rest | yaml.safe_load(block)), encoding="utf-8")
+        code, _, stderr = cli("distill", config, "--dry-run")
+        assert (code, stderr) == (0, "")
+
+
+def test_the_citation_is_of_this_version():
+    assert yaml.safe_load(text(ROOT / "CITATION.cff"))["version"] == diffkd.__version__
 
 
 def test_the_readme_is_short_and_shows_the_rooms_in_order():
