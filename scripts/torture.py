@@ -30,7 +30,7 @@ import yaml
 
 from diffkd import cli
 from diffkd.runs import artifacts, session
-from diffkd.training import trainer
+from diffkd.training import update
 
 MEASURED = {  # of a machine's moods, not of the run
     "images_per_second", "peak_memory_gb", "seconds", "peak_memory_bytes", "created", "device", "commit",
@@ -95,13 +95,13 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
         sys.addaudithook(hook)
     elif fault["kind"] == "update":
-        agreed = trainer._agreed
+        agreed = update._agree
 
         def between(*args: Any) -> Any:
             count("update")
             return agreed(*args)
 
-        trainer._agreed = between
+        update._agree = between
     elif fault["kind"] == "evaluation":
         counted = artifacts.RunArtifacts._counted
 

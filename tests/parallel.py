@@ -66,7 +66,7 @@ class Two(Progressive):
         return {"judge": Judge()}
 
     def losses(self, nets: Any, batch: Any, stage: Any, rng: torch.Generator) -> Any:
-        for loss in super().losses(nets, batch, stage, rng):
+        for loss in super().losses(nets, batch, step, rng):
             t = torch.full((len(batch.x0),), 0.5, dtype=torch.float64)
             drawn = nets["student"](torch.randn(batch.x0.shape, generator=rng), t, **batch.cond)
             yield Loss("student", loss.value + 0.1 * nets["judge"](drawn).square().mean(), loss.metrics)

@@ -29,17 +29,19 @@ from diffkd import methods
 from diffkd.data import decoding, folder, hub
 from diffkd.errors import UserError, masked, one_line, printable
 from diffkd.generation import sample as sampling
+from diffkd.io import progress
 from diffkd.io.npz import read_npz
+from diffkd.io.processes import Processes
 from diffkd.io.text import quoted
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.reference import Reference
-from diffkd.metrics.evaluation.targets import Target
 from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.models import loading
 from diffkd.runs import benchmark, config, config_files, evaluate
+from diffkd.runs.repeat import repeat
 from diffkd.runs.reports import model_card, run_report, tables
+from tests.measuring import measure
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -443,9 +445,8 @@ def evaluated(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("evaluated"), np.random.default_rng(0)
     for name in ("real", "fake"):
         np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (6, 4, 4, 3), dtype=np.uint8))
-    how = Evaluation(features="digits", metrics=["fid"])
-    reference = Reference(image_sets.File(path=folder / "real.npz"))
-    evaluate.evaluate(Target(str(folder / "fake.npz")), how, reference, quiet(), out=folder / "r.json")
+    config = Evaluation(features="digits", metrics=["fid"])
+    measure(folder / "fake.npz", folder / "real.npz", config, folder / "r.json")
     return folder
 
 
@@ -461,18 +462,17 @@ def test_a_record_does_not_get_to_name_code(measured, own, exploded):
     record["protocol"]["evaluation"]["features"] = f"{name}.Mine"
     measured.write_text(json.dumps(record))
     with pytest.raises(UserError, match=rf"r.json.*--features {name}.Mine"):
-        evaluate.repeat(measured, quiet())
+        repeat(measured, quiet())
     assert not exploded.exists() and name not in sys.modules
 
 
 def test_a_record_by_code_that_the_user_names_is_repeated(tmp_path, measured, own):
     name = f"{own()}.Mine"
-    how = Evaluation(features=name, metrics=["fid"])
-    reference = Reference(image_sets.File(path=tmp_path / "real.npz"))
-    evaluate.evaluate(Target(str(tmp_path / "fake.npz")), how, reference, quiet(), out=measured)
-    assert evaluate.repeat(measured, quiet(), features_name=name)
+    config = Evaluation(features=name, metrics=["fid"])
+    measure(tmp_path / "fake.npz", tmp_path / "real.npz", config, measured)
+    assert repeat(measured, quiet(), features_name=name)
     with pytest.raises(UserError, match="leave out --features digits"):
-        evaluate.repeat(measured, quiet(), features_name="digits")
+        repeat(measured, quiet(), features_name="digits")
 
 
 def test_a_reference_does_not_get_to_name_code(tmp_path, own, exploded, cli):
@@ -551,8 +551,8 @@ def test_names_that_are_not_utf_8(tmp_path, image_folder, caplog):
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
 def test_names_in_a_terminal(tmp_path, name, terminal):
     tables.show(terminal, [name], [[name]])
-    evaluate.Work(terminal, "cpu").say(name)
-    sampling._say(terminal, evaluate.Processes("cpu"), name)
+    progress.say(terminal, name)
+    sampling._say(terminal, Processes("cpu"), name)
     said = terminal.file.getvalue()
     assert clean(said) and said.count(printable(name)) == 4
 
@@ -660,7 +660,7 @@ def test_ids_of_a_hub_that_are_none(tmp_path, monkeypatch, name):
     with pytest.raises(UserError) as error:
         loading.load(name)
     assert clean(str(error.value))
-    for read in (image_sets.parse, lambda text: DINOv2(text), lambda text: evaluate.reference_of(text)):
+    for read in (image_sets.parse, lambda text: DINOv2(text), lambda text: evaluate.open_reference(text)):
         with pytest.raises(UserError) as error:
             read(name)
         assert clean(str(error.value))

@@ -10,7 +10,7 @@ from diffkd.errors import UserError
 from diffkd.io.plugins import import_user_module
 from diffkd.methods.base import Method
 
-CONTRACT = "base"  # the one file here that is not a method
+CONTRACT = "base"  # the one file here that does not define a method
 
 
 def find(name: str) -> type[Method]:
@@ -22,7 +22,7 @@ def find(name: str) -> type[Method]:
         module = import_user_module(name) if "." in name else importlib.import_module(module_name)
     except (ModuleNotFoundError, TypeError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
-            raise  # found, and itself in want of a module
+            raise  # the method's file was found, and imports a module that is missing
         raise UserError(
             f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of your own"
         ) from error
@@ -39,12 +39,12 @@ def find(name: str) -> type[Method]:
 
 
 def names() -> list[str]:
-    """The methods that there are, by the names of their files."""
+    """The names of the built-in methods, which are those of their files."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != CONTRACT)
 
 
 def __getattr__(name: str) -> Any:
-    """`diffkd.methods.progressive` without an import of its own."""
+    """Makes `diffkd.methods.progressive` work without importing it first."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError:

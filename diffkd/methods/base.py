@@ -1,11 +1,11 @@
-"""The contract of a method."""
+"""The contract of a method: the stages it trains in, and the losses of one update."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,27 @@ from diffkd.io.prefetch import to_device
 
 
 @dataclass(frozen=True)
+class Optimization:
+    """How one network learns; None is what the stage, or else the training config, says.
+
+    ema: decay of the moving average of its weights, which it holds when the stage ends. Only the student has
+    one by default.
+    """
+
+    learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One stretch of training with its own step count, optimizer, EMA and learning-rate ramp.
+    """One stretch of training with its own step count, optimizers, EMA and learning-rate ramp.
 
     name: of the student that it ends with. steps: the student's sampling steps, None for a model that has
     none of its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken.
     guidance: of the teacher's predictions. prediction: what the student outputs, None for what it already
-    does.
+    does. drawn: the sampler that the student is trained for, which decides the stock scheduler it is saved
+    with. networks: by name, the trained networks that do not learn as the stage says.
     """
 
     name: str
@@ -34,11 +48,32 @@ class Stage:
     sampler: str = "ddim"
     guidance: float = 1.0
     prediction: str | None = None
+    drawn: Literal["ddim", "renoise"] = "ddim"
+    networks: Mapping[str, Optimization] = field(default_factory=dict)
 
-    def rate(self, update: int) -> float:
-        """Learning rate of update 0, 1, ..., updates - 1: a linear warm-up, then a linear ramp to zero."""
+    def optimization(self, network: str) -> Optimization:
+        return self.networks.get(network, Optimization())
+
+    def rate(self, update: int, network: str = "student") -> float:
+        """A network's learning rate at update 0, 1, ..., updates - 1: a linear warm-up, then a linear ramp to
+        zero."""
+        own = self.optimization(network).learning_rate
         ramp = 1 - update / self.updates
-        return self.learning_rate * min(1.0, (update + 1) / (self.warmup + 1)) * ramp
+        rate = self.learning_rate if own is None else own
+        return rate * min(1.0, (update + 1) / (self.warmup + 1)) * ramp
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of a stage. update: its number, from 0."""
+
+    stage: Stage
+    update: int
+
+    @property
+    def progress(self) -> float:
+        """The share of the stage that is done, in [0, 1)."""
+        return self.update / self.stage.updates
 
 
 @dataclass(frozen=True)
@@ -70,31 +105,33 @@ class Loss:
 class Method(Strict, ABC):
     """One distillation algorithm. Subclasses are final; their fields are their config.
 
-    `losses` is a generator: the engine updates the named network before it asks for the next loss, so that a
-    method with several optimizers reads like its algorithm box. Only the named network gets gradients.
+    `losses` is a generator: the trainer updates the named network before it asks for the next loss, so a
+    method with several optimizers reads like its algorithm box. Only the named network gets gradients. Every
+    random number comes from `rng`, and everything that changes over a stage from `step`, so that a resumed
+    run repeats what an unbroken one does.
     """
 
     reference: ClassVar[str]
     kind: ClassVar[type[Any]] = Denoiser  # of its teacher and its student
-    hooks: ClassVar[bool] = False  # whether it sets hooks in them, which torch.compile passes over
+    hooks: ClassVar[bool] = False  # whether it sets hooks on them, which torch.compile ignores
 
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:
         """What is trained, in order. start: the model that the first stage begins from (not changed), of the
         method's own kind.
 
-        Raises UserError where the method does not fit it.
+        Raises UserError if the method does not fit it.
         """
 
     def networks(self, teacher: Any, student: Any) -> dict[str, torch.nn.Module]:
-        """Networks needed beside these two, those that learn with parameters that require gradients."""
+        """The networks of a stage beside these two; those with parameters that require gradients learn."""
         return {}
 
     @abstractmethod
     def losses(
-        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        """The losses of one update, each computed after the network of the one before was updated."""
+        """The losses of one update, each computed after the network of the previous one was updated."""
 
-    def after_update(self, nets: Mapping[str, Any], stage: Stage) -> None:
-        """Called once per update: target networks."""
+    def after_update(self, nets: Mapping[str, Any], step: Step) -> None:
+        """Called once per update: moves target networks."""

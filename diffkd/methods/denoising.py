@@ -11,11 +11,11 @@ from pydantic import Field
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight
 from diffkd.core.noise import add_noise, drop_labels, grid_times
-from diffkd.methods.base import Batch, Loss, Method, Stage
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 
 
 class Denoising(Method):
-    """The denoising loss on data; trains a teacher from scratch, or goes on with one."""
+    """The denoising loss on data; trains a teacher from scratch, or continues one."""
 
     reference: ClassVar[str] = "Ho et al. 2020, https://arxiv.org/abs/2006.11239"
 
@@ -34,14 +34,14 @@ class Denoising(Method):
         return [Stage("denoising", self.updates, self.learning_rate, self.warmup)]
 
     def losses(
-        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student = nets["student"]
         x0, schedule = batch.x0, student.schedule
-        # 1. a time of the table, and the noised data
+        # 1. a time of the schedule's table, and the noised data
         t, _ = grid_times(len(x0), schedule.num_train_timesteps, rng, x0.device)
         x_t = add_noise(schedule, x0, t, rng)
-        # 2. some labels hidden
+        # 2. some labels dropped
         cond = drop_labels(batch.cond, student.null_label, self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)

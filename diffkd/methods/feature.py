@@ -1,4 +1,4 @@
-"""Feature distillation: a smaller student learns the data, its teacher's outputs, and its features."""
+"""Feature distillation: a smaller student learns from the data, its teacher's outputs and its features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, relative_error, squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, drop_labels, grid_times
 from diffkd.errors import UserError
-from diffkd.methods.base import Batch, Loss, Method, Stage
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 
 
 class Projectors(nn.Module):
     """1x1 convolutions from the student's widths to the teacher's, where they differ.
 
-    widths: (student's, teacher's) by the teacher's names. Linear maps are enough to say "the same but for a
-    change of basis", and the student leaves them behind.
+    widths: (student's, teacher's) by the teacher's names. Linear maps, because features should agree up to a
+    change of basis. They are not part of the student that is saved.
     """
 
     def __init__(self, widths: Mapping[str, tuple[int, int]]) -> None:
@@ -29,7 +29,7 @@ class Projectors(nn.Module):
         self.names = list(widths)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same in every process
-            self.maps = nn.ModuleList(nn.Conv2d(mine, theirs, 1) for mine, theirs in widths.values())
+            self.maps = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in widths.values())
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The student's features by the teacher's names, (B, C, H, W), in the teacher's widths."""
@@ -45,16 +45,17 @@ class Feature(Method):
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
-    task: float = Field(1.0, ge=0, description="share of the denoising loss on the data")
-    output: float = Field(1.0, ge=0, description="share of output matching")
-    feature: float = Field(1.0, ge=0, description="share of feature matching; 0 takes no features")
+    task: float = Field(1.0, ge=0, description="weight of the denoising loss on the data")
+    output: float = Field(1.0, ge=0, description="weight of output matching")
+    feature: float = Field(1.0, ge=0, description="weight of feature matching; 0 reads no features")
     blocks: dict[str, str] | list[str] | None = Field(
         None,
-        description="modules whose outputs are matched, or teacher's: student's; default every block of both",
+        description="modules whose outputs are matched, or a mapping from the teacher's to the student's; "
+        "default every block of both",
     )
-    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is none")
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is unguided")
     weight: Weighting | None = Field(
-        None, description="of squared errors in x0; default the error in what the student puts out"
+        None, description="of squared errors in x0; default the error in the student's own output"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     label_dropout: float = Field(
@@ -62,9 +63,9 @@ class Feature(Method):
     )
 
     @model_validator(mode="after")
-    def _something(self) -> Feature:
+    def _has_a_loss(self) -> Feature:
         if self.task == self.output == self.feature == 0:
-            raise ValueError("task, output and feature are all 0; give one of them a share")
+            raise ValueError("task, output and feature are all 0; give one of them a weight")
         if self.feature > 0 and self.blocks is not None and not self.blocks:
             raise ValueError("method.blocks is empty; leave it out for every block, or set feature: 0")
         return self
@@ -74,49 +75,50 @@ class Feature(Method):
             start.check_guidance()
         return [
             Stage(
-                "feature", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance
+                "feature", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance,
+                drawn=start.sampler,
             )
-        ]
+        ]  # fmt: skip
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        """Projectors, where widths differ. Raises UserError for features that cannot be matched."""
+        """Projectors, if widths differ. Raises UserError for features that cannot be matched."""
         pairs = self.pairs(teacher, student)
         if self.feature > 0 and not pairs:
-            raise UserError("these networks have no blocks of a UNet; name modules as method.blocks")
+            raise UserError("these networks have no UNet blocks; name the modules to match in method.blocks")
         _check_names("teacher", teacher, pairs.keys())
         _check_names("student", student, pairs.values())
         theirs, ours = _shapes(teacher, list(pairs)), _shapes(student, list(pairs.values()))
-        for name, mine in pairs.items():
-            if len(ours[mine]) != 3 or theirs[name][1:] != ours[mine][1:]:
+        for name, own in pairs.items():
+            if len(ours[own]) != 3 or theirs[name][1:] != ours[own][1:]:
                 raise UserError(
-                    f"method.blocks: {name} of the teacher gives {_size(theirs[name])} and {mine} of the "
-                    f"student {_size(ours[mine])}; match modules of one resolution"
+                    f"method.blocks: {name} of the teacher outputs {_size(theirs[name])} and {own} of the "
+                    f"student {_size(ours[own])}; match modules of the same resolution"
                 )
         widths = {n: (ours[m][0], theirs[n][0]) for n, m in pairs.items() if ours[m][0] != theirs[n][0]}
         return {"projectors": Projectors(widths).to(student.device)} if widths else {}
 
     def pairs(self, teacher: Denoiser, student: Denoiser) -> dict[str, str]:
-        """Names of modules, the teacher's -> the student's."""
+        """The modules to match: the teacher's name -> the student's."""
         if self.feature == 0:
             return {}
         if self.blocks is None:
-            return _alike(_blocks(teacher), _blocks(student))
+            return _corresponding(_blocks(teacher), _blocks(student))
         return self.blocks if isinstance(self.blocks, dict) else {name: name for name in self.blocks}
 
     def losses(
-        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, x0 = nets["student"], nets["teacher"], batch.x0
         pairs = self.pairs(teacher, student)
-        # 1. a time that the teacher is used at, the noised data, some labels hidden
-        steps = stage.steps or student.schedule.num_train_timesteps
+        # 1. a time that the teacher is sampled at, the noised data, some labels dropped
+        steps = step.stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
         x_t = add_noise(student.schedule, x0, t, rng)
         cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
-        # 2. the teacher's output, guided, and features; of a guided call the first half is conditional
+        # 2. the teacher's features and guided output; the first half of a guided batch is conditional
         with torch.no_grad(), capture_activations(teacher.network, list(pairs)) as theirs:
-            target = teacher(x_t, t, guidance=stage.guidance, **cond)
-        # 3. the student's
+            target = teacher(x_t, t, guidance=step.stage.guidance, **cond)
+        # 3. the student's features and output
         with capture_activations(student.network, list(pairs.values())) as ours:
             denoised = student(x_t, t, **cond)
         # 4. L = task * denoising + output * output matching + feature * feature matching
@@ -126,25 +128,25 @@ class Feature(Method):
         loss = w * (self.task * squared_error(denoised, x0) + self.output * gap)
         metrics = {"t": t, "gap": gap.detach().sqrt()}
         if pairs:
-            apart = _apart(nets, pairs, theirs, ours)
-            metrics["feature"] = apart.detach()
-            loss = loss + self.feature * apart
+            distance = _feature_distance(nets, pairs, theirs, ours)
+            metrics["feature"] = distance.detach()
+            loss = loss + self.feature * distance
         yield Loss("student", loss.mean(), {**metrics, "loss": loss.detach()})
-        # 5. the projectors follow, on the same features
+        # 5. the projectors learn too, on the same features
         if "projectors" in nets:
-            held = {key: value.detach() for key, value in ours.items()}
-            yield Loss("projectors", _apart(nets, pairs, theirs, held).mean())
+            fixed = {key: value.detach() for key, value in ours.items()}
+            yield Loss("projectors", _feature_distance(nets, pairs, theirs, fixed).mean())
 
 
-def _apart(
+def _feature_distance(
     nets: Mapping[str, Any],
     pairs: Mapping[str, str],
     theirs: Mapping[str, Tensor],
     ours: Mapping[str, Tensor],
 ) -> Tensor:
-    """Mean over blocks of |student's - teacher's|^2 / |teacher's|^2, (B,): any scale counts alike."""
+    """Mean over blocks of |student's - teacher's|^2 / |teacher's|^2, (B,): scales count equally."""
     count = len(next(iter(ours.values())))
-    projected = {name: ours[mine] for name, mine in pairs.items()}
+    projected = {name: ours[own] for name, own in pairs.items()}
     if "projectors" in nets:
         projected = nets["projectors"](projected)
     errors = [relative_error(projected[name].float(), theirs[name][:count].float()) for name in pairs]
@@ -152,23 +154,24 @@ def _apart(
 
 
 def _blocks(denoiser: Denoiser) -> list[str]:
-    """The blocks of a UNet, from the first to the last; the innermost where it has one."""
+    """The blocks of a UNet, from the first to the last, with the middle one if there is one."""
     network = getattr(denoiser.network, "module", denoiser.network)
     down = [f"down_blocks.{i}" for i in range(len(getattr(network, "down_blocks", ())))]
     up = [f"up_blocks.{i}" for i in range(len(getattr(network, "up_blocks", ())))]
     return [*down, *(["mid_block"] if getattr(network, "mid_block", None) is not None else []), *up]
 
 
-def _alike(theirs: list[str], ours: list[str]) -> dict[str, str]:
-    """Blocks that correspond: down blocks from the first on, up blocks from the last."""
+def _corresponding(theirs: list[str], ours: list[str]) -> dict[str, str]:
+    """Which blocks correspond: down blocks counted from the first, up blocks from the last."""
     levels, left = (sum(name.startswith("up") for name in blocks) for blocks in (theirs, ours))
     if left > levels:
         raise UserError(
-            f"the student has {left} resolutions, the teacher {levels}; say what to match as method.blocks"
+            f"the student has {left} resolutions and the teacher {levels}; name the modules to match in "
+            "method.blocks"
         )
     if left == levels:
         return {name: name for name in ours if name in theirs}
-    # without the innermost resolutions its last down block does not halve, and its middle is where they were
+    # without the innermost resolutions the last down block does not downsample; the middle takes their place
     down = {f"down_blocks.{i}": f"down_blocks.{i}" for i in range(left - 1)}
     return down | {f"up_blocks.{i + levels - left}": f"up_blocks.{i}" for i in range(left)}
 
@@ -178,23 +181,23 @@ def _check_names(whose: str, denoiser: Denoiser, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(
-                f"method.blocks names {name!r}, which the {whose} has not; it has "
-                f"{', '.join(_blocks(denoiser))} and what is in them"
+                f"method.blocks names {name!r}, which the {whose} does not have; it has "
+                f"{', '.join(_blocks(denoiser))} and the modules inside them"
             )
 
 
 def _shapes(denoiser: Denoiser, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """(C, H, W) of what these modules put out."""
-    x_t, t, cond = denoiser.blank()
+    """(C, H, W) of these modules' outputs."""
+    x_t, t, cond = denoiser.example_inputs()
     with torch.no_grad(), torch.random.fork_rng(), capture_activations(denoiser.network, names) as found:
         denoiser(x_t, t, **cond)
     for name in names:
         if name not in found:
             raise UserError(
-                f"method.blocks names {name!r}, which the network does not call; name what is in it"
+                f"method.blocks names {name!r}, which the network does not call; name a module inside it"
             )
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape[1:])) if len(shape) == 3 else "no map of features"
+    return "x".join(map(str, shape[1:])) if len(shape) == 3 else "no feature map"

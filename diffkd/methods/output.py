@@ -1,4 +1,4 @@
-"""Output matching: a smaller student says what its teacher says, at the teacher's own step count."""
+"""Output matching: a smaller student learns its teacher's outputs, at the teacher's own step count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, drop_labels, grid_times
-from diffkd.methods.base import Batch, Loss, Method, Stage
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 
 
 class Output(Method):
@@ -22,9 +22,9 @@ class Output(Method):
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
-    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is none")
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is unguided")
     weight: Weighting | None = Field(
-        None, description="of the squared error in x0; default the error in what the student puts out"
+        None, description="of the squared error in x0; default the error in the student's own output"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     label_dropout: float = Field(
@@ -36,22 +36,23 @@ class Output(Method):
             start.check_guidance()
         return [
             Stage(
-                "output", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance
+                "output", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance,
+                drawn=start.sampler,
             )
-        ]
+        ]  # fmt: skip
 
     def losses(
-        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, x0 = nets["student"], nets["teacher"], batch.x0
-        # 1. a time that the teacher is used at, the noised data, some labels hidden
-        steps = stage.steps or student.schedule.num_train_timesteps
+        # 1. a time that the teacher is sampled at, the noised data, some labels dropped
+        steps = step.stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
         x_t = add_noise(student.schedule, x0, t, rng)
         cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
-        # 2. what the teacher makes of it, guided
+        # 2. the teacher's prediction, guided
         with torch.no_grad():
-            target = teacher(x_t, t, guidance=stage.guidance, **cond)
+            target = teacher(x_t, t, guidance=step.stage.guidance, **cond)
         # 3. the student's error, weighted
         gap = squared_error(student(x_t, t, **cond), target)
         name = self.weight or weighting_for(student.prediction)

@@ -17,7 +17,7 @@ from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
-from diffkd.methods.base import Batch, Loss, Method, Stage
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 
 Rate = Annotated[float, Field(gt=0)]
 MOST_STEPS = 100_000
@@ -37,13 +37,13 @@ def target(
     """The x0 whose one DDIM step from t lands where `substeps` steps of the teacher's sampler land at s.
 
     x_t: (B, C, H, W); t, s: (B,), s < t. Returns (B, C, H, W) float64. Salimans & Ho 2022, appendix G, for
-    any sampler and number of steps. It subtracts near-equal states, so it is float64 throughout, and it is
-    never clipped. At s = 0, where sigma_s = 0, it is x_s itself. noise: what a stochastic sampler draws from.
+    any sampler and number of steps. It subtracts near-equal states, so it is computed in float64, and it is
+    never clipped. At s = 0, where sigma_s = 0, it is x_s itself. noise: the source of a stochastic sampler.
     cond: class_labels, guidance, eta.
     """
     x_t, t, s = x_t.double(), t.double(), s.double()
-    part = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
-    times = t + part * (s - t)
+    fractions = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
+    times = t + fractions * (s - t)
     times[-1] = s
     with torch.inference_mode():
         x_s = samplers.find(sampler)(teacher, x_t, times, clip=None, noise=noise, **cond)
@@ -65,12 +65,14 @@ class Progressive(Method):
         2, ge=1, le=MOST_STEPS, description="teacher steps that one step of the first student replaces"
     )
     sampler: samplers.SamplerName = Field(
-        "ddim", description="the teacher's in the first target; students step by ddim"
+        "ddim", description="of the teacher in the first target; students step by ddim"
     )
     eta: float | None = Field(None, ge=0, le=1, description="noise of the ancestral sampler, 0 to 1")
-    guidance: float = Field(1.0, ge=0, description="guidance weight baked into the first target; 1 is none")
+    guidance: float = Field(
+        1.0, ge=0, description="guidance weight baked into the first target; 1 is unguided"
+    )
     weight: Weighting = Field(
-        "truncated_snr", description="weight of the squared error in x0; of stage 0 it is snr"
+        "truncated_snr", description="weight of the squared error in x0; stage 0 uses snr"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     alpha: float = Field(
@@ -94,12 +96,12 @@ class Progressive(Method):
         for before, after in zip(self.steps[:-1], self.steps[1:], strict=True):
             if after >= before or after < 1:
                 raise ValueError(
-                    f"steps {self.steps} do not decrease ({before} then {after}); list most first"
+                    f"steps {self.steps} do not decrease ({before} then {after}); list the largest first"
                 )
             if before % after:
                 raise ValueError(
-                    f"steps {before} to {after} is no whole number of teacher steps; "
-                    f"after {before} use one of {_divisors(before)}"
+                    f"steps {before} to {after} is not a whole number of teacher steps per student step; "
+                    f"after {before} use one of {_proper_divisors(before)}"
                 )
         for name, value in (("updates", self.updates), ("learning_rate", self.learning_rate)):
             if isinstance(value, list) and len(value) != len(self.steps):
@@ -108,15 +110,15 @@ class Progressive(Method):
                 )
         if self.eta is not None and self.sampler != "ancestral":
             raise ValueError(
-                f"eta is of the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral"
+                f"eta belongs to the ancestral sampler, and sampler is {self.sampler}; set sampler: ancestral"
             )
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
         """One stage per step count, and before them stage 0 for an epsilon teacher.
 
-        An epsilon network cannot do one step from (almost) pure noise, so stage 0 turns it into v-prediction
-        at the teacher's own step count: targets of one sub-step, which are the teacher's own predictions.
+        An epsilon network cannot take one step from (almost) pure noise, so stage 0 turns it into
+        v-prediction at the teacher's own step count, with the teacher's own predictions as targets.
         """
         for steps in self.steps:
             start.schedule.check_steps(steps)
@@ -135,16 +137,14 @@ class Progressive(Method):
                     rates[0],
                     self.warmup,
                     before,
-                    1,
-                    "ddim",
-                    guidance,
-                    "v_prediction",
+                    guidance=guidance,
+                    prediction="v_prediction",
                 )  # fmt: skip
             )
             guidance = 1.0
         if before > start.schedule.num_train_timesteps:
             raise UserError(
-                f"{self.steps[0]} steps of {self.substeps} sub-steps are more than the teacher's "
+                f"{self.steps[0]} steps of {self.substeps} sub-steps each are more than the teacher's "
                 f"{start.schedule.num_train_timesteps} time steps; use fewer of either"
             )
         for steps, count, rate in zip(self.steps, updates, rates, strict=True):
@@ -167,16 +167,16 @@ class Progressive(Method):
         )
 
     def losses(
-        self, nets: Mapping[str, Any], batch: Batch, stage: Stage, rng: torch.Generator
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        student, teacher = nets["student"], nets["teacher"]
+        student, teacher, stage = nets["student"], nets["teacher"], step.stage
         assert stage.steps is not None
         x0 = batch.x0
         # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
         t, s = grid_times(len(x0), stage.steps, rng, x0.device)
         # 2. noise the data
         x_t = add_noise(student.schedule, x0, t, rng)
-        # 3. where the teacher's sub-steps land, as an x0
+        # 3. where the teacher's sub-steps land, expressed as an x0
         cond: dict[str, Any] = dict(batch.cond)
         extra = {"eta": self.eta} if self.eta is not None and stage.sampler == "ancestral" else {}
         x0_target = target(
@@ -193,7 +193,7 @@ class Progressive(Method):
         ).float()
         # 4. the student's one step
         denoised = student(x_t, t, **cond)
-        # an epsilon teacher's x0 is its eps amplified, near noise beyond use; its eps is good everywhere
+        # near noise an epsilon teacher's x0 is its eps amplified beyond use, while its eps is good everywhere
         name: Weighting = "snr" if stage.prediction == "v_prediction" else self.weight
         w = weight(name, student.schedule.snr(t), gamma=self.gamma).float()
         gap = squared_error(denoised, x0_target)
@@ -203,6 +203,6 @@ class Progressive(Method):
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})
 
 
-def _divisors(number: int) -> str:
+def _proper_divisors(number: int) -> str:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return ", ".join(map(str, sorted({*small, *(number // n for n in small)} - {number}, reverse=True)))

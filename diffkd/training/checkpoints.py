@@ -121,8 +121,8 @@ class Checkpoints:
                 else str(error)
             )
             raise Unfinished(
-                f"checkpoint {path} needs {format_bytes(needs)} and could not be written: {why}; the last good "
-                "one is kept: make room, and the same command goes on from it"
+                f"checkpoint {path} needs {format_bytes(needs)} and could not be written: {why}; the last "
+                "good one is kept: make room, and the same command resumes from it"
             ) from error
         every = self._all()
         after = every.index(path) + 1  # later ones could not be used, and are of what was not gone on with

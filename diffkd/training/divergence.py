@@ -1,4 +1,4 @@
-"""A training that goes wrong: updates that are skipped and whose they were, a loss that leaves its path."""
+"""Training that diverges: losses that are not finite, and losses far above their median."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ from diffkd.methods.base import Loss
 from diffkd.training.config import Training
 from diffkd.training.log import NOISE_BINS, noise_bin
 
-WINDOW = 200  # updates whose median the loss is compared with
-LEAST = 20  # of them, before there is a median to speak of
-TIMES, LONG = 10.0, 50  # this many times the median for that many updates is out of the ordinary
+WINDOW = 200  # updates over which the median loss is taken
+MIN_UPDATES = 20  # before the median means anything
+FACTOR, PATIENCE = 10.0, 50  # a loss above this many medians for that many updates gets a warning
 
 
 class NonFinite(UserError):
-    """Losses or gradients that are no numbers, more often in a row than may be skipped."""
+    """Losses or gradients were NaN or infinite in more updates in a row than may be skipped."""
 
 
 class DivergenceMonitor:
-    """Counts what a stage's updates do, the same in every process and in a run that was resumed.
+    """Follows a stage's updates, the same in every process and in a run that was resumed.
 
-    most: updates in a row that may be skipped.
+    max_skipped: updates in a row that may be skipped.
     """
 
-    def __init__(self, stage: str, most: int) -> None:
-        self.stage, self.most = stage, most
+    def __init__(self, stage: str, max_skipped: int) -> None:
+        self.stage, self.max_skipped = stage, max_skipped
         self.in_a_row = 0
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.high = 0
         self.warned = False
 
-    def good(self, loss: float, update: int, *, speaks: bool) -> None:
-        """An update that was done. loss: the student's, of all processes. speaks: whether to warn."""
+    def completed(self, loss: float, update: int, *, warn: bool) -> None:
+        """loss: the student's, averaged over all processes. warn: whether this process writes the warning."""
         self.in_a_row = 0
-        usual = median(self.losses) if len(self.losses) >= LEAST else float("inf")
+        typical = median(self.losses) if len(self.losses) >= MIN_UPDATES else float("inf")
         self.losses.append(loss)
-        self.high = self.high + 1 if loss > TIMES * usual else 0
-        if self.high == LONG and not self.warned:
+        self.high = self.high + 1 if loss > FACTOR * typical else 0
+        if self.high == PATIENCE and not self.warned:
             self.warned = True
-            if speaks:
+            if warn:
                 log.warning(
                     "stage %s: the loss has been more than %g times its median (%.3g) for %d updates, up to "
-                    "update %d (%.3g); a lower method.learning_rate may keep it down",
-                    self.stage, TIMES, usual, LONG, update, loss,
+                    "update %d (%.3g); a lower method.learning_rate may prevent it",
+                    self.stage, FACTOR, typical, PATIENCE, update, loss,
                 )  # fmt: skip
 
-    def bad(self, what: str) -> None:
-        """An update that was skipped. what: went wrong, where. Raises NonFinite where it is one too many."""
+    def skipped(self, reason: str) -> None:
+        """Raises NonFinite, with the reason, for one skipped update in a row too many."""
         self.in_a_row += 1
-        if self.in_a_row > self.most:
+        if self.in_a_row > self.max_skipped:
             raise NonFinite(
-                f"{what}; {self.most} updates in a row were skipped before (training.max_skipped): lower "
-                "method.learning_rate, or look at these images (the last good checkpoint is kept)"
+                f"{reason}; {self.max_skipped} updates in a row were skipped before (training.max_skipped): "
+                "lower method.learning_rate, or look at these images (the last good checkpoint is kept)"
             )
 
     def state(self) -> dict[str, Any]:
@@ -84,31 +84,36 @@ def nonfinite_examples(
     training: Training,
     key: tuple[int, int, int],
 ) -> dict[str, Any]:
-    """Which network's loss, the noise level of its worst example, and the images that it was of, over all
-    processes; where no example says that it is no number, those of the whole batch."""
+    """The log record of a skipped update, over all processes.
+
+    network: whose loss it was. t, noise_bin: of the first example whose loss is not finite. images: indices
+    of all such examples; of the whole batch if every example's own loss is finite.
+    """
     parts = training.parts(accelerator.num_processes)
     first = accelerator.process_index * (parts // accelerator.num_processes)
-    found: list[tuple[bool, float, int]] = []  # whether it is the culprit, t, index
+    examples: list[tuple[bool, float, int]] = []  # whether it is not finite, t, index
     for micro, loss in enumerate(losses, first):
         indices = images.indices(training.batch_size // parts, generator_for(key, micro)).tolist()
-        t = loss.metrics.get("t", torch.zeros(len(indices))).tolist()
+        times = loss.metrics.get("t", torch.zeros(len(indices))).tolist()
         values = loss.metrics.get("loss", torch.zeros(len(indices))).tolist()
-        found += [(not math.isfinite(v), at, i) for v, at, i in zip(values, t, indices, strict=True)]
-    every = gather_object(found)
-    culprits = [one for one in every if one[0]] or every
-    place = int(noise_bin(np.asarray(culprits[0][1])))
+        examples += [(not math.isfinite(v), t, i) for v, t, i in zip(values, times, indices, strict=True)]
+    batch = gather_object(examples)
+    nonfinite = [example for example in batch if example[0]] or batch
+    noise_level = nonfinite[0][1]
+    position = int(noise_bin(np.asarray(noise_level)))
     return {
         "network": losses[0].network,
-        "noise_bin": [place / NOISE_BINS, (place + 1) / NOISE_BINS],
-        "t": culprits[0][1],
-        "images": [index for _, _, index in culprits],
+        "noise_bin": [position / NOISE_BINS, (position + 1) / NOISE_BINS],
+        "t": noise_level,
+        "images": [index for _, _, index in nonfinite],
     }
 
 
-def describe_nonfinite(stage: str, update: int, bad: Mapping[str, Any]) -> str:
-    low, high = bad["noise_bin"]
-    shown = ", ".join(map(str, bad["images"][:16])) + (", ..." if len(bad["images"]) > 16 else "")
+def describe_nonfinite(stage: str, update: int, examples: Mapping[str, Any]) -> str:
+    low, high = examples["noise_bin"]
+    indices = examples["images"]
+    shown = ", ".join(map(str, indices[:16])) + (", ..." if len(indices) > 16 else "")
     return (
-        f"the loss or gradient of network {bad['network']} in stage {stage} became NaN or infinite at update "
-        f"{update}, noise level t = {bad['t']:.4g} (bin {low:g} to {high:g}), images {shown}"
+        f"the loss or gradient of network {examples['network']} in stage {stage} became NaN or infinite at "
+        f"update {update}, noise level t = {examples['t']:.4g} (bin {low:g} to {high:g}), images {shown}"
     )

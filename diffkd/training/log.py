@@ -1,4 +1,4 @@
-"""What a training run logs: sums of an interval, kept on the device until they are read."""
+"""The training log: means of losses and metrics over an interval, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -13,56 +13,58 @@ from torch import Tensor
 from diffkd.io.environment import peak_rss
 from diffkd.methods.base import Loss
 
-KEPT = 64  # updates whose losses wait to be added up
+PENDING = 64  # losses that wait on the device before they are added up
 NOISE_BINS = 5  # equal bins of t in the log
 
 
 class TrainingLog:
-    """What an interval of the log sums up. It is kept as it comes, on the device, and added up once read: an
-    update costs little for it. Each value is added on its own, in order, so that the sums do not depend on
-    when they are read: a run that was resumed logs what an unbroken one does, to the bit.
+    """Sums of losses and metrics over a log interval.
+
+    Values stay on the device until they are read, so that an update costs next to nothing. Each is then added
+    on its own, in order: the sums do not depend on when they are read, and a resumed run logs what an
+    unbroken one does, to the bit.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: dict[str, np.ndarray] = {}  # (2, bins): sums and counts
-        self._restart()
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self.sums = {}
-        self.kept: list[tuple[list[Loss], Tensor]] = []
+        self.pending: list[tuple[list[Loss], Tensor]] = []
         self.started = time.perf_counter()
         self.updates = 0
 
     def add(self, losses: list[Loss], norm: Tensor) -> None:
         self.updates += losses[0].network == "student"
         losses = [Loss(loss.network, loss.value.detach(), loss.metrics) for loss in losses]
-        self.kept.append((losses, norm.detach()))
-        if len(self.kept) >= KEPT:
+        self.pending.append((losses, norm.detach()))
+        if len(self.pending) >= PENDING:
             self._add_up()
 
     @property
     def has_any(self) -> bool:
-        """False where every update of the interval was skipped."""
-        return bool(self.sums or self.kept)
+        """False if every update of the interval was skipped."""
+        return bool(self.sums or self.pending)
 
     def _add_up(self) -> None:
-        """The kept losses into the sums, those of one kind together. A wait for the device."""
-        kinds: dict[str, list[tuple[list[Loss], Tensor]]] = {}
-        for losses, norm in self.kept:
-            kinds.setdefault(losses[0].network, []).append((losses, norm))
-        self.kept = []
-        for network, found in kinds.items():
+        """Adds the pending losses to the sums, network by network. Waits for the device."""
+        networks: dict[str, list[tuple[list[Loss], Tensor]]] = {}
+        for losses, norm in self.pending:
+            networks.setdefault(losses[0].network, []).append((losses, norm))
+        self.pending = []
+        for network, updates in networks.items():
             prefix = "" if network == "student" else f"{network}_"
-            every = [loss for losses, _ in found for loss in losses]
-            self._sum(f"{prefix}grad_norm", _host([norm[None] for _, norm in found]))
-            self._sum(f"{prefix}loss", _host([loss.value[None] for loss in every]))
-            for key in every[0].metrics:  # in one order in all processes
-                values = _host([loss.metrics[key] for loss in every])
-                if key != "t" and "t" in every[0].metrics:
-                    t = _host([loss.metrics["t"] for loss in every])
+            losses = [loss for parts, _ in updates for loss in parts]
+            self._sum(f"{prefix}grad_norm", _host([norm[None] for _, norm in updates]))
+            self._sum(f"{prefix}loss", _host([loss.value[None] for loss in losses]))
+            for key in losses[0].metrics:  # in the same order in all processes
+                values = _host([loss.metrics[key] for loss in losses])
+                if key != "t" and "t" in losses[0].metrics:
+                    t = _host([loss.metrics["t"] for loss in losses])
                     self._sum(f"{prefix}{key}_by_noise", values, noise_bin(t), NOISE_BINS)
-                elif key not in ("t", "loss"):  # of a model that knows no noise; the loss has been added
+                elif key not in ("t", "loss"):  # a model without noise levels; the loss was added above
                     self._sum(f"{prefix}{key}", values)
 
     def _sum(self, key: str, values: np.ndarray, bins: Any = 0, count: int = 1) -> None:
@@ -72,7 +74,7 @@ class TrainingLog:
         np.add.at(sums[1], bins, 1)
 
     def read(self, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-        """The means of the interval, and a new one begins."""
+        """The means of the interval over all processes; starts a new interval."""
         self._add_up()
         record: dict[str, Any] = {}
         for key, value in self.sums.items():
@@ -88,35 +90,35 @@ class TrainingLog:
         seconds = time.perf_counter() - self.started
         record["images_per_second"] = self.updates * batch_size / max(seconds, 1e-9)
         record["peak_memory_gb"] = round(_peak_memory(self.device), 3)
-        self._restart()
+        self._reset()
         return record
 
     def state(self) -> dict[str, Any]:
-        """The interval so far, of this process."""
+        """This process's sums of the interval so far."""
         self._add_up()
         return {key: value.tolist() for key, value in self.sums.items()}
 
     def load(self, states: list[dict[str, Any]], rank: int, processes: int) -> None:
-        """states: of every process then, of which there may be another number now."""
-        same = len(states) == processes
-        for there, state in enumerate(states):
-            mine = there == rank if same else rank == 0
-            for key, value in state.items():  # all have all keys: sums are exchanged key by key
-                self.sums[key] = self.sums.get(key, 0) + np.asarray(value) * mine
+        """states: one for each process that the run had then; it may have another number of them now."""
+        same_number = len(states) == processes
+        for owner, state in enumerate(states):
+            own = owner == rank if same_number else rank == 0
+            for key, value in state.items():  # every process has every key: sums are exchanged key by key
+                self.sums[key] = self.sums.get(key, 0) + np.asarray(value) * own
 
 
 def _host(parts: list[Tensor]) -> np.ndarray:
-    found: np.ndarray = torch.cat(parts).detach().double().cpu().numpy()
-    return found
+    values: np.ndarray = torch.cat(parts).detach().double().cpu().numpy()
+    return values
 
 
 def noise_bin(t: np.ndarray) -> np.ndarray:
-    """Which of NOISE_BINS equal bins of (0, 1] each noise level is in."""
+    """The index of the bin that each noise level is in, of NOISE_BINS equal ones over (0, 1]."""
     return (np.ceil(t * NOISE_BINS).astype(np.int64) - 1).clip(0, NOISE_BINS - 1)
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GB: allocated on the device, or where that is this very machine's, of the process so far."""
+    """In GB: allocated on a CUDA device, else the peak resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return peak_rss() / 1e9

@@ -1,51 +1,128 @@
-"""What a stage changes, to a checkpoint and back."""
+"""The state of a stage: prepared for the processes of a run, saved to a checkpoint, restored from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.training_utils import EMAModel
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from diffkd.core.classifier import Model
 from diffkd.errors import UserError
+from diffkd.methods.base import Optimization, Stage
+from diffkd.training.config import Training
 from diffkd.training.divergence import DivergenceMonitor
-from diffkd.training.learner import Learner, fill, whole
+from diffkd.training.learner import Copies, Learner, Shards
 from diffkd.training.log import TrainingLog
 from diffkd.training.run_folder import RunFolder
+from diffkd.training.sharding import fill, unsharded
+from diffkd.training.zero import Zero
+
+HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILER = "inductor"
+LEARNERS: dict[DistributedType, type[Learner]] = {
+    DistributedType.FSDP: Shards, DistributedType.DEEPSPEED: Zero,
+}  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageState:
-    """What a stage changes, and a checkpoint keeps.
+    """Everything that changes during a stage, all of which a checkpoint holds.
 
     followers: networks that do not learn and are not the teacher, which a method may move.
     """
 
     learners: dict[str, Learner]
     followers: dict[str, nn.Module]
-    ema: EMAModel
-    meter: TrainingLog
-    watch: DivergenceMonitor
+    log: TrainingLog
+    monitor: DivergenceMonitor
+
+
+def prepare(
+    accelerator: Accelerator, nets: Mapping[str, nn.Module], stage: Stage, training: Training
+) -> StageState:
+    """Prepares the networks in place; inside a Model only its network, so that its methods stay reachable."""
+    trained = [name for name, net in nets.items() if _is_trained(net)]
+    for name in stage.networks:
+        if name not in trained:
+            raise UserError(
+                f"stage {stage.name} says how network {name!r} learns, which is not trained; trained are "
+                f"{', '.join(trained)}"
+            )
+    for net in nets.values():
+        _place(accelerator, net, training)
+    kind = LEARNERS.get(accelerator.distributed_type, Copies)
+    learners = {}
+    for name in trained:
+        net = nets[name]
+        network = net.network if isinstance(net, Model) else net
+        optimization = _optimization(name, stage, training)
+        learners[name] = kind(accelerator, network, training, optimization, alone=len(trained) == 1)
+        if isinstance(net, Model):
+            net.network = learners[name].network
+    followers = {name: net for name, net in nets.items() if name not in (*trained, "teacher")}
+    monitor = DivergenceMonitor(stage.name, training.max_skipped)
+    return StageState(learners, followers, TrainingLog(accelerator.device), monitor)
+
+
+def _is_trained(net: nn.Module) -> bool:
+    return any(p.requires_grad for p in net.parameters())
+
+
+def _optimization(name: str, stage: Stage, training: Training) -> Optimization:
+    """How a network learns: as its stage says, or else the config."""
+    own = stage.optimization(name)
+    ema = training.ema if own.ema is None and name == "student" else own.ema
+    return replace(own, betas=own.betas or training.betas, ema=ema)
+
+
+def _place(accelerator: Accelerator, net: nn.Module, training: Training) -> None:
+    """On the device, in the dtype and memory format that it runs in; compiled if the config says so."""
+    network: Any = net.network if isinstance(net, Model) else net
+    if _is_trained(net):
+        if training.gradient_checkpointing:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise UserError(
+                    f"training.gradient_checkpointing is not supported by {type(network).__name__}; leave it "
+                    "out"
+                )
+            network.enable_gradient_checkpointing()
+    else:
+        network.to(accelerator.device, HALF_PRECISION.get(training.precision))
+    if accelerator.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    if training.compile:
+        network.compile(backend=COMPILER, dynamic=False)  # in place: its weights keep their names
+
+
+# checkpoints: student, student-optimizer and ema; of another network NAME, NAME-optimizer and NAME-ema
+
+
+def _files(name: str) -> dict[str, str]:
+    """The files of what `Learner.tensors` gives."""
+    ema = "ema" if name == "student" else f"{name}-ema"
+    return {"network": name, "optimizer": f"{name}-optimizer", "ema": ema}
 
 
 def save(accelerator: Accelerator, run: RunFolder, stage_index: int, done: int, state: StageState) -> None:
-    """A copy on the host, which is written while training goes on. Every process must call it."""
+    """Copies the state to the host and writes it while training goes on. Every process must call it."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, learner in state.learners.items():
-        found = learner.tensors()
-        tensors[name], tensors[f"{name}-optimizer"] = found["network"], found["optimizer"]
-    named = {name: dict(net.state_dict()) for name, net in state.followers.items()}
-    named["ema"] = dict(zip(state.learners["student"].names, state.ema.shadow_params, strict=True))
-    for name, values in named.items():
-        copies = {key: whole(value, accelerator) for key, value in values.items()}
+        files = _files(name)
+        tensors |= {files[kind]: values for kind, values in learner.tensors().items()}
+    for name, net in state.followers.items():
+        copies = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}
         tensors[name] = {key: value for key, value in copies.items() if value is not None}
+    averages = {name: one.average.optimization_step for name, one in state.learners.items() if one.average}
     content = {
-        "ema_step": state.ema.optimization_step,
-        "watch": state.watch.state(),
-        "meters": gather_object([state.meter.state()]),
+        "ema_step": averages.pop("student"),
+        "ema_steps": averages,
+        "watch": state.monitor.state(),
+        "meters": gather_object([state.log.state()]),
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
     }
     if accelerator.is_main_process:
@@ -53,33 +130,34 @@ def save(accelerator: Accelerator, run: RunFolder, stage_index: int, done: int, 
 
 
 def restore(accelerator: Accelerator, run: RunFolder, stage_index: int, state: StageState) -> int:
-    """Loads the stage's newest checkpoint; the number of updates done, 0 where there is none."""
-    found = run.checkpoints.load(stage_index) if accelerator.is_main_process else None
-    known = [None if found is None else (found.update, found.state)]
-    broadcast_object_list(known)
-    if known[0] is None:
+    """Loads the stage's newest checkpoint; the number of updates done, 0 if there is none."""
+    checkpoint = run.checkpoints.load(stage_index) if accelerator.is_main_process else None
+    shared = [None if checkpoint is None else (checkpoint.update, checkpoint.state)]
+    broadcast_object_list(shared)
+    if shared[0] is None:
         return 0
-    done, content = known[0]
+    done, content = shared[0]
     try:
-        _fill(accelerator, state, {} if found is None else found.tensors)
+        _fill(accelerator, state, {} if checkpoint is None else checkpoint.tensors)
+        steps = {"student": content["ema_step"], **content.get("ema_steps", {})}  # the others' came later
+        for name, learner in state.learners.items():
+            if learner.average is not None:
+                learner.average.optimization_step = steps[name]
     except (KeyError, ValueError) as error:
         raise UserError(
             f"the checkpoint of stage {stage_index} does not fit the networks of this run ({error}); "
             "delete it, or use the diffkd that wrote it"
         ) from error
-    state.ema.optimization_step = content["ema_step"]
-    state.watch.load(content["watch"])
-    state.meter.load(content["meters"], accelerator.process_index, accelerator.num_processes)
+    state.monitor.load(content["watch"])
+    state.log.load(content["meters"], accelerator.process_index, accelerator.num_processes)
     if accelerator.scaler is not None and content["scaler"] is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
     return int(done)
 
 
 def _fill(accelerator: Accelerator, state: StageState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """tensors: of the main process."""
+    """tensors: those of the main process, {} on the others."""
     for name, learner in state.learners.items():
-        learner.load({"network": tensors.get(name, {}), "optimizer": tensors.get(f"{name}-optimizer", {})})
+        learner.load({kind: tensors.get(file, {}) for kind, file in _files(name).items()})
     for name, net in state.followers.items():
         fill(net.state_dict(), tensors.get(name, {}), accelerator)
-    names = state.learners["student"].names
-    fill(dict(zip(names, state.ema.shadow_params, strict=True)), tensors.get("ema", {}), accelerator)

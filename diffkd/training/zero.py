@@ -1,4 +1,4 @@
-"""A network that learns under DeepSpeed's ZeRO 2: gradients and moments in shards, weights in copies."""
+"""A network that learns under DeepSpeed's ZeRO 2: gradients and moments are sharded, weights are copies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.training.learner import Learner, adamw
+from diffkd.training.learner import Learner
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero(Learner):
-    """DeepSpeed's engine is the network, and steps by itself; it trains one network alone."""
+    """The network is DeepSpeed's engine, which steps itself. It trains one network alone."""
 
-    def _prepared(self, network: nn.Module, rate: float) -> tuple[Any, Any]:
+    def _prepared(self, network: nn.Module) -> tuple[Any, Any]:
         training, processes = self.training, self.accelerator.num_processes
         if not self.alone or training.precision != "float32":
             raise UserError(
-                "DeepSpeed trains one network in float32 here, and this method trains several or "
+                "DeepSpeed trains a single network in float32 here, and this method trains several or "
                 f"training.precision is {training.precision}; use configs/accelerate/ddp.yaml or fsdp2.yaml"
             )
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -30,9 +30,9 @@ class Zero(Learner):
         if stage not in (1, 2):
             raise UserError(f"DeepSpeed's zero_stage {stage} is not supported; use 2, or fsdp2.yaml")
         config["train_micro_batch_size_per_gpu"] = training.batch_size // training.parts(processes)
-        config["gradient_accumulation_steps"] = 1  # it is told when to exchange
+        config["gradient_accumulation_steps"] = 1  # `accumulating` says when gradients are exchanged
         config["gradient_clipping"] = training.max_grad_norm or 0.0
-        prepared = self.accelerator.prepare(network, adamw(network, training, rate))
+        prepared = self.accelerator.prepare(network, self._adamw(network))
         return prepared[0], prepared[1]
 
     @property
@@ -52,50 +52,50 @@ class Zero(Learner):
 
     def norm(self) -> Tensor:
         norm = torch.as_tensor(self._zero.scaled_global_norm())
-        return torch.where(norm < 0, torch.inf, norm)  # its word for NaN
+        return torch.where(norm < 0, torch.inf, norm)  # -1 is how it reports NaN
 
     def step(self) -> None:
         self.network.step()
 
-    def forget(self) -> None:
-        """By its own way of skipping a step whose gradients are no numbers."""
+    def clear_gradients(self) -> None:
+        """Through DeepSpeed's own way of skipping a step: gradients that are NaN."""
         for group in self._zero.averaged_gradients.values():
             for gradient in group or ():
                 gradient.fill_(torch.nan)
         self.network.step()
 
-    def load(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The moments come into being with a first step, which is made of nothing."""
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """DeepSpeed creates the moments in the first step, so one of zero gradients is made before."""
         if not self._zero.optimizer.state:
-            self.rate(0.0)
+            self.set_rate(0.0)
             for part in self._zero.single_partition_of_fp32_groups:
                 part.grad = torch.zeros_like(part)
             self._zero.optimizer.step()
             for part in self._zero.single_partition_of_fp32_groups:
                 part.grad = None
             self._zero._lazy_init_hp_params_optimizer_state()
-        super().load(found)
+        super().load(tensors)
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, param in self.bare.named_parameters():
-            for what in MOMENTS if self._zero.optimizer.state else ():  # none before the first step
-                yield f"{name}/{what}", safe_get_full_optimizer_state(param, what)
+            for key in MOMENTS if self._zero.optimizer.state else ():  # none before the first step
+                yield f"{name}/{key}", safe_get_full_optimizer_state(param, key)
             for state in list(self._zero.optimizer.state.values())[:1]:
                 yield f"{name}/step", state["step"]
 
-    def _empty(self, name: str, what: str) -> Tensor:
+    def _empty(self, name: str, key: str) -> Tensor:
         param = self.bare.get_parameter(name)
-        return torch.zeros(() if what == "step" else param.shape, device=param.device)
+        return torch.zeros(() if key == "step" else param.shape, device=param.device)
 
-    def _set(self, name: str, what: str, value: Tensor) -> None:
+    def _set(self, name: str, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         param = self.bare.get_parameter(name)
-        if what == "step":
+        if key == "step":
             for state in self._zero.optimizer.state.values():
                 state["step"].copy_(value)
-            safe_set_full_fp32_param(param, param.detach())  # which it has a copy of
+            safe_set_full_fp32_param(param, param.detach())  # the engine's own float32 copy of the weights
         else:
-            safe_set_full_optimizer_state(param, value, what)
+            safe_set_full_optimizer_state(param, value, key)

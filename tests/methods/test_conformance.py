@@ -10,7 +10,7 @@ from diffkd import methods
 from diffkd.core.classifier import Classifier
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
-from diffkd.methods.base import Batch, Method
+from diffkd.methods.base import Batch, Method, Step
 from diffkd.methods.denoising import Denoising
 from diffkd.models import students
 from diffkd.runs.classification.cnn import CNN
@@ -44,7 +44,7 @@ def nets_of(method):
 def losses_of(method, nets, stage, seed):
     rng = torch.Generator().manual_seed(seed)
     x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
-    return method.losses(nets, Batch(x0, {"class_labels": torch.arange(6) % 3}), stage, rng)
+    return method.losses(nets, Batch(x0, {"class_labels": torch.arange(6) % 3}), Step(stage, 0), rng)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -70,7 +70,7 @@ def test_a_method_keeps_the_contract(name):
             for parameter in nets[loss.network].parameters():
                 parameter.grad = None
             values.append(loss.value.item())
-        method.after_update(nets, stage)
+        method.after_update(nets, Step(stage, 0))
         assert values == [loss.value.item() for loss in losses_of(method, nets, stage, 11)]
         assert values != [loss.value.item() for loss in losses_of(method, nets, stage, 12)]
     assert all(torch.equal(a, b) for a, b in zip(teacher_before, nets["teacher"].parameters(), strict=True))
@@ -93,7 +93,7 @@ def test_a_users_own_module_is_found(tmp_path, monkeypatch):
         "class Mine(Method):\n"
         "    reference = 'x'\n"
         "    def stages(self, start):\n        return []\n"
-        "    def losses(self, nets, batch, stage, rng):\n        yield\n"
+        "    def losses(self, nets, batch, step, rng):\n        yield\n"
     )
     package = tmp_path / "package"
     package.mkdir()

@@ -14,7 +14,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import weighting_for
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
-from diffkd.methods.base import Batch
+from diffkd.methods.base import Batch, Step
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.feature import Feature
 from diffkd.methods.output import Output
@@ -440,17 +440,26 @@ def test_a_network_compiled_in_place_gives_the_same():
 # what is refused ------------------------------------------------------------------------------------------
 
 REFUSED = [
-    (["mid"], "method.blocks names 'mid', which the teacher has not; it has down_blocks.0, down_blocks.1, m"),
-    ({"mid_block": "middle"}, "names 'middle', which the student has not; it has down_blocks.0, down_block"),
+    (
+        ["mid"],
+        "method.blocks names 'mid', which the teacher does not have; it has down_blocks.0, down_blocks.1, m",
+    ),
+    (
+        {"mid_block": "middle"},
+        "names 'middle', which the student does not have; it has down_blocks.0, down_block",
+    ),
     ([""], "names '', which the teacher has not"),
     (
         {"conv_in": "down_blocks.0"},
         "conv_in of the teacher gives 8x8 and down_blocks.0 of the student 4x4; ma",
     ),
-    ({"conv_in": "conv_in", "up_blocks.0": "mid_block"}, "up_blocks.0 .*mid_block.* match modules of one"),
-    (["mid_block.attentions.0.to_q"], "no map of features.*match modules of one resolution"),
-    (["time_embedding"], "no map of features"),
-    ({"conv_in": "time_embedding"}, "no map of features"),
+    (
+        {"conv_in": "conv_in", "up_blocks.0": "mid_block"},
+        "up_blocks.0 .*mid_block.* match modules of the same",
+    ),
+    (["mid_block.attentions.0.to_q"], "no feature map.*match modules of the same resolution"),
+    (["time_embedding"], "no feature map"),
+    ({"conv_in": "time_embedding"}, "no feature map"),
     (["down_blocks"], "'?down_blocks'?[ ,:]"),  # a list, which is never called
 ]
 
@@ -473,7 +482,9 @@ def test_a_student_of_more_resolutions_is_not_matched_by_default():
 
 
 def test_configs_that_ask_for_nothing():
-    with pytest.raises(ValidationError, match="task, output and feature are all 0; give one of them a share"):
+    with pytest.raises(
+        ValidationError, match="task, output and feature are all 0; give one of them a weight"
+    ):
         Feature(task=0, output=0, feature=0)
     for empty in ([], {}):
         with pytest.raises(ValidationError):
@@ -490,7 +501,7 @@ def test_without_classes_there_is_nothing_to_hide():
     nets = {"teacher": teacher, "student": moved_copy(teacher)}
     method, rng = Output(label_dropout=0.9), torch.Generator().manual_seed(1)
     x0 = torch.rand(4, 1, 8, 8)
-    loss = next(method.losses(nets, Batch(x0, {}), method.stages(teacher)[0], rng))
+    loss = next(method.losses(nets, Batch(x0, {}), Step(method.stages(teacher)[0], 0), rng))
     rng.manual_seed(1)
     t = torch.randint(1, 65, (4,), generator=rng).double() / 64
     alpha, sigma = COSINE.at(t, like=x0)

@@ -6,7 +6,7 @@ from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
-from diffkd.methods.base import Batch
+from diffkd.methods.base import Batch, Step
 from diffkd.methods.progressive import Progressive, target
 from tests.gaussian import flow, gaussian
 
@@ -218,7 +218,7 @@ def test_stage_0_matches_the_epsilon_teacher_in_eps():
     x0 = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
     nets = {"student": student, "teacher": teacher}
     rng = torch.Generator().manual_seed(2)
-    loss = next(method.losses(nets, Batch(x0, {}), method.stages(teacher)[0], rng))
+    loss = next(method.losses(nets, Batch(x0, {}), Step(method.stages(teacher)[0], 0), rng))
     rng = torch.Generator().manual_seed(2)
     t = torch.randint(1, 41, (6,), generator=rng).double() / 40
     eps = torch.randn(x0.shape, generator=rng)
@@ -258,7 +258,10 @@ def test_the_loss_is_the_weighted_error_of_both_targets():
     stage = method.stages(teacher)[0]
     loss = next(
         method.losses(
-            {"student": student, "teacher": teacher}, Batch(x0, {}), stage, torch.Generator().manual_seed(2)
+            {"student": student, "teacher": teacher},
+            Batch(x0, {}),
+            Step(stage, 0),
+            torch.Generator().manual_seed(2),
         )
     )
     rng = torch.Generator().manual_seed(2)
@@ -281,6 +284,8 @@ def test_a_student_that_is_its_target_has_no_loss():
     method = Progressive(steps=[512], substeps=1)
     nets = {"student": teacher, "teacher": teacher}
     loss = next(
-        method.losses(nets, Batch(torch.rand(8, 1, 4, 4), {}), method.stages(teacher)[0], torch.Generator())
+        method.losses(
+            nets, Batch(torch.rand(8, 1, 4, 4), {}), Step(method.stages(teacher)[0], 0), torch.Generator()
+        )
     )
     assert loss.value < 1e-7

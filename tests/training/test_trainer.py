@@ -15,11 +15,11 @@ from diffkd.core.schedules import Schedule
 from diffkd.data.images import Images
 from diffkd.errors import Interrupted, UserError
 from diffkd.io.files import sha256
-from diffkd.methods.base import Batch, Loss, Stage
+from diffkd.methods.base import Batch, Loss, Stage, Step
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
-from diffkd.training import checkpoints, trainer
+from diffkd.training import checkpoints, state
 from diffkd.training.config import Training
 from diffkd.training.divergence import DivergenceMonitor, NonFinite
 from diffkd.training.log import TrainingLog
@@ -104,7 +104,7 @@ def test_the_student_that_is_left_is_the_moving_average(tmp_path):
     seen = []
 
     class Watched(Progressive):
-        def after_update(self, nets, stage):
+        def after_update(self, nets, step):
             seen.append(weights(nets["student"]).double())
 
     method = Watched(steps=[4], updates=12, learning_rate=1e-3)
@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_goes_on_from_the_last_checkpoint(tmp_path):
     torn = tmp_path / "parts"
 
     class Killed(Progressive):
-        def after_update(self, nets, stage):
+        def after_update(self, nets, step):
             self.__dict__["count"] = self.__dict__.get("count", 0) + 1
             if self.__dict__["count"] == 9:  # after the checkpoint of update 5, and logged once more
                 raise SystemError
@@ -155,7 +155,9 @@ def test_micro_batches_add_up(tmp_path):
 
         batch = Batch(x0, {"class_labels": labels})
         loss = next(
-            method.losses({"student": pupil, "teacher": teacher}, batch, method.stages(teacher)[0], rng)
+            method.losses(
+                {"student": pupil, "teacher": teacher}, batch, Step(method.stages(teacher)[0], 0), rng
+            )
         )
         grads = torch.autograd.grad(loss.value, list(pupil.network.parameters()))
         expected += torch.cat([g.flatten() for g in grads]) / 4
@@ -173,9 +175,9 @@ def broken(at, kind="loss", example=3):
     """Progressive whose loss is no number at these updates (counted from 1), for one example of a batch."""
 
     class Broken(Progressive):
-        def losses(self, nets, batch, stage, rng):
+        def losses(self, nets, batch, step, rng):
             update = self.__dict__["n"] = self.__dict__.get("n", 0) + 1
-            for loss in super().losses(nets, batch, stage, rng):
+            for loss in super().losses(nets, batch, step, rng):
                 if update not in at:
                     yield loss
                 elif kind == "loss":
@@ -297,8 +299,8 @@ def test_a_second_network_that_is_no_number(tmp_path):
         def networks(self, teacher, student):
             return {"judge": judge}
 
-        def losses(self, nets, batch, stage, rng):
-            yield from super().losses(nets, batch, stage, rng)
+        def losses(self, nets, batch, step, rng):
+            yield from super().losses(nets, batch, step, rng)
             seen.append(weights(nets["student"]).double())
             shadow.append(judge.scale.item())
             value = (judge.scale - 3).square().mean()
@@ -345,26 +347,26 @@ def test_skipped_updates_are_counted_across_a_stop(tmp_path):
 
 
 def test_a_loss_that_leaves_its_path_is_told_once(caplog):
-    watch = DivergenceMonitor("4-steps", 3)
+    monitor = DivergenceMonitor("4-steps", 3)
     for update in range(1, 101):
-        watch.good(1.0 + 0.01 * (update % 7), update, speaks=True)
+        monitor.completed(1.0 + 0.01 * (update % 7), update, warn=True)
     for update in range(101, 150):  # 49 updates
-        watch.good(20.0, update, speaks=True)
-    watch.good(1.0, 150, speaks=True)
+        monitor.completed(20.0, update, warn=True)
+    monitor.completed(1.0, 150, warn=True)
     assert not caplog.records
     again = DivergenceMonitor("4-steps", 3)
-    again.load(json.loads(json.dumps(watch.state())))
+    again.load(json.loads(json.dumps(monitor.state())))
     for update in range(151, 300):
-        again.good(20.0, update, speaks=True)
+        again.completed(20.0, update, warn=True)
     assert len(caplog.records) == 1
     assert "stage 4-steps: the loss has been more than 10 times its median (1." in caplog.text
     assert "up to update 200 (20)" in caplog.text
 
 
 def test_a_loss_that_is_large_from_the_start_is_nothing_to_tell(caplog):
-    watch = DivergenceMonitor("4-steps", 3)
+    monitor = DivergenceMonitor("4-steps", 3)
     for update in range(1, 300):
-        watch.good(1e6 if update < 10 else 1e6 + update, update, speaks=True)
+        monitor.completed(1e6 if update < 10 else 1e6 + update, update, warn=True)
     assert not caplog.records
 
 
@@ -385,7 +387,7 @@ def test_a_network_that_a_method_moves_is_kept_too(tmp_path):
         def networks(self, teacher, student):
             return {"target": students.copy_of(student).requires_grad_(False)}
 
-        def after_update(self, nets, stage):
+        def after_update(self, nets, step):
             with torch.no_grad():
                 for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
                     slow.lerp_(fast, 0.1)
@@ -439,9 +441,9 @@ def test_only_the_named_network_gets_gradients(tmp_path):
             self.scale = nn.Parameter(torch.ones(1))
 
     class Two(Denoising):
-        def losses(self, nets, batch, stage, rng):
+        def losses(self, nets, batch, step, rng):
             before = weights(nets["student"]).clone()
-            for loss in super().losses(nets, batch, stage, rng):
+            for loss in super().losses(nets, batch, step, rng):
                 yield type(loss)("student", loss.value * nets["judge"].scale.mean(), loss.metrics)
             assert nets["judge"].scale.grad is None
             assert not torch.equal(before, weights(nets["student"]))
@@ -499,7 +501,7 @@ def test_a_network_without_checkpointing_is_named(tmp_path):
     pupil = Denoiser(Plain(), COSINE, "v_prediction", shape=(1, 8, 8))
     method = Denoising(updates=1)
     run = RunFolder(tmp_path / "run", {})
-    with pytest.raises(UserError, match="gradient_checkpointing is not for a Plain"):
+    with pytest.raises(UserError, match="gradient_checkpointing is not supported by Plain"):
         run_stage(
             Accelerator(), method, method.stages(pupil)[0], {"student": pupil}, images(),
             Training(batch_size=8, gradient_checkpointing=True), run, seed=0, stage_index=0,
@@ -533,7 +535,7 @@ def test_half_precision_halves_what_is_not_trained(tmp_path):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch):
     """As one graph each, by torch's reference compiler; what the real one makes of it is for a GPU to say."""
-    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+    monkeypatch.setattr(state, "COMPILER", "aot_eager")
     plain = run_one(tmp_path / "plain", updates=3)
     fast = run_one(tmp_path / "fast", updates=3, training=Training(batch_size=8, log_every=1, compile=True))
     for mine, theirs in zip(fast[2], plain[2], strict=True):
