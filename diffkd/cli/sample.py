@@ -21,7 +21,10 @@ def sample(
     ] = "balanced",
     seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the student's own.")] = None,
-    sampler: Annotated[str, typer.Option(help="ddim, heun, dpmpp_2m or ancestral.")] = "ddim",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, heun, dpmpp_2m, ancestral or renoise. Default: the model's own."),
+    ] = None,
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
     guidance: Annotated[
         float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")

@@ -19,7 +19,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, Time, read_prediction
 from diffkd.errors import UserError
 
-SamplerName = Literal["ddim", "heun", "dpmpp_2m", "ancestral"]
+SamplerName = Literal["ddim", "heun", "dpmpp_2m", "ancestral", "renoise"]
 Generators = torch.Generator | Sequence[torch.Generator]
 Times = Tensor | Sequence[float]
 HALF = (torch.bfloat16, torch.float16)
@@ -130,6 +130,29 @@ def ancestral(
     return x
 
 
+def renoise(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Times,
+    *,
+    clip: float | None = None,
+    noise: Noise | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): predict x0, then noise it afresh to s.
+
+    What the stock LCMScheduler does, one evaluation a step, without noise in the last step to s = 0.
+    """
+    for t, s in pairwise(times):
+        x0 = _clipped(denoiser(x, t, **cond), clip)
+        if isinstance(s, float) and s == 0:
+            return x0
+        alpha_s, sigma_s = denoiser.schedule.at(s, like=x)
+        fresh = noise(x) if noise is not None else torch.randn_like(x)
+        x = alpha_s * x0 + sigma_s * fresh
+    return x
+
+
 def _root(value: Any) -> Any:
     """The square root, of 0 where rounding made the number negative."""
     return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
@@ -209,7 +232,9 @@ def _clipped(x0: Tensor, clip: float | None) -> Tensor:
     return x0 if clip is None else x0.clamp(-clip, clip)
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m, "ancestral": ancestral}
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m, "ancestral": ancestral, "renoise": renoise,
+}  # fmt: skip
 
 
 def find(name: str) -> Sampler:
@@ -225,6 +250,8 @@ def nfe(sampler: str, steps: int) -> int:
 
 def fresh_noises(sampler: str, steps: int, eta: float = 1.0) -> int:
     """How many times a run draws noise after it began."""
+    if sampler == "renoise":
+        return steps - 1
     return steps if sampler == "ancestral" and eta != 0 else 0
 
 

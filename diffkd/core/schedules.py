@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from diffkd.errors import UserError
@@ -144,8 +144,13 @@ class Schedule:
         total = self.num_train_timesteps
         return [n for n in range(1, total + 1) if total % n == 0]
 
-    def check_steps(self, steps: int) -> None:
-        """Raises UserError for a student whose step count does not divide T."""
+    def check_steps(self, steps: int, sampler: str = "ddim") -> None:
+        """Raises UserError for a student whose step count does not divide T, or is T if drawn by renoise."""
+        if sampler == "renoise" and steps == self.num_train_timesteps:
+            raise UserError(
+                f"a student of {steps} steps drawn by renoise does not fit a teacher of {steps} time steps: "
+                "the stock LCM scheduler would not denoise in its last step. Use fewer steps"
+            )
         if steps < 1 or self.num_train_timesteps % steps:
             valid = self.valid_steps()
             listed = ", ".join(map(str, valid[:12])) + (", ..." if len(valid) > 12 else "")
@@ -178,24 +183,28 @@ def from_diffusers(scheduler: Any) -> Schedule:
     return Schedule(DDIMScheduler(**betas).alphas_cumprod.double(), betas)
 
 
-def to_diffusers(schedule: Schedule, prediction: str, clip: float | None = None) -> DDIMScheduler:
+def to_diffusers(
+    schedule: Schedule, prediction: str, clip: float | None = None, sampler: str = "ddim"
+) -> DDIMScheduler | LCMScheduler:
     """The stock scheduler that draws the same images from a student of this schedule as `samplers.sample`.
 
-    clip: bound on the predicted x0 while sampling, None for none.
+    clip: bound on the predicted x0 while sampling, None for none. sampler: ddim or renoise.
     """
     if prediction not in PREDICTIONS[:3]:
         raise UserError(
             f"DDIMScheduler does not support prediction {prediction!r}; "
             f"use one of {', '.join(PREDICTIONS[:3])}"
         )
-    return DDIMScheduler(
-        **schedule.betas,
-        prediction_type=prediction,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=clip is not None,
-        clip_sample_range=1.0 if clip is None else clip,
-    )
+    options: dict[str, Any] = {
+        **schedule.betas, "prediction_type": prediction, "clip_sample": clip is not None,
+        "clip_sample_range": 1.0 if clip is None else clip,
+    }  # fmt: skip
+    if sampler == "renoise":
+        # The scaling makes its boundary conditions c_skip = 0 and c_out = 1, and so x0 the prediction itself.
+        return LCMScheduler(
+            **options, original_inference_steps=schedule.num_train_timesteps, timestep_scaling=1e10
+        )
+    return DDIMScheduler(**options, timestep_spacing="trailing", set_alpha_to_one=True)
 
 
 def read_prediction(prediction: str, x_t: Any, output: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:

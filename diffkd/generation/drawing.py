@@ -48,7 +48,7 @@ def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None
 class Drawing:
     """n images of a denoiser: what is drawn, and how it is run.
 
-    steps: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
+    steps, sampler: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i starts
     from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a sampler is
     stochastic, so the stock pipeline given these generators draws the same pictures. mode: auto, eager, graph
     or compile (`capture.prepare`). options: guidance, eta.
@@ -66,11 +66,11 @@ class Drawing:
         seed: int = 0,
         labels: Sequence[int] | Tensor | None = None,
         batch_size: int = 64,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         mode: str = "auto",
         **options: Any,
     ) -> None:
-        steps = steps or denoiser.steps
+        steps, sampler = steps or denoiser.steps, sampler or denoiser.sampler
         if steps is None:
             raise UserError("this model has no step count of its own; say how many steps to take")
         if sampler != "ancestral" and "eta" in options:
@@ -235,7 +235,7 @@ def generate(
     seed: int = 0,
     labels: Sequence[int] | Tensor | None = None,
     batch_size: int = 64,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     mode: str = "auto",
     share: tuple[int, int] = (0, 1),
     **options: Any,

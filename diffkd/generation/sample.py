@@ -64,7 +64,7 @@ def sample_to(
     classes: str = "balanced",
     seed: int = 0,
     steps: int | None = None,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     batch_size: int = 64,
     dtype: str | None = None,
     mode: str = "auto",
@@ -96,7 +96,7 @@ def sample_to(
         **(options or {}),
     )  # fmt: skip
     settings = {
-        "model": digest(denoiser.network.state_dict()), "steps": drawing.steps, "sampler": sampler,
+        "model": digest(denoiser.network.state_dict()), "steps": drawing.steps, "sampler": drawing.sampler,
         **(options or {}), "seed": seed, "clip": denoiser.clip,
         "labels": asked if denoiser.num_classes is not None else None,
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": output.format,

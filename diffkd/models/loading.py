@@ -112,6 +112,10 @@ def card(folder: Path) -> dict[str, Any]:
         value = found.get(key)
         if value is not None and (type(value) is not int or not least <= value <= validation.LARGEST):
             raise UserError(f"{path} has {key} {quoted(value)}, no whole number from {least}; repair it")
+    if found.get("sampler", "ddim") not in ("ddim", "renoise"):
+        raise UserError(
+            f"{path} has sampler {quoted(found['sampler'])}, which is neither ddim nor renoise; repair it"
+        )
     metrics = found.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are no records; repair it, or leave them out")

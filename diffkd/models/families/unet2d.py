@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, UNet2DModel
 from pydantic import Field
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -154,10 +154,12 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
         raise UserError(
             f"{name} has prediction_type {quoted(prediction)}; supported are {', '.join(PREDICTIONS[:3])}"
         )
-    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
+    kind = config.get("_class_name")
+    clips = config.get("clip_sample", kind != "LCMScheduler")
+    clip = config.get("clip_sample_range", 1.0) if clips else None
     if clip is not None and not (type(clip) in (int, float) and 0 < clip < math.inf):
         raise UserError(f"{name} has clip_sample_range {quoted(clip)}; it is a number above 0")
-    if clip is not None and config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+    if clip is not None and kind not in ("DDPMScheduler", "DDIMScheduler", "LCMScheduler"):
         clip = None  # other schedulers have no such option
     num_classes = network.config.num_class_embeds
     null_label = card.get("null_label")
@@ -169,6 +171,7 @@ def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -
         null_label=null_label,
         clip=clip,
         steps=card.get("steps"),
+        sampler=card.get("sampler", "ddim"),
     )
 
 
@@ -221,7 +224,9 @@ def _schedule(config: dict[str, Any], name: str) -> Schedule:
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
-    """A DDIMPipeline, or for classes a ConsistencyModelPipeline, whose call takes `class_labels`."""
+    """A pipeline that draws with the denoiser's own sampler: a ConsistencyModelPipeline, whose call takes
+    `class_labels`, for classes; else a DDIMPipeline, or a DDPMPipeline for renoise, as DDIMPipeline would
+    replace its scheduler."""
     network: Any = denoiser.network
     if any(map(is_traceable_wrapper_subclass, network.parameters())):
         raise UserError(
@@ -230,6 +235,7 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     if next(network.parameters()).dtype not in (torch.float32, torch.float16):
         raise UserError("stock pixel pipelines cannot make pictures in bfloat16; save in float32 or float16")
     network.to(memory_format=torch.contiguous_format)  # as it may not be on a GPU, and safetensors wants it
-    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip)
-    pipeline = DDIMPipeline if network.config.num_class_embeds is None else ConsistencyModelPipeline
+    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
+    unconditional = DDPMPipeline if denoiser.sampler == "renoise" else DDIMPipeline
+    pipeline = unconditional if network.config.num_class_embeds is None else ConsistencyModelPipeline
     pipeline(unet=stock(network), scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

@@ -39,6 +39,7 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         null_label=denoiser.null_label,
         clip=denoiser.clip,
         steps=denoiser.steps,
+        sampler=denoiser.sampler,
     )
     return found.train(network.training)
 
