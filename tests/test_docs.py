@@ -54,35 +54,38 @@ def resolves(dotted: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_dotted_names_resolve(page):
-    named = set(re.findall(r"(?<![\w/-])diffkd(?:\.[A-Za-z_]\w*)+(?!/)", text(page)))
-    assert [one for one in sorted(named - {"diffkd.json"}) if not resolves(one)] == []
+def test_dotted_names_resolve():
+    wrong = []
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w/-])diffkd(?:\.[A-Za-z_]\w*)+(?!/)", text(page))) - {"diffkd.json"}
+        wrong += [f"{name(page)}: {one}" for one in sorted(named) if not resolves(one)]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_paths_exist(page):
+def test_paths_exist():
     """Paths from the repository's root. Pages on contributing may name files that the reader will write."""
     wrong = []
-    for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./{{}},*-]*[\w}}/]", text(page)):
-        for one in expand(path):
-            exists = any(ROOT.glob(one.rstrip("/")))
-            planned = page.parent.name == "contributing" or "NAME" in one
-            if not exists and not (planned and (ROOT / one).parent.is_dir()):
-                wrong.append(one)
-    assert wrong == []
+    for page in PAGES:
+        for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./{{}},*-]*[\w}}/]", text(page)):
+            for one in expand(path):
+                planned = page.parent.name == "contributing" or "NAME" in one
+                if not any(ROOT.glob(one.rstrip("/"))) and not (planned and (ROOT / one).parent.is_dir()):
+                    wrong.append(f"{name(page)}: {one}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere():
     wrong = []
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text(page)):
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        headings = re.findall(r"^#+ (.+)$", text(target), re.MULTILINE) if anchor and target.is_file() else []
-        if not target.exists() or (anchor and anchor not in map(slug, headings)):
-            wrong.append(link)
-    assert wrong == []
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text(page)):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            headings = (
+                re.findall(r"^#+ (.+)$", text(target), re.MULTILINE) if target.is_file() and anchor else []
+            )
+            if not target.exists() or (anchor and anchor not in map(slug, headings)):
+                wrong.append(f"{name(page)}: {link}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_page_can_be_reached_from_the_readme():
@@ -98,25 +101,20 @@ def test_every_page_can_be_reached_from_the_readme():
     assert [name(page) for page in PAGES if page not in reached] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_commands_have_these_options(page):
+def test_commands_have_these_options():
     from diffkd.cli import app
 
     commands = typer.main.get_command(app).commands
     wrong = []
-    for block in re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            called = re.search(r"(?:^|-m )diffkd(?:\.cli)? +([a-z]\w*)([^#]*)", line)
-            if called is None:
-                continue
-            command = commands.get(called[1])
-            if command is None:
-                wrong.append(line)
-                continue
-            options = {one for parameter in command.params for one in parameter.opts}
-            given = re.findall(r"(?<!\S)--?[a-z][\w-]*", called[2])
-            wrong += [f"{called[1]} {one}" for one in given if one not in options]
-    assert wrong == []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL):
+            for called, rest in re.findall(
+                r"(?:^|-m )diffkd(?:\.cli)? +([a-z]\w*)([^#\n]*)", block, re.MULTILINE
+            ):
+                known = {one for parameter in commands[called].params for one in parameter.opts}
+                given = re.findall(r"(?<!\S)--?[a-z][\w-]*", rest)
+                wrong += [f"{name(page)}: {called} {one}" for one in given if one not in known]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
@@ -148,24 +146,29 @@ def test_the_readme_is_short_and_shows_the_rooms_in_order():
     assert shown == [room for room in ROOMS if room != "errors"]
 
 
+def definitions(path: str) -> dict[str, ast.AST]:
+    """The functions of a test file, and the values of its names."""
+    body = ast.parse(text(ROOT / path)).body
+    functions: dict[str, ast.AST] = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    return functions | {target.id: node.value for node in body if isinstance(node, ast.Assign)
+                        for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+
+
 def marks(test: str) -> tuple[set[str], set[str]]:
-    """Marks of EXTRA on every case of a test, and on some of its cases (through a helper of its file too)."""
+    """Marks of EXTRA on every case of a test, and on some of its cases."""
     path, _, function = test.partition("::")
-    tree = ast.parse(text(ROOT / path))
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    close = difflib.get_close_matches(function, functions, n=1, cutoff=0.4)
-    assert function in functions, f"docs/reliability.md names {test}; the file has {close}"
+    defined = definitions(path)
 
-    def named(node: ast.AST) -> set[str]:
-        return EXTRA & {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
+    def named(node: ast.AST, seen: frozenset[str] = frozenset()) -> set[str]:
+        """Of an expression, and of what it names in the same file: lists of cases, helpers."""
+        words = {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
+        names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)} & defined.keys() - seen
+        return (EXTRA & words).union(*(named(defined[one], seen | names) for one in names))
 
-    decorators = functions[function].decorator_list
+    decorators = defined[function].decorator_list
     whole = [one for one in decorators if isinstance(one, ast.Attribute)]
-    whole += [node.value for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in
-              {target.id for target in node.targets if isinstance(target, ast.Name)}]  # fmt: skip
-    helpers = [functions[one.func.id] for one in decorators if isinstance(one, ast.Call)
-               and isinstance(one.func, ast.Name) and one.func.id in functions]  # fmt: skip
-    return set().union(*map(named, whole)), set().union(*map(named, [*decorators, *helpers, *whole]))
+    whole += [defined[one] for one in ("pytestmark",) if one in defined]
+    return set().union(*map(named, whole)), set().union(*map(named, [*decorators, *whole]))
 
 
 def promises() -> list[tuple[str, list[str], list[str]]]:
@@ -177,14 +180,22 @@ def promises() -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
-def test_every_promise_has_a_default_test():
+def test_the_tests_behind_promises_exist():
+    wrong = []
+    for test in sorted({test for _, *columns in promises() for column in columns for test in column}):
+        path, _, function = test.partition("::")
+        known = definitions(path) if (ROOT / path).is_file() else {}
+        if function not in known:
+            wrong.append(f"{test}: nearest {difflib.get_close_matches(function, known, n=1, cutoff=0.4)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_promise_has_a_test_that_runs_by_default():
     assert len(promises()) >= 8
     for promise, default, extra in promises():
         assert default, promise
-        for test in default:
-            assert not marks(test)[0], f"{test} does not run by default, and stands for: {promise}"
-        for test in extra:
-            assert marks(test)[1], f"{test} runs by default; name it in the other column of: {promise}"
+        assert [test for test in default if marks(test)[0]] == [], f"runs only with --all: {promise}"
+        assert [test for test in extra if not marks(test)[1]] == [], f"runs by default: {promise}"
 
 
 @pytest.mark.parametrize(
