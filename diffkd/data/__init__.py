@@ -1,4 +1,4 @@
-"""Images to train on and to compare with."""
+"""Datasets of images: to train on, and to compare with."""
 
 from __future__ import annotations
 

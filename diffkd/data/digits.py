@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits."""
+"""The digits dataset of scikit-learn."""
 
 from __future__ import annotations
 

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 
 from diffkd.data.decoding import SUFFIXES, image_files, open_image
-from diffkd.data.images import Images, Sized
+from diffkd.data.images import Images
+from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
 
 
-class Folder(Sized):
-    """A folder of images (PNG, JPEG, WebP, ...); its subfolders, where it has any, are the classes."""
+class Folder(ResizedDataset):
+    """A folder of images (PNG, JPEG, WebP, ...); its subfolders, if it has any, are the classes."""
 
     kind: Literal["folder"]
     path: Path = Field(description="the folder")
@@ -23,7 +24,7 @@ class Folder(Sized):
     def load(self) -> Images:
         root = self.path.expanduser()
         if not os.path.isdir(root):
-            raise UserError(f"data.path {root} is no folder; give a folder of images")
+            raise UserError(f"data.path {root} is not a folder; give a folder of images")
         classes = sorted(
             d.name for d in root.iterdir() if d.is_dir() and next(image_files(d), None) is not None
         )
@@ -35,13 +36,13 @@ class Folder(Sized):
         paths = [p for c in classes for p in sorted(image_files(root / c))] or sorted(loose)
         if not paths:
             raise UserError(
-                f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
+                f"{root} holds no images ({', '.join(SUFFIXES)}), neither in itself nor in subfolders"
             )
-        pixels, good = self.read_all(
+        pixels, readable = self.decode_all(
             str(root), len(paths), lambda i: open_image(paths[i]), lambda i: str(paths[i])
         )
         labels = None
         if classes and self.labelled:
-            number = {name: n for n, name in enumerate(classes)}
-            labels = torch.tensor([number[paths[i].relative_to(root).parts[0]] for i in good])
+            index = {name: n for n, name in enumerate(classes)}
+            labels = torch.tensor([index[paths[i].relative_to(root).parts[0]] for i in readable])
         return Images(str(self.path), pixels, labels, classes if labels is not None else [], self.flip)

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, from the hub or from a folder."""
+"""Hugging Face datasets, from the hub or from a folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from PIL import Image
 from pydantic import Field
 
 from diffkd.data.decoding import open_image
-from diffkd.data.images import Images, Sized
+from diffkd.data.images import Images
+from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
 from diffkd.io.text import reason
 
 
-class HubDataset(Sized):
-    """A Hugging Face data set, by name or by the path of a saved one (extra `datasets`)."""
+class HubDataset(ResizedDataset):
+    """A Hugging Face dataset, by its name or the path of a saved one (extra `datasets`)."""
 
     kind: Literal["datasets"]
     path: str = Field(description="name on the hub, or a folder written by save_to_disk")
-    subset: str | None = Field(None, description="configuration of a data set that has several")
+    subset: str | None = Field(None, description="configuration of a dataset that has several")
     split: str = Field("train", description="which split")
     image: str | None = Field(None, description="column of images; default the first of that type")
     label: str | None = Field(None, description="column of labels; default the first of type ClassLabel")
@@ -33,49 +34,51 @@ class HubDataset(Sized):
         rows = self._rows()
         image = self._column(rows.features, self.image, "image column", "Image")
         if image is None:
-            raise UserError(f"data set {self.path} has no image column; it has {', '.join(rows.features)}")
+            raise UserError(f"dataset {self.path} has no image column; it has {', '.join(rows.features)}")
         label = (
             self._column(rows.features, self.label, "column", "ClassLabel", "Value")
             if self.labelled
             else None
         )
-        stored = self._stored(rows, image)
-        pixels, good = self.read_all(
-            self.path, len(rows), lambda i: _opened(stored[i][image]), lambda i: f"{self.path}[{i}]"
+        encoded = self._encoded(rows, image)
+        pixels, readable = self.decode_all(
+            self.path, len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]"
         )
-        if not good:
-            raise UserError(f"data set {self.path} (split {self.split}) holds no images")
+        if not readable:
+            raise UserError(f"dataset {self.path} (split {self.split}) holds no images")
         if label is None:
             return Images(self.path, pixels, flip=self.flip)
         values = [int(v) for v in rows[label]]
         if min(values) < 0:
             raise UserError(
-                f"data set {self.path} has label {min(values)} in row {values.index(min(values))}, no class; "
-                "use a split with labels, or set data.labelled: false"
+                f"dataset {self.path} has label {min(values)} in row {values.index(min(values))}, "
+                "which is not a class; use a split with labels, or set data.labelled: false"
             )
         classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
-        return Images(self.path, pixels, torch.tensor([values[i] for i in good]), classes, self.flip)
+        return Images(self.path, pixels, torch.tensor([values[i] for i in readable]), classes, self.flip)
 
-    def _stored(self, rows: Any, image: str) -> Any:
-        """The rows with their images as files, to be opened as all others are."""
+    def _encoded(self, rows: Any, image: str) -> Any:
+        """The rows with their images as encoded files, to be decoded like those of a folder."""
         feature = copy.copy(rows.features[image])
         feature.decode = False
         return rows.select_columns([image]).cast_column(image, feature)
 
     def _column(self, features: Any, name: str | None, what: str, *kinds: str) -> str | None:
-        """The column asked for, or the first of the first kind; None where there is none."""
+        """The named column, checked to be of one of these kinds; by default the first of kinds[0], or
+        None."""
         if name is None:
             return next((n for n, feature in features.items() if type(feature).__name__ == kinds[0]), None)
         if name not in features:
-            raise UserError(f"data set {self.path} has no {what} {name!r}; it has {', '.join(features)}")
+            raise UserError(f"dataset {self.path} has no {what} {name!r}; it has {', '.join(features)}")
         kind = type(features[name]).__name__
         if kind not in kinds or (kind == "Value" and "int" not in features[name].dtype):
             raise UserError(
-                f"data set {self.path} has no {kinds[0]} in column {name!r}; it has {', '.join(features)}"
+                f"dataset {self.path} has no {kinds[0]} in column {name!r}; it has {', '.join(features)}"
             )
         return name
 
     def _rows(self) -> Any:
+        """The split as a datasets.Dataset."""
         try:
             import datasets
         except ModuleNotFoundError as error:
@@ -93,10 +96,10 @@ class HubDataset(Sized):
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"data set {self.path} (split {self.split}) cannot be read: {reason(error)}"
+                f"dataset {self.path} (split {self.split}) cannot be read: {reason(error)}"
             ) from error
 
 
-def _opened(stored: Mapping[str, Any]) -> Image.Image:
-    """The image of a data set's row: bytes, or the path of a file."""
-    return open_image(Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+def _open(encoded: Mapping[str, Any]) -> Image.Image:
+    """The image of a row, which holds its bytes or the path of a file."""
+    return open_image(Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffkd.runs import artifacts
+from diffkd.runs import model_evaluator
 from tests.refusals import tree
 
 TRAIN = {
@@ -65,7 +65,7 @@ def here(tmp_path, monkeypatch, pipelines) -> Path:
     write(tmp_path / "train.yaml", TRAIN)
     write(tmp_path / "distill.yaml", DISTILL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(artifacts, "PREVIEW_STEPS", 2)  # quick pictures of what the runs that do work make
+    monkeypatch.setattr(model_evaluator, "PREVIEW_STEPS", 2)  # quick pictures where a run does work
     return tmp_path
 
 
@@ -628,12 +628,12 @@ def with_data(here: Path, command: str, data: dict[str, Any]) -> tuple[str, Path
 @pytest.mark.parametrize("command", ["train", "distill"])
 def test_folders_without_images(refused, here, command):
     run = with_data(here, command, folder())
-    refused(*run, says=["images is no folder", "give a folder of images"])
+    refused(*run, says=["images is not a folder", "give a folder of images"])
     (here / "images" / "a").mkdir(parents=True)
     refused(*run, says=["images holds no images", ".png"])
     write(here / "images" / "a" / "notes.txt", "words")
     refused(*run, says=["images holds no images"])
-    refused(*with_data(here, command, folder(path="train.yaml")), says=["train.yaml is no folder"])
+    refused(*with_data(here, command, folder(path="train.yaml")), says=["train.yaml is not a folder"])
 
 
 def test_images_that_are_too_small(refused, cli, here, image_folder):

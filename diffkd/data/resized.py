@@ -1,0 +1,86 @@
+"""Datasets of images of any size: their config, decoding, resizing and cropping."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from diffkd.data.decoding import fitted, upright
+from diffkd.errors import UserError
+from diffkd.io.config import Strict
+from diffkd.io.text import log, reason
+
+MAX_UNREADABLE = 0.01  # a larger share of unreadable files stops the run
+MAX_IN_MEMORY = 4 << 30  # bytes of pixels beyond which they are mapped from a temporary file
+
+
+class ResizedDataset(Strict):
+    """Config shared by datasets whose images are resized and cropped to one shape."""
+
+    size: int = Field(
+        ge=1, description="height and width, by resizing the short side and cropping the centre"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 is grey, 3 is RGB")
+    upscale: bool = Field(False, description="whether smaller images may be enlarged")
+    flip: bool = Field(False, description="flip left to right at random in training")
+    labelled: bool = Field(True, description="whether to use class labels where there are any")
+
+    def to_pixels(self, opened: Image.Image, name: str) -> np.ndarray:
+        """One image as (C, H, W) uint8: turned upright, resized (bicubic, antialiased), centre-cropped."""
+        image = upright(opened, self.channels)
+        if min(image.size) < self.size and not self.upscale:
+            raise UserError(
+                f"{name} is {image.width}x{image.height}, smaller than data.size {self.size}; "
+                "use a smaller size, or set data.upscale: true"
+            )
+        pixels = np.asarray(fitted(image, self.size))
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+    def decode_all(
+        self, name: str, count: int, open_one: Callable[[int], Image.Image], name_of: Callable[[int], str]
+    ) -> tuple[np.ndarray, list[int]]:
+        """Pixels of the readable images, and their indices; unreadable ones are logged and skipped.
+
+        name: of the dataset. open_one, name_of: open and name the image of an index. Raises UserError where
+        more than MAX_UNREADABLE of them are unreadable.
+        """
+
+        def decode(index: int) -> np.ndarray | None:
+            try:
+                with open_one(index) as opened:
+                    return self.to_pixels(opened, name_of(index))
+            except UserError:
+                raise
+            except Exception as error:  # Pillow raises many types for broken files
+                log.warning("unreadable image skipped: %s (%s)", name_of(index), reason(error))
+                return None
+
+        pixels = _allocate((count, self.channels, self.size, self.size))
+        readable: list[int] = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for index, image in enumerate(pool.map(decode, range(count))):
+                if image is not None:
+                    pixels[len(readable)] = image
+                    readable.append(index)
+        unreadable = count - len(readable)
+        if unreadable > MAX_UNREADABLE * count:
+            raise UserError(
+                f"{unreadable} of {count} images in {name} cannot be read (see above); remove or repair them"
+            )
+        return pixels[: len(readable)], readable
+
+
+def _allocate(shape: Sequence[int]) -> np.ndarray:
+    """An array for the pixels: in memory, or beyond MAX_IN_MEMORY mapped from a file that ends with the
+    process."""
+    if int(np.prod(shape)) <= MAX_IN_MEMORY:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:  # the mapping keeps the file alive
+        return np.memmap(file, np.uint8, "w+", shape=tuple(shape))
