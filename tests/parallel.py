@@ -30,7 +30,7 @@ from diffkd.training.config import Training
 from diffkd.training.launch import make_accelerator
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
-from tests.models.test_unet2d import student
+from tests.tiny import student
 from tests.training.test_trainer import COSINE, images
 
 KINDS: dict[str, dict[str, str]] = {  # as configs/accelerate has it

@@ -19,6 +19,7 @@ from diffkd.io.lock import Lock
 from diffkd.io.text import changes, differences, from_json, log, reason
 from diffkd.training.checkpoints import MOVABLE, Checkpoints, is_resumable
 
+FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # which older runs recorded; the default is now None
 SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits depend on
 
 
@@ -89,7 +90,11 @@ class RunFolder:
                 raise UserError(f"{self.folder} is not empty and holds no run of diffkd; use another out")
             return ""
         differ = changes(_yaml(known), _plain(config))
-        differ = {key: pair for key, pair in differ.items() if key not in MOVABLE}
+        differ = {
+            key: (was, now)
+            for key, (was, now) in differ.items()
+            if key not in MOVABLE and not (now is None and was == FORMER_DEFAULTS.get(key, now))
+        }
         said = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
         text = "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
         if not all(map(is_resumable, differ)):

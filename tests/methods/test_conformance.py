@@ -14,7 +14,7 @@ from diffkd.methods.base import Batch, Method, Step
 from diffkd.methods.denoising import Denoising
 from diffkd.models import students
 from diffkd.runs.classification.cnn import CNN
-from tests.models.test_unet2d import student
+from tests.tiny import student
 
 ROOT = Path(__file__).parents[2]
 COSINE = Schedule.cosine(64)

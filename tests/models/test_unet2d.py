@@ -12,7 +12,6 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from rich.console import Console
 
 import diffkd
-from diffkd.core.denoiser import Denoiser
 from diffkd.core.samplers import sample
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
@@ -21,6 +20,7 @@ from diffkd.generation.drawing import generate
 from diffkd.models import loading
 from diffkd.models.families.unet2d import UNet2D
 from diffkd.runs.reports import model_card
+from tests.tiny import student
 
 LINEAR = from_diffusers(DDPMScheduler())
 COSINE = Schedule.cosine(64)
@@ -53,14 +53,6 @@ STOCK = textwrap.dedent("""
     pictures = np.stack([np.asarray(p).reshape(p.height, p.width, -1) for p in pil])
     np.savez(out, pictures=pictures, floats=draw("np"), kind=type(pipeline).__name__)
 """)
-
-
-def student(classes, prediction, schedule, *, channels=1, size=8, clip=None, steps=4, seed=0):
-    torch.manual_seed(seed)
-    network = UNet2D(channels=[8, 16], norm_groups=4).build((channels, size, size), classes)
-    for parameter in network.parameters():  # far from initialisation, where outputs are near zero
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return Denoiser(network, schedule, prediction, num_classes=classes, clip=clip, steps=steps).eval()
 
 
 def stock_pictures(folder, tmp_path, n, steps, labels):

@@ -25,7 +25,7 @@ from diffkd.training.divergence import DivergenceMonitor, NonFinite
 from diffkd.training.log import TrainingLog
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
-from tests.models.test_unet2d import student
+from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
 
