@@ -23,13 +23,14 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffkd import cli
-from diffkd.runs import artifacts, session
+from diffkd.runs import config, session
 from diffkd.training import update
 
 MEASURED = {  # of a machine's moods, not of the run
@@ -78,13 +79,13 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         pass
     elif fault["kind"] == "time":
-        check = session.check
+        check = config.Distill.check
 
         def begun(*args: Any) -> None:  # not while torch is imported
             threading.Timer(fault["at"], strike).start()
             check(*args)
 
-        session.check = begun
+        config.Distill.check = begun  # type: ignore[method-assign]
     elif fault["kind"] == "disk":
 
         def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -103,18 +104,19 @@ def child(fault: dict[str, Any], arguments: list[str]) -> None:
 
         update._agree = between
     elif fault["kind"] == "evaluation":
-        counted = artifacts.RunArtifacts._counted
+        image_bar = session.Session.image_bar
 
-        def watched(self: Any, advance: Any) -> Any:
-            on_images = counted(self, advance)
+        @contextmanager
+        def counted_bar(self: Any, title: str, total: int) -> Any:
+            with image_bar(self, title, total) as on_images:
 
-            def passed(more: int) -> None:
-                count("evaluation")
-                on_images(more)
+                def counted(images: int) -> None:
+                    count("evaluation")
+                    on_images(images)
 
-            return passed
+                yield counted
 
-        artifacts.RunArtifacts._counted = watched  # type: ignore[method-assign]
+        session.Session.image_bar = counted_bar  # type: ignore[method-assign]
     sys.argv = ["diffkd", *arguments]
     cli.main()
 

@@ -25,15 +25,16 @@ def distill(
     from rich.console import Console
 
     prepare_libraries()
-    from diffkd.runs import distill as job
-    from diffkd.runs.classification import config as classification
-    from diffkd.runs.classification import distill as classifier_job
+    from diffkd.runs.classification.distill import distill as distill_classifier
+    from diffkd.runs.config import Distill
+    from diffkd.runs.config_files import load_distill
+    from diffkd.runs.distill import distill as distill_denoiser
 
     options = resume_options(allow, stop_after)
-    settings = classification.load(config, overrides or ())
-    if isinstance(settings, classification.Classify):
-        classifiers = settings
-        run_or_print(settings, dry_run, lambda: classifier_job.distill(classifiers, Console(), options))
-    else:
+    settings = load_distill(config, overrides or ())
+    if isinstance(settings, Distill):
         denoisers = settings
-        run_or_print(settings, dry_run, lambda: job.distill(denoisers, Console(), options))
+        run_or_print(settings, dry_run, lambda: distill_denoiser(denoisers, Console(), options))
+    else:
+        classifiers = settings
+        run_or_print(settings, dry_run, lambda: distill_classifier(classifiers, Console(), options))

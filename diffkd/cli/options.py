@@ -47,7 +47,7 @@ Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default)
 ImageSize = Annotated[
     int | None, typer.Option("--resize", min=1, help="Bring images of folders and data sets to this size.")
 ]
-Split = Annotated[str, typer.Option(help="Of a Hugging Face data set.")]
+Split = Annotated[str | None, typer.Option(help="Of a Hugging Face data set; default train.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 
 

@@ -22,10 +22,10 @@ def train(
     from rich.console import Console
 
     prepare_libraries()
-    from diffkd.runs import train as job
     from diffkd.runs.config import Train
     from diffkd.runs.config_files import load
+    from diffkd.runs.train import train as train_teacher
 
     options = resume_options(allow, stop_after)
     settings = load(config, Train, overrides or ())
-    run_or_print(settings, dry_run, lambda: job.train(settings, Console(), options))
+    run_or_print(settings, dry_run, lambda: train_teacher(settings, Console(), options))

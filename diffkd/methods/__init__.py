@@ -29,7 +29,10 @@ def find(name: str) -> type[Method]:
     own = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module_name
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value is not Method
+        and value.__module__ == module_name
     ]
     if len(own) != 1:
         raise UserError(

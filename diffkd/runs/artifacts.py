@@ -2,215 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from rich.table import Table
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Images
-from diffkd.errors import Interrupted
 from diffkd.generation import grids
 from diffkd.generation.drawing import generate
-from diffkd.io.files import append_json, new_folder, read_json
-from diffkd.io.processes import Processes
 from diffkd.methods.base import Stage
-from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.evaluator import Evaluator
-from diffkd.metrics.evaluation.image_sets import DataSource
-from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
-from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import loading, sizes
-from diffkd.runs import config
-from diffkd.runs.reports import model_card, run_report
+from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
+from diffkd.runs.reports import model_card, run_report, tables
 from diffkd.runs.session import Session
-
-PREVIEW_STEPS = 64  # of a preview of a teacher that is not measured
 
 
 class RunArtifacts:
-    """What is done with a run's models."""
+    """What a run of denoisers makes of each model beside its weights.
 
-    def __init__(self, session: Session, settings: config.Train | config.Distill, images: Images) -> None:
-        self.session, self.settings, self.images = session, settings, images
-        self.accelerator, self.run = session.accelerator, session.run
-        self.teacher: tuple[Callable[[], Denoiser], float] | None = None  # loaded anew, with its guidance
-        self.source = ""  # where it is
-        self._evaluator: Evaluator | None = None
-        self._teacher: ImageStream | None = None
+    teacher: of a distillation, with its `path`; guidance: the weight that the teacher is sampled with.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Train | Distill,
+        images: Images,
+        teacher: Teacher | None = None,
+        guidance: float = 1.0,
+    ) -> None:
+        self.session, self.settings = session, settings
+        self.teacher, self.guidance = teacher, guidance
+        self._evaluate = (
+            ModelEvaluator(session, settings, images, teacher, guidance) if settings.evaluation else None
+        )
 
     def export(self, denoiser: Denoiser, folder: Path, **card: Any) -> None:
-        if self.accelerator.is_main_process:
-            with new_folder(folder) as temporary:
-                loading.save(denoiser, temporary)
-                model_card.write(temporary, model_card.describe(denoiser, **card))
-                self.run.sync_log()  # the stage is not done again: what it logged must not be lost
-        self.accelerator.wait_for_everyone()
+        """A stock pipeline with its model card. card: more for it to say."""
 
-    def tell_sizes(self, teacher: Denoiser, student: Denoiser) -> None:
-        """Before a stage whose student is smaller, or larger."""
-        theirs, ours = sizes.denoiser_size(teacher), sizes.denoiser_size(student)
-        if ours != theirs:
-            share = ours.parameters / theirs.parameters
-            self.session.say(f"student: {ours} ({share:.2f} of the parameters of its teacher: {theirs})")
+        def write(place: Path) -> None:
+            loading.save(denoiser, place)
+            model_card.write(place, model_card.describe(denoiser, **card))
 
-    def measure(
-        self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path | None, guidance: float = 1.0
-    ) -> None:
-        """Appends the model's record to metrics.json and its card, unless it is there already.
+        self.session.export(folder, write)
 
-        All processes measure together. folder: where the model is, None for one of another run.
-        """
-        if self.settings.evaluation is None:
-            return
-        known = [self._record(name, steps)]
-        broadcast_object_list(known)  # what the main process finds, which writes the file
-        record = known[0]
-        if record is None:
-            size = sizes.denoiser_size(denoiser).recorded()
-            record = {"model": name, "role": role, **size, **self._evaluate(name, denoiser, steps, guidance)}
-            record["protocol"]["target"] = self._identity(denoiser, folder)
-            if self.accelerator.is_main_process:
-                append_json(self.run.folder / "metrics.json", record)
-        if folder is not None and self.accelerator.is_main_process:
+    def announce_size(self, teacher: Denoiser, student: Denoiser) -> None:
+        """Where the student is smaller than its teacher, or larger."""
+        teacher_size, size = sizes.denoiser_size(teacher), sizes.denoiser_size(student)
+        if size != teacher_size:
+            share = size.parameters / teacher_size.parameters
+            self.session.say(
+                f"student: {size} ({share:.2f} of the parameters of its teacher: {teacher_size})"
+            )
+
+    def measure(self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path) -> None:
+        """Measures a model of this run, once; its record goes into metrics.json and into its card."""
+        record = self._measured(name, role, denoiser, steps, str(folder))
+        if record is not None and self.session.main:
             card = loading.card(folder)
             if record not in card.get("metrics", []):
                 model_card.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
 
-    def _evaluate(self, name: str, denoiser: Denoiser, steps: int, guidance: float) -> dict[str, Any]:
-        how = self.settings.evaluation
-        assert how is not None
-        if self._evaluator is None:
-            spec = how.reference or self.settings.data
-            reference = Reference(spec, None if how.reference else DataSource(self.images))
-            with self.session.bar("features of the reference", reference.count or 0) as advance:
-                self._evaluator = Evaluator(
-                    how, reference, Processes(self.accelerator.device), self._counted(advance)
-                )
-        target = sampled_images(denoiser, how, self._evaluator.reference, steps, guidance=guidance)
-        teacher = self._teacher_target(how)
-        with self.session.bar(f"FID of {name} in {steps}", target.count) as advance:
-            return self._evaluator(target, teacher=teacher, on_images=self._counted(advance))
+    def teacher_curve(self, denoiser: Denoiser, student_steps: list[int]) -> None:
+        """The FID of a distillation's teacher at its own step counts and at the students'; pictures at the
+        most and at the fewest."""
+        assert self.teacher is not None
+        own = self.teacher_steps(denoiser)
+        every = sorted({*own, *student_steps}, reverse=True)
+        for steps in every:
+            self._measured(
+                "teacher", "teacher", denoiser, steps, str(self.teacher.path),
+                null_label=self.teacher.null_label, guidance=self.guidance,
+            )  # fmt: skip
+        for steps in every:
+            if steps == max(own) or steps <= 4:
+                self.preview(f"teacher-{steps}-steps", denoiser, steps, self.guidance)
 
-    def _identity(self, denoiser: Denoiser, folder: Path | None) -> dict[str, Any]:
-        named = None
-        if folder is None and isinstance(self.settings, config.Distill):
-            named = self.settings.teacher.null_label
-        return identity(denoiser, str(folder or self.source), named)
-
-    def _teacher_target(self, how: Evaluation) -> ImageStream | None:
-        """The teacher at its most steps, where students are compared with it image by image."""
-        if "agreement" not in how.metrics or self.teacher is None or self._evaluator is None:
+    def _measured(
+        self,
+        name: str,
+        role: str,
+        denoiser: Denoiser,
+        steps: int,
+        path: str,
+        *,
+        null_label: int | None = None,
+        guidance: float = 1.0,
+    ) -> dict[str, Any] | None:
+        """The model's record, measured by all processes unless it is known; None without evaluation."""
+        if self._evaluate is None:
             return None
-        if self._teacher is not None:
-            return self._teacher
-        load, guidance = self.teacher
-        reference = self._evaluator.reference
-        denoiser = load()
-        steps = max(self.teacher_steps(denoiser))
-        target = sampled_images(denoiser, how, reference, steps, guidance=guidance)
-        target.protocol |= self._identity(denoiser, None)
-        target.batches = lambda rank, world: sampled_images(
-            load(), how, reference, steps, guidance=guidance
-        ).batches(rank, world)  # it is in memory only while it is drawn
-        self._teacher = cached(target)
-        return self._teacher
-
-    def _counted(self, advance: Callable[[int, str], None]) -> Callable[[int], None]:
-        """Moves a bar on by so many images, and stops where a stop was asked for."""
-        done = 0
-
-        def on_images(more: int) -> None:
-            nonlocal done
-            if self.session.should_stop():
-                raise Interrupted
-            done += more * self.accelerator.num_processes
-            advance(done, "")
-
-        return on_images
-
-    def records(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = read_json(self.run.folder / "metrics.json", [])
-        return found
+        known = [self._record(name, steps)]
+        broadcast_object_list(known)  # what the main process sees, which writes the file
+        if known[0] is not None:
+            return known[0]
+        size = sizes.denoiser_size(denoiser).recorded()
+        values = self._evaluate(name, denoiser, steps, path, null_label=null_label, guidance=guidance)
+        record = {"model": name, "role": role, **size, **values}
+        self.session.add_record(record)
+        return record
 
     def _record(self, name: str, steps: int) -> dict[str, Any] | None:
-        return next(
-            (
-                r
-                for r in self.records()
-                if (r["model"], r["steps"]) == (name, steps) and r["role"] != "evaluated"
-            ),
-            None,
-        )
+        """This run's own; `diffkd evaluate` may have added others."""
+        for record in self.session.records():
+            if (record["model"], record["steps"]) == (name, steps) and record["role"] != "evaluated":
+                return record
+        return None
 
     def teacher_steps(self, teacher: Denoiser) -> list[int]:
         """Step counts of a model that has none of its own."""
-        evaluation = self.settings.evaluation
-        wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [PREVIEW_STEPS]
-        return [min(steps, teacher.schedule.num_train_timesteps) for steps in wanted]
-
-    def teacher_curve(self, teacher: Denoiser, student_steps: list[int], guidance: float) -> None:
-        """The teacher's FID at its own step counts and at the students', with pictures at most and fewest."""
-        own = self.teacher_steps(teacher)
-        for steps in sorted({*own, *student_steps}, reverse=True):
-            self.measure("teacher", "teacher", teacher, steps, None, guidance)
-        for steps in sorted({*own, *student_steps}, reverse=True):
-            if steps == max(own) or steps <= 4:
-                self.preview(f"teacher-{steps}-steps", teacher, steps, guidance)
+        return teacher_steps(self.settings.evaluation, teacher)
 
     def preview(self, name: str, denoiser: Denoiser, steps: int, guidance: float = 1.0) -> None:
-        """samples/<name>.png, the same noises and labels for every model."""
-        path = self.run.folder / "samples" / f"{name}.png"
+        """samples/<name>.png, of the same noises and labels for every model."""
+        path = self.session.run.folder / "samples" / f"{name}.png"
         count = self.settings.pictures
-        if count == 0 or path.exists() or not self.accelerator.is_main_process:
+        if count == 0 or path.exists() or not self.session.main:
             return
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
         batches = generate(denoiser, count, steps=steps, batch_size=64, **options)
-        grids.save(grids.grid(np.concatenate([b.cpu().numpy() for b in batches])), path)
+        grids.save(grids.grid(np.concatenate([batch.cpu().numpy() for batch in batches])), path)
 
-    def stage_line(self, stage: Stage, steps: int) -> None:
-        record = self._record(stage.name, steps)
-        teacher = [r["fid"] for r in self.records() if r["role"] == "teacher"]
+    def announce_stage(self, stage: Stage, steps: int) -> None:
         text = f"{stage.name}: {stage.updates} updates"
+        record = self._record(stage.name, steps)
         if record:
-            text += f", FID {record['fid']:.2f} ({record['fid'] / min(teacher):.2f} of the teacher's best)"
+            best = min(r["fid"] for r in self.session.records() if r["role"] == "teacher")
+            text += f", FID {record['fid']:.2f} ({record['fid'] / best:.2f} of the teacher's best)"
         self.session.say(text)
 
     def finish(self) -> None:
-        """The report, and what there is to see."""
-        if not self.accelerator.is_main_process:
+        """The report, the table of FIDs, and where to look."""
+        if not self.session.main:
             return
-        page = run_report.write(self.run.folder)
-        if self.records():
-            self.session.console.print(_table(self.records()))
-            name = self.records()[0]["protocol"]["features"]["name"]
+        page = run_report.write(self.session.run.folder)
+        records = self.session.records()
+        if records:
+            self._show(records)
+            name = records[0]["protocol"]["features"]["name"]
             if name != "inception":
                 self.session.say(
                     f"FID by the features {name!r}: not comparable with FID by Inception features."
                 )
-        self.session.say(f"pictures: {self.run.folder / 'samples'}")
-        if page is None:
-            self.session.say("no report: it needs matplotlib (pip install 'diffkd[report]')")
-        else:
-            self.session.say(f"report:   {page}")
+        self.session.say(f"pictures: {self.session.run.folder / 'samples'}")
+        self.session.say_report(page)
 
-
-def _table(records: list[dict[str, Any]]) -> Table:
-    """FID by steps, teacher and students side by side."""
-    table = Table(title="FID by sampling steps (nfe: network evaluations)")
-    for column in ("steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"):
-        table.add_column(column, justify="right")
-    teacher = {r["steps"]: r for r in records if r["role"] == "teacher"}
-    student = {r["steps"]: r for r in records if r["role"] == "student"}
-    best = min((r["fid"] for r in teacher.values()), default=None)
-    for steps in sorted(teacher.keys() | student.keys(), reverse=True):
-        cells = []
-        for found in (teacher, student):
-            record = found.get(steps)
-            cells += [str(record["nfe"]), f"{record['fid']:.2f}"] if record else ["", ""]
-        ratio = f"{student[steps]['fid'] / best:.2f}" if steps in student and best else ""
-        table.add_row(str(steps), *cells, ratio)
-    return table
+    def _show(self, records: list[dict[str, Any]]) -> None:
+        """FID by steps, teacher and students side by side."""
+        by_role = [{r["steps"]: r for r in records if r["role"] == role} for role in ("teacher", "student")]
+        teacher, students = by_role
+        best = min((r["fid"] for r in teacher.values()), default=None)
+        rows = []
+        for steps in sorted(teacher.keys() | students.keys(), reverse=True):
+            pair = [role.get(steps) for role in by_role]
+            cells = [cell for r in pair for cell in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
+            ratio = f"{students[steps]['fid'] / best:.2f}" if steps in students and best else ""
+            rows.append([str(steps), *cells, ratio])
+        self.session.say("FID by sampling steps (nfe: network evaluations)")
+        titles = ["steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"]
+        tables.show(self.session.console, titles, rows)

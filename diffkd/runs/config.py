@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+import torch
+from accelerate import Accelerator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
+from diffkd import methods
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.data import Data
-from diffkd.errors import printable
-from diffkd.io.config import Positive, Strict
+from diffkd.errors import UserError, printable
+from diffkd.io.config import Positive, Strict, validation_message
+from diffkd.io.text import quoted
 from diffkd.methods.base import Method
 from diffkd.methods.denoising import Denoising
+from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.models.families.unet2d import UNet2D
+from diffkd.metrics.evaluation.reference import Reference
+from diffkd.models import loading
+from diffkd.models.unet import UNet2D
 from diffkd.models.quantization import Quantize
 from diffkd.models.students import Copy, Student
-from diffkd.runs.config_files import check_kind, methods_of
 from diffkd.training.config import Training
+
+# methods in a config: {"name": ..., its fields}
+
+
+def parse_method(given: Any, kind: type[Any]) -> Method:
+    """The method of a config, which has to distil models of that kind. Raises UserError."""
+    if not isinstance(given, Method):
+        given = _method_of(given)
+    if given.kind is not kind:
+        fitting = [name for name in methods.names() if methods.find(name).kind is kind]
+        raise UserError(
+            f"method {method_name(given)} distils a {given.kind.__name__.lower()}, and this run distils a "
+            f"{kind.__name__.lower()}; use one of {', '.join(fitting)}"
+        )
+    return given
+
+
+def _method_of(given: Any) -> Method:
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"method {quoted(given)} is not a mapping with a name; use one of {', '.join(methods.names())}"
+        )
+    kind = methods.find(str(given.get("name", "progressive")))
+    try:
+        return kind.model_validate({key: value for key, value in given.items() if key != "name"})
+    except ValidationError as error:
+        raise UserError(validation_message(error, kind, "method")) from error
+
+
+def method_name(method: Method) -> str:
+    """The name that a config gives it."""
+    return type(method).__module__.removeprefix("diffkd.methods.")
+
+
+def method_config(method: Method) -> dict[str, Any]:
+    """The method as a config writes it, every default written out."""
+    return {"name": method_name(method), **method.model_dump(mode="json")}
+
+
+DenoiserMethod = Annotated[
+    Method, BeforeValidator(lambda given: parse_method(given, Denoiser)), PlainSerializer(method_config)
+]
+
+
+# runs
 
 
 class NoiseSchedule(Strict):
@@ -49,24 +101,58 @@ class NoiseSchedule(Strict):
         )
 
 
-class Train(Strict):
-    """`diffkd train`: a teacher from images."""
+class TrainingRun(Strict):
+    """What the config of every run that trains has."""
 
     out: Path = Field(description="the run's folder")
     seed: int = Field(0, ge=0, description="of everything random")
     data: Data
+    training: Training = Training()
+
+    def check(self, accelerator: Accelerator) -> None:
+        """Raises UserError for whatever could otherwise fail only after the run folder was made."""
+        self.training.parts(accelerator.num_processes)
+        if self.training.compile and accelerator.device.type != "cuda":
+            # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
+            raise UserError(
+                f"training.compile needs CUDA, and the device is {accelerator.device.type}; leave it out"
+            )
+
+
+def _check_evaluation(evaluation: Evaluation) -> None:
+    """Raises UserError without FID among the metrics, or without a feature network or reference they need."""
+    if "fid" not in evaluation.metrics:
+        raise UserError(
+            f"evaluation.metrics {evaluation.metrics} lacks fid, which the report of a run plots; add it"
+        )
+    networks.check(evaluation, None if evaluation.reference is None else Reference(evaluation.reference))
+
+
+class Train(TrainingRun):
+    """`diffkd train`: a teacher from images."""
+
     model: UNet2D = UNet2D()
     schedule: NoiseSchedule = NoiseSchedule()
     prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
-        "v_prediction", description="what it outputs"
+        "v_prediction", description="what the network outputs"
     )
     classes: bool = Field(
-        True, description="whether it is conditioned on the data's labels, where it has any"
+        True, description="whether it is conditioned on the data's labels, where the data has any"
     )
     denoising: Denoising = Denoising()
-    training: Training = Training()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
+
+    def check(self, accelerator: Accelerator) -> None:
+        super().check(accelerator)
+        if self.evaluation is None:
+            return
+        if "agreement" in self.evaluation.metrics:
+            raise UserError(
+                "evaluation.metrics has agreement, which compares students with a teacher: it is for "
+                "diffkd distill"
+            )
+        _check_evaluation(self.evaluation)
 
 
 class Teacher(Strict):
@@ -86,28 +172,35 @@ class Teacher(Strict):
             raise ValueError("teacher needs either path (a pipeline) or train (a config to train one from)")
         return self
 
+    def load(self, device: str | torch.device = "cpu") -> Denoiser:
+        """The pipeline at `path`."""
+        assert self.path is not None
+        teacher = loading.load(self.path, device=device)
+        if self.null_label is not None:
+            loading.set_null_label(teacher, self.null_label)
+        return teacher
 
-def _denoisers_methods(given: Any) -> list[Method]:
-    found = methods_of(given)
-    for method in found:
-        check_kind(method, Denoiser, "a denoiser")
-    return found
 
-
-class Distill(Strict):
+class Distill(TrainingRun):
     """`diffkd distill`: students from a teacher."""
 
-    out: Path = Field(description="the run's folder")
-    seed: int = Field(0, ge=0, description="of everything random")
     teacher: Teacher
-    data: Data
-    student: Student = Field(Copy(), description="the first stage's; those after it are made from the last")
-    method: Annotated[list[SerializeAsAny[Method]], BeforeValidator(_denoisers_methods)] = Field(
-        min_length=1, description="one method or several, whose stages run one after another"
-    )
-    training: Training = Training()
+    student: Student = Field(Copy(), description="the first stage's; each later stage starts from the last")
+    method: Annotated[
+        list[DenoiserMethod], BeforeValidator(lambda given: given if isinstance(given, list) else [given])
+    ] = Field(min_length=1, description="one method or several, whose stages run one after another")
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
+
+    def check(self, accelerator: Accelerator) -> None:
+        super().check(accelerator)
+        hooked = [method for method in self.method if method.hooks]
+        if self.training.compile and hooked:
+            raise UserError(
+                f"training.compile bypasses the hooks of method {method_name(hooked[0])}; leave it out"
+            )
+        if self.evaluation is not None:
+            _check_evaluation(self.evaluation)
 
 
 class BenchmarkEntry(Strict):
@@ -134,26 +227,27 @@ class Benchmark(Strict):
     out: Path = Field(description="the run's folder")
     models: list[BenchmarkEntry] = Field(min_length=1, description="what is measured")
     teacher: BenchmarkEntry | None = Field(None, description="what agreement is with")
-    evaluation: Evaluation = Field(description="how; it has to name a reference")
+    evaluation: Evaluation = Field(description="how to measure; it must name a reference")
 
     @model_validator(mode="after")
-    def _whole(self) -> Benchmark:
+    def _consistent(self) -> Benchmark:
         if self.evaluation.reference is None:
             raise ValueError(
                 "config key evaluation.reference is missing; name what to compare with, such as digits"
             )
-        for model in self.models:  # those of one name are one line of the plots
-            alike = [one for one in self.models if one.title == model.title]
-            steps = [count for one in alike for count in one.steps]
-            if len({*steps}) < len(steps) or (len(alike) > 1 and not all(one.steps for one in alike)):
+        for model in self.models:  # those that share a name are one line of the plots
+            namesakes = [entry for entry in self.models if entry.title == model.title]
+            steps = [count for entry in namesakes for count in entry.steps]
+            if len({*steps}) < len(steps) or (len(namesakes) > 1 and not all(e.steps for e in namesakes)):
                 raise ValueError(
-                    f"models name {model.title} twice; give one another name, or each steps that differ"
+                    f"models name {model.title} twice; rename one of them, or give each different steps"
                 )
-        agreeing = "agreement" in self.evaluation.metrics
-        if agreeing and self.teacher is None:
-            raise ValueError("config key teacher is missing, which the metric agreement is with; name it")
-        if self.teacher is not None and not agreeing:
+        compares = "agreement" in self.evaluation.metrics
+        if compares and self.teacher is None:
+            raise ValueError("config key teacher is missing, and the metric agreement needs one; name it")
+        if self.teacher is not None and not compares:
             raise ValueError(
-                f"teacher {self.teacher.path} is for the metric agreement; add that, or leave it out"
+                f"teacher {self.teacher.path} is for the metric agreement only; add that metric, or leave "
+                "the teacher out"
             )
         return self

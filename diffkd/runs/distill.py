@@ -14,124 +14,109 @@ from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
-from diffkd.runs import config, config_files, session
+from diffkd.runs import config_files
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.session import NO_OPTIONS, ResumeOptions, Session
+from diffkd.runs.config import Distill, Train
+from diffkd.runs.session import ResumeOptions, Session, identity, open_run
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
-SCORED = 8  # batches that the importance of channels by gradients is the sum over
+IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed over
 
 
-def distill(settings: config.Distill, console: Console, terms: ResumeOptions = NO_OPTIONS) -> Path:
-    """Distils the teacher stage by stage, or goes on where it stopped; the folder of the last student."""
-    images = settings.data.load()
-    accelerator = launch.make_accelerator(settings.training)
-    teaching, source = None, str(settings.teacher.path)
-    if settings.teacher.train is not None:
-        teaching = config_files.load(settings.teacher.train, config.Train)
-        source = str(teaching.out / "teacher")
-        teacher = untrained_teacher(
-            teaching, teaching.data.load()
-        )  # what it will be, enough to check the rest against
+def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
+    """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
+    images = config.data.load()
+    accelerator = launch.make_accelerator(config.training)
+    source, teacher_run = config.teacher, None
+    if source.train is None:
+        teacher = source.load()
     else:
-        teacher = _teacher(settings, source)
+        teacher_run = config_files.load(source.train, Train)
+        source = source.model_copy(update={"path": str(teacher_run.out / "teacher"), "train": None})
+        teacher = untrained_teacher(teacher_run, teacher_run.data.load())  # enough to check the rest against
     _check_fits(teacher, images)
-    plan = _plan(settings, teacher)
-    session.check(settings, accelerator)
-    if teaching is not None:
-        train(teaching, console, terms)
-        teacher = _teacher(settings, source)
-    inputs = {"teacher": session.identity(teacher)}
-    with session.open_run(settings, accelerator, images, console, terms, inputs) as job:
-        results = RunArtifacts(job, settings, images)
+    plan = _plan(config, teacher)
+    config.check(accelerator)
+    if teacher_run is not None:
+        train(teacher_run, console, options)
+        teacher = source.load()
+    inputs = {"teacher": identity(teacher)}
+    with open_run(config, accelerator, images, console, options, inputs) as session:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
-        results.teacher = lambda: _teacher(settings, source).to(accelerator.device), guidance
-        results.source = source
-        results.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps], guidance)
+        artifacts = RunArtifacts(session, config, images, source, guidance)
+        artifacts.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps])
         current = teacher
-        del teacher  # from the second stage on it is in memory only while it is drawn
+        del teacher  # from the second stage on it is in memory only while it is sampled
         for index, (method, stage) in enumerate(plan):
-            folder = settings.out / "students" / stage.name
+            folder = config.out / "students" / stage.name
             if not folder.exists():
-                student = _begun(settings, current, images) if index == 0 else students.copy_of(current)
-                results.tell_sizes(current, student)
-                _train(job, method, stage, {"teacher": current, "student": student}, images, index)
-                results.export(
-                    student,
-                    folder,
-                    teacher=source,
-                    method=type(method).__name__,
-                    config=config_files.resolved(settings),
-                    stage=stage.name,
-                    classes=images.classes,
-                    class_counts=images.class_counts,
-                    guidance_baked_in=guidance,
-                )
+                student = students.copy_of(current) if index else _first_student(config, current, images)
+                artifacts.announce_size(current, student)
+                _train(session, method, stage, {"teacher": current, "student": student}, images, index)
+                artifacts.export(
+                    student, folder, teacher=str(source.path), method=type(method).__name__,
+                    config=config_files.resolved(config), stage=stage.name, classes=images.classes,
+                    class_counts=images.class_counts, guidance_baked_in=guidance,
+                )  # fmt: skip
                 del student
             current = loading.load(folder, device=accelerator.device)
-            steps = current.steps or max(results.teacher_steps(current))
-            results.measure(stage.name, "student", current, steps, folder)
-            results.preview(stage.name, current, steps)
-            results.stage_line(stage, steps)
-        results.finish()
+            steps = current.steps or max(artifacts.teacher_steps(current))
+            artifacts.measure(stage.name, "student", current, steps, folder)
+            artifacts.preview(stage.name, current, steps)
+            artifacts.announce_stage(stage, steps)
+        artifacts.finish()
     return folder
 
 
-def _begun(settings: config.Distill, teacher: Denoiser, images: Images) -> Denoiser:
-    """The first stage's student as it begins."""
-    rng = generator_for((settings.seed, 0, 0), 0)
+def _first_student(config: Distill, teacher: Denoiser, images: Images) -> Denoiser:
+    """The first stage's student, before it is trained."""
+    rng = generator_for((config.seed, 0, 0), 0)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for _ in range(SCORED):
-            x0, labels = images.batch(min(settings.training.batch_size, len(images)), rng)
+        for _ in range(IMPORTANCE_BATCHES):
+            x0, labels = images.batch(min(config.training.batch_size, len(images)), rng)
             unconditional = teacher.num_classes is None
             yield x0, {} if unconditional or labels is None else {"class_labels": labels}
 
-    return settings.student.build(teacher, settings.seed, batches())
+    return config.student.build(teacher, config.seed, batches())
 
 
 def _train(
-    job: Session, method: Method, stage: Stage, nets: dict[str, Denoiser], images: Images, index: int
+    session: Session, method: Method, stage: Stage, nets: dict[str, Denoiser], images: Images, index: int
 ) -> None:
-    """Trains nets["student"] in place. The teacher is not to be used for anything else after."""
+    """Trains nets["student"] in place. The teacher must not be used for anything else afterwards."""
     teacher, student = nets["teacher"].requires_grad_(False), nets["student"].requires_grad_(True)
     if stage.prediction is not None:
         student.prediction = stage.prediction
-    student.steps, student.clip = stage.steps, None  # its targets were not clipped
-    job.run_stage(method, stage, nets | method.networks(teacher, student), images, index)
+    student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
+    session.run_stage(method, stage, nets | method.networks(teacher, student), images, index)
 
 
-def _plan(settings: config.Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
+def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
     """Every stage of every method, checked before anything is trained."""
     plan: list[tuple[Method, Stage]] = []
-    student = settings.student.build(teacher, settings.seed)
+    student = config.student.build(teacher, config.seed)
     start = teacher
-    for method in settings.method:
+    for method in config.method:
         stages = method.stages(start)
         plan += [(method, stage) for stage in stages]
         method.networks(start, student)
         for stage in stages:
             start = student = students.with_network(student, student.network, stage.prediction)
-            start.steps = stage.steps
+            start.steps, start.sampler = stage.steps, stage.drawn
+            if stage.drawn == "renoise" and stage.steps is not None:
+                start.schedule.check_steps(stage.steps, stage.drawn)
     names = [stage.name for _, stage in plan]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two stages are called {name}; give the methods step counts that differ")
+            raise UserError(f"two stages are called {name}; give the methods different step counts")
     return plan
 
 
-def _teacher(settings: config.Distill, source: str) -> Denoiser:
-    teacher = loading.load(source)
-    null_label = settings.teacher.null_label
-    if null_label is not None:
-        loading.name_null_label(teacher, null_label)
-    return teacher
-
-
 def _check_fits(denoiser: Denoiser, images: Images) -> None:
-    """Raises UserError where the data's images or labels are not what the model takes."""
+    """Raises UserError where the model does not take the data's images or labels."""
     if denoiser.shape != images.shape:
         raise UserError(
             f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "
@@ -141,7 +126,7 @@ def _check_fits(denoiser: Denoiser, images: Images) -> None:
         return
     if images.labels is None:
         raise UserError(
-            f"the model is class-conditional and {images.name} has no labels; give class subfolders"
+            f"the model is class-conditional and {images.name} has no labels; provide class subfolders"
         )
     highest = int(images.labels.max())
     if highest >= denoiser.num_classes or int(images.labels.min()) < 0:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,34 +20,46 @@ from rich.console import Console
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.data.images import Images
-from diffkd.errors import Interrupted, Unfinished, UserError, printable
-from diffkd.io.files import format_bytes, free_bytes, is_disk_full
-from diffkd.io.progress import bar
+from diffkd.errors import Interrupted, Unfinished, UserError
+from diffkd.io import progress
+from diffkd.io.files import append_json, format_bytes, free_bytes, is_disk_full, new_folder, read_json
 from diffkd.methods.base import Method, Stage
-from diffkd.metrics.evaluation.evaluator import networks_of, require
-from diffkd.metrics.evaluation.reference import Reference
-from diffkd.runs import config, config_files
-from diffkd.runs.classification.config import Classify
+from diffkd.runs.config import TrainingRun
+from diffkd.runs.config_files import resolved
 from diffkd.training.config import Training
 from diffkd.training.launch import is_lost_peer
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
 
+CLOCK_TOLERANCE = 10.0  # seconds by which processes may differ in their clocks and in how far they are
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """How to continue a run; not part of its config.
+
+    allow: accept a config that differs where that does not change the students. until: when to stop, in the
+    time of time.time.
+    """
+
+    allow: bool = False
+    until: float | None = None
+
 
 @dataclass
 class StopRequest:
-    """Whether a run is to stop. until: the time (of time.time) that it has; signals: those that came."""
+    """Whether a run should stop. until: when its time is up; signals: those received so far."""
 
     until: float | None = None
     signals: list[int] = field(default_factory=list)
 
-    def due(self, early: float = 0.0) -> bool:
-        """Whether the time is over, or nearly."""
+    def overdue(self, early: float = 0.0) -> bool:
+        """Whether the time is up, or will be in `early` seconds."""
         return self.until is not None and time.time() > self.until - early
 
 
 class Session:
-    """One run's parts. seed: of everything random in it."""
+    """An open run: trains its stages, exports its models, keeps their records. seed: of everything random."""
 
     def __init__(
         self,
@@ -58,13 +71,12 @@ class Session:
         stop: StopRequest,
     ) -> None:
         self.seed, self.training = seed, training
-        self.accelerator = accelerator
-        self.run = run
-        self.console = console
-        self.stop = stop
+        self.accelerator, self.run, self.console, self.stop = accelerator, run, console, stop
+        self.main = accelerator.is_main_process
+        self.metrics = run.folder / "metrics.json"
 
     def should_stop(self) -> bool:
-        return bool(self.stop.signals) or self.stop.due()
+        return bool(self.stop.signals) or self.stop.overdue()
 
     def run_stage(
         self,
@@ -76,16 +88,15 @@ class Session:
         *,
         seed: int | None = None,
     ) -> None:
-        """Trains one stage, from its last checkpoint where there is one. index: among the run's. seed:
-        default the run's."""
+        """Trains one stage, from its last checkpoint if there is one. index: among the run's. seed: default
+        the run's."""
         with self.bar(stage.name, stage.updates) as advance:
             rate = 0.0
 
             def on_update(done: int, record: dict[str, Any]) -> None:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
-                text = f"loss {record['loss']:.4f}  {rate:.0f} images/s" if record else ""
-                advance(done, text)
+                advance(done, f"loss {record['loss']:.4f}  {rate:.0f} images/s" if record else "")
 
             run_stage(
                 self.accelerator, method, stage, nets, images, self.training, self.run,
@@ -93,78 +104,67 @@ class Session:
                 should_stop=self.should_stop,
             )  # fmt: skip
 
+    def export(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """The model's folder, which `write` fills: complete or absent, written by the main process."""
+        if self.main:
+            with new_folder(folder) as temporary:
+                write(temporary)
+                self.run.sync_log()  # the stage will not be trained again: its log must not be lost
+        self.accelerator.wait_for_everyone()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was measured so far."""
+        found: list[dict[str, Any]] = read_json(self.metrics, [])
+        return found
+
+    def add_record(self, record: dict[str, Any]) -> None:
+        if self.main:
+            append_json(self.metrics, record)
+
     def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        if self.main:
+            progress.say(self.console, text)
+
+    def say_report(self, page: Path | None) -> None:
+        """Where the report is; without one, why."""
+        self.say(
+            f"report: {page}" if page else "no report: it needs matplotlib (pip install 'diffkd[report]')"
+        )
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
-        return bar(self.console, title, total, shown=self.accelerator.is_main_process)
+        return progress.bar(self.console, title, total, shown=self.main)
 
+    @contextmanager
+    def image_bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Gives on_images(count), called with so many more images; it raises Interrupted to stop the run."""
+        with self.bar(title, total) as advance:
+            count_images = progress.counter(advance, self.accelerator.num_processes)
 
-CLOCK_TOLERANCE = 10.0  # seconds that the clocks of processes, and what they are doing, may be apart
+            def on_images(count: int) -> None:
+                if self.should_stop():
+                    raise Interrupted
+                count_images(count)
 
-
-@dataclass(frozen=True)
-class ResumeOptions:
-    """How a run is to go on, which is no part of its config.
-
-    allow: whether the config may differ from the run's where that is harmless. until: the time (of
-    time.time) to stop at.
-    """
-
-    allow: bool = False
-    until: float | None = None
-
-
-NO_OPTIONS = ResumeOptions()
-
-
-def check(settings: config.Train | config.Distill | Classify, accelerator: Accelerator) -> None:
-    """Raises UserError for what could only fail later, when there is a run folder already."""
-    settings.training.parts(accelerator.num_processes)
-    if settings.training.compile and accelerator.device.type != "cuda":
-        # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
-        raise UserError(
-            f"training.compile is for CUDA, and the device is {accelerator.device.type}; leave it out"
-        )
-    hooked = [m for m in settings.method if m.hooks] if isinstance(settings, config.Distill) else []
-    if settings.training.compile and hooked:
-        raise UserError(
-            f"training.compile passes over the hooks of method {config_files.name_of(hooked[0])}; leave it out"
-        )
-    how = None if isinstance(settings, Classify) else settings.evaluation
-    if how is not None:
-        if "fid" not in how.metrics:
-            raise UserError(
-                f"evaluation.metrics {how.metrics} has no fid, which a run's report is drawn from; add it"
-            )
-        if "agreement" in how.metrics and isinstance(settings, config.Train):
-            raise UserError(
-                "evaluation.metrics has agreement, which is with a teacher: it is for diffkd distill"
-            )
-        if how.reference is None:
-            networks_of(how)
-        else:
-            require(how, Reference(how.reference))
+            yield on_images
 
 
 @contextmanager
 def open_run(
-    settings: config.Train | config.Distill | Classify,
+    config: TrainingRun,
     accelerator: Accelerator,
     images: Images,
     console: Console,
-    terms: ResumeOptions = NO_OPTIONS,
+    options: ResumeOptions = ResumeOptions(),
     inputs: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
-    """The run folder, held; SIGINT or SIGTERM asks for a checkpoint and a stop, a second SIGINT ends at once.
+    """Locks the run folder. SIGINT or SIGTERM asks for a checkpoint and a stop, a second SIGINT ends at once.
 
-    Launchers pass signals on that processes have had already, so a second SIGTERM says nothing new. inputs:
-    what identifies the data, and else must be what the run began with. Raises Interrupted for signals and for
-    the end of the time, Unfinished where the disk is full.
+    Launchers forward signals that the processes have already received, so a second SIGTERM means nothing new.
+    inputs: identifies what the run reads besides the data; all of it must be what the run began with. Raises
+    Interrupted for signals and when the time is up, Unfinished when the disk is full.
     """
-    check(settings, accelerator)
-    until = [terms.until]
+    config.check(accelerator)
+    until = [options.until]
     broadcast_object_list(until)
     stop = StopRequest(until[0])
 
@@ -173,48 +173,47 @@ def open_run(
             raise KeyboardInterrupt
         stop.signals.append(number)
 
-    asked = (signal.SIGINT, signal.SIGTERM)
-    before = {s: signal.signal(s, handler) for s in asked} if _in_main_thread() else {}
+    handled = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
+    previous = {number: signal.signal(number, handler) for number in handled}
     run: RunFolder | None = None
     try:
         run = RunFolder(
-            settings.out, config_files.resolved(settings), owner=accelerator.is_main_process,
-            keep=settings.training.keep, allow=terms.allow,
+            config.out, resolved(config), owner=accelerator.is_main_process, keep=config.training.keep,
+            allow=options.allow,
         )  # fmt: skip
-        parts = [settings.training.parts(accelerator.num_processes)]
+        parts = [config.training.parts(accelerator.num_processes)]
         if accelerator.is_main_process:
             run.check_inputs({"data": images.digest(), **(inputs or {})})
             parts[0] = run.micro_batches(parts[0], accelerator.num_processes)
             run.describe(accelerator.device.type, accelerator.num_processes, torch.get_num_threads())
         broadcast_object_list(parts)
-        training = settings.training.model_copy(update={"micro_batches": parts[0]})
-        yield Session(settings.seed, training, accelerator, run, console, stop)
-    except Interrupted as told:  # perhaps another process was, or its clock is ahead
-        raise Interrupted(told.saved, due=not stop.signals and stop.due(early=CLOCK_TOLERANCE)) from None
+        training = config.training.model_copy(update={"micro_batches": parts[0]})
+        yield Session(config.seed, training, accelerator, run, console, stop)
+    except Interrupted as error:  # perhaps because another process received the signal, or its clock is ahead
+        due = not stop.signals and stop.overdue(early=CLOCK_TOLERANCE)
+        raise Interrupted(error.saved, due=due) from None
     except (UserError, Unfinished):
         raise
     except Exception as error:
-        if is_lost_peer(error) and (
-            stop.signals or stop.due(early=CLOCK_TOLERANCE)
-        ):  # stopped as this one is
+        if is_lost_peer(error) and (stop.signals or stop.overdue(early=CLOCK_TOLERANCE)):  # it stopped first
             raise Interrupted(due=not stop.signals) from error
         if is_disk_full(error):
             raise Unfinished(
-                f"{settings.out}: the disk is full ({format_bytes(free_bytes(settings.out))} free); what was done is "
-                "kept: make room, and the same command goes on"
+                f"{config.out}: the disk is full ({format_bytes(free_bytes(config.out))} free); what is done "
+                "is kept: make room, and the same command goes on"
             ) from error
         raise
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number, action in previous.items():
+            signal.signal(number, action)
         if run is not None:
             run.close()
 
 
 def identity(teacher: Denoiser) -> str:
-    """Of its weights, and of how they are read."""
-    read = (teacher.prediction, teacher.num_classes, teacher.null_label, teacher.clip)
-    total = hashlib.sha256(f"{digest(teacher.network.state_dict())} {read}".encode())
+    """A hash of its weights and of how its output is read."""
+    reading = (teacher.prediction, teacher.num_classes, teacher.null_label, teacher.clip)
+    total = hashlib.sha256(f"{digest(teacher.network.state_dict())} {reading}".encode())
     total.update(teacher.schedule.alphas_cumprod.numpy().tobytes())
     return total.hexdigest()
 

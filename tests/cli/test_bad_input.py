@@ -484,7 +484,7 @@ def http_error(kind: type[Exception], message: str) -> Exception:
         ),
         (lambda: OSError("no space left on device"), "no space left on device"),
         (lambda: http_error(HfHubHTTPError.__bases__[0], "Name or service not known"), "service not known"),
-        (lambda: TimeoutError(), "could not be had"),
+        (lambda: TimeoutError(), "could not be downloaded"),
     ],
     ids=["404", "offline", "disk", "network", "no words"],
 )

@@ -21,7 +21,7 @@ from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.metrics.evaluation.image_sets import parse
 from diffkd.runs import config
-from diffkd.runs.classification.config import Classify
+from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.config import Benchmark, Distill, Train
 from diffkd.runs.config_files import load, resolved
 
@@ -32,7 +32,7 @@ DISTILL = (
     "out: runs/d\nteacher: {path: teacher}\ndata: {kind: digits}\n"
     "method: {name: progressive, steps: [8, 4, 2]}\n"
 )
-KINDS = {"train": Train, "distill": Distill, "classify": Classify, "benchmark": Benchmark}
+KINDS = {"train": Train, "distill": Distill, "classify": DistillClassifier, "benchmark": Benchmark}
 
 
 def command_of(path: Path) -> str:
@@ -42,7 +42,7 @@ def command_of(path: Path) -> str:
 
 def kind_of(path: Path) -> Any:
     classifies = "students" in yaml.safe_load(path.read_text(encoding="utf-8"))
-    return Classify if classifies else KINDS[command_of(path)]
+    return DistillClassifier if classifies else KINDS[command_of(path)]
 
 
 def written(tmp_path: Path, content: str | dict[str, Any], name: str = "c.yaml") -> Path:
@@ -116,7 +116,7 @@ def test_a_dry_run_prints_a_config_that_reads_the_same(path, tmp_path, cli, monk
     overrides = ["seed=7", "training.batch_size=32", "evaluation=null"]
     if command == "benchmark":
         overrides = ["evaluation.seed=7"]
-    if kind_of(path) is Classify:  # it has no evaluation
+    if kind_of(path) is DistillClassifier:  # it has no evaluation
         overrides = overrides[:2]
     code, out, err = cli(command, path, *overrides, "--dry-run")
     assert (code, err) == (0, "") and list(tmp_path.iterdir()) == []
@@ -368,7 +368,7 @@ def is_nested(annotation: Any) -> bool:
 
 def test_all_config_classes_are_seen():
     data = {Digits, Folder, HubDataset}
-    assert {Train, Distill, Classify, Progressive, config.Teacher, *data} <= set(strict_classes())
+    assert {Train, Distill, DistillClassifier, Progressive, config.Teacher, *data} <= set(strict_classes())
 
 
 @pytest.mark.parametrize("kind", strict_classes(), ids=lambda k: k.__name__)

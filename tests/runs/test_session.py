@@ -17,7 +17,6 @@ import yaml
 
 from diffkd.cli.options import duration
 from diffkd.errors import UserError
-from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.session import Session
 from tests.refusals import refuse
 from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, network, same
@@ -133,20 +132,21 @@ def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
     ]
     assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
     seen = [0]
-    counted = RunArtifacts._counted
+    image_bar = Session.image_bar
 
-    def watched(self, advance):
-        on_images = counted(self, advance)
+    @contextlib.contextmanager
+    def interrupting(self, title, total):
+        with image_bar(self, title, total) as on_images:
 
-        def passed(more):
-            seen[0] += 1
-            if seen[0] in (8, 14):
-                os.kill(os.getpid(), how)
-            on_images(more)
+            def interrupt(count):
+                seen[0] += 1
+                if seen[0] in (8, 14):
+                    os.kill(os.getpid(), how)
+                on_images(count)
 
-        return passed
+            yield interrupt
 
-    monkeypatch.setattr(RunArtifacts, "_counted", watched)
+    monkeypatch.setattr(Session, "image_bar", interrupting)
     for _ in range(2):
         code, _, err = cli("distill", "distill.yaml", *overrides, "out=runs/parts")
         assert code == 130 and err == "diffkd: interrupted; the same command goes on\n"
@@ -161,7 +161,7 @@ def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
 SLOW = '''
 import time
 from collections.abc import Iterator
-from diffkd.method import Method, Loss
+from diffkd.methods.base import Method
 from diffkd.methods import progressive
 
 

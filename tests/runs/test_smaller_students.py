@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 import diffkd
 from diffkd.errors import UserError
 from diffkd.models import sizes
-from diffkd.runs import config, config_files, session
+from diffkd.runs import config, config_files
 from diffkd.runs.session import Session
 from tests.refusals import refuse
 from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, log, network, same
@@ -123,15 +123,15 @@ REFUSED = {
     ),
     "resolution": (
         {"method": {**FEATURE, "blocks": {"conv_in": "down_blocks.1"}}},
-        r"conv_in of the teacher gives 8x8 and down_blocks.1 .* 4x4; match modules of one resolution",
+        r"conv_in of the teacher outputs 8x8 and down_blocks.1 .* 4x4; match modules of the same resolution",
     ),
     "a module that is not there": (
         {"method": {**FEATURE, "blocks": ["down_blocks.7"]}},
-        "'down_blocks.7', which the teacher has not; it has down_blocks.0",
+        "'down_blocks.7', which the teacher does not have; it has down_blocks.0",
     ),
     "no share": (
         {"method": {**FEATURE, "task": 0, "output": 0, "feature": 0}},
-        "all 0; give one of them a share",
+        "all 0; give one of them a weight",
     ),
 }
 
@@ -148,7 +148,7 @@ def test_compiling_and_hooks_are_refused_together(here):
     write("small.yaml", training={"compile": True}, student=NARROWED)
     settings = config_files.load(here / "small.yaml", config.Distill)
     device = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    with pytest.raises(UserError, match="training.compile passes over the hooks of method feature; leave it"):
-        session.check(settings, device)
+    with pytest.raises(UserError, match="training.compile bypasses the hooks of method feature; leave it"):
+        settings.check(device)
     other = config_files.load(here / "small.yaml", config.Distill, ["method={name: output}"])
-    session.check(other, device)
+    other.check(device)

@@ -1,8 +1,9 @@
-"""The whole job of distilling a classifier: teachers, and students on labels alone and with the teacher."""
+"""`diffkd distill` of a classifier: teachers, and students on labels alone and with the teacher."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,26 +19,23 @@ from diffkd.core.noise import derived_seed
 from diffkd.data import splits
 from diffkd.data.images import Images
 from diffkd.errors import UserError
-from diffkd.io.files import new_folder
 from diffkd.methods.base import Method, Stage
 from diffkd.methods.logits import Logits
-from diffkd.runs import config_files, session
 from diffkd.runs.classification import networks
 from diffkd.runs.classification.artifacts import ClassifierArtifacts
-from diffkd.runs.classification.config import Classify
+from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.session import NO_OPTIONS, ResumeOptions, Session
+from diffkd.runs.config import method_config, method_name
+from diffkd.runs.session import ResumeOptions, Session, open_run
 from diffkd.training import launch
-
-Role = Literal["teacher", "labels", "distilled"]
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training. model: "teacher", or a student's name. role: labels is a student without its teacher."""
+    """One training. model: "teacher", or a student's name. role: "labels" for one without its teacher."""
 
     model: str
-    role: Role
+    role: Literal["teacher", "labels", "distilled"]
     seed: int
     network: Network
     method: Method
@@ -45,180 +43,155 @@ class TrainingJob:
     @property
     def name(self) -> str:
         """Of the stage, and of the folder."""
-        what = {"teacher": "", "labels": "-labels", "distilled": "-distilled"}[self.role]
+        suffix = {"teacher": "", "labels": "-labels", "distilled": "-distilled"}[self.role]
         if self.role == "distilled" and isinstance(self.method, Logits):
-            what = f"-alpha-{self.method.alpha}-T-{self.method.temperature}"
-        return f"{self.model}{what}-seed-{self.seed}"
+            suffix = f"-alpha-{self.method.alpha}-T-{self.method.temperature}"
+        return f"{self.model}{suffix}-seed-{self.seed}"
 
     def folder(self, out: Path) -> Path:
         return out / ("teachers" if self.role == "teacher" else "students") / self.name
 
+    def describe(self) -> dict[str, Any]:
+        """What its record says besides the numbers."""
+        named = {"name": self.name, "model": self.model, "role": self.role, "seed": self.seed}
+        return {**named, "method": method_config(self.method)}
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What every lesson is taken from. held_out: what accuracy is measured with. rest: what is left."""
+    """The images of a run. held_out: those that accuracy is measured with. rest: all others."""
 
-    settings: Classify
+    config: DistillClassifier
     held_out: Images
     rest: Images
 
-    def classifier(self, network: Network, seed: int, name: str, *, noisy: bool) -> Classifier:
-        """A new one. It depends on the seed and the name alone: a student begins alike in all its lessons."""
-        schedule = self.settings.schedule.build() if noisy and self.settings.schedule else None
+    def untrained(self, job: TrainingJob) -> Classifier:
+        """It depends on the seed and the model's name alone: a student starts alike in all its trainings."""
+        timed = self.config.noisy and job.role != "teacher"
+        schedule = self.config.schedule.build() if timed and self.config.schedule else None
         classes, shape = len(self.rest.classes), self.rest.shape
         with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(seed, *name.encode()))
-            built = network.build(shape, classes, timed=noisy)
-        return Classifier(built, classes, shape=shape, schedule=schedule)
+            torch.manual_seed(derived_seed(job.seed, *job.model.encode()))
+            network = job.network.build(shape, classes, timed=timed)
+        return Classifier(network, classes, shape=shape, schedule=schedule)
 
-    def fresh(self, lesson: TrainingJob) -> Classifier:
-        noisy = self.settings.noisy and lesson.role != "teacher"
-        return self.classifier(lesson.network, lesson.seed, lesson.model, noisy=noisy)
-
-    def images(self, lesson: TrainingJob) -> Images:
-        """A teacher's have all their labels. With a teacher the images without a label are worth as much as
-        the others; on labels alone they say nothing, and would only make batches of a few labels each: a
-        student on labels alone is at its best with batches of labelled images."""
-        if lesson.role == "teacher":
+    def images(self, job: TrainingJob) -> Images:
+        """A teacher's have all their labels. With a teacher, images without a label are worth as much as the
+        others; on labels alone they teach nothing, and would only make batches with few labels each."""
+        if job.role == "teacher":
             return self.rest
-        labelled, hidden = splits.few_labels(self.rest, self.settings.labelled, lesson.seed)
-        return labelled if lesson.role == "labels" else hidden
+        labelled, hidden = splits.few_labels(self.rest, self.config.labelled, job.seed)
+        return labelled if job.role == "labels" else hidden
 
     @cached_property
     def saved_teacher(self) -> Classifier | None:
-        """That of the config's folder. Raises UserError where it is none for these images."""
-        given = self.settings.teacher
-        if given.weights is None:
+        """The one that the config names. Raises UserError where it does not fit these images."""
+        source = self.config.teacher
+        if source.weights is None:
             return None
-        own = given.model.build(self.rest.shape, len(self.rest.classes)) if given.model else None
-        teacher = networks.load(given.weights, own)
+        shape, classes = self.rest.shape, len(self.rest.classes)
+        teacher = networks.load(source.weights, source.model.build(shape, classes) if source.model else None)
         if teacher.schedule is not None:
             raise UserError(
-                f"teacher {given.weights} is of noised images, and a teacher labels clean ones; give another"
+                f"teacher {source.weights} takes noised images, and a teacher labels clean ones; use another"
             )
-        if (teacher.num_classes, teacher.shape) != (len(self.rest.classes), self.rest.shape):
+        if (teacher.num_classes, teacher.shape) != (classes, shape):
             raise UserError(
-                f"teacher {given.weights} is of {teacher.num_classes} classes and images of {teacher.shape}, "
-                f"and the students of {len(self.rest.classes)} and {self.rest.shape}; use the teacher's data"
+                f"teacher {source.weights} has {teacher.num_classes} classes and images of {teacher.shape}, "
+                f"and the students have {classes} and {shape}; use the teacher's data"
             )
         return teacher
 
     def teacher(self, seed: int) -> Classifier:
-        """Of a lesson of that seed, on the CPU."""
+        """That of a student's seed, on the CPU."""
         if self.saved_teacher is not None:
             return self.saved_teacher
-        lesson = next(one for one in _teachers(self.settings) if one.seed == seed)
-        own = lesson.network.name not in networks.BUILTIN_NETWORKS
-        network = self.fresh(lesson).network if own else None
-        return networks.load(lesson.folder(self.settings.out), network)
+        job = next(job for job in teacher_jobs(self.config) if job.seed == seed)
+        own = None if job.network.builtin else self.untrained(job).network
+        return networks.load(job.folder(self.config.out), own)
 
 
-def distill(settings: Classify, console: Console, terms: ResumeOptions = NO_OPTIONS) -> Path:
-    """Trains what is not trained yet, or goes on where it stopped; the run's folder."""
-    images = settings.data.load()
-    accelerator = launch.make_accelerator(settings.training)
-    material = TrainingData(settings, *splits.hold_out(images, settings.held_out, settings.seed))
-    splits.few_labels(material.rest, settings.labelled, settings.seed)
-    lessons = list(_training_jobs(material))
-    saved = material.saved_teacher
+def distill(config: DistillClassifier, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
+    """Trains whatever is not trained yet, or resumes that; the run's folder."""
+    images = config.data.load()
+    accelerator = launch.make_accelerator(config.training)
+    data = TrainingData(config, *splits.hold_out(images, config.held_out, config.seed))
+    splits.few_labels(data.rest, config.labelled, config.seed)  # refuses a count that does not fit
+    jobs = training_jobs(data)
+    saved = data.saved_teacher
     inputs = {} if saved is None else {"teacher": digest(saved.network.state_dict())}
-    with session.open_run(settings, accelerator, images, console, terms, inputs) as job:
-        results = ClassifierArtifacts(job, settings, material.held_out)
+    with open_run(config, accelerator, images, console, options, inputs) as session:
+        artifacts = ClassifierArtifacts(session, config, data.held_out)
         if saved is not None:
-            results.add({"name": "teacher", "model": "teacher", "role": "teacher"}, saved)
-        for index, lesson in enumerate(lessons):
-            folder = lesson.folder(settings.out)
+            artifacts.add_teacher(saved)
+        for index, job in enumerate(jobs):
+            folder = job.folder(config.out)
             if not folder.exists():
-                student = _taught(job, material, lesson, index)
-                if accelerator.is_main_process:
-                    _export(job, material, lesson, student, results.measured(student))
-                accelerator.wait_for_everyone()
-            results.add_saved(folder)
-        results.finish()
-    return settings.out
+                student = _train(session, data, job, index)
+                artifacts.export(student, job.network, folder, job.describe())
+            artifacts.add(folder)
+        artifacts.finish()
+    return config.out
 
 
-def _teachers(settings: Classify) -> list[TrainingJob]:
-    how = settings.teacher
-    if how.weights is not None:
+def teacher_jobs(config: DistillClassifier) -> list[TrainingJob]:
+    source = config.teacher
+    if source.weights is not None:
         return []
-    assert how.model is not None
-    method = Logits(alpha=0, updates=how.updates, learning_rate=how.learning_rate, warmup=how.warmup)
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    return [TrainingJob("teacher", "teacher", seed, how.model, method) for seed in seeds]
+    assert source.model is not None
+    method = Logits(alpha=0, updates=source.updates, learning_rate=source.learning_rate, warmup=source.warmup)
+    return [TrainingJob("teacher", "teacher", seed, source.model, method) for seed in config.seeds]
 
 
-def _training_jobs(material: TrainingData) -> Iterator[TrainingJob]:
-    """All of a run in their order, each once. Raises UserError for networks that do not fit."""
-    settings = material.settings
-    teachers = _teachers(settings)
-    for lesson in teachers[:1]:
-        material.fresh(lesson)
-    yield from teachers
-    seeds = range(settings.seed, settings.seed + settings.repeats)
-    done = set()
-    for name, network in settings.students.items():
-        stage = _stage(
-            settings.method, material.classifier(network, settings.seed, name, noisy=settings.noisy)
-        )
+def training_jobs(data: TrainingData) -> list[TrainingJob]:
+    """All of a run in order, each once. Raises UserError for networks that do not fit."""
+    teachers = teacher_jobs(data.config)
+    for job in teachers[:1]:
+        data.untrained(job)
+    jobs = [*teachers, *_student_jobs(data), *_sweep_jobs(data.config)]
+    return list({job.name: job for job in jobs}.values())
+
+
+def _student_jobs(data: TrainingData) -> Iterator[TrainingJob]:
+    config = data.config
+    for name, network in config.students.items():
+        distilled = TrainingJob(name, "distilled", config.seed, network, config.method)
+        stage = _stage(config.method, data.untrained(distilled))
         alone = Logits(
             alpha=0, updates=stage.updates, learning_rate=stage.learning_rate, warmup=stage.warmup,
-            noisy=settings.noisy,
+            noisy=config.noisy,
         )  # fmt: skip
-        for seed in seeds:
+        for seed in config.seeds:
             yield TrainingJob(name, "labels", seed, network, alone)
-            lesson = TrainingJob(name, "distilled", seed, network, settings.method)
-            done.add(lesson.name)
-            yield lesson
-    if settings.sweep is None:
+            yield dataclasses.replace(distilled, seed=seed)
+
+
+def _sweep_jobs(config: DistillClassifier) -> Iterator[TrainingJob]:
+    if config.sweep is None:
         return
-    name = settings.sweep.student
-    for alpha in settings.sweep.alpha:
-        for temperature in settings.sweep.temperature:
-            method = settings.method.model_copy(update={"alpha": alpha, "temperature": temperature})
-            for seed in seeds:
-                lesson = TrainingJob(name, "distilled", seed, settings.students[name], method)
-                if lesson.name not in done:
-                    done.add(lesson.name)
-                    yield lesson
+    name = config.sweep.student
+    for alpha, temperature in itertools.product(config.sweep.alpha, config.sweep.temperature):
+        method = config.method.model_copy(update={"alpha": alpha, "temperature": temperature})
+        for seed in config.seeds:
+            yield TrainingJob(name, "distilled", seed, config.students[name], method)
 
 
 def _stage(method: Method, student: Classifier) -> Stage:
     stages = method.stages(student)
     if len(stages) != 1:
         raise UserError(
-            f"method {config_files.name_of(method)} has {len(stages)} stages; a classifier is distilled in one"
+            f"method {method_name(method)} has {len(stages)} stages; a classifier is distilled in one"
         )
     return stages[0]
 
 
-def _taught(job: Session, material: TrainingData, lesson: TrainingJob, index: int) -> Classifier:
-    """The student of one lesson; under FSDP whole in the main process only."""
-    student = material.fresh(lesson).to(job.accelerator.device).train().requires_grad_(True)
+def _train(session: Session, data: TrainingData, job: TrainingJob, index: int) -> Classifier:
+    """The trained student; under FSDP complete in the main process only."""
+    student = data.untrained(job).to(session.accelerator.device).train().requires_grad_(True)
     nets: dict[str, Any] = {"student": student}
-    if lesson.role == "distilled":
-        nets["teacher"] = material.teacher(lesson.seed).requires_grad_(False)
-        nets |= lesson.method.networks(nets["teacher"], student)
-    stage = dataclasses.replace(_stage(lesson.method, student), name=lesson.name)
-    job.run_stage(lesson.method, stage, nets, material.images(lesson), index, seed=lesson.seed)
+    if job.role == "distilled":
+        nets["teacher"] = data.teacher(job.seed).requires_grad_(False)
+        nets |= job.method.networks(nets["teacher"], student)
+    stage = dataclasses.replace(_stage(job.method, student), name=job.name)
+    session.run_stage(job.method, stage, nets, data.images(job), index, seed=job.seed)
     return student.eval()
-
-
-def _export(
-    job: Session, material: TrainingData, lesson: TrainingJob, student: Classifier, measured: dict[str, Any]
-) -> None:
-    record = {
-        "name": lesson.name,
-        "model": lesson.model,
-        "role": lesson.role,
-        "seed": lesson.seed,
-        "method": {"name": config_files.name_of(lesson.method), **lesson.method.model_dump(mode="json")},
-        **measured,
-    }
-    settings = material.settings
-    with new_folder(lesson.folder(settings.out)) as temporary:
-        networks.save(
-            student, lesson.network, temporary, classes=material.rest.classes, data=material.rest.name,
-            record=record, config=config_files.resolved(settings),
-        )  # fmt: skip
-        job.run.sync_log()  # the lesson is not done again: what it logged must not be lost

@@ -1,4 +1,4 @@
-"""What a run of classifiers is told as: a table, a learning curve over alpha and T, one page."""
+"""How a run of classifiers is reported: a table, a learning curve over alpha and temperature, one page."""
 
 from __future__ import annotations
 
@@ -8,48 +8,81 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffkd.io.files import new_file
-from diffkd.runs import config_files
-from diffkd.runs.classification.config import Classify
-from diffkd.runs.reports import page, plots, run_report
-from diffkd.runs.reports.model_card import escaped
+from diffkd.runs.classification.config import DistillClassifier
+from diffkd.runs.config import method_config
+from diffkd.runs.reports import markdown, page, plots, tables
+from diffkd.runs.reports.run_report import details
+from diffkd.runs.session import Session
 
 Record = dict[str, Any]
 TITLES = ("model", "parameters", "MACs", "ms an image", "accuracy, %")
-PNG = {"student": "#0c7d74", "teacher": "#6b7787"}  # colours on white, as of the page
+PNG_COLOURS = {"student": "#0c7d74", "teacher": "#6b7787"}  # on white, as those of the page
+
+
+def write(session: Session, config: DistillClassifier, held_out: int, device: str) -> None:
+    """The table on the console, classifier.md and, with matplotlib, sweep.png and report.html.
+
+    held_out: how many images the accuracy is over. device: what the milliseconds were measured on.
+    """
+    folder, records = session.run.folder, session.records()
+    rows, note = table_rows(config, records), _note(config, held_out, device)
+    tables.show(session.console, TITLES, rows)
+    session.say(note)
+    lines = markdown.table(TITLES, [[markdown.escaped(row[0]), *row[1:]] for row in rows], rule="--:")
+    with new_file(folder / "classifier.md") as temporary:
+        temporary.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
+    session.say(f"table:  {folder / 'classifier.md'}")
+    if config.sweep is not None and _write_png(folder / "sweep.png", config, records):
+        session.say(f"sweep:  {folder / 'sweep.png'}")
+    session.say_report(page.write(folder, lambda: [*_sections(config, records, rows, note), details(folder)]))
+
+
+def _note(config: DistillClassifier, held_out: int, device: str) -> str:
+    seeds = f"{config.repeats} seed{'s' * (config.repeats > 1)}"
+    labels = "all" if config.labelled is None else f"{config.labelled:,}"
+    noisy = " at the lowest noise of the schedule" * config.noisy
+    return (
+        f"Accuracy on {held_out:,} held-out images{noisy}, mean and standard deviation over {seeds}; "
+        f"students have {labels} labels. Milliseconds are for one image at a time on {device}."
+    )
+
+
+# accuracy
 
 
 class Mean(NamedTuple):
-    """Over the seeds, in percent. spread: the sample's standard deviation; 0 of one."""
+    """Over the seeds, in percent. spread: the sample's standard deviation; 0 for one."""
 
     mean: float
     spread: float
-    of: int
+    seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + (f" ± {self.spread:.2f}" if self.of > 1 else "")
+        return f"{self.mean:.2f}" + (f" ± {self.spread:.2f}" if self.seeds > 1 else "")
 
 
-def mean_of(records: Iterable[Record]) -> Mean:
-    found = [100 * record["accuracy"] for record in records]
-    return Mean(statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
+def mean_accuracy(records: Iterable[Record]) -> Mean:
+    values = [100 * record["accuracy"] for record in records]
+    return Mean(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
-def table_rows(settings: Classify, records: Sequence[Record]) -> list[list[str]]:
+def _select(config: DistillClassifier, records: Iterable[Record], model: str, role: str) -> list[Record]:
+    """A model's records in that role; distilled ones by the config's own method, not those of the sweep."""
+    found = [r for r in records if (r["model"], r["role"]) == (model, role)]
+    return [r for r in found if role != "distilled" or r["method"] == method_config(config.method)]
+
+
+def table_rows(config: DistillClassifier, records: Sequence[Record]) -> list[list[str]]:
     """Of the teacher, and of each student on labels alone and with the teacher."""
-    teaching = config_files.resolved(settings)["method"]
     rows = []
-    for model in ("teacher", *settings.students):
-        latencies = [
-            r["milliseconds"] for r in records if r["model"] == model
-        ]  # of one network, whoever taught
-        for role, title in (("teacher", ""), ("labels", ", labels alone"), ("distilled", ", distilled")):
-            found = [r for r in records if (r["model"], r["role"]) == (model, role)]
-            if role == "distilled":
-                found = [r for r in found if r["method"] == teaching]
-            if found:
-                sizes = [_short(found[0]["parameters"]), _short(found[0]["macs"])]
-                numbers = [*sizes, f"{statistics.median(latencies):.2f}"]
-                rows.append([f"{model}{title}", *numbers, str(mean_of(found))])
+    for model in ("teacher", *config.students):
+        # the latency of one network does not depend on its training
+        latencies = [r["milliseconds"] for r in records if r["model"] == model]
+        for role, suffix in (("teacher", ""), ("labels", ", labels alone"), ("distilled", ", distilled")):
+            if found := _select(config, records, model, role):
+                size = [_short(found[0]["parameters"]), _short(found[0]["macs"])]
+                latency = f"{statistics.median(latencies):.2f}"
+                rows.append([f"{model}{suffix}", *size, latency, str(mean_accuracy(found))])
     return rows
 
 
@@ -59,100 +92,82 @@ def _short(count: int) -> str:
     return f"{count / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"
 
 
-def markdown(rows: Sequence[Sequence[str]], note: str) -> str:
-    lines = [f"| {' | '.join(TITLES)} |", "|---" + "|--:" * (len(TITLES) - 1) + "|"]
-    lines += [f"| {' | '.join([escaped(row[0]), *row[1:]])} |" for row in rows]
-    return "\n".join([*lines, "", note]) + "\n"
-
-
 # the learning curve
 
 
-def curves(settings: Classify, records: Sequence[Record]) -> tuple[dict[float, dict[float, Mean]], Mean]:
-    """{alpha: {T: accuracy}} of the student of the sweep, and its accuracy on labels alone."""
-    assert settings.sweep is not None
-    mine = [r for r in records if r["model"] == settings.sweep.student]
-    taught = [r for r in mine if r["role"] == "distilled"]
-    found = {
-        alpha: {
-            T: mean_of(
-                r for r in taught if (r["method"]["alpha"], r["method"]["temperature"]) == (alpha, T)
+def _draw_sweep(
+    axes: Any, config: DistillClassifier, records: Sequence[Record], colours: dict[str, str]
+) -> None:
+    """Accuracy against temperature, a line for each alpha, with error bars; labels alone dashed."""
+    assert config.sweep is not None
+    temperatures, alphas = sorted(config.sweep.temperature), config.sweep.alpha
+    student = [r for r in records if r["model"] == config.sweep.student]
+    distilled = [r for r in student if r["role"] == "distilled"]
+    for i, alpha in enumerate(alphas):
+        means = [
+            mean_accuracy(
+                r for r in distilled if (r["method"]["alpha"], r["method"]["temperature"]) == (alpha, T)
             )
-            for T in sorted(settings.sweep.temperature)
-        }
-        for alpha in settings.sweep.alpha
-    }  # fmt: skip
-    return found, mean_of(r for r in mine if r["role"] == "labels")
-
-
-def draw(plot: Any, settings: Classify, records: Sequence[Record], colours: dict[str, str]) -> None:
-    """Accuracy against temperature, a line for each alpha, bars of the spread; labels alone dashed."""
-    found, alone = curves(settings, records)
-    for i, (alpha, points) in enumerate(found.items()):
-        shade = 0.35 + 0.65 * (i + 1) / len(found)
-        plot.errorbar(
-            [T * 1.03 ** (i - (len(found) - 1) / 2) for T in points],  # side by side, so that bars are seen
-            [m.mean for m in points.values()], yerr=[m.spread for m in points.values()],
-            color=colours["student"], alpha=shade, marker=plots.MARKERS[i % len(plots.MARKERS)],
+            for T in temperatures
+        ]
+        axes.errorbar(
+            [T * 1.03 ** (i - (len(alphas) - 1) / 2) for T in temperatures],  # side by side, to show the bars
+            [m.mean for m in means], yerr=[m.spread for m in means],
+            color=colours["student"], alpha=0.35 + 0.65 * (i + 1) / len(alphas),
+            marker=plots.MARKERS[i % len(plots.MARKERS)],
             markersize=4.5, linewidth=1.3, capsize=2, label=f"alpha {alpha:g}",
         )  # fmt: skip
-    plot.axhline(alone.mean, color=colours["teacher"], linestyle="--", linewidth=1.3, label="labels alone")
-    plot.axhspan(
-        alone.mean - alone.spread, alone.mean + alone.spread, color=colours["teacher"], alpha=0.15, lw=0
-    )
-    every = sorted(settings.sweep.temperature) if settings.sweep else []
-    plot.set_xscale("log")
-    plot.set_xticks(every, [f"{T:g}" for T in every])
-    plot.set_xticks([], minor=True)
-    plot.set_xlabel("temperature")
+    alone = mean_accuracy(r for r in student if r["role"] == "labels")
+    low, high = alone.mean - alone.spread, alone.mean + alone.spread
+    axes.axhline(alone.mean, color=colours["teacher"], linestyle="--", linewidth=1.3, label="labels alone")
+    axes.axhspan(low, high, color=colours["teacher"], alpha=0.15, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("temperature")
 
 
-def write_png(path: Path, settings: Classify, records: Sequence[Record]) -> None:
-    """Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    assert settings.sweep is not None
+def _write_png(path: Path, config: DistillClassifier, records: Sequence[Record]) -> bool:
+    """Whether it was written, which takes matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    assert config.sweep is not None
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
-    plot = figure.add_subplot(ylabel=f"accuracy of {settings.sweep.student}, %")
-    plot.grid(linewidth=0.4)
-    draw(plot, settings, records, PNG)
-    plot.legend(frameon=False)
+    axes = figure.add_subplot(ylabel=f"accuracy of {config.sweep.student}, %")
+    axes.grid(linewidth=0.4)
+    _draw_sweep(axes, config, records, PNG_COLOURS)
+    axes.legend(frameon=False)
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png")
+    return True
 
 
-def write_page(
-    folder: Path, settings: Classify, records: Sequence[Record], rows: Sequence[Sequence[str]], note: str
-) -> None:
-    """report.html, which stands alone. Raises ImportError without matplotlib."""
-    with plots.drawing():
-        body = (
-            f'<p class="lead">{page.escaped(_lead(settings, records))}</p>'
-            f'<section><h2>Accuracy</h2><div class="card">{page.table(TITLES, rows, "numbers models")}'
-            f'<p class="small">{page.escaped(note)}</p></div></section>'
+# the page
+
+
+def _sections(
+    config: DistillClassifier, records: Sequence[Record], rows: Sequence[Sequence[str]], note: str
+) -> list[str]:
+    summary = "; ".join(
+        f"{model}: {mean_accuracy(_select(config, records, model, 'labels'))}% on labels alone, "
+        f"{mean_accuracy(_select(config, records, model, 'distilled'))}% distilled"
+        for model in config.students
+    )
+    sections = [
+        f'<p class="lead">{page.escaped(summary)}.</p>',
+        f'<section><h2>Accuracy</h2><div class="card">{page.table(TITLES, rows, "numbers models")}'
+        f'<p class="small">{page.escaped(note)}</p></div></section>',
+    ]
+    if config.sweep is not None:
+        figure, axes = plots.axes("linear")
+        _draw_sweep(axes, config, records, plots.COLOURS)
+        axes.legend(frameon=False, fontsize=8.5)
+        label = f"Accuracy of {config.sweep.student} against temperature"
+        sections.append(
+            '<section><h2>Alpha and temperature</h2><div class="card"><p class="small">'
+            f"{page.escaped(label)}, %. Bars and band: one standard deviation over the seeds.</p>"
+            f"{plots.svg(figure, label)}</div></section>"
         )
-        if settings.sweep is not None:
-            figure, plot = plots.axes("linear")
-            draw(plot, settings, records, plots.COLOURS)
-            plot.legend(frameon=False, fontsize=8.5)
-            label = f"Accuracy of {settings.sweep.student} against temperature"
-            body += (
-                f'<section><h2>Alpha and temperature</h2><div class="card"><p class="small">'
-                f"{page.escaped(label)}, %. Bars and band: one standard deviation over the seeds.</p>"
-                f"{plots.svg(figure, label)}</div></section>"
-            )
-    body += run_report.details(folder)
-    with new_file(folder / "report.html") as temporary:
-        temporary.write_text(page.whole(folder.resolve().name, body), encoding="utf-8")
-
-
-def _lead(settings: Classify, records: Sequence[Record]) -> str:
-    """What the teacher was worth, for a reader in a hurry."""
-    teaching = config_files.resolved(settings)["method"]
-    said = []
-    for name in settings.students:
-        mine = [r for r in records if r["model"] == name]
-        alone = mean_of(r for r in mine if r["role"] == "labels")
-        taught = mean_of(r for r in mine if r["role"] == "distilled" and r["method"] == teaching)
-        said.append(f"{name}: {alone}% on labels alone, {taught}% distilled")
-    return "; ".join(said) + "."
+    return sections

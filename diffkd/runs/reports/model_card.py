@@ -1,4 +1,4 @@
-"""What lies beside a saved pipeline: README.md (its model card) and diffkd.json."""
+"""What lies beside a saved model: README.md (its model card) and diffkd.json."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import Any
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
-from diffkd.metrics.evaluation.records import shown
+from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import sizes
 from diffkd.models.loading import CARD
+from diffkd.runs.reports import markdown
+
+PIPELINE_FACTS = (
+    "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes", "clip",
+    "teacher", "method",
+)  # fmt: skip
+CLASSIFIER_FACTS = (
+    "role", "accuracy", "held_out", "parameters", "alpha", "temperature", "direction", "seed",
+)  # fmt: skip
 
 
 def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
-    """The content of diffkd.json: what no config of diffusers says."""
+    """The content of a pipeline's diffkd.json: what no config of diffusers says."""
     schedule = denoiser.schedule
     return {
         "steps": denoiser.steps,
-        "sampler": "ddim",
+        "sampler": denoiser.sampler,
         "prediction": denoiser.prediction,
         "num_train_timesteps": schedule.num_train_timesteps,
         "zero_terminal_snr": schedule.zero_terminal_snr,
@@ -31,92 +40,101 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, card: Mapping[str, Any]) -> None:
-    """Both files, into a pipeline's folder. card: of `describe`, with "metrics" where it was measured.
+    """Both files, into a model's folder.
 
-    README.md comes first: what diffkd.json says, both have, at whatever moment the process ends.
+    card: of a pipeline by `describe`, with "metrics" once it was measured; of a classifier with "kind".
+    README.md comes first, so that both say what diffkd.json says, whenever the process ends.
     """
+    lines = _classifier(card) if card.get("kind") == "classifier" else _pipeline(card)
     with new_file(folder / "README.md") as temporary:
-        temporary.write_text(_readme(card), encoding="utf-8")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / CARD, dict(card))
 
 
-def _readme(card: Mapping[str, Any]) -> str:
+def _code(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
+
+
+# pipelines
+
+
+def _pipeline(card: Mapping[str, Any]) -> list[str]:
     steps, classes = card.get("steps"), card.get("num_classes")
-    call = (
-        "pipeline(batch_size=16"
-        + (f", class_labels=[i % {classes} for i in range(16)]" if classes else "")
-        + f", num_inference_steps={steps or _many(card.get('num_train_timesteps') or 1000)})"
-    )
-    what = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
+    labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
+    count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
+    title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
         "---",
         "library_name: diffusers",
         "tags: [diffusion, distillation, diffkd]",
         "---",
         "",
-        f"# {what}",
+        f"# {title}",
         "",
-        f"{what} made by [diffkd](https://pypi.org/project/diffkd/), a stock diffusers pipeline:",
+        f"{title} made by diffkd, a stock diffusers pipeline:",
         "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
-        f"images = {call}.images",
-        "```",
-        "",
+        *_code(
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+            f"images = pipeline(batch_size=16{labels}, num_inference_steps={count}).images",
+        ),
     ]
     if steps:
-        lines += [
-            f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others.",
-            "",
-        ]
-    lines += ["| | |", "|---|---|"]
-    for key in (
-        "prediction",
-        "num_train_timesteps",
-        "zero_terminal_snr",
-        "parameters",
-        "macs",
-        "bytes",
-        "clip",
-        "teacher",
-        "method",
-    ):
-        if key in card:
-            lines.append(f"| {key.replace('_', ' ')} | {escaped(card[key])} |")
-    rows = [row for row in map(_row, card.get("metrics", [])) if row is not None]
-    if rows:
-        lines += ["", "| steps | nfe | FID | features | samples | reference |", "|---|---|---|---|---|---|"]
-        lines += [line for line, _ in rows]
+        advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
+        lines += [advice, ""]
+    lines += markdown.facts(card, PIPELINE_FACTS)
+    measured = [row for row in map(_measured, card.get("metrics", [])) if row is not None]
+    if measured:
+        titles = ["steps", "nfe", "FID", "features", "samples", "reference"]
+        lines += ["", *markdown.table(titles, [cells for cells, _ in measured])]
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
-        if any(features != "inception" for _, features in rows):
+        if any(features != "inception" for _, features in measured):
             lines += ["FID by these features is not comparable with FID by Inception features."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def _row(record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A record's line of the table and its features; None for what is no record: diffkd.json may be of
-    anybody's making."""
+def _measured(record: Mapping[str, Any]) -> tuple[list[str], str] | None:
+    """The cells of a record and its features; None for what is not a record: diffkd.json may come from
+    anywhere."""
     try:
-        protocol, numbers = record["protocol"], shown(record)
+        protocol, numbers = record["protocol"], formatted(record)
         features, reference = str(protocol["features"]["name"]), protocol["reference"]["name"]
         samples, target = protocol["samples"], dict(protocol.get("target") or {})
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     fid = numbers.pop("FID", "")
-    more = "".join(f"<br>{title} {number}" for title, number in numbers.items())
-    before = [escaped(record.get(key, "")) for key in ("steps", "nfe")]
-    before[0] += ", int8" * (target.get("quantize") == "int8")
-    cells = [*before, f"{fid}{more}", *map(escaped, (features, samples, reference))]
-    return f"| {' | '.join(cells)} |", features
+    others = "".join(f"<br>{title} {number}" for title, number in numbers.items())
+    steps, nfe = (markdown.escaped(record.get(key, "")) for key in ("steps", "nfe"))
+    steps += ", int8" * (target.get("quantize") == "int8")
+    return [steps, nfe, f"{fid}{others}", *map(markdown.escaped, (features, samples, reference))], features
 
 
-def _many(total: int) -> int:
-    """A teacher's step count for the example: the most up to 64 that fit its time steps."""
-    return max(n for n in range(1, 65) if total % n == 0)
+def _example_steps(timesteps: int) -> int:
+    """A teacher's step count for the example: the most up to 64 that divide its time steps."""
+    return max(n for n in range(1, 65) if timesteps % n == 0)
 
 
-def escaped(value: Any) -> str:
-    """Text for a table's cell: no markup of the quoted value survives, HTML's or Markdown's."""
-    return "".join(c if c.isalnum() or c in " /,-" else f"&#{ord(c)};" for c in " ".join(str(value).split()))
+# classifiers
+
+
+def _classifier(card: Mapping[str, Any]) -> list[str]:
+    timed = card["schedule"] is not None
+    argument = ", network=your_module" * (
+        "." in card["network"]["name"]
+    )  # a dotted path: the user's own code
+    record = card.get("record", {})
+    facts = {"parameters": card["parameters"], **record, **record.get("method", {})}
+    return [
+        f"# A classifier{' of noised images' * timed}, {card['num_classes']} classes",
+        "",
+        f"Made by diffkd. It takes images of {'x'.join(map(str, card['shape']))} in [-1, 1]:",
+        "",
+        *_code(
+            "from diffkd import classifiers",
+            "",
+            f'classifier = classifiers.load("path/to/this/folder"{argument})',
+            "logits = classifier(x_t, t)  # t: (B,) float64 in (0, 1]" if timed else "logits = classifier(x)",
+        ),
+        *markdown.facts({k: v for k, v in facts.items() if v is not None}, CLASSIFIER_FACTS),
+    ]

@@ -1,18 +1,20 @@
-"""The frame of every report: one page that stands alone, and what its text and tables are made of."""
+"""The frame of every report: one page that stands alone, and its text, numbers and tables."""
 
 from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffkd.errors import printable
+from diffkd.io.files import new_file
+from diffkd.runs.reports import plots
 
 
 def escaped(text: str) -> str:
-    """Text of the page: no markup of a name survives, nor what cannot be shown."""
+    """Text of the page: no markup in a name survives, and no character that cannot be shown."""
     return html.escape(printable(text))
 
 
@@ -41,7 +43,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
     return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def whole(name: str, body: str) -> str:
+def steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
+
+
+def write(folder: Path, sections: Callable[[], Sequence[str]]) -> Path | None:
+    """Writes report.html of these sections, whose plots are drawn for it; None, and no page, without
+    matplotlib."""
+    try:
+        with plots.drawing():
+            body = "\n".join(sections())
+    except ImportError:
+        return None
+    path = folder / "report.html"
+    with new_file(path) as temporary:
+        temporary.write_text(_page(folder.resolve().name, body), encoding="utf-8")
+    return path
+
+
+def _page(name: str, body: str) -> str:
     title = escaped(name)
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>

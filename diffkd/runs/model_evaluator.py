@@ -1,0 +1,85 @@
+"""How a run measures its models: against one reference, and with the teacher where a metric needs it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.data.images import Images
+from diffkd.io.processes import Processes
+from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.evaluator import Evaluator
+from diffkd.metrics.evaluation.image_sets import DataSource
+from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
+from diffkd.metrics.evaluation.reference import Reference
+from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.session import Session
+
+PREVIEW_STEPS = 64  # of the pictures of a teacher that is not measured
+
+
+def teacher_steps(evaluation: Evaluation | None, denoiser: Denoiser) -> list[int]:
+    """The step counts at which to measure a model that has none of its own."""
+    wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [PREVIEW_STEPS]
+    return [min(steps, denoiser.schedule.num_train_timesteps) for steps in wanted]
+
+
+class ModelEvaluator:
+    """Measures the models of one run.
+
+    teacher: in a distillation, where the teacher is loaded from when a metric compares students with it.
+    guidance: the weight that it is sampled with.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Train | Distill,
+        images: Images,
+        teacher: Teacher | None = None,
+        guidance: float = 1.0,
+    ) -> None:
+        assert settings.evaluation is not None
+        self.session, self.config, self.data = session, settings.evaluation, settings.data
+        self.images, self.teacher, self.guidance = images, teacher, guidance
+
+    def __call__(
+        self, name: str, denoiser: Denoiser, steps: int, path: str, *, null_label: int | None, guidance: float
+    ) -> dict[str, Any]:
+        """{"steps", "nfe", the values, "seconds", "protocol"}; every process takes part.
+
+        path, null_label: where the model is saved, and its null label where the config had to name it.
+        """
+        stream = sampled_images(denoiser, self.config, self._evaluator.reference, steps, guidance=guidance)
+        teacher = self._teacher_images
+        with self.session.image_bar(f"FID of {name} in {steps}", stream.count) as on_images:
+            record = self._evaluator(stream, teacher=teacher, on_images=on_images)
+        record["protocol"]["target"] = identity(denoiser, path, null_label)
+        return record
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        spec = self.config.reference or self.data
+        reference = Reference(spec, None if self.config.reference else DataSource(self.images))
+        with self.session.image_bar("features of the reference", reference.count or 0) as on_images:
+            return Evaluator(self.config, reference, Processes(self.session.accelerator.device), on_images)
+
+    @cached_property
+    def _teacher_images(self) -> ImageStream | None:
+        """The teacher's at its highest step count. It is in memory only while it draws them."""
+        if self.teacher is None or "agreement" not in self.config.metrics:
+            return None
+        teacher = self.teacher
+
+        def sampled() -> tuple[Denoiser, ImageStream]:
+            denoiser = teacher.load(self.session.accelerator.device)
+            steps = max(teacher_steps(self.config, denoiser))
+            reference = self._evaluator.reference
+            return denoiser, sampled_images(denoiser, self.config, reference, steps, guidance=self.guidance)
+
+        denoiser, images = sampled()
+        protocol = images.protocol | identity(denoiser, str(teacher.path), teacher.null_label)
+        return cached(
+            ImageStream(images.count, lambda rank, world: sampled()[1].batches(rank, world), protocol)
+        )

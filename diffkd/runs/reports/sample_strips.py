@@ -1,0 +1,70 @@
+"""Strips of samples: the first images of every model, side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from diffkd.data.decoding import open_image
+from diffkd.runs.reports import page
+from diffkd.runs.reports.run_files import Measurements
+
+COLUMNS = 8  # of a grid in samples/
+TILES = 10  # of a strip: one of each class if there are ten in turn, and legible on a phone
+TILE_SIZE = 128  # the most pixels of a strip's tile, so that a page of many models stays small
+
+
+def section(folder: Path, measured: Measurements) -> str:
+    """A strip for each grid in the folder: the teacher before the students, many steps before few."""
+    strips = []
+    for path in folder.glob("*.png"):
+        is_student, steps = not path.stem.startswith("teacher"), re.search(r"(\d+)-steps", path.stem)
+        count = int(steps[1]) if steps else None
+        if tiles := _tiles(path):
+            strips.append((is_student, -(count or math.inf), path.stem, count, tiles))
+    strips.sort(key=lambda strip: strip[:3])
+    width = min((len(tiles) for *_, tiles in strips), default=0)
+    rows = ""
+    for is_student, _, stem, count, tiles in strips:
+        role, records = ("student", measured.students) if is_student else ("teacher", measured.teacher)
+        title = f"{role}, {page.steps(count)}" if count else stem
+        fid = f"<span>FID {page.number(records[count]['fid'])}</span>" if count and count in records else ""
+        caption = f"<figcaption><b>{page.escaped(title)}</b>{fid}</figcaption>"
+        rows += f'<figure class="strip {role}">{caption}{_strip(tiles[:width], title)}</figure>'
+    why = "Every column starts from one noise and one label; each row shows what one model makes of them."
+    head = f"<h2>The same noise</h2><p>{why}</p>" if len(strips) > 1 else "<h2>Samples</h2>"
+    return f'<section>{head}<div class="card">{rows}</div></section>' if rows else ""
+
+
+def _tiles(path: Path) -> list[Image.Image]:
+    """The first square tiles of a grid; none of a picture that cannot be read."""
+    try:
+        with open_image(path) as file:
+            grid = file if file.mode in ("L", "RGB") else file.convert("RGB")
+            size = grid.width // COLUMNS
+            corners = [(i % COLUMNS * size, i // COLUMNS * size) for i in range(TILES)]
+            return [grid.crop((x, y, x + size, y + size)) for x, y in corners if y + size <= grid.height]
+    except Exception:  # Pillow raises many kinds
+        return []
+
+
+def _strip(tiles: Sequence[Image.Image], title: str) -> str:
+    size = tiles[0].width
+    strip = Image.new(tiles[0].mode, (size * len(tiles), size))
+    for i, tile in enumerate(tiles):
+        strip.paste(tile, (i * size, 0))
+    if size > TILE_SIZE:
+        strip = strip.resize((TILE_SIZE * len(tiles), TILE_SIZE), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    strip.save(stream, format="PNG", optimize=True)
+    source = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    rendering = "pixelated" if size <= 64 else "auto"  # larger ones are shown reduced, where it would alias
+    style = f"--tiles:{len(tiles)};image-rendering:{rendering}"
+    shape = f'width="{strip.width}" height="{strip.height}" style="{style}"'
+    return f'<img alt="{page.escaped(title)}" {shape} src="{source}">'
