@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
-from diffkd.models.families.unet2d import UNet2D, quick
+from diffkd.models.unet import UNet2D, to_fast
 from diffkd.runs import config, config_files
 
 DIGITS = Path(__file__).parent.parent / "configs/digits/teacher.yaml"
@@ -36,7 +36,7 @@ def cifar10() -> Denoiser:
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=None, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
     )  # fmt: skip
-    return Denoiser(quick(network), Schedule.cosine(), "v_prediction")
+    return Denoiser(to_fast(network), Schedule.cosine(), "v_prediction")
 
 
 NETWORKS = {"digits": digits, "middle": middle, "cifar10": cifar10}

@@ -6,7 +6,7 @@ import torch
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
-from diffkd.models.families.unet2d import UNet2D
+from diffkd.models.unet import UNet2D
 
 
 def student(

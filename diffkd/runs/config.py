@@ -23,9 +23,9 @@ from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import loading
-from diffkd.models.unet import UNet2D
 from diffkd.models.quantization import Quantize
-from diffkd.models.students import Copy, Student
+from diffkd.models.students.config import Copy, Student
+from diffkd.models.unet import UNet2D
 from diffkd.training.config import Training
 
 # methods in a config: {"name": ..., its fields}

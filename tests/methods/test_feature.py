@@ -19,8 +19,9 @@ from diffkd.methods.denoising import Denoising
 from diffkd.methods.feature import Feature
 from diffkd.methods.output import Output
 from diffkd.models import students
+from diffkd.models.unet import UNet2D
 from tests.methods.test_conformance import losses_of
-from tests.models.test_students import apart, network, untouched
+from tests.models.unets import max_difference, network, untouched
 
 COSINE = Schedule.cosine(64)
 LINEAR = from_diffusers(DDPMScheduler())
@@ -448,10 +449,10 @@ REFUSED = [
         {"mid_block": "middle"},
         "names 'middle', which the student does not have; it has down_blocks.0, down_block",
     ),
-    ([""], "names '', which the teacher has not"),
+    ([""], "names '', which the teacher does not have"),
     (
         {"conv_in": "down_blocks.0"},
-        "conv_in of the teacher gives 8x8 and down_blocks.0 of the student 4x4; ma",
+        "conv_in of the teacher outputs 8x8 and down_blocks.0 of the student 4x4; ma",
     ),
     (
         {"conv_in": "conv_in", "up_blocks.0": "mid_block"},
@@ -475,7 +476,7 @@ def test_features_that_cannot_be_matched(blocks, message):
 
 def test_a_student_of_more_resolutions_is_not_matched_by_default():
     teacher = teacher_of(channels=(8, 16))
-    model = students.UNet2D(channels=[8, 16, 16], norm_groups=4)
+    model = UNet2D(channels=[8, 16, 16], norm_groups=4)
     with pytest.raises(UserError, match="method.blocks") as caught:
         Feature().networks(teacher, students.from_config(teacher, model))
     assert "-1" not in str(caught.value)  # a name that nobody has given
@@ -508,4 +509,4 @@ def test_without_classes_there_is_nothing_to_hide():
     x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=rng)
     outputs = [net.network(x_t, (64 * t - 1).float()).sample for net in nets.values()]
     assert loss.value.item() == pytest.approx((outputs[0] - outputs[1]).square().mean().item(), rel=1e-4)
-    assert apart(*outputs) > 1e-2
+    assert max_difference(*outputs) > 1e-2

@@ -11,7 +11,7 @@ import diffkd
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.models import loading, sizes
-from diffkd.models.quantization import FEW, quantized
+from diffkd.models.quantization import MIN_CHANNELS, quantized
 from tests.models.test_unet2d import student
 from tests.refusals import refuse
 
@@ -24,17 +24,20 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wide, self.narrow = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(FEW - 1, 16, 3, padding=1)
+        self.wide, self.narrow = (
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.Conv2d(MIN_CHANNELS - 1, 16, 3, padding=1),
+        )
         self.linear, self.norm = nn.Linear(24, 24), nn.GroupNorm(4, 24)
 
     def forward(self, x, time):
         x = self.norm(self.wide(self.narrow(x)))
-        return self.linear(x.movedim(1, 3)).movedim(3, 1)[:, : FEW - 1]
+        return self.linear(x.movedim(1, 3)).movedim(3, 1)[:, : MIN_CHANNELS - 1]
 
 
 def denoiser(seed=0):
     torch.manual_seed(seed)
-    return Denoiser(Network(), COSINE, "v_prediction", shape=(FEW - 1, 8, 8))
+    return Denoiser(Network(), COSINE, "v_prediction", shape=(MIN_CHANNELS - 1, 8, 8))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -62,7 +65,7 @@ def test_it_computes_with_what_the_weights_stand_for():
         for name, weight in plain.network.named_parameters():
             if name in ("wide.weight", "linear.weight"):
                 weight.copy_(model.network.get_parameter(name).dequantize())
-        x = torch.randn(3, FEW - 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(3, MIN_CHANNELS - 1, 8, 8, generator=torch.Generator().manual_seed(1))
         t = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
         assert (model(x, t) - plain(x, t)).abs().max() < 1e-5
 

@@ -8,7 +8,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.models import sizes, students
 from diffkd.runs.reports import model_card
-from tests.models.test_students import network
+from tests.models.unets import network
 
 COSINE = Schedule.cosine(64)
 

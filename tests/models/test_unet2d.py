@@ -18,7 +18,7 @@ from diffkd.errors import UserError
 from diffkd.generation import sample as sampling
 from diffkd.generation.drawing import generate
 from diffkd.models import loading
-from diffkd.models.families.unet2d import UNet2D
+from diffkd.models.unet import UNet2D
 from diffkd.runs.reports import model_card
 from tests.tiny import student
 
@@ -220,7 +220,7 @@ def test_a_network_that_takes_time_otherwise_is_refused(tmp_path):
         time_embedding_type="fourier",
     )
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="time as 'fourier', which is not supported"):
+    with pytest.raises(UserError, match="time_embedding_type 'fourier', which is not supported"):
         diffkd.load(tmp_path)
 
 
@@ -239,4 +239,4 @@ def test_the_quick_network_is_the_stock_one(make_pipeline, tmp_path):
     assert json.loads((tmp_path / "saved/unet/config.json").read_text())["_class_name"] == "UNet2DModel"
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DModel"]
-    assert type(denoiser.network).__name__ == "QuickUNet2DModel"  # saving left it as it was
+    assert type(denoiser.network).__name__ == "FastUNet2DModel"  # saving left it as it was

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from collections.abc import Callable
-from pathlib import Path
-from rich.console import Console
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from typing import Any
-import diffusers
 import functools
 import json
-import numpy as np
 import os
-import pytest
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import diffkd
 from diffkd import metrics
 from diffkd.core import samplers
 from diffkd.data.digits import Digits
-from diffkd.generation.drawing import generate
 from diffkd.io.environment import versions
-from diffkd.metrics import features
-from diffkd.metrics import frechet
+from diffkd.metrics import features, frechet
 from diffkd.metrics.evaluation import config
 from diffkd.metrics.features.inception import InceptionV3
 from diffkd.metrics.score import inception_score
 from diffkd.models import loading
 from diffkd.runs.reports import model_card
 from diffkd.runs.stats import stats
-from tests.refusals import refuse
-from tests.refusals import tree
-
+from tests.refusals import refuse, tree
 
 ALL = "fid,kid,is,prdc,fd_inf"
 
@@ -275,7 +271,7 @@ def test_guidance(measure, sampled):
     options = ["--reference", "digits.npz", "--steps", 2, "--samples", 70, "--classes", "0-3"]
     found = measure("labelled", *options, "-w", 3, "--null-label", 9)
     denoiser = loading.load("labelled")
-    loading.name_null_label(denoiser, 9)
+    loading.set_null_label(denoiser, 9)
     labels, batches = [i % 4 for i in range(70)], []
     from diffkd.generation.drawing import generate
 

@@ -1,0 +1,44 @@
+"""Model families, one file each: how a pipeline is read as a Denoiser, and a student saved as a pipeline.
+
+A family is a module in this folder with the names of `Family`; adding one is adding a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from diffkd.core.denoiser import Denoiser
+
+
+class Family(Protocol):
+    """The contract of a family's module."""
+
+    @property
+    def PIPELINES(self) -> tuple[str, ...]:
+        """Class names of the pipelines it loads, as model_index.json has them."""
+
+    @property
+    def NETWORK(self) -> type[nn.Module]:
+        """The class of the networks it saves."""
+
+    def load(self, folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -> Denoiser:
+        """The pipeline in `folder` as a Denoiser in float32. Raises UserError for what is not supported.
+
+        index: the content of model_index.json. name: the path or hub id that the user gave, for messages.
+        card: the content of diffkd.json, {} for a pipeline that diffkd did not write.
+        """
+
+    def save(self, denoiser: Denoiser, folder: Path) -> None:
+        """Writes a stock pipeline that draws the same images without diffkd."""
+
+
+def families() -> list[Family]:
+    """The modules of this folder, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [cast(Family, importlib.import_module(f"{__name__}.{name}")) for name in names]

@@ -1,4 +1,8 @@
-"""Which weights of a UNet2DModel share their channels: what a narrower one has to take together."""
+"""Channel groups of a UNet2DModel: the channels that must be kept or dropped together in all its weights.
+
+Everything that writes into a residual stream or reads from it must keep the same channels. The groups are
+found by walking through the network in the order of its forward pass.
+"""
 
 from __future__ import annotations
 
@@ -13,58 +17,65 @@ from diffkd.errors import UserError
 
 
 @dataclass(eq=False)
-class Space:
-    """Channels that are kept or dropped together wherever they occur.
+class ChannelGroup:
+    """`width` channels, of which the same `kept_width` are kept wherever they occur.
 
-    parts: equal parts in a row that keep the same number each: the groups of a group norm. unit: channels in
-    a row that stay together, as those of an attention head. writers: parameters whose rows make them.
+    parts: equal consecutive parts, each of which keeps the same number: the groups of a group norm. unit:
+    consecutive channels that stay together, such as an attention head's. writers: parameters whose rows
+    compute the channels.
     """
 
     width: int
-    narrow: int
+    kept_width: int
     parts: int = 1
     unit: int = 1
     writers: list[str] = field(default_factory=list)
     kept: Tensor | None = None
 
-    def choose(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """Indices of the channels that stay, in order: the highest scores of each part. scores: of every
-        parameter, one for each row."""
+    def select(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Indices of the channels that stay, ascending: those of the highest scores in each part. scores: one
+        for every row of every parameter."""
         if self.kept is None:
             total = torch.zeros(self.width, dtype=torch.float64)
             for name in self.writers:
                 total += scores[name]
             units = total.view(self.parts, -1, self.unit).sum(-1)
-            count = self.narrow // self.parts // self.unit
+            count = self.kept_width // self.parts // self.unit
             best = units.topk(count, dim=1).indices.sort(1).values
             first = torch.arange(self.parts)[:, None] * units.shape[1]
             self.kept = ((best + first).flatten()[:, None] * self.unit + torch.arange(self.unit)).flatten()
         return self.kept
 
 
-Plan = dict[str, dict[int, tuple[Space, ...]]]  # of each parameter, the spaces along its dimensions
+Groups = dict[str, dict[int, tuple[ChannelGroup, ...]]]  # parameter, dimension: the groups along it
 
 
-class Walk:
-    """The spaces of a network's parameters, found in the order of its forward pass.
+def channel_groups(network: UNet2DModel, smaller: UNet2DModel) -> Groups:
+    """The groups along the dimensions of every parameter. smaller: the same network with the widths to keep.
 
-    smaller: the same network with the widths that are wanted.
+    Raises UserError for a network with parameters that the walk does not meet.
     """
+    walk = _Walk(network, smaller)
+    walk.run()
+    missing = [name for name, _ in network.named_parameters() if name not in walk.groups]
+    if missing:
+        raise UserError(
+            f"narrow does not support {missing[0]} of this network; use drop_blocks, or from_config"
+        )
+    return walk.groups
+
+
+class _Walk:
+    """A walk through a network in the order of its forward pass, which fills `groups`."""
 
     def __init__(self, network: UNet2DModel, smaller: UNet2DModel) -> None:
         self.network, self.smaller = network, smaller
-        self.groups = network.config.norm_num_groups
-        self.plan: Plan = {}
-        self._walk()
-        missing = [n for n, p in network.named_parameters() if n not in self.plan]
-        if missing:
-            raise UserError(
-                f"narrow does not know {missing[0]} of this network; use drop_blocks, or from_config"
-            )
+        self.norm_groups = network.config.norm_num_groups
+        self.groups: Groups = {}
 
-    def _walk(self) -> None:
+    def run(self) -> None:
         network = self.network
-        self.time = self._embedding()
+        self.time = self._time_embedding()
         now = self._weight("conv_in", ())
         skips = [now]
         for i, block in enumerate(network.down_blocks):
@@ -89,29 +100,30 @@ class Walk:
         self._put("conv_out.weight", {1: (now,)})
         self._put("conv_out.bias", {})
 
-    def _embedding(self) -> Space:
-        """Time, and class labels that are added to it. Those frequencies stay that a narrower one has."""
+    def _time_embedding(self) -> ChannelGroup:
+        """Time, with the class labels added to it. The frequencies nearest to the narrower network's are
+        kept."""
         wide, few = (n.config.block_out_channels[0] for n in (self.network, self.smaller))
-        angles = Space(wide, few)
+        angles = ChannelGroup(wide, few)
         shift = self.network.config.freq_shift  # frequency k of n has the exponent k / (n - shift)
         scale = (wide // 2 - shift) / max(few // 2 - shift, 1)
         frequencies = (torch.arange(few // 2) * scale).round().long().clamp(max=wide // 2 - 1)
         angles.kept = torch.cat([frequencies, wide // 2 + frequencies])
-        found = angles
+        group = angles
         for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
-            found = self._weight(name, (found,), parts=1)
+            group = self._weight(name, (group,), parts=1)
         if self.network.class_embedding is not None:
-            self._put("class_embedding.weight", {1: (found,)})
-        return found
+            self._put("class_embedding.weight", {1: (group,)})
+        return group
 
-    def _layer(self, block: str, j: int, into: tuple[Space, ...]) -> Space:
-        """A resnet, and the attention beside it."""
+    def _layer(self, block: str, j: int, into: tuple[ChannelGroup, ...]) -> ChannelGroup:
+        """A resnet and the attention beside it."""
         out = self._resnet(f"{block}.resnets.{j}", into)
         if hasattr(self.network.get_submodule(block), "attentions"):
             self._attention(f"{block}.attentions.{j}", out)
         return out
 
-    def _resnet(self, name: str, into: tuple[Space, ...]) -> Space:
+    def _resnet(self, name: str, into: tuple[ChannelGroup, ...]) -> ChannelGroup:
         self._norm(f"{name}.norm1", into)
         hidden = self._weight(f"{name}.conv1", into)
         self._weight(f"{name}.time_emb_proj", (self.time,), hidden)
@@ -120,34 +132,34 @@ class Walk:
             return self._weight(f"{name}.conv2", (hidden,), into[0])
         return self._weight(f"{name}.conv_shortcut", into, self._weight(f"{name}.conv2", (hidden,)))
 
-    def _attention(self, name: str, stream: Space) -> None:
+    def _attention(self, name: str, stream: ChannelGroup) -> None:
         self._norm(f"{name}.group_norm", (stream,))
-        head = self.network.config.attention_head_dim  # without it there is one head, of any width
+        head = self.network.config.attention_head_dim  # None: a single head of any width
         unit = head or 1
         keys = self._weight(f"{name}.to_q", (stream,), parts=1, unit=unit)
         self._weight(f"{name}.to_k", (stream,), keys)
-        values = keys if head else None  # heads stay whole, with what they look at
+        values = keys if head else None  # a head keeps its queries, keys and values together
         values = self._weight(f"{name}.to_v", (stream,), values, parts=1, unit=unit)
         self._weight(f"{name}.to_out.0", (values,), stream)
 
-    def _norm(self, name: str, spaces: tuple[Space, ...]) -> None:
-        self._put(f"{name}.weight", {0: spaces})
-        self._put(f"{name}.bias", {0: spaces})
+    def _norm(self, name: str, groups: tuple[ChannelGroup, ...]) -> None:
+        self._put(f"{name}.weight", {0: groups})
+        self._put(f"{name}.bias", {0: groups})
 
     def _weight(
         self,
         name: str,
-        into: tuple[Space, ...],
-        out: Space | None = None,
+        into: tuple[ChannelGroup, ...],
+        out: ChannelGroup | None = None,
         *,
         parts: int | None = None,
         unit: int = 1,
-    ) -> Space:
-        """A convolution or linear layer, written into `out`, or into a space of its own."""
+    ) -> ChannelGroup:
+        """A convolution or linear layer that writes into `out`, by default a group of its own."""
         weight = self.network.get_parameter(f"{name}.weight")
         if out is None:
             few = self.smaller.get_parameter(f"{name}.weight").shape[0]
-            out = Space(weight.shape[0], few, self.groups if parts is None else parts, unit)
+            out = ChannelGroup(weight.shape[0], few, self.norm_groups if parts is None else parts, unit)
         self._put(f"{name}.weight", {0: (out,)} | ({1: into} if into else {}))
         out.writers.append(f"{name}.weight")
         if self.network.get_submodule(name).bias is not None:
@@ -155,5 +167,5 @@ class Walk:
             out.writers.append(f"{name}.bias")
         return out
 
-    def _put(self, name: str, spaces: dict[int, tuple[Space, ...]]) -> None:
-        self.plan[name] = spaces
+    def _put(self, name: str, groups: dict[int, tuple[ChannelGroup, ...]]) -> None:
+        self.groups[name] = groups

@@ -1,0 +1,99 @@
+"""What a config says of a student: how it is made from its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.noise import derived_seed
+from diffkd.errors import UserError
+from diffkd.io.config import Positive, Strict
+from diffkd.models.students.blocks import drop_blocks
+from diffkd.models.students.channels import narrow
+from diffkd.models.students.copies import copy_of, from_config, reinitialized, unet_of
+from diffkd.models.students.importance import Batch, taylor_scores
+from diffkd.models.unet import UNet2D
+
+Weights = Literal["teacher", "random"]
+
+
+class Copy(Strict):
+    """The teacher's own architecture and weights."""
+
+    kind: Literal["copy"] = "copy"
+
+    def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
+        """The student. seed: of its random weights, if any. batches: of data, for importance by gradients."""
+        return copy_of(teacher)
+
+
+class DropBlocks(Strict):
+    """Fewer layers, with the weights of those that stay."""
+
+    kind: Literal["drop_blocks"]
+    blocks: list[str] = Field(
+        min_length=1,
+        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions",
+    )
+    weights: Weights = Field("teacher", description="random: the same architecture from scratch")
+
+    def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
+        student = drop_blocks(teacher, self.blocks)
+        return student if self.weights == "teacher" else reinitialized(student, seed)
+
+
+class Narrow(Strict):
+    """Fewer channels: the most important ones of the teacher."""
+
+    kind: Literal["narrow"]
+    channels: list[Positive] | None = Field(None, description="at each resolution")
+    ratio: float | None = Field(None, gt=0, le=1, description="share of the channels at every resolution")
+    importance: Literal["norm", "taylor"] = Field(
+        "norm", description="of a channel: the norm of its weights, or the change of the loss without it"
+    )
+    weights: Weights = Field("teacher", description="random: the same architecture from scratch")
+
+    @model_validator(mode="after")
+    def _check_one_given(self) -> Narrow:
+        if (self.channels is None) == (self.ratio is None):
+            raise ValueError(
+                "student of kind narrow needs either channels (a list) or ratio (a share of them)"
+            )
+        return self
+
+    def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
+        channels = self.channels
+        if channels is None:
+            assert self.ratio is not None
+            channels = [_share(width, self.ratio) for width in unet_of(teacher).config.block_out_channels]
+        scores = None
+        if self.importance == "taylor" and self.weights == "teacher" and batches is not None:
+            scores = taylor_scores(teacher, batches, torch.Generator().manual_seed(derived_seed(seed)))
+        student = narrow(teacher, channels, scores)
+        return student if self.weights == "teacher" else reinitialized(student, seed)
+
+
+def _share(width: int, ratio: float) -> int:
+    if abs(width * ratio - round(width * ratio)) > 1e-6:
+        raise UserError(
+            f"student.ratio {ratio} of {width} channels is {width * ratio:g}, which is not an integer; "
+            "use another ratio, or give channels"
+        )
+    return round(width * ratio)
+
+
+class FromConfig(Strict):
+    """Another architecture, with random weights."""
+
+    kind: Literal["from_config"]
+    model: UNet2D = Field(description="as for a teacher that is trained")
+
+    def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
+        return from_config(teacher, self.model, seed)
+
+
+Student = Annotated[Copy | DropBlocks | Narrow | FromConfig, Field(discriminator="kind")]

@@ -1,0 +1,61 @@
+"""Students around another network: a copy of the teacher, new random weights, a new architecture."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.noise import derived_seed
+from diffkd.errors import UserError
+from diffkd.models.unet import UNet2D, reinitialized_like
+
+
+def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None = None) -> Denoiser:
+    """The same denoiser around another network; prediction: its type, by default that of the denoiser."""
+    changed = Denoiser(
+        network,
+        denoiser.schedule,
+        prediction or denoiser.prediction,
+        shape=denoiser.shape,
+        num_classes=denoiser.num_classes,
+        null_label=denoiser.null_label,
+        clip=denoiser.clip,
+        steps=denoiser.steps,
+        sampler=denoiser.sampler,
+    )
+    return changed.train(network.training)
+
+
+def copy_of(denoiser: Denoiser) -> Denoiser:
+    """A denoiser of the same architecture and weights that shares none of them."""
+    return copy.deepcopy(with_network(denoiser, denoiser.network))
+
+
+def reinitialized(student: Denoiser, seed: int) -> Denoiser:
+    """The same architecture with new random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed))
+        return with_network(student, reinitialized_like(unet_of(student)))
+
+
+def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
+    """A freshly initialised network of another architecture, with the teacher's schedule and prediction."""
+    channels, height, width = teacher.example_inputs()[0].shape[1:]
+    total = unet_of(teacher).config.num_class_embeds
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed))
+        network = model.build((channels, height, width), total)
+    return with_network(teacher, network.train(teacher.network.training))
+
+
+def unet_of(teacher: Denoiser) -> UNet2DModel:
+    """The teacher's network. Raises UserError for one that smaller students cannot be made of."""
+    if not isinstance(teacher.network, UNet2DModel):
+        raise UserError(
+            f"smaller students of a {type(teacher.network).__name__} are not supported; use kind: copy"
+        )
+    return teacher.network

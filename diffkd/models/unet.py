@@ -1,0 +1,113 @@
+"""UNet2DModel networks: built from a config, reinitialized, and freed of a slow property while diffkd runs
+them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from pydantic import Field
+
+from diffkd.errors import UserError
+from diffkd.io.config import Positive, Strict
+
+
+class FastUNet2DModel(UNet2DModel):
+    """A UNet2DModel that reads its dtype off one weight. The stock class walks through all of its modules for
+    it, twice in every forward pass: a fifth of the digits network's time at batch 1 (docs/performance.md)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.conv_in.weight.dtype
+        return dtype
+
+
+def to_fast(network: UNet2DModel) -> UNet2DModel:
+    """The same network, its class replaced in place."""
+    network.__class__ = FastUNet2DModel
+    return network
+
+
+def to_stock(network: UNet2DModel) -> UNet2DModel:
+    """A shallow copy of the stock class, which diffusers can save by its name; weights are shared."""
+    shared: UNet2DModel = copy.copy(network)
+    shared.__class__ = UNet2DModel
+    return shared
+
+
+def reinitialized_like(network: UNet2DModel, **changes: Any) -> UNet2DModel:
+    """A freshly initialised network of the same config but for `changes`, on the same device, in the same
+    dtype and mode. torch's global generators are left as they were."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    parameter = next(network.parameters())
+    with torch.random.fork_rng():
+        made = to_fast(UNet2DModel.from_config({**config, **changes}))
+    torch.nn.Module.to(made, parameter.device, parameter.dtype)  # diffusers' own override would warn
+    return made.train(network.training)
+
+
+class UNet2D(Strict):
+    """The config of a new UNet2DModel."""
+
+    channels: list[Positive] = Field(
+        [32, 64],
+        min_length=1,
+        description="channels at each resolution, each half the size of the one before",
+    )
+    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
+    attention: list[bool] | None = Field(None, description="self-attention at each resolution; default none")
+    mid_attention: bool = Field(True, description="self-attention in the innermost block")
+    attention_head_dim: int = Field(8, ge=1, description="channels of an attention head")
+    norm_groups: int = Field(
+        8, ge=1, description="groups of group normalisation; divides every channel count"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the residual blocks, while training")
+
+    def build(self, shape: tuple[int, int, int], num_classes: int | None) -> UNet2DModel:
+        """A freshly initialised network. shape: (C, H, W) of an image. num_classes: with the null label."""
+        channels, height, width = shape
+        factor = 2 ** (len(self.channels) - 1)
+        if height % factor or width % factor:
+            raise UserError(
+                f"images of {height}x{width} cannot be halved {len(self.channels) - 1} times; "
+                f"use sizes that {factor} divides, or fewer model.channels"
+            )
+        for count in self.channels:
+            if count % self.norm_groups:
+                raise UserError(
+                    f"model.norm_groups {self.norm_groups} does not divide {count} channels; "
+                    "choose one that divides each of model.channels"
+                )
+        attention = self.attention or [False] * len(self.channels)
+        if len(attention) != len(self.channels):
+            raise UserError(
+                f"model.attention has {len(attention)} entries for {len(self.channels)} resolutions; "
+                "give one for each of model.channels"
+            )
+        attended = [count for count, has in zip(self.channels, attention, strict=True) if has]
+        if self.mid_attention:
+            attended.append(self.channels[-1])
+        for count in attended:
+            if count < self.attention_head_dim:
+                raise UserError(
+                    f"model.attention_head_dim {self.attention_head_dim} is more than the {count} channels "
+                    "where attention is; use fewer, or no attention there"
+                )
+        return to_fast(
+            UNet2DModel(
+                sample_size=height if height == width else (height, width),
+                in_channels=channels,
+                out_channels=channels,
+                block_out_channels=tuple(self.channels),
+                layers_per_block=self.layers,
+                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+                add_attention=self.mid_attention,
+                attention_head_dim=self.attention_head_dim,
+                norm_num_groups=self.norm_groups,
+                dropout=self.dropout,
+                num_class_embeds=num_classes,
+            )
+        )

@@ -1,0 +1,57 @@
+"""Small UNets of random weights, and what the tests of students ask of them."""
+
+import torch
+from diffusers import UNet2DModel
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
+
+COSINE = Schedule.cosine(64)
+
+
+def network(channels=(8, 16), attention=None, *, seed=0, **config):
+    """Far from its initialisation, every bias and norm too. attention: of each resolution."""
+    attends = attention or [False] * len(channels)
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4,
+        "attention_head_dim": 4, "block_out_channels": tuple(channels),
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)), **config,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found = UNet2DModel(**config).eval()
+        for parameter in found.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return found
+
+
+def denoiser_of(net):
+    classes = net.config.num_class_embeds
+    null = {} if classes is None else {"num_classes": classes - 1, "null_label": classes - 1}
+    return Denoiser(net, COSINE, "v_prediction", **null).train(net.training)
+
+
+@torch.no_grad()
+def outputs(net):
+    """Its outputs for some images, times and labels."""
+    rng = torch.Generator().manual_seed(7)
+    x, t = torch.randn(3, 1, 8, 8, generator=rng).to(net.dtype), torch.tensor([0.0, 17.0, 63.0])
+    labels = None if net.config.num_class_embeds is None else torch.tensor([0, 1, 2])
+    return net(x, t, class_labels=labels).sample
+
+
+def max_difference(x, y):
+    return (x - y).abs().max().item()
+
+
+def config_of(net):
+    return {key: value for key, value in net.config.items() if not key.startswith("_")}
+
+
+def untouched(make):
+    """What `make` gives; the global random numbers go on as if it had not been called."""
+    before = torch.get_rng_state()
+    found = make()
+    assert torch.equal(torch.get_rng_state(), before)
+    return found
