@@ -1,108 +1,99 @@
-"""What holds for every method: one conformance test over the folder."""
+"""What holds for every method: one conformance test over the folder, and over a method of two networks."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffkd import methods
-from diffkd.core.classifier import Classifier
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule
 from diffkd.methods.base import Batch, Method, Step
 from diffkd.methods.denoising import Denoising
-from diffkd.models import students
-from diffkd.runs.classification.cnn import CNN
-from tests.tiny import student
+from tests.methods.conformance import COSINE, check_losses, check_resumes, losses_of, nets_of, train
+from tests.two_networks import TwoNetworks
 
 ROOT = Path(__file__).parents[2]
-COSINE = Schedule.cosine(64)
+METHODS = [*methods.names(), "tests.two_networks"]
 
 
-def classifiers_of(method):
-    torch.manual_seed(3)
-    teacher, pupil = (
-        Classifier(CNN(1, 3, channels, timed=False), 3, shape=(1, 8, 8)) for channels in ([8, 8], [4])
-    )
-    teacher.requires_grad_(False)
-    return {"teacher": teacher, "student": pupil, **method.networks(teacher, pupil)}
-
-
-def nets_of(method):
-    if method.kind is Classifier:
-        return classifiers_of(method)
-    teacher = student(4, "v_prediction", COSINE, seed=1).requires_grad_(False)
-    teacher.num_classes, teacher.null_label = 3, 3
-    pupil = students.copy_of(teacher).requires_grad_(True)
-    with torch.no_grad():
-        for parameter in pupil.network.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    return {"teacher": teacher, "student": pupil, **method.networks(teacher, pupil)}
-
-
-def losses_of(method, nets, stage, seed):
-    rng = torch.Generator().manual_seed(seed)
-    x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
-    return method.losses(nets, Batch(x0, {"class_labels": torch.arange(6) % 3}), Step(stage, 0), rng)
-
-
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_the_contract(name):
-    kind = methods.find(name)
-    method = kind()
-    nets = nets_of(method)
-    teacher_before = [p.clone() for p in nets["teacher"].parameters()]
-    stages = method.stages(nets["teacher"])
-    assert stages and len({stage.name for stage in stages}) == len(stages)
-    for stage in (stages[0], stages[-1]):
-        values = []
-        for loss in losses_of(method, nets, stage, 11):
-            assert loss.value.shape == () and loss.value.isfinite()
-            assert all(
-                v.shape == (6,) and v.isfinite().all() and not v.requires_grad for v in loss.metrics.values()
-            )
-            others = [p for key, net in nets.items() if key != loss.network for p in net.parameters()]
-            loss.value.backward(inputs=[p for p in nets[loss.network].parameters() if p.requires_grad])
-            grads = [p.grad for p in nets[loss.network].parameters() if p.grad is not None]
-            assert any(g.abs().sum() > 0 for g in grads) and all(g.isfinite().all() for g in grads)
-            assert all(p.grad is None for p in others)
-            for parameter in nets[loss.network].parameters():
-                parameter.grad = None
-            values.append(loss.value.item())
-        method.after_update(nets, Step(stage, 0))
-        assert values == [loss.value.item() for loss in losses_of(method, nets, stage, 11)]
-        assert values != [loss.value.item() for loss in losses_of(method, nets, stage, 12)]
-    assert all(torch.equal(a, b) for a, b in zip(teacher_before, nets["teacher"].parameters(), strict=True))
+    check_losses(methods.find(name)())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_unbroken_one(name, tmp_path):
+    check_resumes(methods.find(name)(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_one_process_equals_two(name, tmp_path, launched):
+    """Four micro-batches in one process, or two in each of two: the same up to the order of a sum."""
+    found = []
+    for world in (1, 2):
+        job = {"folder": str(tmp_path / str(world)), "world": world, "method": name, "updates": 8}
+        done = launched(world, json.dumps(job), module="tests.parallel")
+        assert done.returncode == 0, done.stderr[-4000:]
+        files = sorted((tmp_path / str(world)).glob("*.safetensors"))
+        weights = [value.double().flatten() for file in files for value in load_file(file).values()]
+        found.append(torch.cat(weights))
+    assert (found[0] - found[1]).norm() / found[0].norm() < 1e-6
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_method_is_one_final_class_with_a_reference_a_config_and_a_row(name):
+def test_a_method_is_one_final_class_with_a_reference_a_config_a_row_and_a_page(name):
     kind = methods.find(name)
     assert kind.__mro__[1] is Method
     assert re.search(r"\d{4}, https://", kind.reference)
     assert all(field.description for field in kind.model_fields.values())
-    configs = [path.read_text() for path in (ROOT / "configs").rglob("*.yaml")]
-    assert any(f"name: {name}" in text or f"\n{name}:" in text for text in configs)
-    assert f"`{name}`" in (ROOT / "README.md").read_text()
+    table = (ROOT / "docs/methods/README.md").read_text()
+    row = re.search(rf"^\| \[`{name}`\]\(([\w.-]+)\) \|.*\| `(configs/\S+)` \|$", table, re.MULTILINE)
+    assert row, f"docs/methods/README.md has no row of {name}"
+    assert f"`{name}`" in (ROOT / "docs/methods" / row[1]).read_text()
+    config = (ROOT / row[2]).read_text()
+    assert f"name: {name}" in config or f"\n{name}:" in config
 
 
 def test_a_users_own_module_is_found(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "own.py").write_text(
         "from diffkd.methods.denoising import Denoising\nfrom diffkd.methods.base import Method, Stage\n"
         "class Mine(Method):\n"
         "    reference = 'x'\n"
         "    def stages(self, start):\n        return []\n"
         "    def losses(self, nets, batch, step, rng):\n        yield\n"
     )
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "own.py").write_text((tmp_path / "mine.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
     assert methods.find("package.own").__name__ == "Mine"
     with pytest.raises(ValueError, match="'package.nothing' is unknown"):
         methods.find("package.nothing")
+
+
+# two networks
+
+
+def test_every_network_follows_its_own_ramp(tmp_path):
+    _, records = train(TwoNetworks(learning_rate=1e-3), tmp_path)
+    ramp = [1 - update / 6 for update in range(6)]
+    assert [r["learning_rate"] for r in records] == pytest.approx([1e-3 * share for share in ramp])
+    assert [r["judge_learning_rate"] for r in records] == pytest.approx([4e-3 * share for share in ramp])
+
+
+def test_losses_follow_the_progress_of_their_stage():
+    method = TwoNetworks(updates=10)
+    nets = nets_of(method)
+    stage = method.stages(nets["teacher"])[0]
+    first, half, late = (next(losses_of(method, nets, stage, 11, update)) for update in (0, 5, 9))
+    assert first.value.item() == pytest.approx(first.metrics["gap"].square().mean().item(), rel=1e-6)
+    judged = half.value - first.value
+    assert judged > 0 and (late.value - first.value).item() == pytest.approx(1.8 * judged.item(), rel=1e-4)
+    assert [Step(stage, update).progress for update in (0, 5, 9)] == [0, 0.5, 0.9]
 
 
 # denoising
@@ -124,7 +115,10 @@ def test_denoising_hides_labels_and_weighs_by_prediction():
     batch = Batch(x0, {"class_labels": torch.arange(4000) % 3})
     loss = next(
         method.losses(
-            {"student": denoiser}, batch, method.stages(denoiser)[0], torch.Generator().manual_seed(0)
+            {"student": denoiser},
+            batch,
+            Step(method.stages(denoiser)[0], 0),
+            torch.Generator().manual_seed(0),
         )
     )
     assert abs((seen[0] == 3).float().mean() - 0.25) < 0.03

@@ -237,7 +237,7 @@ def test_guidance_is_baked_in_once():
 
 
 def test_more_substeps_than_the_table_has_are_refused():
-    with pytest.raises(UserError, match="512 steps of 4 sub-steps are more than the teacher's 1024"):
+    with pytest.raises(UserError, match="512 steps of 4 sub-steps each are more than the teacher's 1024"):
         stage_list([512], substeps=4)
 
 

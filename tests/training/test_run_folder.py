@@ -106,8 +106,8 @@ def test_another_process_is_kept_out(tmp_path, caplog):
         """
         import sys, json
         from pathlib import Path
-        from diffkd.runs import Run
-        run = Run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        from diffkd.training.run_folder import RunFolder
+        run = RunFolder(Path(sys.argv[1]), json.loads(sys.argv[2]))
         print("held", flush=True)
         sys.stdin.read()
         """
@@ -132,7 +132,7 @@ def test_another_process_is_kept_out(tmp_path, caplog):
 def test_an_owner_that_is_torn_is_no_hindrance(tmp_path, caplog, content):
     (tmp_path / ".owner.json").write_bytes(content)
     RunFolder(tmp_path, CONFIG).close()
-    assert "held by process ? on ?" in caplog.text and not (tmp_path / ".owner.json").exists()
+    assert "locked by process ? on ?" in caplog.text and not (tmp_path / ".owner.json").exists()
 
 
 @pytest.mark.parametrize(

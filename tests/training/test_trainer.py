@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from torch import nn
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.core.schedules import Schedule
-from diffkd.data.images import Images
 from diffkd.errors import Interrupted, UserError
 from diffkd.io.files import sha256
-from diffkd.methods.base import Batch, Loss, Stage, Step
+from diffkd.methods.base import Batch, Loss, Optimization, Stage, Step
 from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
@@ -25,20 +25,10 @@ from diffkd.training.divergence import DivergenceMonitor, NonFinite
 from diffkd.training.log import TrainingLog
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
+from tests.methods.conformance import images
 from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
-
-
-def images(count=64):
-    generator = torch.Generator().manual_seed(9)
-    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8).numpy()
-    return Images("noise", pixels, torch.arange(count) % 3, ["a", "b", "c"])
-
-
-def stage_of(method, denoiser, **changes):
-    stage = method.stages(denoiser)[0]
-    return Stage(**{**stage.__dict__, **changes})
 
 
 def run_one(folder, *, updates=12, training=None, method=None, stop_at=None, seed=0, learning_rate=1e-3):
@@ -287,13 +277,7 @@ def test_what_a_model_that_knows_no_noise_logs():
 
 def test_a_second_network_that_is_no_number(tmp_path):
     """The student moved before: its average goes on with it. The second network stays as it was."""
-
-    class Judge(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
-    judge, seen, shadow = Judge(), [], []
+    judge, seen, shadow = Scale(), [], []
 
     class Two(Progressive):
         def networks(self, teacher, student):
@@ -316,6 +300,88 @@ def test_a_second_network_that_is_no_number(tmp_path):
         average = decay * average + (1 - decay) * value
     assert (weights(pupil).double() - average).abs().max() < 1e-6
     assert shadow[5] == shadow[4] and shadow[6] != shadow[5]
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class OwnOptimization(Progressive):
+    """With a second network whose gradient is the number of the update."""
+
+    def stages(self, start):
+        judge = Optimization(learning_rate=1e-2, betas=(0.5, 0.9), ema=0.5)
+        return [replace(s, networks={"judge": judge}) for s in super().stages(start)]
+
+    def networks(self, teacher, student):
+        judge = self.__dict__["judge"] = Scale()
+        return {"judge": judge}
+
+    def losses(self, nets, batch, step, rng):
+        yield from super().losses(nets, batch, step, rng)
+        yield Loss("judge", nets["judge"].scale.sum() * (1 + step.update))
+
+
+@pytest.mark.parametrize("stop_at", [None, 7])
+def test_a_network_learns_by_its_own_rate_betas_and_average(tmp_path, stop_at):
+    """Against torch's AdamW by hand: its own ramp, and the average that it holds at the end."""
+    method = OwnOptimization(steps=[4], updates=12, learning_rate=1e-3)
+    training = Training(batch_size=8, max_grad_norm=None)
+    if stop_at is not None:
+        with pytest.raises(Interrupted):
+            run_one(tmp_path / "run", method=method, training=training, stop_at=stop_at)
+    run_one(tmp_path / "run", method=method, training=training)
+    weight = nn.Parameter(torch.ones(1))
+    by_hand = torch.optim.AdamW([weight], betas=(0.5, 0.9), weight_decay=0)
+    average = 1.0
+    for update in range(12):
+        by_hand.param_groups[0]["lr"] = 1e-2 * (1 - update / 12)
+        weight.grad = torch.full((1,), 1.0 + update)
+        by_hand.step()
+        decay = 0.0 if update == 0 else min(0.5, (1 + update) / (10 + update))
+        average = decay * average + (1 - decay) * weight.item()
+    assert method.__dict__["judge"].scale.item() == pytest.approx(average, abs=1e-6)
+    assert abs(average - weight.item()) > 1e-3
+
+
+def test_the_average_of_the_student_may_be_its_stage_s_own(tmp_path):
+    class Own(Progressive):
+        def stages(self, start):
+            return [replace(s, networks={"student": Optimization(ema=0.5)}) for s in super().stages(start)]
+
+    own = run_one(tmp_path / "own", method=Own(steps=[4], updates=12, learning_rate=1e-3))[0]
+    config = run_one(tmp_path / "config", training=Training(batch_size=8, ema=0.5))[0]
+    other = run_one(tmp_path / "other")[0]
+    assert torch.equal(weights(own), weights(config)) and not torch.equal(weights(own), weights(other))
+
+
+def test_a_stage_that_names_another_network_is_refused(tmp_path):
+    class Misspelt(Progressive):
+        def stages(self, start):
+            return [replace(s, networks={"jugde": Optimization(ema=0.5)}) for s in super().stages(start)]
+
+    with pytest.raises(UserError, match="network 'jugde' learns, which is not trained; trained are student"):
+        run_one(tmp_path / "run", method=Misspelt(steps=[4], updates=1))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
+    """It had the student's average alone, and its count as `ema_step`."""
+    whole, _, records = run_one(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_one(tmp_path / "parts", stop_at=7)
+    path = next((tmp_path / "parts/checkpoints").glob("*0000007"))
+    names = {file.name for file in path.iterdir()}
+    assert names == {
+        "checkpoint.json", "student.safetensors", "student-optimizer.safetensors", "ema.safetensors"
+    }  # fmt: skip
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    del manifest["digest"], manifest["state"]["ema_steps"]
+    assert manifest["state"].keys() == {"ema_step", "watch", "meters", "scaler"} and manifest["schema"] == 2
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": checkpoints._digest(manifest)}))
+    parts, _, again = run_one(tmp_path / "parts")
+    assert torch.equal(weights(whole), weights(parts)) and untimed(records) == untimed(again)
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
@@ -435,11 +501,6 @@ def test_seeds_are_apart():
 def test_only_the_named_network_gets_gradients(tmp_path):
     """A second network of the method's own, trained by its own loss, computed after the student's update."""
 
-    class Judge(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
     class Two(Denoising):
         def losses(self, nets, batch, step, rng):
             before = weights(nets["student"]).clone()
@@ -449,7 +510,7 @@ def test_only_the_named_network_gets_gradients(tmp_path):
             assert not torch.equal(before, weights(nets["student"]))
             yield type(loss)("judge", (nets["judge"].scale - 3).square().mean())
 
-    judge, pupil = Judge(), student(3, "v_prediction", COSINE)
+    judge, pupil = Scale(), student(3, "v_prediction", COSINE)
     method = Two(updates=30, learning_rate=1e-2, warmup=0)
     run = RunFolder(tmp_path / "run", {})
     run_stage(

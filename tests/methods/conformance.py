@@ -1,0 +1,118 @@
+"""What holds for every method: checks that take one, for the conformance test and for methods of your own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffkd.core.classifier import Classifier
+from diffkd.core.schedules import Schedule
+from diffkd.data.images import Images
+from diffkd.errors import Interrupted
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+from diffkd.models import students
+from diffkd.runs.classification.cnn import CNN
+from diffkd.training.config import Training
+from diffkd.training.run_folder import RunFolder
+from diffkd.training.trainer import run_stage
+from tests.tiny import student
+
+COSINE = Schedule.cosine(64)
+MEASURED = ("images_per_second", "peak_memory_gb")
+
+
+def images(count: int = 64) -> Images:
+    """Noise in three classes, (1, 8, 8)."""
+    generator = torch.Generator().manual_seed(9)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8).numpy()
+    return Images("noise", pixels, torch.arange(count) % 3, ["a", "b", "c"])
+
+
+def nets_of(method: Method) -> dict[str, Any]:
+    """A teacher, a student that differs from it, and the method's own networks; the same ones every time."""
+    if method.kind is Classifier:
+        torch.manual_seed(3)
+        networks = [CNN(1, 3, channels, timed=False) for channels in ([8, 8], [4])]
+        teacher, pupil = (Classifier(network, 3, shape=(1, 8, 8)) for network in networks)
+    else:
+        teacher = student(4, "v_prediction", COSINE, seed=1)
+        teacher.num_classes, teacher.null_label = 3, 3
+        pupil = students.copy_of(teacher)
+        generator = torch.Generator().manual_seed(2)
+        for parameter in pupil.network.parameters():
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    teacher.requires_grad_(False)
+    pupil.requires_grad_(True)
+    return {"teacher": teacher, "student": pupil, **method.networks(teacher, pupil)}
+
+
+def losses_of(
+    method: Method, nets: dict[str, Any], stage: Stage, seed: int, update: int = 0
+) -> Iterator[Loss]:
+    """Those of one update on six random images."""
+    rng = torch.Generator().manual_seed(seed)
+    x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
+    return method.losses(nets, Batch(x0, {"class_labels": torch.arange(6) % 3}), Step(stage, update), rng)
+
+
+def check_losses(method: Method) -> None:
+    """Finite losses, gradients only where named, the teacher unchanged, the same seed the same losses."""
+    nets = nets_of(method)
+    teacher_before = [p.clone() for p in nets["teacher"].parameters()]
+    stages = method.stages(nets["teacher"])
+    assert stages and len({stage.name for stage in stages}) == len(stages)
+    for stage, update in ((stages[0], 0), (stages[-1], stages[-1].updates - 1)):
+        values = []
+        for loss in losses_of(method, nets, stage, 11, update):
+            assert loss.value.shape == () and loss.value.isfinite()
+            for value in loss.metrics.values():
+                assert value.shape == (6,) and value.isfinite().all() and not value.requires_grad
+            own = [p for p in nets[loss.network].parameters() if p.requires_grad]
+            loss.value.backward(inputs=own)
+            grads = [p.grad for p in own if p.grad is not None]
+            assert any(g.abs().sum() > 0 for g in grads) and all(g.isfinite().all() for g in grads)
+            others = [p for name, net in nets.items() if name != loss.network for p in net.parameters()]
+            assert all(p.grad is None for p in others)
+            for parameter in own:
+                parameter.grad = None
+            values.append(loss.value.item())
+        method.after_update(nets, Step(stage, update))
+        assert values == [loss.value.item() for loss in losses_of(method, nets, stage, 11, update)]
+        assert values != [loss.value.item() for loss in losses_of(method, nets, stage, 12, update)]
+    assert all(torch.equal(a, b) for a, b in zip(teacher_before, nets["teacher"].parameters(), strict=True))
+
+
+def train(
+    method: Method, folder: Path, *, updates: int = 6, stop_at: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains the first stage, shortened; returns the networks, and the log without its timings."""
+    nets, run, done = nets_of(method), RunFolder(folder, {}), [0]
+    stage = replace(method.stages(nets["teacher"])[0], updates=updates)
+    training = Training(batch_size=8, micro_batches=2, log_every=1)
+    with suppress(Interrupted):
+        run_stage(
+            Accelerator(), method, stage, nets, images(), training, run, seed=0, stage_index=0,
+            on_update=lambda update, record: done.append(update),
+            should_stop=lambda: done[-1] + 1 == stop_at,
+        )  # fmt: skip
+    run.close()
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return nets, [{key: r[key] for key in r if key not in MEASURED} for r in records]
+
+
+def check_resumes(method: Method, folder: Path) -> None:
+    """A run that was stopped and resumed ends with the bits of an unbroken one: weights, averages, log."""
+    whole, records = train(method, folder / "whole")
+    train(method, folder / "parts", stop_at=3)
+    parts, again = train(method, folder / "parts")
+    assert len(records) == 6 and records == again
+    for name, net in whole.items():
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, parts[name].state_dict()[key]), (name, key)
