@@ -42,13 +42,14 @@ from diffkd.metrics import sampling_error
 from diffkd.metrics.evaluation import image_sets, records
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.metrics.evaluation.targets import Target
 from diffkd.metrics.statistics import Statistics
 from diffkd.models import loading
 from diffkd.runs import config, config_files, evaluate
 from diffkd.runs.classification import networks
-from diffkd.runs.classification.config import Classify
+from diffkd.runs.classification.config import DistillClassifier
+from diffkd.runs.repeat import repeat
 from diffkd.runs.reports import model_card, tables
+from tests.measuring import measure
 
 INPUTS = {
     "config text": 900, "config values": 1200, "damaged arrays": 1200, "made archives": 900,
@@ -207,7 +208,7 @@ def edited(draw: Any, content: Any, odd: Any = ODD) -> Any:
 
 # configs --------------------------------------------------------------------------------------------------
 
-KINDS = (config.Train, config.Distill, config.Benchmark, Classify)
+KINDS = (config.Train, config.Distill, config.Benchmark, DistillClassifier)
 CONFIGS: list[tuple[Any, dict[str, Any]]] = [
     (config.Train, {
         "out": "run", "seed": 1, "data": {"kind": "folder", "path": "x", "size": 8, "channels": 1},
@@ -225,7 +226,7 @@ CONFIGS: list[tuple[Any, dict[str, Any]]] = [
         "data": {"kind": "datasets", "path": "a/b", "size": 4},
         "method": {"steps": [8]}, "training": {},
     }),
-    (Classify, {
+    (DistillClassifier, {
         "out": "run", "repeats": 2, "data": {"kind": "digits"}, "held_out": 97, "labelled": 40,
         "teacher": {"model": {"arguments": {"channels": [8]}}, "updates": 2},
         "students": {"small": {"name": "cnn", "arguments": {"channels": [4, 6]}}},
@@ -300,7 +301,7 @@ def opened(path: Path) -> None:
     """Open it as a reference, as images to evaluate, and as statistics."""
     reference = tried_quietly(lambda: Reference(image_sets.File(path=path)))
     if reference is not None:
-        tried_quietly(lambda: evaluate.usual_features(reference))
+        tried_quietly(lambda: evaluate.default_features(reference))
         json.dumps(reference.describe())
     tried_quietly(lambda: image_sets.images_of(image_sets.File(path=path)).read(0, 2))
     tried_quietly(lambda: Statistics.load(path).gaussian())
@@ -584,13 +585,10 @@ def record(place) -> dict[str, Any]:
     """A real record, of random images."""
     (place / "measured.npz").write_bytes(FILES[1])
     (place / "reference.npz").write_bytes(npz(arr_0=PIXELS[::-1], arr_1=np.arange(6)))
-    subject = Target(str(place / "measured.npz"))
-    how = Evaluation(features="digits", metrics=["fid", "kid", "prdc"], precision_k=1, density_k=1)
-    reference = Reference(image_sets.File(path=place / "reference.npz"))
-    quiet = Console(file=io.StringIO())
-    found = evaluate.evaluate(subject, how, reference, quiet, device="cpu", out=place / "record.json")
-    assert evaluate.repeat(place / "record.json", quiet)
-    return found[0]
+    config = Evaluation(features="digits", metrics=["fid", "kid", "prdc"], precision_k=1, density_k=1)
+    found = measure(place / "measured.npz", place / "reference.npz", config, place / "record.json")
+    assert repeat(place / "record.json", Console(file=io.StringIO()))
+    return found
 
 
 @fuzz("records")
@@ -609,7 +607,7 @@ def test_edited_records(place, record, data):
                 sampling_error, "_simulated", lambda spectrum, counts: 0.0
             )  # takes most of the time
             patch.setattr(HubDataset, "_rows", unreachable_rows)
-            tried_quietly(lambda: evaluate.repeat(path, quiet))
+            tried_quietly(lambda: repeat(path, quiet))
         tried_quietly(lambda: tables.compare(path, place / "record.json", quiet))
         assert records.load(path)
 

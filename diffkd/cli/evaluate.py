@@ -19,18 +19,8 @@ from diffkd.cli.options import (
     prepare_libraries,
 )
 
-# Options of `diffkd evaluate` that mean something for a model only, or with a metric: it refuses them else.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "seed", "teacher",
-             "teacher_steps", "teacher_guidance")  # fmt: skip
-OF_METRICS = {
-    "teacher": "agreement", "teacher_steps": "agreement", "teacher_guidance": "agreement",
-    "bootstrap": "fid", "dino_weights": "fd_dino", "clip_weights": "cmmd",
-}  # fmt: skip
-OF_REPEAT = ("repeat", "device", "features")
-
 
 def evaluate(
-    context: typer.Context,
     target: Annotated[
         str | None, typer.Argument(help="A model (folder or hub id), a folder of images, or an image .npz.")
     ] = None,
@@ -50,14 +40,24 @@ def evaluate(
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
     resize: ImageSize = None,
-    split: Split = "train",
+    split: Split = None,
     classes: Annotated[
-        str, typer.Option(help="Labels: data (the reference's, else balanced), balanced, or such as 0-9.")
-    ] = "data",
+        str | None,
+        typer.Option(
+            help="Labels: data (default; the reference's, else balanced), balanced, or such as 0-9."
+        ),
+    ] = None,
     sampler: Annotated[
-        str, typer.Option(help="ddim, heun, dpmpp_2m, ancestral, or stock: the pipeline's own code.")
-    ] = "ddim",
-    guidance: Annotated[float, typer.Option("-w", "--guidance", min=0, help="1 is none.")] = 1.0,
+        str | None,
+        typer.Option(
+            help="ddim, heun, dpmpp_2m, ancestral, renoise, or stock: the pipeline's own code. Default: the "
+            "model's own."
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("-w", "--guidance", min=0, help="Guidance weight; default 1, which is none."),
+    ] = None,
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
     ] = None,
@@ -65,19 +65,24 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(help="Of agreement: the model to draw the same noise with.")
     ] = None,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Its steps.")] = 64,
-    teacher_guidance: Annotated[float, typer.Option(min=0, help="Its guidance weight.")] = 1.0,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Its steps; default 64.")] = None,
+    teacher_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Its guidance weight; default 1.")
+    ] = None,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Resamplings for a 95% interval of FID; 0 for none, 200 is usual.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="Resamplings for a 95% interval of FID; default none, 200 is usual."),
+    ] = None,
     dino_weights: Annotated[
         str | None, typer.Option(help="Of fd_dino; default facebook/dinov2-large.")
     ] = None,
     clip_weights: Annotated[
         str | None, typer.Option(help="Of cmmd; default openai/clip-vit-large-patch14-336.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Image i starts from the noise of seed + i; default 0.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; default 64.")] = None,
     device: Device = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Use reference statistics that other features made.")
@@ -87,49 +92,32 @@ def evaluate(
     repeat: Annotated[
         Path | None, typer.Option(help="Measure again what a record says, from the record alone.")
     ] = None,
-) -> int | None:
+) -> int:
     """Measure a model or images: FID and friends, each number with its whole protocol."""
     from rich.console import Console
 
     prepare_libraries()
     from diffkd.errors import UserError
-    from diffkd.metrics.evaluation import targets
-    from diffkd.runs import evaluate as evaluating
+    from diffkd.runs import evaluate as job
+    from diffkd.runs import repeat as repetition
+    from diffkd.runs.reports import tables
 
-    given = [
-        name for name in context.params
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]  # fmt: skip
+    options = job.Options(
+        metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
+        guidance, null_label, quantize, teacher, teacher_steps, teacher_guidance, bootstrap, dino_weights,
+        clip_weights, seed, batch_size, allow_mismatch,
+    )  # fmt: skip
     if repeat is not None:
-        more = [name for name in given if name not in OF_REPEAT]
+        also = {"the target": target, "--reference": reference, "--out": out, "--json": json or None}
+        more = [name for name, value in also.items() if value is not None]
+        more += [job.option(name) for name in options.given() if name != "features"]
         if more:
-            raise UserError(f"--repeat takes all from the record; leave out {_option(more[0])}")
-        same = evaluating.repeat(repeat, Console(), device=device, features_name=features)
+            raise UserError(f"--repeat takes all from the record; leave out {more[0]}")
+        same = repetition.repeat(repeat, Console(), device=device, features_name=features)
         return 0 if same else 1
     if target is None or reference is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
-    asked = [part.strip() for part in metrics.split(",")]
-    for name in given:
-        if name in OF_MODELS and not targets.is_model(target) and targets.exists(target):
-            raise UserError(f"{_option(name)} is for models, and {target} is a set of images; leave it out")
-        if name in OF_METRICS and OF_METRICS[name] not in asked:
-            raise UserError(f"{_option(name)} is for the metric {OF_METRICS[name]}; add it to --metrics")
-    compared = evaluating.reference_of(reference, resize=resize, split=split)
-    subject = targets.Target(
-        target, steps=evaluating.parse_steps(steps), guidance=guidance, stock=sampler == "stock",
-        resize=resize, teacher=teacher, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
-        null_label=null_label, quantize=quantize,
-    )  # fmt: skip
-    how = evaluating.evaluation(
-        features=features or evaluating.usual_features(compared), weights=weights, resize=feature_resize,
-        dtype=dtype, metrics=asked, samples=samples, labels=evaluating.parse_labels(classes),
-        sampler="ddim" if sampler == "stock" else sampler, batch_size=batch_size, seed=seed,
-        bootstrap=bootstrap, dinov2_weights=dino_weights, clip_weights=clip_weights,
-        allow_mismatch=allow_mismatch,
-    )  # fmt: skip
-    evaluating.evaluate(subject, how, compared, Console(), device=device, out=out, as_json=json)
+    console = Console(stderr=True, quiet=True) if json else Console()
+    records = job.evaluate(target, reference, options, console, device=device, out=out)
+    tables.show_evaluation(records, target, console, as_json=json, out=out)
     return 0
-
-
-def _option(name: str) -> str:
-    return {"target": "the target", "guidance": "--guidance"}.get(name, f"--{name.replace('_', '-')}")

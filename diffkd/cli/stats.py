@@ -27,7 +27,7 @@ def stats(
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
     resize: ImageSize = None,
-    split: Split = "train",
+    split: Split = None,
     store_features: Annotated[
         bool, typer.Option("--store-features", help="Keep every feature, for kid, prdc and cmmd.")
     ] = False,

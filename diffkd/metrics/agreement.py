@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from diffkd.metrics.base import Add, Batch, Inputs, Metric, Running, Value
 from diffkd.metrics.statistics import Statistics
 
 ROUNDING = 1e-24  # of the squared mean: a spread that is none
@@ -25,18 +25,17 @@ class Agreement:
         self.teacher = Statistics(num_features, device)
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # errors, distances, pixels, images
 
-    def update(
-        self, images: Tensor, teacher_images: Tensor, features: Tensor, teacher_features: Tensor
-    ) -> None:
-        """images: uint8 of equal shapes (B, ...). features: (B, d)."""
-        error = (images.double() - teacher_images.double()).square().sum()
-        distance = (features.double() - teacher_features.double()).square().sum()
+    def update(self, batch: Batch) -> None:
+        """Images of equal shapes, with their features and the teacher's."""
+        assert batch.teacher_images is not None and batch.teacher_features is not None
+        error = (batch.images.double() - batch.teacher_images.double()).square().sum()
+        distance = (batch.features.double() - batch.teacher_features.double()).square().sum()
         self.sums[:2] += torch.stack([error, distance])
-        self.sums[2] += images.numel()
-        self.sums[3] += len(images)
-        self.teacher.update(teacher_features)
+        self.sums[2] += batch.images.numel()
+        self.sums[3] += len(batch.images)
+        self.teacher.update(batch.teacher_features)
 
-    def merge_across(self, add: Callable[[Tensor], Tensor]) -> None:
+    def merge_across(self, add: Add) -> None:
         """Adds up all processes, each of which must call it, with images or without."""
         self.sums = add(self.sums)
         self.teacher.merge_across(add)
@@ -52,3 +51,21 @@ class Agreement:
             "psnr": 10 * math.log10(255**2 * pixels / error) if error else None,
             "feature_distance": unrelated if distance else 0.0,
         }
+
+
+class TeacherAgreement(Metric):
+    """PSNR and feature distance to a teacher that starts from the same noise."""
+
+    name: ClassVar[str] = "agreement"
+    values: ClassVar[tuple[Value, ...]] = (
+        Value("psnr", "PSNR to teacher, dB", ".2f"),
+        Value("feature_distance", "feature distance to teacher", ".3f"),
+    )
+    with_teacher: ClassVar[bool] = True
+
+    def running(self, network: Any, count: int, device: torch.device) -> Running:
+        return Agreement(network.num_features, device)
+
+    def compute(self, inputs: Inputs) -> dict[str, float | None]:
+        found: dict[str, float | None] = inputs.running.result()
+        return found

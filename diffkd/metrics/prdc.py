@@ -6,14 +6,16 @@ Distances are computed block by block: no matrix of all pairs is held.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.metrics.kernel import BLOCK, pair, squared_distances
+from diffkd.metrics.base import Inputs, Metric, Value
+from diffkd.metrics.distances import BLOCK, pair, squared_distances
 
 
 class PrecisionRecall(NamedTuple):
@@ -84,3 +86,29 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows = max(BLOCK // len(b), 1)
     for start in range(0, len(a), rows):
         yield start, squared_distances(a[start : start + rows], b)
+
+
+class Prdc(Metric):
+    """Precision and recall, density and coverage."""
+
+    name: ClassVar[str] = "prdc"
+    values: ClassVar[tuple[Value, ...]] = (
+        Value("precision", "precision", ".3f"), Value("recall", "recall", ".3f"),
+        Value("density", "density", ".3f"), Value("coverage", "coverage", ".3f"),
+    )  # fmt: skip
+    stores_reference: ClassVar[bool] = True
+    stores_images: ClassVar[bool] = True
+
+    precision_k: int = Field(3, ge=1, description="nearest neighbour that precision and recall reach to")
+    density_k: int = Field(5, ge=1, description="nearest neighbour that density and coverage reach to")
+
+    def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        return {"precision_k": self.precision_k, "density_k": self.density_k}
+
+    def compute(self, inputs: Inputs) -> dict[str, float | None]:
+        real, fake = inputs.reference.features, inputs.images.features
+        near, dense = (
+            precision_recall(real, fake, self.precision_k),
+            density_coverage(real, fake, self.density_k),
+        )
+        return {**near._asdict(), **dense._asdict()}

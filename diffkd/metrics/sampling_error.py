@@ -1,9 +1,8 @@
-"""What a finite sample does to the Fréchet distance: its bias, its limit, its spread."""
+"""What a finite sample does to the Fréchet distance: its bias and its spread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import linear_regression
 from typing import NamedTuple
 
 import torch
@@ -54,33 +53,6 @@ def _simulated(spectrum: Tensor, counts: list[int]) -> float:
     return sum(values) / draws + sum(1 / n for n in counts) * float(spectrum.sum())  # the means' part
 
 
-class Infinity(NamedTuple):
-    """value: the distance extrapolated to endless samples. slope: of the distance in 1 / N."""
-
-    value: float
-    slope: float
-
-
-def frechet_infinity(
-    features: Tensor, reference: Gaussian, *, points: int = 15, smallest: float = 0.1, seed: int = 0
-) -> Infinity:
-    """FD-infinity (Chong & Forsyth 2020): a line through the distance in 1 / N, at 1 / N = 0.
-
-    features: (N, d). Random subsets of `points` sizes, even between `smallest` N and N.
-    """
-    total = len(features)
-    sizes = torch.linspace(max(smallest * total, 2), total, points).round().long().tolist()
-    if total < 2 * points:
-        raise UserError(f"fd_inf draws a line through {points} sample counts, too many for {total} images")
-    rng = torch.Generator().manual_seed(seed)
-    values = []
-    for size in sizes:
-        chosen = torch.randperm(total, generator=rng)[:size]
-        values.append(distance(_of(features[chosen.to(features.device)]), reference))
-    line = linear_regression([1 / size for size in sizes], values)
-    return Infinity(line.intercept, line.slope)
-
-
 class Interval(NamedTuple):
     """low, high: bounds. std: standard deviation of the distance over samples of this size."""
 
@@ -102,12 +74,12 @@ def bootstrap(
     A resample holds fewer distinct samples, so its distance is larger: the deviations from the resamples'
     mean are put around the distance of the sample itself.
     """
-    value = distance(_of(features), reference)
+    value = distance(gaussian_of(features), reference)
     rng = torch.Generator().manual_seed(seed)
     resampled = []
     for _ in range(draws):
         chosen = torch.randint(len(features), (len(features),), generator=rng)
-        resampled.append(distance(_of(features[chosen.to(features.device)]), reference))
+        resampled.append(distance(gaussian_of(features[chosen.to(features.device)]), reference))
     values = torch.tensor(resampled, dtype=torch.float64)
     deviations = values - values.mean()
     tail = (1 - level) / 2
@@ -115,7 +87,8 @@ def bootstrap(
     return Interval(max(value + low, 0.0), value + high, float(values.std()))
 
 
-def _of(features: Tensor) -> Gaussian:
+def gaussian_of(features: Tensor) -> Gaussian:
+    """The Gaussian of features (N, d), which are summed in parts."""
     statistics = Statistics()
     for batch in _batches(features):
         statistics.update(batch)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.metrics.base import Add, Batch, Inputs, Metric, Running, Value
+
+SPLIT_SEED = 0
 
 
 class InceptionScore(NamedTuple):
@@ -54,7 +57,7 @@ class ScoreSums:
         self.p += member.T @ p
         self.p_log_p += member.T @ torch.special.xlogy(p, p).sum(1)
 
-    def merge_across(self, add: Callable[[Tensor], Tensor], classes: int) -> None:
+    def merge_across(self, add: Add, classes: int) -> None:
         """Adds up all processes, each of which must call it, with images or without."""
         if self.p.shape[1] == 0:
             self.p = torch.zeros(len(self.bounds) - 1, classes, dtype=torch.float64)
@@ -66,3 +69,47 @@ class ScoreSums:
         divergence = self.p_log_p / count - torch.special.xlogy(mean, mean).sum(1)
         scores = divergence.exp()
         return InceptionScore(float(scores.mean()), float(scores.std(unbiased=False)))
+
+
+def split_order(count: int) -> Tensor:
+    """A fixed random order of images for the splits: images often come class by class, and a split of one
+    class has a score of 1."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+
+
+class _RunningScore:
+    """Sums of the class probabilities that a feature network gives."""
+
+    def __init__(self, network: Any, count: int, splits: int) -> None:
+        self.network, self.sums = network, ScoreSums(count, splits, split_order(count))
+
+    def update(self, batch: Batch) -> None:
+        self.sums.update(self.network.probabilities(batch.features), batch.first)
+
+    def merge_across(self, add: Add) -> None:
+        weight = next(self.network.parameters(), torch.zeros(0, dtype=torch.float64))
+        none = torch.zeros(0, self.network.num_features, dtype=weight.dtype, device=weight.device)
+        self.sums.merge_across(add, self.network.probabilities(none).shape[1])
+
+
+class Score(Metric):
+    """Inception Score, mean and spread over splits."""
+
+    name: ClassVar[str] = "is"
+    values: ClassVar[tuple[Value, ...]] = (Value("is", "Inception Score", ".3f", ("is_std",)),)
+
+    is_splits: int = Field(10, ge=1, description="parts that the Inception Score is the mean over")
+
+    def check(self, network: nn.Module, name: str) -> None:
+        if not hasattr(network, "probabilities"):
+            raise UserError(f"the Inception Score needs class probabilities, which {name} does not give")
+
+    def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        return {"splits": self.is_splits, "seed": SPLIT_SEED}
+
+    def running(self, network: Any, count: int, device: torch.device) -> Running:
+        return _RunningScore(network, count, self.is_splits)
+
+    def compute(self, inputs: Inputs) -> dict[str, float | None]:
+        found = inputs.running.sums.score()
+        return {"is": found.mean, "is_std": found.std}

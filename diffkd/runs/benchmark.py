@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
+
 from rich.console import Console
-import html
+
 from diffkd.errors import printable
-from diffkd.io.files import append_json
-from diffkd.io.files import new_file
-from diffkd.metrics.evaluation import records
-from diffkd.metrics.evaluation.evaluator import require
+from diffkd.io import progress
+from diffkd.io.files import append_json, new_file
+from diffkd.io.processes import Processes
+from diffkd.metrics.evaluation import networks, records
+from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS
-from diffkd.metrics.evaluation.targets import Target
-from diffkd.metrics.evaluation.targets import opened
-from diffkd.metrics.evaluation.targets import teacher_of
-from diffkd.runs import config
-from diffkd.runs import config_files
-from diffkd.runs.evaluate import Work
-from diffkd.runs.reports import plots
-from diffkd.runs.reports import tables
+from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, opened, teacher_of
+from diffkd.runs import config, config_files
+from diffkd.runs.measurement import Measurement
+from diffkd.runs.reports import plots, tables
 from diffkd.training.run_folder import RunFolder
 
 
 def run(settings: config.Benchmark, console: Console) -> Path:
     """Measures every row that metrics.json does not hold yet; the benchmark's folder."""
-    work = Work(console)
+    processes = Processes()
     place = settings.out / "metrics.json"
     wanted = _wanted(settings, _rows(place))
     if wanted:
-        _check(settings, wanted, work)
-    folder = RunFolder(settings.out, config_files.resolved(settings), owner=work.processes.main)
+        _check(settings.evaluation, wanted, processes)
+    folder = RunFolder(settings.out, config_files.resolved(settings), owner=processes.main)
     try:
-        if work.processes.main:
-            folder.describe(str(work.processes.device), work.processes.world)
-        _measure(settings, wanted, work, place)
-        if work.processes.main:
+        if processes.main:
+            folder.describe(str(processes.device), processes.world)
+        if wanted:
+            reference = Reference(settings.evaluation.reference)
+            measurement = Measurement(settings.evaluation, reference, processes, console)
+            for target in wanted:
+                for record in measurement.records(target, warm_up=True):
+                    if processes.main:
+                        append_json(place, {**record, "role": "benchmark"})
+        if processes.main:
             order = [model.title for model in settings.models]
             found = sorted(_rows(place), key=lambda r: (order.index(r["model"]), -r.get("steps", 0)))
             _write(settings.out, found)
             _show(console, found)
             drawn = plots.tradeoffs(settings.out, found)
-            work.say(f"table: {settings.out / 'benchmark.md'}")
-            work.say(
-                f"plots: {', '.join(map(str, drawn))}"
-                if drawn
-                else "no plots: they need matplotlib (pip install 'diffkd[report]') and rows with FID"
-            )
+            progress.say(console, f"table: {settings.out / 'benchmark.md'}")
+            said = f"plots: {', '.join(map(str, drawn))}"
+            missing = "no plots: they need matplotlib (pip install 'diffkd[report]') and rows with FID"
+            progress.say(console, said if drawn else missing)
     finally:
         folder.close()
     return settings.out
@@ -77,29 +79,18 @@ def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Target]
     return wanted
 
 
-def _check(settings: config.Benchmark, wanted: Sequence[Target], work: Work) -> None:
-    """Raises UserError for what could only fail later, when there is a folder already."""
-    how = settings.evaluation
-    reference = Reference(how.reference)
-    require(how, reference)
-    for subject in wanted:
-        next(opened(subject, how, reference, work.processes.device))
-    teacher_of(wanted[0], how, reference, work.processes.device)
-
-
-def _measure(settings: config.Benchmark, wanted: Sequence[Target], work: Work, place: Path) -> None:
-    if not wanted:
-        return
-    evaluator = work.evaluator(settings.evaluation, Reference(settings.evaluation.reference))
-    for subject in wanted:
-        for record in work.measure(evaluator, subject, warm_up=True):
-            if work.processes.main:
-                append_json(place, {**record, "role": "benchmark"})
+def _check(evaluation: Evaluation, wanted: Sequence[Target], processes: Processes) -> None:
+    """Raises UserError for whatever could otherwise fail only after the folder was made."""
+    reference = Reference(evaluation.reference)
+    networks.check(evaluation, reference)
+    for target in wanted:
+        next(opened(target, evaluation, reference, processes.device))
+    teacher_of(wanted[0], evaluation, reference, processes.device)
 
 
 def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows."""
-    values = [records.shown(record) for record in found]
+    values = [records.formatted(record) for record in found]
     titles = list(dict.fromkeys(title for value in values for title in value))
     first = records.seconds_per_image(found[0])
     rows = [

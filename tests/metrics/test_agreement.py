@@ -11,6 +11,7 @@ import torch
 
 from diffkd.errors import UserError
 from diffkd.metrics.agreement import Agreement
+from diffkd.metrics.base import Batch
 from tests.metrics.test_statistics import in_processes
 
 
@@ -23,6 +24,10 @@ def features(n: int, d: int, *seed: int) -> np.ndarray:
     return rng.standard_normal((n, d)) * np.linspace(0.5, 3, d) + 7
 
 
+def paired(images, teacher_images, own, teachers) -> Batch:
+    return Batch(0, images, own, teacher_images, teachers)
+
+
 def agreement(images, teacher_images, own, teachers, sizes=(10_000,)) -> dict[str, float | None]:
     made = Agreement(own.shape[1])
     arrays = [torch.from_numpy(a) for a in (images, teacher_images, own, teachers)]
@@ -30,7 +35,7 @@ def agreement(images, teacher_images, own, teachers, sizes=(10_000,)) -> dict[st
     for size in [*sizes, len(images)]:
         batch = [a[start : start + size] for a in arrays]
         if len(batch[0]):
-            made.update(*batch)
+            made.update(paired(*batch))
         start += size
     return made.result()
 
@@ -109,7 +114,7 @@ def test_over_processes(sizes):
     for parts in zip(*(np.split(array, cuts) for array in (x, y, a, b)), strict=True):
         member = Agreement(9)
         if len(parts[0]):
-            member.update(*(torch.from_numpy(part) for part in parts))
+            member.update(paired(*(torch.from_numpy(part) for part in parts)))
         members.append(member)
     in_processes(members, lambda member, add: member.merge_across(add))
     for member in members:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffkd.errors import UserError
-from diffkd.metrics import kernel, prdc
+from diffkd.metrics import prdc
 from diffkd.metrics.prdc import density_coverage, precision_recall
 
 
@@ -47,7 +47,6 @@ def ours(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float, floa
 @pytest.fixture(params=[1, 50, 333, 1 << 24])
 def block(request, monkeypatch) -> int:
     monkeypatch.setattr(prdc, "BLOCK", request.param)
-    monkeypatch.setattr(kernel, "BLOCK", request.param)
     return request.param
 
 

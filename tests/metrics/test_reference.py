@@ -20,7 +20,7 @@ from diffkd.data.digits import Digits
 from diffkd.metrics import frechet
 from diffkd.metrics.evaluation.image_sets import parse
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.runs import evaluate
+from diffkd.runs import repeat
 from tests.refusals import refuse
 
 TOY = """
@@ -299,7 +299,7 @@ def test_other_features_of_the_same_number(here, refused, measure, stats, featur
     x = x**2 if features == "toy.Others" else 2 * x
     assert found["fid"] == pytest.approx(fid(x, real.mean(0), np.cov(real, rowvar=False)), abs=1e-9)
     assert found["protocol"]["evaluation"]["allow_mismatch"] is True
-    assert evaluate.repeat(Path("r.json"), Console(quiet=True), features_name=features)
+    assert repeat.repeat(Path("r.json"), Console(quiet=True), features_name=features)
     plain = ["evaluate", "images", "--reference", "ref.npz", "--features", features, "--allow-mismatch"]
     code, out, _ = cli(*plain)
     assert code == 0 and "compare with no others" in out

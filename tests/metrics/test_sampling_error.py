@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from diffkd.errors import UserError
+from diffkd.metrics.fd_infinity import Infinity, frechet_infinity
 from diffkd.metrics.frechet import Gaussian, gaussian
-from diffkd.metrics.sampling_error import Infinity, bootstrap, floor, frechet_infinity
+from diffkd.metrics.sampling_error import bootstrap, floor
 
 
 def rng_of(*seed: int) -> np.random.Generator:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from collections.abc import Callable
-from pathlib import Path
-from rich.console import Console
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from typing import Any
 import io
 import json
-import numpy as np
-import pytest
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 import yaml
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
 from diffkd.core import samplers
 from diffkd.models import loading
-from diffkd.runs import evaluate
-from diffkd.runs.reports import model_card
-from diffkd.runs.reports import plots
-from tests.refusals import refuse
-from tests.refusals import tree
-
+from diffkd.runs import repeat
+from diffkd.runs.reports import model_card, plots
+from tests.refusals import refuse, tree
 
 CONFIG: dict[str, Any] = {
     "out": "runs/bench",
@@ -299,7 +297,7 @@ def test_agreement_beside_stock(run, here):
 def test_the_same_again_from_its_records(run, cli):
     run()
     console = Console(file=io.StringIO(), width=1000)
-    assert evaluate.repeat(Path("runs/bench/metrics.json"), console, features_name="toy.Quarters")
+    assert repeat.repeat(Path("runs/bench/metrics.json"), console, features_name="toy.Quarters")
     out = console.file.getvalue()
     assert " now" not in out
     for record in records():

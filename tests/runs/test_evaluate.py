@@ -273,7 +273,7 @@ def test_guidance(measure, sampled):
     denoiser = loading.load("labelled")
     loading.set_null_label(denoiser, 9)
     labels, batches = [i % 4 for i in range(70)], []
-    from diffkd.generation.drawing import generate
+    from diffkd.generation.generator import generate
 
     for batch in generate(denoiser, 70, steps=2, labels=labels, guidance=3.0):
         batches.append(batch.numpy())

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from PIL import Image
+import hashlib
+import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
 import datasets
-import hashlib
-import json
 import numpy as np
-import os
 import pytest
-import shutil
-import sys
 import torch
+from PIL import Image
+
 from diffkd import metrics
 from diffkd.data.digits import Digits
 from diffkd.io.environment import versions
 from diffkd.metrics import features
 from tests.refusals import refuse
-
 
 TOY = """
 import torch

@@ -1,56 +1,32 @@
-"""One pass over images: all that the metrics need of them, no more."""
+"""One pass over images: the features of each, gathered as far as the metrics need them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.metrics.base import Add, FeatureSet
 from diffkd.metrics.features.precision import full_float32
-from diffkd.metrics.score import ScoreSums
 from diffkd.metrics.statistics import Statistics
 
 BATCH = 128  # images that a feature network takes at a time, whatever the sampler's batches are
-Add = Callable[[Tensor], Tensor]
-SPLIT_SEED = 0
-
-
-def split_order(count: int) -> Tensor:
-    """A fixed random order of images for the splits of the Inception Score: images often come class by class,
-    and a split of one class has a score of 1."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
 class Collector:
-    """Gathers what `count` images are by one feature network.
+    """Gathers the features of `count` images: their statistics, and with `store` every one, (count, d)."""
 
-    statistics: always. features: (count, d) in the order of the images, where `store` asks for them. score:
-    sums of class probabilities, where `splits` asks for them.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        count: int,
-        device: torch.device,
-        *,
-        store: bool = False,
-        splits: int | None = None,
-    ) -> None:
+    def __init__(self, network: nn.Module, count: int, device: torch.device, *, store: bool = False) -> None:
         self.network: Any = network
         self.num_features: int = getattr(network, "num_features")  # noqa: B009
-        self.count = count
-        self.store = store
-        self.device = device
+        self.count, self.store, self.device = count, store, device
         dtype = next((p.dtype for p in network.parameters()), torch.float64)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32  # of stored features
         self.statistics = Statistics(self.num_features, device)
         self.features: Tensor | None = None
-        self.score = ScoreSums(count, splits, split_order(count)) if splits else None
 
     @torch.no_grad()
     def update(self, first: int, images: Tensor) -> Tensor:
@@ -59,13 +35,11 @@ class Collector:
         self.statistics.update(features)
         if self.store:
             self._room()[first : first + len(features)] = features
-        if self.score is not None:
-            self.score.update(self.network.probabilities(features), first)
         return features
 
     @torch.no_grad()
     def of(self, images: Tensor) -> Tensor:
-        """Features (B, d) of images (B, H, W, C) uint8, which are not gathered."""
+        """Features (B, d) of images (B, H, W, C) uint8, without gathering them."""
         try:
             with full_float32(images.device.type):
                 parts = [self.network(part.permute(0, 3, 1, 2)) for part in images.split(BATCH)]
@@ -80,18 +54,14 @@ class Collector:
             ) from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def stored(self) -> Tensor:
-        assert self.features is not None
-        return self.features
-
     def merge_across(self, add: Add) -> None:
         """Adds up all processes, each of which must call it, with images or without."""
         self.statistics.merge_across(add)
         if self.store:
             self.features = add(self._room())  # each row is of one process, 0 elsewhere
-        if self.score is not None:
-            none = torch.zeros(0, self.num_features, dtype=self.dtype, device=self.device)
-            self.score.merge_across(add, self.network.probabilities(none).shape[1])
+
+    def collected(self) -> FeatureSet:
+        return FeatureSet(self.statistics, self.features)
 
     def _room(self) -> Tensor:
         if self.features is None:

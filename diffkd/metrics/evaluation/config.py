@@ -1,20 +1,25 @@
-"""How models and images are measured: the config of it."""
+"""How models and images are measured: the config of it, of which each metric brings its own keys."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
+from diffkd import metrics
 from diffkd.core import samplers
 from diffkd.io.config import Positive, Strict
+from diffkd.metrics.base import Metric
 from diffkd.metrics.evaluation.image_sets import Spec
 from diffkd.metrics.features.resize import Resize
 
-MetricName = Literal["fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "agreement"]
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(metrics.kinds())]
 
 
-class Evaluation(Strict):
+class _Common(Strict):
     """How models are measured."""
 
     features: str = Field(
@@ -37,15 +42,35 @@ class Evaluation(Strict):
     teacher_steps: list[Positive] = Field(
         [64], description="step counts of the teacher's curve, beside the students' own"
     )
-    sampler: samplers.SamplerName = Field("ddim", description="of teacher and students")
+    sampler: samplers.SamplerName | None = Field(
+        None, description="of teacher and students; default each model's own"
+    )
     batch_size: int = Field(256, ge=1, description="images sampled at a time")
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
-    kid_subsets: int = Field(100, ge=1, description="subsets that KID is the mean over")
-    kid_subset_size: int = Field(1000, ge=2, description="images in each")
-    is_splits: int = Field(10, ge=1, description="parts that the Inception Score is the mean over")
-    precision_k: int = Field(3, ge=1, description="nearest neighbour that precision and recall reach to")
-    density_k: int = Field(5, ge=1, description="nearest neighbour that density and coverage reach to")
-    bootstrap: int = Field(0, ge=0, description="resamplings for FID's 95% interval; 0 for none")
-    dinov2_weights: str | None = Field(None, description="of fd_dino; default facebook/dinov2-large")
-    clip_weights: str | None = Field(None, description="of cmmd; default openai/clip-vit-large-patch14-336")
     allow_mismatch: bool = Field(False, description="whether reference statistics by other features are used")
+
+    def chosen(self) -> list[Metric]:
+        """The metrics that it names, each once, with their own keys."""
+        return [
+            kind.model_validate({key: getattr(self, key) for key in kind.model_fields})
+            for kind in map(metrics.kinds().__getitem__, dict.fromkeys(self.metrics))
+        ]
+
+
+def _keys_of_metrics() -> dict[str, Any]:
+    return {
+        key: (field.annotation, field)
+        for kind in metrics.kinds().values()
+        for key, field in kind.model_fields.items()
+    }
+
+
+if TYPE_CHECKING:
+
+    class Evaluation(_Common):
+        """How models are measured."""
+
+else:
+    Evaluation = create_model(
+        "Evaluation", __base__=_Common, __doc__=_Common.__doc__, __module__=__name__, **_keys_of_metrics()
+    )

@@ -1,8 +1,8 @@
-"""What is measured: images that a model draws, or that are there, batch by batch."""
+"""What is measured, batch by batch: images that a model draws, or that exist already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,31 @@ from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
-from diffkd.generation.drawing import generate, labels_for
-from diffkd.metrics import features
+from diffkd.generation.generator import generate
+from diffkd.generation.labels import labels_for
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sets import Source, batches, spread, thinned
 from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.features import STANDARD_SAMPLES
 
-CACHE_BYTES = 1 << 30  # bytes of a teacher's images
-Batches = Callable[[int, int], Iterator[tuple[int, Tensor]]]  # rank, world -> (first index, uint8 BHWC)
+CACHE_BYTES = 1 << 30  # of a teacher's images
+Numbered = Iterator[tuple[int, Tensor]]  # index of a batch's first image, and its images, uint8 (B, H, W, C)
+Batches = Callable[[int, int], Numbered]  # those that fall to process `rank` of `world`
 
 
 @dataclass
 class ImageStream:
-    """What is measured: `count` images, by batches of this process. protocol: how they came about."""
+    """`count` images by batches. protocol: how they came about. there: whether they are stored somewhere, so
+    that their sha256 identifies them."""
 
     count: int
     batches: Batches
     protocol: dict[str, Any] = field(default_factory=dict)
-    there: bool = False  # whether its images lie somewhere, so that their sha256 says which they were
+    there: bool = False
 
 
 def stored_images(source: Source, count: int | None, batch_size: int) -> ImageStream:
-    """Images that are there; `count` of them, a fixed random choice where there are more."""
+    """Images of a set; `count` of them, a fixed random choice where it has more."""
     if count is not None and count > len(source):
         raise UserError(
             f"{source.name} has {len(source)} images and {count} are asked for; use fewer --samples"
@@ -46,45 +49,51 @@ def stored_images(source: Source, count: int | None, batch_size: int) -> ImageSt
 
 
 def sampled_images(
-    denoiser: Denoiser, how: Evaluation, reference: Reference, steps: int, *, guidance: float = 1.0
+    denoiser: Denoiser, config: Evaluation, reference: Reference, steps: int, *, guidance: float = 1.0
 ) -> ImageStream:
-    """Images that a model draws, as many as `how` says or the reference has."""
-    count = default_count(how, reference)
-    chosen, given = _labels(denoiser, how, reference, count)
+    """Images that a model draws, as many as the config says or the reference has."""
+    count = default_count(config, reference)
+    chosen, given = _labels(denoiser, config, reference, count)
     labels = labels_for(denoiser, count, given)
     options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
+    sampler = config.sampler or denoiser.sampler
 
-    def drawn(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
+    def drawn(rank: int, world: int) -> Numbered:
         images = generate(
-            denoiser, count, steps=steps, seed=how.seed, labels=labels, batch_size=how.batch_size,
-            sampler=how.sampler, share=(rank, world), **options,
+            denoiser, count, steps=steps, seed=config.seed, labels=labels, batch_size=config.batch_size,
+            sampler=sampler, share=(rank, world), **options,
         )  # fmt: skip
-        for number, batch in enumerate(images):
-            yield (rank + number * world) * how.batch_size, batch
+        return numbered(images, config.batch_size, rank, world)
 
     return ImageStream(count, drawn, {
-        "steps": steps, "nfe": samplers.nfe(how.sampler, steps) * (1 if guidance == 1.0 else 2),
-        "sampler": how.sampler, "guidance": guidance, "labels": chosen, "seed": how.seed,
+        "steps": steps, "nfe": samplers.nfe(sampler, steps) * (1 if guidance == 1.0 else 2),
+        "sampler": sampler, "guidance": guidance, "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
     })  # fmt: skip
 
 
-def default_count(how: Evaluation, reference: Reference) -> int:
-    """How many images are drawn: as many as the reference has, and no more than is usual."""
-    return how.samples or min(reference.count or features.STANDARD_SAMPLES, features.STANDARD_SAMPLES)
+def numbered(images: Iterable[Tensor], batch_size: int, rank: int, world: int) -> Numbered:
+    """Batches rank, rank + world, ... with the index of the first image of each."""
+    for number, batch in enumerate(images):
+        yield (rank + number * world) * batch_size, batch
 
 
-def cached(target: ImageStream) -> ImageStream:
-    """The same, drawn once and kept, unless it is more than REMEMBERED: a teacher that many students are
+def default_count(config: Evaluation, reference: Reference) -> int:
+    """How many images are drawn: as many as the reference has, and at most the standard number."""
+    return config.samples or min(reference.count or STANDARD_SAMPLES, STANDARD_SAMPLES)
+
+
+def cached(stream: ImageStream) -> ImageStream:
+    """The same, drawn once and kept unless it is more than CACHE_BYTES: a teacher that many students are
     compared with."""
     kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
 
-    def batches(rank: int, world: int) -> Iterator[tuple[int, Tensor]]:
+    def replayed(rank: int, world: int) -> Numbered:
         if (rank, world) in kept:
             yield from kept[rank, world]
             return
         drawn: list[tuple[int, Tensor]] | None = []
-        for first, images in target.batches(rank, world):
+        for first, images in stream.batches(rank, world):
             if drawn is not None:
                 drawn.append((first, images))
                 drawn = None if sum(len(x) for _, x in drawn) * images[0].numel() > CACHE_BYTES else drawn
@@ -92,7 +101,7 @@ def cached(target: ImageStream) -> ImageStream:
         if drawn is not None:
             kept[rank, world] = drawn
 
-    return ImageStream(target.count, batches, target.protocol, target.there)
+    return ImageStream(stream.count, replayed, stream.protocol, stream.there)
 
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:
@@ -103,12 +112,12 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}
 
 
-def _labels(denoiser: Denoiser, how: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
-    """(what the protocol says of the labels, the labels): the reference's own, by `sources.spread`."""
-    if isinstance(how.labels, list):
-        return how.labels, how.labels
+def _labels(denoiser: Denoiser, config: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
+    """(what the protocol says of the labels, the labels): the reference's own, by `image_sets.spread`."""
+    if isinstance(config.labels, list):
+        return config.labels, config.labels
     if denoiser.num_classes is None:
         return None, None
-    if how.labels == "data" and reference.labels is not None:
+    if config.labels == "data" and reference.labels is not None:
         return "data", reference.labels[spread(len(reference.labels), count)]
     return "balanced", None

@@ -1,4 +1,4 @@
-"""Records of measurements: what makes two numbers comparable, and what to measure again from one."""
+"""Records of measurements: their numbers, and what is checked of a file that anybody may have written."""
 
 from __future__ import annotations
 
@@ -8,47 +8,34 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from diffkd import metrics
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
-from diffkd.io.text import differences, from_json, quoted, reason
+from diffkd.io.text import from_json, quoted, reason
+from diffkd.metrics.base import Value
 from diffkd.models.quantization import Quantize
 
 Record = dict[str, Any]
-VALUES = {  # title, format, and the keys of what is shown beside it
-    "fid": ("FID", ".3f", "fid_low", "fid_high"), "fd_inf": ("FD-infinity", ".3f"),
-    "fd_dino": ("FD-DINOv2", ".2f"), "kid": ("KID", ".5f", "kid_std"), "cmmd": ("CMMD", ".4f"),
-    "is": ("Inception Score", ".3f", "is_std"),
-    "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"), "coverage": ("coverage", ".3f"),
-    "psnr": ("PSNR to teacher, dB", ".2f"), "feature_distance": ("feature distance to teacher", ".3f"),
-}  # fmt: skip
+VALUES: dict[str, Value] = {  # by key, in the order of tables
+    value.key: value for kind in metrics.kinds().values() for value in kind.values
+}
+MORE = tuple(key for kind in metrics.kinds().values() for key in kind.more)
 
 
-# What every number depends on beside the model. The rest of a protocol says which model, how it was sampled,
-# and on what machine, where numbers differ by rounding alone.
-DEFINING = ("samples", "labels")
-OF_METRIC = {  # which numbers each metric gives
-    "fid": ("fid",), "kid": ("kid",), "is": ("is",), "fd_inf": ("fd_inf",), "fd_dino": ("fd_dino",),
-    "prdc": ("precision", "recall", "density", "coverage"), "cmmd": ("cmmd",),
-    "agreement": ("psnr", "feature_distance"),
-}  # fmt: skip
-FEATURES = {"fd_dino": "dinov2", "cmmd": "clip"}  # metrics whose features are not the main ones
-
-
-def keys(record: Mapping[str, Any]) -> list[str]:
+def number_keys(record: Mapping[str, Any]) -> list[str]:
     """The keys of a record's numbers."""
-    every = [key for name, (_, _, *more) in VALUES.items() for key in (name, *more)]
-    return [key for key in [*every, "fd_inf_slope", "fid_std"] if key in record]
+    every = [key for value in VALUES.values() for key in (value.key, *value.spread)]
+    return [key for key in (*every, *MORE) if key in record]
 
 
-def shown(record: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of a record, for a table: title -> text. A PSNR of None is infinite: JSON has no such."""
+def formatted(record: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a record as a table shows them: title -> text. None is an infinite one."""
     found = {}
-    for key, (title, form, *more) in VALUES.items():
+    for key, title, form, spread in VALUES.values():
         if key in record:
             value = record[key]
             found[title] = "inf" if value is None else f"{value:{form}}"
-            beside = [f"{record[name]:{form}}" for name in more if name in record]
+            beside = [f"{record[name]:{form}}" for name in spread if name in record]
             if len(beside) == 2:
                 found[title] += f" [{beside[0]}, {beside[1]}]"
             elif beside:
@@ -60,55 +47,6 @@ def seconds_per_image(record: Mapping[str, Any]) -> float:
     """Of one process, drawing alone. "seconds" is of the main process, which draws its share."""
     seconds: float = record["seconds"] * record["protocol"]["processes"] / record["protocol"]["samples"]
     return seconds
-
-
-def mismatch(one: Record, two: Record) -> list[str]:
-    """Why no number of two records can be compared, each as "key was x, now y"; [] where some can."""
-    a, b = one["protocol"], two["protocol"]
-    keys = [k for k in DEFINING if k != "labels" or ("labels" in a and "labels" in b)]  # of a folder unknown
-    found = differences({k: a.get(k) for k in keys}, {k: b.get(k) for k in keys})
-    one_set, other = ({k: p["reference"].get(k) for k in ("sha256", "count")} for p in (a, b))
-    found += differences(one_set, other, "reference")
-    if found:
-        return found
-    apart = [line for metric in _shared(a, b) for line in _apart(a, b, metric)]
-    return apart if all(_apart(a, b, metric) for metric in _shared(a, b)) else []
-
-
-def comparable(one: Record, two: Record) -> list[str]:
-    """The numbers that two records both have and that mean the same, by the keys of VALUES."""
-    a, b = one["protocol"], two["protocol"]
-    return [
-        key for m in _shared(a, b) if not _apart(a, b, m) for key in OF_METRIC[m] if key in one and key in two
-    ]
-
-
-def _shared(a: Any, b: Any) -> list[str]:
-    return [metric for metric in OF_METRIC if metric in a["metrics"] and metric in b["metrics"]]
-
-
-def _apart(a: Any, b: Any, metric: str) -> list[str]:
-    """What a metric's number depends on, where it differs."""
-    return differences(_anywhere(_behind(a, metric)), _anywhere(_behind(b, metric)))
-
-
-def _behind(protocol: Any, metric: str) -> dict[str, Any]:
-    key = FEATURES.get(metric)
-    used = protocol.get("more_features", {}).get(key) if key else protocol["features"]
-    made_with = protocol["reference"].get("features")
-    return {
-        "features": used,
-        "reference.features": used if made_with is None or key else made_with,
-        metric: protocol["metrics"][metric],
-        "teacher": protocol.get("teacher") if metric == "agreement" else None,
-    }
-
-
-def _anywhere(content: Any) -> Any:
-    """Without the places where things were: the same may lie elsewhere."""
-    if not isinstance(content, dict):
-        return content
-    return {k: _anywhere(v) for k, v in content.items() if k not in ("path", "weights")}
 
 
 NEEDED = (
@@ -194,7 +132,7 @@ def check(record: Record, path: Path) -> None:
         raise UserError(
             f"{path}: a record's {key} is {quoted(first['input'])} ({message}); it was changed: measure again"
         ) from error
-    for key in keys(record):
+    for key in number_keys(record):
         value = record[key]
         if type(value) not in (int, float) or not abs(value) < 1e300:
             if value is None and key == "psnr":

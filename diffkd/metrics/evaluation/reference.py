@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +15,12 @@ from diffkd.io import files
 from diffkd.io.npz import read_npz
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, reason
+from diffkd.metrics.base import FeatureSet
 from diffkd.metrics.evaluation.collector import Collector, Pixels
 from diffkd.metrics.evaluation.image_sets import File, Source, batches, images_of, labels_in
 from diffkd.metrics.statistics import Statistics
 
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
-
-
-class Collected(NamedTuple):
-    """Of one feature network. features: (N, d), where they were asked for."""
-
-    statistics: Statistics
-    features: Tensor | None
 
 
 class Reference:
@@ -90,25 +84,26 @@ class Reference:
         batch_size: int = 64,
         allow_mismatch: bool = False,
         on_images: Callable[[int], None] = lambda count: None,
-    ) -> dict[str, Collected]:
+    ) -> dict[str, FeatureSet]:
         """Statistics by each of these networks and features by those in `store`, in one pass over the images.
 
         The first of the networks is the one that a file's statistics are of. Raises UserError where they are
         of another, and where a file of statistics does not hold what is asked for.
         """
         missing = self.require(descriptions, store, allow_mismatch)
-        known: dict[str, Collected] = {}
+        known: dict[str, FeatureSet] = {}
         if self.statistics is not None:
-            known[next(iter(networks))] = Collected(self.statistics, self.stored_features)
+            known[next(iter(networks))] = FeatureSet(self.statistics, self.stored_features)
         passed = (
             self._pass({n: networks[n] for n in missing}, store, processes, batch_size, on_images)
             if missing
             else {}
         )
         return {
-            name: Collected(
+            name: FeatureSet(
                 (known if name in known else passed)[name].statistics,
-                (passed if name in passed else known)[name].features,
+                (passed if name in passed else known)[name].stored,
+                self.name,
             )
             for name in networks
         }
@@ -144,7 +139,7 @@ class Reference:
         processes: Processes,
         batch_size: int,
         on_images: Callable[[int], None],
-    ) -> dict[str, Collected]:
+    ) -> dict[str, FeatureSet]:
         assert self.source is not None
         count = len(self.source)
         collectors = {
@@ -161,7 +156,7 @@ class Reference:
         for collector in collectors.values():
             collector.merge_across(processes.add)
         self.sha256 = self.sha256 or pixels.sha256(processes.add)
-        return {name: Collected(c.statistics, c.features) for name, c in collectors.items()}
+        return {name: collector.collected() for name, collector in collectors.items()}
 
     def _check(self, statistics: Statistics, description: Mapping[str, Any], allow_mismatch: bool) -> None:
         wide = description["num_features"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
 from diffkd.errors import printable
-from diffkd.metrics.evaluation import records
+from diffkd.io import progress
+from diffkd.metrics.evaluation import comparison, records
 from diffkd.metrics.evaluation.records import Record
 
 
@@ -23,9 +27,26 @@ def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]])
     Console(file=console.file, width=max(wide, console.width)).print(table)
 
 
-def one_evaluation(console: Console, found: Sequence[Record]) -> None:
+def show_evaluation(
+    found: Sequence[Record], target: str, console: Console, *, as_json: bool = False, out: Path | None = None
+) -> None:
+    """The records of one target: a table and what a reader must know, or JSON on stdout and nothing else."""
+    if not found:
+        return  # another process shows them
+    if as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        return
+    progress.say(console, f"{target} against {found[0]['protocol']['reference']['name']}")
+    _show_columns(found, console)
+    for line in notes(found):
+        progress.say(console, line)
+    if out is not None:
+        progress.say(console, f"records: {out}")
+
+
+def _show_columns(found: Sequence[Record], console: Console) -> None:
     """A column for each record, a row for each number. They share a protocol but for the steps."""
-    values = [records.shown(record) for record in found]
+    values = [records.formatted(record) for record in found]
     rows = [[name, *(value[name] for value in values)] for name in values[0]]
     if "nfe" in found[0]:
         rows.append(["network evaluations", *(str(record["nfe"]) for record in found)])
@@ -36,34 +57,53 @@ def one_evaluation(console: Console, found: Sequence[Record]) -> None:
     show(console, titles, rows)
 
 
+def notes(found: Sequence[Record]) -> list[str]:
+    """What a reader must know of these numbers."""
+    record = found[0]
+    protocol = record["protocol"]
+    name, count = protocol["features"]["name"], protocol["samples"]
+    labels = f", labels: {protocol['labels'] or 'none'}" if "labels" in protocol else ""
+    lines = [f"{count:,} images, {name} features{labels}"]
+    if "fid_floor" in record:
+        lines.append(
+            f"{count:,} images are few: fresh data would have an FID of about {record['fid_floor']:.3g} "
+            "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
+        )
+    if "fid" in record and name != "inception":
+        lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
+    if protocol["evaluation"]["allow_mismatch"]:
+        lines.append("a mismatch of features was allowed: these numbers compare with no others")
+    return lines
+
+
 def compare(one: Path, two: Path, console: Console) -> bool:
     """What two files of records have in common, side by side; or what differs in their protocols, and no
     number, where they have nothing."""
-
-    def say(text: str) -> None:
-        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
-
     first, second = records.load(one), records.load(two)
     for a in first:
         for b in second:
-            differ = records.mismatch(a, b)
-            if differ or not records.comparable(a, b):
-                say(f"{one} and {two} cannot be compared:")
+            differ = comparison.mismatch(a, b)
+            if differ or not comparison.comparable(a, b):
+                progress.say(console, f"{one} and {two} cannot be compared:")
                 metrics = (", ".join(r["protocol"]["metrics"]) for r in (a, b))
                 for line in differ or [f"metrics were {next(metrics)}, now {next(metrics)}: none in common"]:
-                    say(f"  {line}")
+                    progress.say(console, f"  {line}")
                 return False
     found = [(path, record) for path, group in ((one, first), (two, second)) for record in group]
     common = [
-        key for key in records.VALUES if all(key in records.comparable(a, b) for a in first for b in second)
+        key
+        for key in records.VALUES
+        if all(key in comparison.comparable(a, b) for a in first for b in second)
     ]
     titles = [""]
     for path, record in found:
         steps = f", {record['steps']} steps" if "steps" in record else ""
         titles.append(f"{path}: {record['model']}{steps}")
-    names = [records.VALUES[key][0] for key in common]
-    show(console, titles, [[name, *(records.shown(record)[name] for _, record in found)] for name in names])
-    left = sorted({n for _, r in found for n in records.shown(r)} - set(names))
+    names = [records.VALUES[key].title for key in common]
+    show(
+        console, titles, [[name, *(records.formatted(record)[name] for _, record in found)] for name in names]
+    )
+    left = sorted({n for _, r in found for n in records.formatted(r)} - set(names))
     if left:
-        say(f"not in all of them, or not by the same protocol: {', '.join(left)}")
+        progress.say(console, f"not in all of them, or not by the same protocol: {', '.join(left)}")
     return True

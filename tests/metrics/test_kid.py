@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from diffkd.errors import UserError
-from diffkd.metrics import kernel
-from diffkd.metrics.kernel import cmmd, kernel_distance, squared_distances
+from diffkd.metrics import clip_mmd
+from diffkd.metrics.clip_mmd import cmmd
+from diffkd.metrics.distances import squared_distances
+from diffkd.metrics.kid import KernelDistance, kernel_distance
 
 
 def features(n: int, d: int, *seed: int) -> np.ndarray:
@@ -33,7 +35,7 @@ def unbiased(
     return xx + yy - 2 * xy
 
 
-def kid(x: np.ndarray, y: np.ndarray, **options: object) -> kernel.KernelDistance:
+def kid(x: np.ndarray, y: np.ndarray, **options: object) -> KernelDistance:
     return kernel_distance(torch.from_numpy(x), torch.from_numpy(y), **options)
 
 
@@ -149,7 +151,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("options", [{}, {"bandwidth": 0.5}, {"scale": 1.0, "bandwidth": 2.0}])
 @pytest.mark.parametrize("block", [1 << 24, 1, 70, 250])
 def test_cmmd_beside_numpy_in_blocks(monkeypatch, n, m, d, options, block):
-    monkeypatch.setattr(kernel, "BLOCK", block)
+    monkeypatch.setattr(clip_mmd, "BLOCK", block)
     x, y = unit(features(n, d, 1)), unit(features(m, d, 2) + 0.5)
     ours = cmmd(torch.from_numpy(x), torch.from_numpy(y), **options)
     assert ours == pytest.approx(biased(x, y, **options), rel=1e-9, abs=1e-10)

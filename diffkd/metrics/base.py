@@ -1,0 +1,125 @@
+"""The contract of a metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.io.config import Strict
+from diffkd.metrics.frechet import Gaussian
+from diffkd.metrics.statistics import Statistics
+
+MAIN = "main"  # the feature network of the evaluation's config; any other is called by its own name
+Add = Callable[[Tensor], Tensor]  # the sum of a tensor over processes
+
+
+class Value(NamedTuple):
+    """A number of a record and how a table shows it. spread: keys of the ± or of the interval beside it."""
+
+    key: str
+    title: str
+    format: str
+    spread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """One set of images by one feature network. stored: (N, d), where a metric asked for every feature."""
+
+    statistics: Statistics
+    stored: Tensor | None = None
+    name: str = "the statistics"  # in errors
+    cache: dict[Any, Any] = field(default_factory=dict)  # of what depends on this set alone
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        return self.statistics.gaussian(self.name)
+
+    @property
+    def features(self) -> Tensor:
+        assert self.stored is not None, "the metric did not ask for stored features"
+        return self.stored
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images `first`, `first + 1`, ... as they come: uint8 (B, H, W, C) with features (B, d).
+
+    teacher_images, teacher_features: of the same noise, for metrics that compare with a teacher.
+    """
+
+    first: int
+    images: Tensor
+    features: Tensor
+    teacher_images: Tensor | None = None
+    teacher_features: Tensor | None = None
+
+
+class Running(Protocol):
+    """What a metric adds up while images come, where statistics and stored features are not enough."""
+
+    def update(self, batch: Batch) -> None: ...
+
+    def merge_across(self, add: Add) -> None:
+        """Adds up all processes, each of which must call it, with images or without."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a metric is computed from. options: as `Metric.options` gave them. features: the main network."""
+
+    images: FeatureSet
+    reference: FeatureSet
+    options: Mapping[str, Any]
+    features: str
+    running: Any = None
+
+
+class Metric(Strict, ABC):
+    """A number, or a few that belong together. Subclasses are final; their fields are keys of `evaluation`.
+
+    name: in configs, on the command line and in records. values: its numbers, as tables show them. more: keys
+    of numbers that only records hold. network: the features that it is of, MAIN or a name that
+    `features.load` knows. with_teacher: whether it compares with a teacher's images of the same noise.
+    """
+
+    name: ClassVar[str]
+    values: ClassVar[tuple[Value, ...]]
+    more: ClassVar[tuple[str, ...]] = ()
+    network: ClassVar[str] = MAIN
+    with_teacher: ClassVar[bool] = False
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether it needs every feature of the reference, and not only their mean and covariance."""
+        return False
+
+    @property
+    def stores_images(self) -> bool:
+        """Whether it needs every feature of the images that are measured."""
+        return False
+
+    def weights(self) -> str | None:
+        """File or folder of its own network's weights; None for where that network looks itself."""
+        return None
+
+    def check(self, network: nn.Module, name: str) -> None:
+        """Raises UserError where the main feature network, called `name`, does not give what it needs."""
+
+    def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        """What its numbers depend on beside the features, for records. samples, reference: image counts."""
+        return {}
+
+    def running(self, network: Any, count: int, device: torch.device) -> Running | None:
+        """What it adds up over `count` images; None for nothing."""
+        return None
+
+    @abstractmethod
+    def compute(self, inputs: Inputs) -> dict[str, float | None]:
+        """Its numbers by key; None stands for an infinite one, which JSON cannot hold."""

@@ -1,0 +1,48 @@
+"""FID: the Fréchet distance with what a finite sample does to it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from diffkd.metrics.base import FeatureSet, Inputs, Metric, Value
+from diffkd.metrics.features import STANDARD_SAMPLES
+from diffkd.metrics.frechet import distance
+from diffkd.metrics.sampling_error import bootstrap, floor
+
+
+class Fid(Metric):
+    """Fréchet distance; with few images the distance to expect of fresh data, on request an interval."""
+
+    name: ClassVar[str] = "fid"
+    values: ClassVar[tuple[Value, ...]] = (Value("fid", "FID", ".3f", ("fid_low", "fid_high")),)
+    more: ClassVar[tuple[str, ...]] = ("fid_std",)
+
+    bootstrap: int = Field(0, ge=0, description="resamplings for FID's 95% interval; 0 for none")
+
+    @property
+    def stores_images(self) -> bool:
+        return self.bootstrap > 0
+
+    def compute(self, inputs: Inputs) -> dict[str, float | None]:
+        images, reference = inputs.images, inputs.reference
+        values: dict[str, float | None] = {"fid": distance(images.gaussian, reference.gaussian)}
+        expected = self._floor(images, reference, inputs.features)
+        if expected is not None:
+            values["fid_floor"] = expected
+        if self.bootstrap:
+            interval = bootstrap(images.features, reference.gaussian, draws=self.bootstrap)
+            values |= {"fid_low": interval.low, "fid_high": interval.high, "fid_std": interval.std}
+        return values
+
+    def _floor(self, images: FeatureSet, reference: FeatureSet, features: str) -> float | None:
+        """The FID that fresh data would have with so few images; None where they are not few."""
+        samples, real = images.statistics.num_samples or 0, reference.statistics
+        standard = (features == "digits" and real.num_samples) or STANDARD_SAMPLES
+        if samples >= standard and samples >= real.num_features:
+            return None
+        if samples not in reference.cache:
+            reference.cache[samples] = floor(real.sigma, samples, real.num_samples)
+        found: float = reference.cache[samples]
+        return found
