@@ -264,7 +264,7 @@ def test_from_known_factors_the_same():
         assert float(g.trace) == pytest.approx(np.trace(sigma), rel=1e-13)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_as_wide_as_inception():
     """2048 features of 600 and 900 images: beside the data's singular values; 0 from itself."""
     rng = rng_of(17)

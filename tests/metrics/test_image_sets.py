@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffkd.data.digits import Digits
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
-from diffkd.metrics.evaluation.image_sets import File, FolderSource, ImageFolder, batches, images_of, parse
+from diffkd.metrics.evaluation.image_sets import File, ImageFolder, images_of, parse
+from diffkd.metrics.evaluation.image_sources import FolderSource, batches
 
 
 def noise(height: int, width: int, *seed: int, channels: int | None = 3, high: int = 256) -> np.ndarray:
@@ -236,7 +239,7 @@ def test_a_palette_is_resized_by_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("resize", [None, 8])
-@pytest.mark.parametrize("cut", [0.0, 0.02, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("cut", [0.0, 0.02, 0.6])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_a_truncated_image_is_named(tmp_path, suffix, cut, resize):
     for i in range(2):
@@ -471,9 +474,8 @@ class Numbered:
         return torch.arange(start, stop, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("size", [1, 3, 8, 50])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 24, 25, 60])
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@given(count=st.integers(0, 60), size=st.integers(1, 50), world=st.integers(1, 7))
 def test_each_image_once_over_all_processes(count, size, world):
     seen: list[int] = []
     reads: list[tuple[int, int]] = []
