@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from diffkd.core.denoiser import Denoiser
-    from diffkd.generation.drawing import generate
+    from diffkd.generation.generator import generate
     from diffkd.models.loading import load
 
 _NAMES = {
-    "Denoiser": "diffkd.core.denoiser", "generate": "diffkd.generation.drawing",
+    "Denoiser": "diffkd.core.denoiser", "generate": "diffkd.generation.generator",
     "load": "diffkd.models.loading",
 }  # fmt: skip
 _MODULES = {

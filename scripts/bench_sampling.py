@@ -30,8 +30,8 @@ from networks import NETWORKS, make, parameters
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.generation import cuda_graphs
-from diffkd.generation.drawing import Drawing
 from diffkd.generation.folder_writer import FolderWriter
+from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.npz_writer import NpzWriter
 from diffkd.generation.sample import default_workers
 from diffkd.generation.stock import generate_stock
@@ -55,7 +55,7 @@ class Ways:
         self.device = denoiser.device
         self.count = batch
         self.bare = self._bare()
-        self.prepared: dict[int, Drawing] = {}
+        self.prepared: dict[int, ImageGenerator] = {}
 
     def sized(self, seconds: float) -> Ways:
         """With as many images as take about so long."""
@@ -93,10 +93,10 @@ class Ways:
 
         return run
 
-    def drawing(self) -> Drawing:
+    def generator(self) -> ImageGenerator:
         if self.count not in self.prepared:
             self.prepared = {
-                self.count: Drawing(self.denoiser, self.count, steps=STEPS, batch_size=self.batch)
+                self.count: ImageGenerator(self.denoiser, self.count, steps=STEPS, batch_size=self.batch)
             }
             self.prepared[self.count].prepare()
         return self.prepared[self.count]
@@ -106,13 +106,13 @@ class Ways:
             self.bare()
 
     def memory(self) -> None:
-        for _ in self.drawing().batches():
+        for _ in self.generator().batches():
             pass
 
     def written(self, output: ImageWriter) -> None:
-        drawing = self.drawing()
-        for block, images in enumerate(drawing.arrays()):
-            output.write(np.arange(*drawing.span(block)), images)
+        generator = self.generator()
+        for batch, images in enumerate(generator.arrays()):
+            output.write(np.arange(*generator.image_range(batch)), images)
         output.flush()
 
     def stock_pipeline(self) -> None:
@@ -181,7 +181,7 @@ def measure(
                 a / b for a, b in zip(rates["memory"], rates["stock"], strict=True)
             )
             row = {
-                "network": name, "batch": batch, "path": ways.drawing().prepare().path,
+                "network": name, "batch": batch, "path": ways.generator().prepare().path,
                 "rates": {way: statistics.median(found) for way, found in rates.items()}, "over": over,
             }  # fmt: skip
             rows.append(row)
@@ -256,18 +256,18 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def profile(name: str, device: torch.device, dtype: torch.dtype, batch: int) -> None:
     denoiser = make(name, device).to(dtype)
-    drawing = Drawing(denoiser, 8 * batch, steps=STEPS, batch_size=batch)
-    for _ in drawing.batches():
+    generator = ImageGenerator(denoiser, 8 * batch, steps=STEPS, batch_size=batch)
+    for _ in generator.batches():
         pass
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as seen:
-        for _ in drawing.batches():
+        for _ in generator.batches():
             pass
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(seen.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
-    spent = drawing.clock.seconds()
+    spent = generator.timer.seconds()
     print({key: f"{value / sum(spent.values()):.1%}" for key, value in spent.items()})
 
 

@@ -9,8 +9,8 @@ from accelerate.utils import GradScalerKwargs
 
 from diffkd.core.schedules import Schedule
 from diffkd.errors import Interrupted
-from diffkd.generation.drawing import generate
 from diffkd.generation.encoding import read_image
+from diffkd.generation.generator import generate
 from diffkd.io.processes import Processes
 from diffkd.methods.progressive import Progressive, target
 from diffkd.metrics import Evaluation, Evaluator
@@ -21,8 +21,9 @@ from diffkd.models import loading, students
 from diffkd.training.config import Training
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
-from tests.models.test_unet2d import student
-from tests.training.test_trainer import images, run_one, weights
+from tests.methods.conformance import images
+from tests.tiny import student
+from tests.training.stages import run_one, weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -32,7 +32,7 @@ from diffkd.io import progress
 from diffkd.io.npz import read_npz
 from diffkd.io.text import quoted
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation import image_sets, image_sources
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.models import loading
@@ -528,7 +528,7 @@ def test_a_class_folder_of_any_name(tmp_path, image_folder, caplog, name):
         folder.Folder(kind="folder", path=root, size=8).load()
     assert clean(str(error.value)) and all(clean(r.getMessage()) for r in caplog.records) and caplog.records
     with pytest.raises(UserError) as error:
-        image_sets.FolderSource(root, None)
+        image_sources.FolderSource(root, None)
     assert clean(str(error.value)) and "x.png" in str(error.value)
 
 
@@ -540,7 +540,7 @@ def test_names_that_are_not_utf_8(tmp_path, image_folder, caplog):
     assert json.loads(json.dumps(images.classes)) == ["a", "\udcff\udcfe"]
     (root / "\udcff\udcfe" / "x.png").write_text("no image")
     with pytest.raises(UserError, match=r"x\.png") as error:
-        image_sets.FolderSource(root, None)
+        image_sources.FolderSource(root, None)
     str(error.value).encode()
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     tables.show(Console(file=out), ["model", "\udcff"], [["\udcff", "1"]])
@@ -670,7 +670,7 @@ def test_links_in_a_circle(tmp_path, image_folder):
     (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
     (root / "b" / "one.png").symlink_to(root / "b" / "two.png")
     (root / "b" / "two.png").symlink_to(root / "b" / "one.png")
-    assert len(image_sets.FolderSource(root, None)) == 6
+    assert len(image_sources.FolderSource(root, None)) == 6
     assert folder.Folder(kind="folder", path=root, size=8).load().class_counts == [3, 3]
     (root / "loop").symlink_to(root, target_is_directory=True)
     assert folder.Folder(kind="folder", path=root, size=8).load().class_counts[:2] == [3, 3]
@@ -759,7 +759,7 @@ def read_both(tmp_path: Path, content: bytes, name: str = "x.png", channels: int
         trained = decoding.upright(opened, channels)
     if channels == 3:
         np.testing.assert_array_equal(
-            np.asarray(trained), image_sets.FolderSource(root, None).read(0, 1)[0].numpy()
+            np.asarray(trained), image_sources.FolderSource(root, None).read(0, 1)[0].numpy()
         )
     width, height = trained.size
     if width == height:
@@ -970,7 +970,7 @@ def test_images_that_are_not_read(tmp_path, name, caplog, recwarn):
         warnings.resetwarnings()  # as in the command, with what diffkd.data asked for
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
         with pytest.raises(UserError, match=rf"x\d.png cannot be read \(.*({why})"):
-            image_sets.FolderSource(root, None).read(0, 1)
+            image_sources.FolderSource(root, None).read(0, 1)
         with pytest.raises(UserError, match="3 of 3 images in"), caplog.at_level(logging.WARNING):
             folder.Folder(kind="folder", path=root, size=2, upscale=True).load()
     assert len(caplog.records) == 3
@@ -1016,7 +1016,7 @@ def test_thin_images_are_fitted(tmp_path, shape):
     trained = (
         folder.Folder(kind="folder", path=root, size=8, upscale=True).load().pixels[0].transpose(1, 2, 0)
     )
-    np.testing.assert_array_equal(trained, image_sets.FolderSource(root, 8).read(0, 1)[0].numpy())
+    np.testing.assert_array_equal(trained, image_sources.FolderSource(root, 8).read(0, 1)[0].numpy())
     middle = pixels.reshape(-1, 3)
     assert trained.shape == (8, 8, 3)
     if len(middle) == 1:

@@ -59,7 +59,8 @@ def main() -> None:
             from diffkd.training.launch import is_lost_peer
 
             if is_lost_peer(error):
-                _fail(f"another process of this run is gone; its own error says why ({one_line(str(error))})", 1)
+                why = one_line(str(error))
+                _fail(f"another process of this run is gone; its own error says why ({why})", 1)
         raise
     sys.exit(status if isinstance(status, int) else 0)
 

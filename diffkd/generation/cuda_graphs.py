@@ -1,4 +1,4 @@
-"""How a function of fixed shapes is run: as it is, as one CUDA graph, or compiled and then captured."""
+"""Running a function of fixed shapes: eagerly, as one CUDA graph, or compiled and then captured."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ Mode = Literal["auto", "eager", "graph", "compile"]
 MODES: tuple[str, ...] = ("auto", "eager", "graph", "compile")
 Inputs = tuple[Tensor | None, ...]
 Function = Callable[..., tuple[Tensor, ...]]
-
-
-# What `auto` takes compilation to cost and to gain. Assumed: no GPU has been measured.
+# The cost and gain of compilation that `auto` assumes; not measured on a GPU.
 COMPILE_SECONDS = 60.0
 COMPILE_GAIN = 0.2
 
 
 @dataclass
 class Runner:
-    """path: what runs, for the user to read. seconds: of warm-up, capture, compilation. note: why it is not
-    what would be faster."""
+    """A function ready to be called. path: how it runs, for the user to read. seconds: spent on warm-up,
+    capture and compilation. note: why a faster path could not be taken."""
 
     call: Function
     path: str
@@ -34,29 +32,30 @@ class Runner:
     note: str | None = None
 
     @property
-    def fixed(self) -> bool:
-        """Whether every call has to have the shapes that it was prepared with."""
+    def fixed_shape(self) -> bool:
+        """Whether every call must have the shapes that it was prepared with."""
         return self.path != "eager"
 
 
-def check(mode: str, device: torch.device) -> None:
-    """Raises UserError for a mode that there is not, or not on this device."""
+def check_mode(mode: str, device: torch.device) -> None:
+    """Raises UserError for a mode that is unknown, or not available on this device."""
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
     if mode == "graph" and device.type != "cuda":
         raise UserError(
-            f"mode graph captures a CUDA graph, and the device is {device.type}; use eager or auto"
+            f"mode graph needs CUDA, to capture a CUDA graph, and the device is {device.type}; use eager or "
+            "auto"
         )
 
 
 def prepare(function: Function, inputs: Inputs, mode: str, device: torch.device, calls: int) -> Runner:
-    """function, ready to be called `calls` times with tensors shaped like inputs.
+    """Prepares a function for `calls` calls with tensors shaped like inputs.
 
-    Off CUDA it runs as it is unless `compile` is asked for. On CUDA it is warmed up, so that memory runs out
-    here if it does at all (torch.OutOfMemoryError). `auto` captures, compiles where so many calls pay for it,
-    and where capturing fails runs as it is.
+    Off CUDA it runs eagerly unless mode is `compile`. On CUDA it is warmed up, so that torch.OutOfMemoryError
+    is raised here if at all. `auto` captures a graph, compiles it where that pays off over this many calls,
+    and runs eagerly where capturing fails.
     """
-    check(mode, device)
+    check_mode(mode, device)
     if device.type != "cuda" and mode in ("auto", "eager"):
         return Runner(function, "eager")
     started = time.perf_counter()
@@ -81,7 +80,7 @@ def _best(function: Function, inputs: Inputs, device: torch.device, calls: int) 
             runner = _compiled(function, inputs, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a network that waits for the host, or that the compiler does not take
+    except Exception as error:  # a network that synchronizes with the host, or cannot be compiled
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Runner(function, "eager", note=f"running without a CUDA graph: {reason}")
     return runner
@@ -96,8 +95,8 @@ def _seconds(call: Function, inputs: Inputs, device: torch.device) -> float:
 
 
 def _compiled(function: Function, inputs: Inputs, device: torch.device) -> Runner:
-    """By torch.compile as one graph of torch, on CUDA captured as one of CUDA."""
-    function(*inputs)  # numbers that are looked up once are there when it is traced
+    """One graph by torch.compile, on CUDA captured as a CUDA graph too."""
+    function(*inputs)  # fills caches of numbers before tracing
     compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
     compiled(*inputs)
     if device.type != "cuda":
@@ -106,13 +105,14 @@ def _compiled(function: Function, inputs: Inputs, device: torch.device) -> Runne
 
 
 class Graph:
-    """One CUDA graph of a function: a call copies its inputs in, replays it, and copies its outputs out."""
+    """A function captured as one CUDA graph: a call copies the inputs in, replays, and copies the outputs
+    out."""
 
     def __init__(self, function: Function, inputs: Inputs) -> None:
         self.inputs = tuple(None if x is None else x.clone() for x in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what libraries set up at a first call must not be captured
+        with torch.cuda.stream(side):  # what libraries set up in their first calls must not be captured
             for _ in range(2):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
@@ -121,15 +121,15 @@ class Graph:
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given, non_blocking=True)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if static is not None and given is not None:
+                static.copy_(given, non_blocking=True)
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
 
 
-def fitting(run: Callable[[int], object], batch: int) -> int:
-    """The largest of batch, batch / 2, batch / 4, ... for which run(batch) finds memory; 0 for none."""
+def largest_fitting(run: Callable[[int], object], batch: int) -> int:
+    """The largest of batch, batch / 2, batch / 4, ... for which run(batch) fits into memory; 0 for none."""
     while batch:
         try:
             run(batch)

@@ -1,4 +1,4 @@
-"""Pixels to image files; what worker processes import, so it is light."""
+"""Encoding pixels as image files. Worker processes import this, so it stays light."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Lossless both: an image that changes when it is saved has another FID.
+# Both lossless: an image that changed on saving would change the FID.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {"compress_level": 1}),
     "webp": ("WEBP", {"lossless": True, "quality": 0, "method": 0}),
@@ -30,7 +30,7 @@ def to_image(image: np.ndarray) -> Image.Image:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 1 or 3) uint8, of a file that was written here."""
+    """(H, W, 1 or 3) uint8, from a file that `write_images` wrote."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -41,7 +41,8 @@ def file_name(index: int, suffix: str) -> str:
 
 
 def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffix: str) -> None:
-    """images[k] as the file of image indices[k]: written beside, synced, renamed; never half there."""
+    """Writes images[k] as the file of index indices[k], each atomically: a temporary file, synced,
+    renamed."""
     kind, options = FORMATS[suffix]
     written: list[tuple[str, str]] = []
     try:
@@ -64,7 +65,7 @@ def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffi
 
 
 def _sync(folder: Path, paths: Sequence[str]) -> None:
-    """Onto the disk, by one call where there is one: a call for each file costs more than to encode it."""
+    """Flushes files to the disk; on Linux with one syncfs, as fsync of each costs more than encoding it."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     for path in [folder] if libc else paths:
         descriptor = os.open(path, os.O_RDONLY)
@@ -78,13 +79,13 @@ def _sync(folder: Path, paths: Sequence[str]) -> None:
 
 
 def start_worker() -> None:
-    """In a new worker process: an interruption is the parent's to handle, and its end, however it comes, is
-    the worker's."""
+    """Set-up of a worker process: the parent handles interrupts, and the worker ends whenever the parent
+    does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Drawn images as one .npz, which grows in parts."""
+"""Images as one .npz, written in parts first."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from typing import IO, Any
 import numpy as np
 
 from diffkd.errors import UserError
-from diffkd.generation.writer import RECORD, ImageWriter, ResumePlan, checked, describe_difference, record_at
+from diffkd.generation.resume import RECORD, ResumePlan, as_record, describe_difference, read_record
+from diffkd.generation.writer import ImageWriter
 from diffkd.io.files import new_file
 from diffkd.io.npz import read_npz
 from diffkd.io.text import from_json
 
 
 class NpzWriter(ImageWriter):
-    """One .npz: arr_0, uint8 NHWC, and arr_1, the labels, as ADM has them.
+    """One .npz: arr_0, uint8 NHWC, and arr_1, the labels, as in ADM's files.
 
-    Until all images are there its parts lie in a folder beside it; they are never in memory together.
+    Until all images exist, parts are kept in a folder beside it; they are never all in memory.
     """
 
-    PART = re.compile(r"(\d+)-(\d+)\.npy")  # images from the first number on, up to the second
+    PART = re.compile(r"(\d+)-(\d+)\.npy")  # the first image, and the one after the last
 
     def __init__(self, out: Path) -> None:
         super().__init__(out, out.with_name(f".{out.name}.parts"), workers=0)
@@ -37,34 +38,31 @@ class NpzWriter(ImageWriter):
             raise UserError(f"--out {self.out} is a folder; give a file's name in .npz, or another folder")
 
     def plan(self, settings: Mapping[str, Any], n: int, overwrite: bool) -> ResumePlan:
-        """Of the parts where they are of these settings, and of the file else."""
-        parts = record_at(self.folder / RECORD)
-        going_on = parts is not None and not describe_difference(parts, settings)
-        why = None
+        """By the parts where they have these settings, else by the finished file."""
+        parts = read_record(self.folder / RECORD)
+        resumable = parts is not None and not describe_difference(parts, settings)
+        conflict = None
         if self.out.exists():
-            record = self._record_within()
-            why = (
-                "is there already, and nothing says how it was drawn"
-                if record is None
-                else (describe_difference(record, settings))
-            )
-            if record is not None and why is None:
+            record = self._embedded_record()
+            if record is None:
+                conflict = "already exists, without a record of its settings"
+            elif (conflict := describe_difference(record, settings)) is None:
                 if record["images"] == n and not overwrite:
-                    return ResumePlan.going_on(np.arange(n), n, complete=True)
-                why = f"holds {record['images']} images drawn so, and {n} are asked for"
-        elif parts is not None and not going_on:
-            why = describe_difference(parts, settings)
+                    return ResumePlan.resume(np.arange(n), n, complete=True)
+                conflict = f"holds {record['images']} images of these settings, and {n} were requested"
+        elif parts is not None and not resumable:
+            conflict = describe_difference(parts, settings)
         elif parts is None and self.grid.exists():
-            why = f"cannot begin: {self.grid.name} is there already"
-        if going_on and (self.indices() >= n).any():
-            why, going_on = f"has parts of more than {n} images drawn so", False
-        if why is not None and not overwrite:
-            raise self._refusal(why)
-        return ResumePlan.going_on(self.indices(), n) if going_on else ResumePlan.anew(n)
+            conflict = f"cannot be written: {self.grid.name} already exists"
+        if resumable and (self.indices() >= n).any():
+            conflict, resumable = f"has parts of more than {n} images of these settings", False
+        if conflict is not None and not overwrite:
+            raise self._refusal(conflict)
+        return ResumePlan.resume(self.indices(), n) if resumable else ResumePlan.from_scratch(n)
 
-    def _record_within(self) -> dict[str, Any] | None:
+    def _embedded_record(self) -> dict[str, Any] | None:
         try:
-            return checked(from_json(str(read_npz(self.out, only=("drawn",))["drawn"])))
+            return as_record(from_json(str(read_npz(self.out, only=("drawn",))["drawn"])))
         except (ValueError, KeyError):
             return None
 
@@ -72,45 +70,45 @@ class NpzWriter(ImageWriter):
         return np.concatenate([np.arange(start, stop) for start, stop, _ in self._parts()] or [np.arange(0)])
 
     def _parts(self) -> list[tuple[int, int, Path]]:
-        """(first, first after, file) in order."""
+        """(first image, one after the last, file) of every part, ascending."""
         paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
         matches = [(match, path) for path in paths if (match := self.PART.fullmatch(path.name))]
         return sorted((int(match[1]), int(match[2]), path) for match, path in matches)
 
-    def _is_ours(self, name: str) -> bool:
+    def _holds_images(self, name: str) -> bool:
         return self.PART.fullmatch(name) is not None
 
     def _submit(self, pool: Executor, indices: np.ndarray, images: np.ndarray) -> None:
-        """A part for each stretch of indices without a gap."""
+        """Writes a part for each run of consecutive indices."""
         gaps = np.flatnonzero(np.diff(indices) != 1) + 1
-        for stretch, part in zip(np.split(indices, gaps), np.split(images, gaps), strict=True):
-            path = self.folder / f"{stretch[0]:09d}-{stretch[-1] + 1:09d}.npy"
+        for run, part in zip(np.split(indices, gaps), np.split(images, gaps), strict=True):
+            path = self.folder / f"{run[0]:09d}-{run[-1] + 1:09d}.npy"
             self._waiting.append(pool.submit(_save, path, part))
 
     def first(self, count: int) -> np.ndarray:
-        return np.concatenate([*islice(_pieces(self._parts()), count)])[:count]  # no piece is empty
+        return np.concatenate([*islice(_arrays(self._parts()), count)])[:count]  # none is empty
 
     def finish(self, settings: Mapping[str, Any], n: int, labels: np.ndarray | None) -> None:
         shape = (n, *self.first(1).shape[1:])
         record = {"drawn": dict(settings), "images": n, "complete": True}
         with new_file(self.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                _write_array(stream, shape, _pieces(self._parts()))
-            arrays = {"arr_1": labels, "drawn": np.asarray(json.dumps(record))}
-            for name, array in arrays.items():
+                _write_array(stream, shape, _arrays(self._parts()))
+            others = {"arr_1": labels, "drawn": np.asarray(json.dumps(record))}
+            for name, array in others.items():
                 if array is not None:
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
                         np.lib.format.write_array(stream, array, allow_pickle=False)
-        self._remove_pieces()
+        self._remove_parts()
 
-    def _remove_pieces(self) -> None:
+    def _remove_parts(self) -> None:
         for path in self.folder.iterdir():
-            if self._is_ours(path.name) or path.name == RECORD:
+            if self._holds_images(path.name) or path.name == RECORD:
                 path.unlink()
 
 
-def _pieces(parts: list[tuple[int, int, Path]]) -> Iterator[np.ndarray]:
-    """The images of all parts, each once: parts may overlap, where batches had another size before."""
+def _arrays(parts: list[tuple[int, int, Path]]) -> Iterator[np.ndarray]:
+    """The images of all parts, each once: parts overlap where a resumed run had another batch size."""
     done = 0
     for start, stop, path in parts:
         assert start <= done
@@ -119,12 +117,12 @@ def _pieces(parts: list[tuple[int, int, Path]]) -> Iterator[np.ndarray]:
             done = stop
 
 
-def _write_array(stream: IO[bytes], shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
-    """uint8 pieces as one .npy. Not by numpy.save: what a full disk is to it, it does not say."""
+def _write_array(stream: IO[bytes], shape: tuple[int, ...], arrays: Iterable[np.ndarray]) -> None:
+    """Concatenates uint8 arrays into one .npy. Not by numpy.save, whose errors hide that a disk is full."""
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
-    for piece in pieces:
-        stream.write(np.ascontiguousarray(piece).data)
+    for array in arrays:
+        stream.write(np.ascontiguousarray(array).data)
 
 
 def _save(path: Path, images: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""`diffkd sample`: images of a model to a folder of image files or one .npz, with a grid."""
+"""`diffkd sample`: images of a model into a folder of image files or one .npz, with a grid."""
 
 from __future__ import annotations
 
@@ -11,48 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
-from diffkd.errors import Unfinished, UserError, printable
+from diffkd.errors import Unfinished, UserError
 from diffkd.generation import cuda_graphs, grids
-from diffkd.generation.drawing import Drawing, proportional
 from diffkd.generation.encoding import FORMATS
 from diffkd.generation.folder_writer import FolderWriter
+from diffkd.generation.generator import ImageGenerator
+from diffkd.generation.labels import parse_classes, requested_labels
 from diffkd.generation.npz_writer import NpzWriter
-from diffkd.generation.timing import Clock
-from diffkd.generation.writer import ImageWriter, ResumePlan
+from diffkd.generation.resume import ResumePlan
+from diffkd.generation.timing import Timer
+from diffkd.generation.writer import ImageWriter
 from diffkd.io.processes import Processes, usable_device
-from diffkd.io.progress import bar
+from diffkd.io.progress import bar, say
 from diffkd.io.text import log, reason
 from diffkd.models import loading
 
-MOST_CLASSES = 1_000_000
-MOST_WORKERS = 8
+GRID_IMAGES = 64
+MAX_WORKERS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def parse_classes(text: str) -> list[int] | str:
-    """Labels in turn, of text such as 0-9 or 3,5,7; "balanced" (every class in turn) and "data" (as often as
-    in the model's data) as they are."""
-    if text in ("balanced", "data"):
-        return text
-    labels: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (_is_number(first) and (_is_number(last) or not dash)) or int(last or first) < int(first):
-            raise UserError(
-                f"--classes {text!r} is not understood; use balanced, data, or labels such as 0-9 or 3,5,7"
-            )
-        if int(last or first) > MOST_CLASSES:
-            raise UserError(f"--classes {text!r} is out of range; no model has so many classes")
-        labels += range(int(first), int(last or first) + 1)
-    return labels
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
 
 
 def sample_to(
@@ -75,123 +53,129 @@ def sample_to(
     quantize: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Draws n images, or what is missing of them; all processes of a launcher together.
+    """Generates n images, or those of them that are missing; all processes of a launcher share the work.
 
-    Raises UserError before anything is written; Unfinished where the disk is full, say, and what is complete
-    stays.
+    Raises UserError before anything is written, and Unfinished where writing fails, as on a full disk; the
+    images that are complete stay.
     """
-    asked = parse_classes(classes)
-    output = _output(out, image_format, workers)
-    output.check()
+    requested = parse_classes(classes)
+    writer = _open_writer(out, image_format, workers)
+    writer.check()
     processes = Processes(None if device == "mps" else device)
     place = processes.device if processes.world > 1 else _device(device)
     denoiser = loading.load(model, device=place, dtype=_dtype(dtype, place), quantize=quantize)
     if denoiser.steps is None and steps is None:
-        raise UserError(f"{model} has no step count of its own (it is no student); say --steps")
+        raise UserError(f"{model} has no step count of its own (it is not a student); give --steps")
     if denoiser.steps and steps and steps != denoiser.steps:
-        log.warning("%s is a student of %d steps, and is asked for %d", model, denoiser.steps, steps)
-    labels = _labels(asked, denoiser, model, n)
-    drawing = Drawing(
+        log.warning("%s is a student of %d steps, and --steps is %d", model, denoiser.steps, steps)
+    labels = requested_labels(requested, denoiser, model, n)
+    generator = ImageGenerator(
         denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
         **(options or {}),
     )  # fmt: skip
     settings = {
-        "model": digest(denoiser.network.state_dict()), "steps": drawing.steps, "sampler": drawing.sampler,
-        **(options or {}), "seed": seed, "clip": denoiser.clip,
-        "labels": asked if denoiser.num_classes is not None else None,
-        "dtype": str(denoiser.dtype).removeprefix("torch."), "format": output.format,
+        "model": digest(denoiser.network.state_dict()), "steps": generator.steps,
+        "sampler": generator.sampler, **(options or {}), "seed": seed, "clip": denoiser.clip,
+        "labels": requested if denoiser.num_classes is not None else None,
+        "dtype": str(denoiser.dtype).removeprefix("torch."), "format": writer.format,
     }  # fmt: skip
-    plan: ResumePlan = processes.agree(output.plan(settings, n, overwrite) if processes.main else None)
+    plan: ResumePlan = processes.agree(writer.plan(settings, n, overwrite) if processes.main else None)
     if plan.complete:
         if processes.main:
-            output.tidy()
-        _say(console, processes, f"all {n} images are there already: {out}")
+            writer.tidy()
+            say(console, f"all {n} images exist already: {out}")
         return
-    _draw(drawing, output, plan, settings, overwrite, console, processes)
+    _generate(generator, writer, plan, settings, overwrite, console, processes)
 
 
-def _draw(
-    drawing: Drawing,
-    output: ImageWriter,
+def _generate(
+    generator: ImageGenerator,
+    writer: ImageWriter,
     plan: ResumePlan,
     settings: dict[str, Any],
     overwrite: bool,
     console: Console,
     processes: Processes,
 ) -> None:
+    """Generates the missing images of the plan, writes them, and reports the speed."""
     missing = plan.missing
-    blocks = [k for k in range(drawing.blocks) if missing[slice(*drawing.span(k))].any()]
-    mine = blocks[processes.rank :: processes.world]
-    runner = drawing.prepare()
+    batches = [k for k in range(generator.num_batches) if missing[slice(*generator.image_range(k))].any()][
+        processes.rank :: processes.world
+    ]
+    runner = generator.prepare()
     if runner.note:
         log.warning("%s", runner.note)
-    clock = drawing.clock = Clock(drawing.device)
-    arrays = drawing.arrays(mine)
-    begun = list(islice(arrays, 1))  # what draws nothing replaces nothing
+    timer = generator.timer = Timer(generator.device)
+    arrays = generator.arrays(batches)
+    first = list(islice(arrays, 1))  # a model that cannot generate replaces nothing
     try:
         if processes.main:
-            output.start(settings, drawing.n, overwrite, plan)
-        output.warm()
+            writer.start(settings, generator.n, overwrite, plan)
+        writer.warm()
         processes.wait()
         with bar(console, "images", int(missing.sum()), shown=processes.main) as advance:
             done = 0
-            for block, images in zip(mine, chain(begun, arrays), strict=True):
-                first, stop = drawing.span(block)
-                wanted = missing[first:stop]
-                with clock.host("writing"):
-                    output.write(np.arange(first, stop)[wanted], images[wanted])
+            for batch, images in zip(batches, chain(first, arrays), strict=True):
+                start, stop = generator.image_range(batch)
+                wanted = missing[start:stop]
+                with timer.host("writing"):
+                    writer.write(np.arange(start, stop)[wanted], images[wanted])
                 done += int(wanted.sum()) * processes.world
-                advance(done, f"{done / clock.elapsed():.0f} images/s")
-        with clock.host("writing"):
-            output.flush()
+                advance(done, f"{done / timer.elapsed():.0f} images/s")
+        with timer.host("writing"):
+            writer.flush()
         processes.wait()
-        seconds = clock.elapsed()
+        seconds = timer.elapsed()
         if processes.main:
-            grids.save(grids.grid(output.first(min(drawing.n, 64))), output.grid)
-            labels = None if drawing.labels is None else drawing.labels.numpy()
-            output.finish(settings, drawing.n, labels)
+            grids.save(grids.grid(writer.first(min(generator.n, GRID_IMAGES))), writer.grid)
+            labels = None if generator.labels is None else generator.labels.numpy()
+            writer.finish(settings, generator.n, labels)
     except BrokenProcessPool as error:
-        raise Unfinished(f"{output.out}: a worker process ended; {_state(output, drawing.n)}") from error
+        raise Unfinished(f"{writer.out}: a worker process died; {_progress(writer, generator.n)}") from error
     except OSError as error:
-        raise Unfinished(f"{output.out}: {error.strerror or error}; {_state(output, drawing.n)}") from error
+        raise Unfinished(
+            f"{writer.out}: {error.strerror or error}; {_progress(writer, generator.n)}"
+        ) from error
     except KeyboardInterrupt:
-        log.warning("interrupted; %s", _state(output, drawing.n))
+        log.warning("interrupted; %s", _progress(writer, generator.n))
         raise
     finally:
-        output.close()
-    _say(console, processes, f"{drawing.n} images of {drawing.steps} steps (nfe {drawing.nfe}): {output.out}")
-    if missing.any():
-        _say(console, processes, _speed(int(missing.sum()), seconds, drawing, runner, processes))
+        writer.close()
+    if processes.main:
+        steps, nfe = generator.steps, generator.nfe
+        say(console, f"{generator.n} images of {steps} steps (nfe {nfe}): {writer.out}")
+        if missing.any():
+            say(console, _speed(int(missing.sum()), seconds, generator, runner, processes))
 
 
-def _state(output: ImageWriter, n: int) -> str:
-    output.close()  # what the workers have begun they end
-    there = np.zeros(n, bool)
-    there[output.indices()] = True
-    count = f"{there.sum()} of {n} images are complete and stay"
-    return f"{count}; the same command goes on" + ("" if there.all() else f" from image {there.argmin()}")
+def _progress(writer: ImageWriter, n: int) -> str:
+    """How many images are complete, after the workers have finished what they had begun."""
+    writer.close()
+    existing = np.zeros(n, bool)
+    existing[writer.indices()] = True
+    where = "" if existing.all() else f" from image {existing.argmin()}"
+    return f"{existing.sum()} of {n} images are complete and stay; the same command resumes{where}"
 
 
 def _speed(
-    count: int, seconds: float, drawing: Drawing, runner: cuda_graphs.Runner, processes: Processes
+    count: int,
+    seconds: float,
+    generator: ImageGenerator,
+    runner: cuda_graphs.Runner,
+    processes: Processes,
 ) -> str:
     rate = count / seconds
-    spent = ", ".join(f"{name} {took / seconds:.1%}" for name, took in drawing.clock.seconds().items())
-    dtype = str(drawing.denoiser.dtype).removeprefix("torch.")
-    where = f"{drawing.device}" + (f" x {processes.world} processes" if processes.world > 1 else "")
+    shares = ", ".join(f"{name} {spent / seconds:.1%}" for name, spent in generator.timer.seconds().items())
+    dtype = str(generator.denoiser.dtype).removeprefix("torch.")
+    where = f"{generator.device}" + (f" x {processes.world} processes" if processes.world > 1 else "")
     warm_up = f"; before that {runner.seconds:.1f} s of warm-up" if runner.seconds else ""
     return (
-        f"{rate:.1f} images/s, {1000 / rate:.3f} ms an image ({where}, {dtype}, {runner.path}): {spent}"
+        f"{rate:.1f} images/s, {1000 / rate:.3f} ms an image ({where}, {dtype}, {runner.path}): {shares}"
         f"{warm_up}"
     )
 
 
-def _say(console: Console, processes: Processes, text: str) -> None:
-    if processes.main:
-        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
-
-
-def _output(out: Path, image_format: str | None, workers: int | None) -> ImageWriter:
+def _open_writer(out: Path, image_format: str | None, workers: int | None) -> ImageWriter:
     """Raises UserError where nothing can be written at `out`."""
     parent = next((p for p in out.absolute().parents if p.exists()), None)
     if parent is not None and not parent.is_dir():
@@ -211,27 +195,10 @@ def _output(out: Path, image_format: str | None, workers: int | None) -> ImageWr
 
 
 def default_workers() -> int:
-    """With a GPU, whose speed one process cannot encode at, as many as there are cores to spare; else none:
-    the network has the cores."""
+    """Encoding processes. With a GPU, which is faster than one process can encode, as many as there are spare
+    cores; else none, since the network uses the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores - 1) if torch.cuda.is_available() else 0
-
-
-def _labels(asked: list[int] | str, denoiser: Denoiser, model: str, n: int) -> list[int] | Tensor | None:
-    """What `Drawing` takes. Raises UserError for `data` where the model does not know its data's labels."""
-    if isinstance(asked, list) or asked == "balanced" or denoiser.num_classes is None:
-        return asked if isinstance(asked, list) else None
-    counts = loading.card(loading.folder_of(model)).get("class_counts")
-    if not (
-        isinstance(counts, list)
-        and len(counts) == denoiser.num_classes
-        and all(type(count) is int and count >= 0 for count in counts)
-        and any(counts)
-    ):
-        raise UserError(
-            f"{model} does not say how often each class is in its data; use --classes balanced, or a list"
-        )
-    return proportional(counts, n)
+    return min(MAX_WORKERS, cores - 1) if torch.cuda.is_available() else 0
 
 
 def _device(name: str | None) -> torch.device:
@@ -239,7 +206,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Default bfloat16 on CUDA, float32 elsewhere. Raises UserError for what the device cannot compute in."""
+    """By default bfloat16 on CUDA, float32 elsewhere. Raises UserError where the device cannot compute in
+    it."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in DTYPES:
@@ -251,6 +219,6 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         torch.nn.functional.group_norm(torch.nn.functional.conv2d(x, weight), 2).sum().item()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UserError(
-            f"--dtype {name} is more than {device} can do ({reason(error)}); use float32"
+            f"--dtype {name} is not supported on {device} ({reason(error)}); use float32"
         ) from error
     return dtype

@@ -1,4 +1,4 @@
-"""Images from a diffusers pipeline by its own code and scheduler, to measure it and to compare with."""
+"""Images from a diffusers pipeline by its own code and scheduler, as a reference or to evaluate it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.generation.drawing import check_finite
+from diffkd.generation.pixels import check_finite
 
 
 @torch.inference_mode()
@@ -27,34 +27,35 @@ def generate_stock(
 ) -> Iterator[Tensor]:
     """n images as uint8 batches (B, H, W, C); image i from `torch.Generator().manual_seed(seed + i)`.
 
-    labels: (n,), for a pipeline that takes class labels. Raises UserError where it refuses what it is given.
+    labels: (n,), for a pipeline that takes class labels. share: as for `generate`. Raises UserError where the
+    pipeline refuses its arguments.
     """
-    takes = inspect.signature(pipeline.__call__).parameters
+    parameters = inspect.signature(pipeline.__call__).parameters
     rank, world = share
     for start in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - start)
         options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-        if "batch_size" in takes:
+        if "batch_size" in parameters:
             options["batch_size"] = count
         if labels is not None:
             options["class_labels"] = labels[start : start + count].tolist()
         options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
         try:
-            drawn = pipeline(**options, output_type="np").images
+            output = pipeline(**options, output_type="np").images
         except ValueError as error:
             reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise UserError(f"the pipeline does not draw ({reason}); use other --steps") from error
-        images = torch.from_numpy(np.ascontiguousarray(drawn))
+            raise UserError(f"the pipeline cannot generate ({reason}); use other --steps") from error
+        images = torch.from_numpy(np.ascontiguousarray(output))
         check_finite(images.isfinite().all())
         yield (images * 255).round().to(torch.uint8)
 
 
 def stock_defaults(pipeline: Any) -> dict[str, Any]:
-    """The arguments that a pipeline's own defaults decide, such as guidance_scale and eta."""
-    takes = inspect.signature(pipeline.__call__).parameters
-    return scalars({key: p.default for key, p in takes.items()})
+    """The default arguments of a pipeline's call, such as guidance_scale and eta."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return scalars({key: p.default for key, p in parameters.items()})
 
 
 def scalars(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a mapping a record can hold."""
+    """The entries of a mapping that a record can hold."""
     return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}

@@ -1,4 +1,4 @@
-"""Seconds by name, by the device's own clock where the work does not wait for the host."""
+"""Seconds by name, on the device's own clock where its work runs asynchronously."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+Item = TypeVar("Item")
 
 
-class Clock:
-    """Seconds by name. On CUDA `device` takes them between two events of the stream, which stops nothing."""
+class Timer:
+    """Seconds by name. On CUDA, `device` measures between two events of the stream, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -23,6 +24,7 @@ class Clock:
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
+        """Adds the time of the block, on the host's clock, to `name`."""
         before = time.perf_counter()
         try:
             yield
@@ -31,6 +33,7 @@ class Clock:
 
     @contextmanager
     def device(self, name: str) -> Iterator[None]:
+        """Adds the time that the device takes for the block's work to `name`."""
         if not self.cuda:
             with self.host(name):
                 yield
@@ -40,8 +43,17 @@ class Clock:
         yield
         end.record()
         self._events.append((name, start, end))
-        while self._events and self._events[0][2].query():  # done: it waits for nothing
+        while self._events and self._events[0][2].query():  # those that are over, so this never waits
             self._settle()
+
+    def iterate(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; adds the time that the iterator takes to produce them to `name`."""
+        while True:
+            with self.device(name):
+                following = next(items, _END)
+            if following is _END:
+                return
+            yield following  # type: ignore[misc]
 
     def _settle(self) -> None:
         name, start, end = self._events.pop(0)
@@ -49,40 +61,14 @@ class Clock:
         self._seconds[name] += start.elapsed_time(end) / 1000
 
     def seconds(self) -> dict[str, float]:
-        """So far; waits for the device."""
+        """The seconds so far, by name; waits for the device."""
         while self._events:
             self._settle()
         return dict(self._seconds)
 
     def elapsed(self) -> float:
+        """Seconds on the host since the timer was made."""
         return time.perf_counter() - self.started
 
 
-class Stopwatch:
-    """Seconds that an iterator takes to give its items, without waiting for the device in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[Any, Any]] = []
-
-    def __call__(self, items: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        while True:
-            started = self._now()
-            item = next(items, None)
-            self.marks.append((started, self._now()))
-            if item is None:
-                return
-            yield item
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        if self.device.type != "cuda":
-            return float(sum(b - a for a, b in self.marks))
-        torch.cuda.synchronize()
-        return float(sum(a.elapsed_time(b) for a, b in self.marks)) / 1000
+_END = object()

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Images
 from diffkd.generation import grids
-from diffkd.generation.drawing import generate
+from diffkd.generation.generator import generate
 from diffkd.methods.base import Stage
 from diffkd.models import loading, sizes
 from diffkd.runs.config import Distill, Teacher, Train

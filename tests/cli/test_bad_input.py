@@ -581,10 +581,10 @@ def test_what_is_there_already_is_left(refused, cli, here):
     for out in ("drawn", "drawn.npz"):
         args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", out]
         assert cli(*args).code == 0
-        refused(*args, "--seed", 5, says=[out, "drawn otherwise (seed was 0, now 5)", "--overwrite"])
-        refused(*args[:-4], "-n", 1, "--out", out, says=["drawn so, and 1 are asked for", "--overwrite"])
+        refused(*args, "--seed", 5, says=[out, "images of other settings (seed was 0, now 5)", "--overwrite"])
+        refused(*args[:-4], "-n", 1, "--out", out, says=["of these settings, and 1 were requested", "--overwrite"])
         before = tree(here)
-        assert cli(*args) == (0, f"all 2 images are there already: {out}\n", "") and tree(here) == before
+        assert cli(*args) == (0, f"all 2 images exist already: {out}\n", "") and tree(here) == before
         assert cli(*args, "--seed", 5, "--overwrite").code == 0
         after = tree(here)
         assert after.keys() == before.keys() and after != before
@@ -594,7 +594,7 @@ def test_a_grid_that_is_there_already_is_left(refused, here):
     """The picture beside an .npz is written too."""
     (here / "drawn.grid.png").write_bytes(b"of another run")
     args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", "drawn.npz"]
-    refused(*args, says=["drawn.grid.png", "is there already", "--overwrite"])
+    refused(*args, says=["drawn.grid.png", "already exists", "--overwrite"])
 
 
 def test_an_empty_folder_may_be_drawn_into(cli, here):

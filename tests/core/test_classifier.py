@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from diffkd.core import samplers
 from diffkd.core.classifier import Classifier, guided
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule, write_prediction
+from diffkd.core.schedules import Schedule, from_diffusers, write_prediction
 from diffkd.errors import UserError
-from diffkd.generation.drawing import generate
+from diffkd.generation.generator import generate
 from diffkd.runs.classification.cnn import CNN
 from tests.gaussian import gaussian
-from tests.models.test_unet2d import LINEAR, student
+from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
+LINEAR = from_diffusers(DDPMScheduler())
 MEANS, STD, SHARES = torch.tensor([-0.6, 0.5], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7])
 
 

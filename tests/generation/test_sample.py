@@ -14,7 +14,7 @@ import diffkd
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
-from diffkd.generation.drawing import Drawing, generate, proportional
+from diffkd.generation.generator import generate
 from tests.refusals import refuse, tree
 
 TRAILING = {"num_train_timesteps": 1000, "beta_schedule": "linear", "timestep_spacing": "trailing"}
@@ -157,16 +157,6 @@ def test_bfloat16_is_near_float32(cli, here):
 
 
 # labels ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("counts", [[5000, 5000], [1, 2, 3, 4], [980, 0, 7, 13, 0], [10**6, 1], [1] * 1000])
-@pytest.mark.parametrize("n", [10, 333, 5000])
-def test_data_labels_have_their_shares(counts, n):
-    labels = proportional(counts, n)
-    share = np.array(counts) / sum(counts)
-    found = np.bincount(labels.numpy(), minlength=len(counts))
-    assert np.abs(found - n * share).max() <= 2 and (found[share == 0] == 0).all()
-    assert torch.equal(proportional(counts, 3 * n)[:n], labels)
 
 
 def test_classes_of_the_data(cli, here):
@@ -329,7 +319,7 @@ def test_more_images_are_the_missing_ones_only(cli, here, drawn):
     assert (here / "drawn-grid.png").read_bytes() == (here / "whole-grid.png").read_bytes()
     drawn.clear()
     code, out, err = cli(*args, "-n", 30)
-    assert (code, err, drawn) == (0, "", []) and "all 30 images are there already" in out
+    assert (code, err, drawn) == (0, "", []) and "all 30 images exist already" in out
     refuse(cli, here, *args, "-n", 29, says=["drawn", "30", "29", "--overwrite"])
 
 
@@ -403,10 +393,3 @@ def test_a_model_that_is_broken_for_one_class_replaces_no_file(cli, here, make_p
     code, stdout, err = cli("sample", "broken", *args, "--overwrite")
     assert (code, stdout, len(err.splitlines())) == (2, "", 1) and "NaN" in err
     assert [name for name in before if tree(here).get(name) != before[name]] == []
-
-
-def test_guidance_counts_twice():
-    denoiser = Denoiser(Echo(), Schedule.cosine(64), "sample", shape=(1, 4, 4), num_classes=3, null_label=3)
-    assert Drawing(denoiser, 2, steps=3).nfe == 3
-    assert Drawing(denoiser, 2, steps=3, guidance=2.0).nfe == 6
-    assert Drawing(denoiser, 2, steps=3, guidance=2.0, sampler="heun").nfe == 10

@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 
-from diffkd.generation import drawing
+from diffkd.generation import generator
 from diffkd.generation import sample as sampling
 from tests.refusals import refuse, tree
 from tests.waiting import ONE_THREAD
@@ -43,12 +43,12 @@ KILLED_EVERYWHERE = textwrap.dedent("""
     import json, os, shutil, signal, sys
     from pathlib import Path
     import torch, diffusers
-    from diffkd import models, sampling
     from diffkd.cli import main
+    from diffkd.models import loading
     from tests.refusals import tree
 
     start, whole, place, args, out = *map(Path, sys.argv[1:4]), json.loads(sys.argv[4]), sys.argv[5]
-    sampling.models.load(args[1])  # what is imported late is imported now
+    loading.load(args[1])  # what is imported late is imported now
     CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "os.link")
 
     def run(at, log):
@@ -344,7 +344,7 @@ def test_a_worker_that_is_killed(cli, here, drawn):
     # torchao says what it lacks as soon as it is imported, here before the command can hush it
     lines = [line for line in err.decode().splitlines() if line.startswith("diffkd: ")]
     assert process.returncode == 1 and len(lines) == 1 and "Traceback" not in err.decode(), err.decode()
-    assert "of 90 images are complete" in lines[0] and "goes on from image" in lines[0]
+    assert "of 90 images are complete" in lines[0] and "resumes from image" in lines[0]
     there = len(complete(here / "killed"))
     drawn.clear()
     assert cli(*args, "--out", here / "killed" / "drawn").code == 0
@@ -374,17 +374,17 @@ def test_a_place_that_another_process_writes(cli, here, out, folder):
 @pytest.mark.parametrize("out", ["drawn", "drawn.npz"])
 def test_another_process_ends_while_this_one_warms_up(cli, here, monkeypatch, out, seed):
     """Warm-up takes minutes: the images that were not there before it are not to be replaced after it."""
-    real, began = drawing.Drawing.prepare, []
+    real, began = generator.ImageGenerator.prepare, []
 
-    def prepare(drawing):
+    def prepare(images):
         if not began:
             began.append(True)
             quiet = Console(quiet=True)
             sampling.sample_to("plain", here / out, quiet, n=9, steps=1, device="cpu", seed=seed)
             began.append(tree(here))
-        return real(drawing)
+        return real(images)
 
-    monkeypatch.setattr(drawing.Drawing, "prepare", prepare)
+    monkeypatch.setattr(generator.ImageGenerator, "prepare", prepare)
     code, _, err = cli("sample", "plain", "-n", 4, "--steps", 1, "--device", "cpu", "--out", out)
     assert tree(here) == began[1]
     assert (code, len(err.splitlines())) == (2, 1) and out in err
@@ -404,7 +404,7 @@ def test_names_with_signs_in_them(cli, here, name, suffix):
     code, stdout, err = cli(*args)
     assert (code, err) == (0, "") and out.name in stdout
     assert not leftover.exists()
-    assert cli(*args) == (0, f"all 3 images are there already: {out.name}\n", "")
+    assert cli(*args) == (0, f"all 3 images exist already: {out.name}\n", "")
 
 
 def test_the_temporaries_of_another_place_are_left(cli, here):

@@ -12,8 +12,8 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.models import loading, sizes
 from diffkd.models.quantization import MIN_CHANNELS, quantized
-from tests.models.test_unet2d import student
 from tests.refusals import refuse
+from tests.tiny import student
 
 torchao = pytest.importorskip("torchao")
 COSINE = Schedule.cosine(64)

@@ -11,7 +11,8 @@ import diffkd
 from diffkd.core import samplers
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
-from diffkd.generation.drawing import Drawing, generate, to_uint8
+from diffkd.generation.generator import ImageGenerator, generate
+from diffkd.generation.pixels import to_uint8
 from diffkd.models import loading, students
 from diffkd.runs.reports import model_card
 from tests.models.test_unet2d import stock_pictures
@@ -98,9 +99,9 @@ def test_the_stock_scheduler_has_the_same_table(schedule):
 
 def test_a_model_is_drawn_by_its_own_sampler_unless_another_is_named():
     denoiser = student(None, "v_prediction", COSINE, sampler="renoise")
-    own, named = Drawing(denoiser, 2), Drawing(denoiser, 2, sampler="ddim")
-    assert (own.sampler, own.draws, own.nfe) == ("renoise", 4, 4)
-    assert (named.sampler, named.draws) == ("ddim", 1)
+    own, named = ImageGenerator(denoiser, 2), ImageGenerator(denoiser, 2, sampler="ddim")
+    assert (own.sampler, own.noises_per_image, own.nfe) == ("renoise", 4, 4)
+    assert (named.sampler, named.noises_per_image) == ("ddim", 1)
     pixels = to_uint8(samplers.sample(denoiser, torch.zeros(1, 1, 8, 8), 4))
     assert pixels.shape == (1, 8, 8, 1)
 

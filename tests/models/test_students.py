@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
-from diffkd.generation.drawing import generate
+from diffkd.generation.generator import generate
 from diffkd.models import loading, students
 from diffkd.models.students.blocks import drop_layers
 from diffkd.models.students.channels import narrow_unet

@@ -16,7 +16,7 @@ from diffkd.core.samplers import sample
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.generation import sample as sampling
-from diffkd.generation.drawing import generate
+from diffkd.generation.generator import generate
 from diffkd.models import loading
 from diffkd.models.unet import UNet2D
 from diffkd.runs.reports import model_card

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from markdown_it import MarkdownIt
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.generation.drawing import generate
+from diffkd.generation.generator import generate
 from diffkd.models import loading
 from diffkd.runs.reports import model_card
 

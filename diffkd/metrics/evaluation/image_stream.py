@@ -16,7 +16,7 @@ from diffkd.errors import UserError
 from diffkd.generation.generator import generate
 from diffkd.generation.labels import labels_for
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sets import Source, batches, spread, thinned
+from diffkd.metrics.evaluation.image_sources import Source, batches, spread, thinned
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES
 
@@ -113,7 +113,7 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
 
 
 def _labels(denoiser: Denoiser, config: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
-    """(what the protocol says of the labels, the labels): the reference's own, by `image_sets.spread`."""
+    """(what the protocol says of the labels, the labels): the reference's own, by `image_sources.spread`."""
     if isinstance(config.labels, list):
         return config.labels, config.labels
     if denoiser.num_classes is None:

@@ -1,12 +1,14 @@
-import numpy as np
+"""Generated images: each depends on the seed, its index and its label alone."""
+
 import pytest
 import torch
 
+from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
-from diffkd.generation.drawing import generate, labels_for, to_uint8
+from diffkd.generation.generator import ImageGenerator, generate
 from tests.gaussian import gaussian
-from tests.models.test_unet2d import student
+from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
 
@@ -35,25 +37,6 @@ def test_a_networks_images_do_not_change_with_the_batch():
     assert (whole - alone).abs().max() <= 1 and (whole != alone).float().mean() < 1e-3
 
 
-def test_pixels_are_rounded_as_pil_pipelines_do():
-    x0 = torch.linspace(-1.5, 1.5, 4001).reshape(1, 1, 1, -1)
-    stock = ((x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
-    assert np.array_equal(to_uint8(x0).numpy(), stock)
-    every = torch.arange(256).reshape(1, 1, 16, 16)
-    assert torch.equal(to_uint8(every / 127.5 - 1)[..., 0].long(), every[:, 0])
-
-
-def test_labels_are_taken_in_turn():
-    denoiser = student(4, "v_prediction", COSINE)
-    assert labels_for(denoiser, 6, None).tolist() == [0, 1, 2, 3, 0, 1]
-    assert labels_for(denoiser, 5, [3, 1]).tolist() == [3, 1, 3, 1, 3]
-    for wrong in ([4], [-1], []):
-        with pytest.raises(UserError, match="this model has labels 0 to 3"):
-            labels_for(denoiser, 2, wrong)
-    with pytest.raises(UserError, match="unconditional"):
-        labels_for(student(None, "v_prediction", COSINE), 2, [0])
-
-
 def test_a_label_reaches_its_image():
     denoiser = student(4, "v_prediction", COSINE)
     mixed = images(denoiser, 8, labels=[0, 3], batch_size=8).int()
@@ -68,3 +51,10 @@ def test_what_cannot_be_generated():
     denoiser.shape = None
     with pytest.raises(UserError, match="shape"):
         images(denoiser, 1, steps=1)
+
+
+def test_guidance_counts_twice():
+    denoiser = Denoiser(torch.nn.Identity(), COSINE, "sample", shape=(1, 4, 4), num_classes=3, null_label=3)
+    assert ImageGenerator(denoiser, 2, steps=3).nfe == 3
+    assert ImageGenerator(denoiser, 2, steps=3, guidance=2.0).nfe == 6
+    assert ImageGenerator(denoiser, 2, steps=3, guidance=2.0, sampler="heun").nfe == 10

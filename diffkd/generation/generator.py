@@ -1,0 +1,217 @@
+"""Generating images with a denoiser, in batches. Image i depends on (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkd.core import samplers
+from diffkd.core.denoiser import Denoiser
+from diffkd.errors import UserError
+from diffkd.generation import cuda_graphs
+from diffkd.generation.labels import labels_for
+from diffkd.generation.pixels import check_finite, host_arrays, to_pixels
+from diffkd.generation.timing import Timer
+from diffkd.io.prefetch import prefetch, to_device
+
+
+class ImageGenerator:
+    """n images of a denoiser, in batches: batch k holds the images from k * batch_size on.
+
+    steps, sampler: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i
+    starts from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a
+    sampler is stochastic, so the stock pipeline given these generators draws the same images. mode: auto,
+    eager, graph or compile (`cuda_graphs.prepare`). options: guidance, eta.
+
+    States are float32. On CUDA the network's weights are converted to channels_last in place. Raises
+    UserError for arguments that do not fit the model, and for a batch too large for the memory, naming one
+    that fits.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        n: int,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        labels: Sequence[int] | Tensor | None = None,
+        batch_size: int = 64,
+        sampler: str | None = None,
+        mode: str = "auto",
+        **options: Any,
+    ) -> None:
+        steps, sampler = steps or denoiser.steps, sampler or denoiser.sampler
+        if steps is None:
+            raise UserError("this model has no step count of its own; give the number of steps")
+        if sampler != "ancestral" and "eta" in options:
+            raise UserError(
+                f"eta is an option of the ancestral sampler, and the sampler is {sampler}; leave it out"
+            )
+        if not 0 <= seed < 2**63 - n:
+            raise UserError(f"seed {seed} is out of range; use 0 to {2**63 - n - 1}")
+        if denoiser.shape is None:
+            raise UserError(
+                "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
+            )
+        cuda_graphs.check_mode(mode, denoiser.device)
+        samplers.find(sampler)
+        self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
+        self.options, self.mode = options, mode
+        self.labels = labels_for(denoiser, n, labels)
+        self.batch_size = max(1, min(batch_size, n))
+        self.device = denoiser.device
+        eta = {"eta": options["eta"]} if "eta" in options else {}
+        self.noises_per_image = 1 + samplers.fresh_noises(sampler, steps, **eta)
+        self.timer = Timer(self.device)
+        self.runner: cuda_graphs.Runner | None = None
+        if self.device.type == "cuda":
+            denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one image; a guided one is two."""
+        return samplers.nfe(self.sampler, self.steps) * (1 if self.options.get("guidance", 1.0) == 1 else 2)
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.n // self.batch_size)
+
+    def sample(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """x0 (B, C, H, W). noise: (noises_per_image, B, C, H, W), the first state and then fresh noise in
+        order;
+        labels: (B,)."""
+        first, *fresh = noise.unbind()
+        if self.device.type == "cuda":
+            first = first.contiguous(memory_format=torch.channels_last)
+        cond: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+        rest = iter(fresh)
+        return samplers.sample(
+            self.denoiser, first, self.steps, self.sampler, fresh=lambda x: next(rest), **cond, **self.options
+        )  # fmt: skip
+
+    def pixels(self, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From noise to pixels: uint8 (B, H, W, C), and whether all of x0 is finite."""
+        return to_pixels(self.sample(noise, labels))
+
+    @torch.inference_mode()
+    def prepare(self) -> cuda_graphs.Runner:
+        """Warms up, captures or compiles, once; on a CPU there is nothing to do unless mode is `compile`."""
+        if self.runner is None:
+            fits = cuda_graphs.largest_fitting(self._prepare, self.batch_size)
+            if fits < self.batch_size:
+                self.runner = None  # prepared for another size
+                raise UserError(
+                    f"a batch of {self.batch_size} images does not fit into the memory of {self.device}; "
+                    + (f"{fits} do: use a batch size of {fits}" if fits else "nor does one image")
+                )
+        assert self.runner is not None
+        return self.runner
+
+    def _prepare(self, batch: int) -> None:
+        noise = torch.zeros(self.noises_per_image, batch, *self._shape, device=self.device)
+        labels = None if self.labels is None else torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.runner = cuda_graphs.prepare(
+            self.pixels, (noise, labels), self.mode, self.device, self.num_batches
+        )
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        assert self.denoiser.shape is not None
+        return self.denoiser.shape
+
+    def batches(self, chosen: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """uint8 (B, H, W, C) on the device: every batch, or those of the chosen numbers, which are the same
+        either way. Raises UserError for values that are not finite: on a GPU after the first and the last
+        batch."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for number, (pixels, batch_finite) in enumerate(self._run(chosen)):
+            finite &= batch_finite
+            if self.device.type == "cpu" or number == 0:  # a check of every batch would wait for each
+                check_finite(finite)
+            yield pixels
+        check_finite(finite)
+
+    def arrays(self, chosen: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+        """The same on the host, each array valid until the next is asked for, each checked to be finite."""
+        return host_arrays(self._run(chosen), self.device)
+
+    @torch.inference_mode()
+    def _run(self, chosen: Iterable[int] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The results of `pixels` for these batches, with the noise of the next ones made meanwhile."""
+        runner = self.prepare()
+        numbers = list(range(self.num_batches) if chosen is None else chosen)
+        noises: Iterator[Tensor] = map(self._noise, numbers)
+        if self.device.type != "cpu":
+            noises = prefetch(noises)
+        for batch in numbers:
+            with self.timer.host("noise"):
+                noise = next(noises)
+                labels = self._labels(batch)
+            yield self._run_batch(runner, noise, labels)
+
+    def _run_batch(
+        self, runner: cuda_graphs.Runner, noise: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not runner.fixed_shape:
+            with self.timer.device("network"):
+                x0 = self.sample(noise, labels)
+            with self.timer.device("conversion"):
+                return to_pixels(x0)
+        count, missing = noise.shape[1], self.batch_size - noise.shape[1]
+        if missing:  # the last batch: padded with its first image
+            noise = torch.cat([noise, noise[:, :1].expand(-1, missing, -1, -1, -1)], 1)
+            labels = None if labels is None else torch.cat([labels, labels[:1].expand(missing)])
+        with self.timer.device("network and conversion"):
+            pixels, finite = runner.call(noise, labels)
+        return pixels[:count], finite
+
+    def image_range(self, batch: int) -> tuple[int, int]:
+        """The index of a batch's first image, and the index after its last."""
+        return batch * self.batch_size, min((batch + 1) * self.batch_size, self.n)
+
+    def _noise(self, batch: int) -> Tensor:
+        images = range(*self.image_range(batch))
+        generators = [torch.Generator("cpu").manual_seed(self.seed + i) for i in images]
+        like = torch.empty(0)
+        noise = torch.stack(
+            [
+                samplers.randn((len(generators), *self._shape), generators, like)
+                for _ in range(self.noises_per_image)
+            ]
+        )
+        return to_device(noise, self.device)
+
+    def _labels(self, batch: int) -> Tensor | None:
+        if self.labels is None:
+            return None
+        return to_device(self.labels[slice(*self.image_range(batch))], self.device)
+
+
+def generate(
+    denoiser: Denoiser,
+    n: int,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    labels: Sequence[int] | Tensor | None = None,
+    batch_size: int = 64,
+    sampler: str | None = None,
+    mode: str = "auto",
+    share: tuple[int, int] = (0, 1),
+    **options: Any,
+) -> Iterator[Tensor]:
+    """n images as uint8 batches (B, H, W, C) on the denoiser's device, by an `ImageGenerator` of these
+    arguments.
+
+    share: (rank, world), to generate only the batches rank, rank + world, ..., unchanged.
+    """
+    generator = ImageGenerator(
+        denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
+        **options,
+    )  # fmt: skip
+    yield from generator.batches(range(share[0], generator.num_batches, share[1]))

@@ -1,0 +1,63 @@
+"""Images that are on disk already: the record of how they were made, and what is left to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffkd.io.files import read_json
+from diffkd.io.text import differences
+
+RECORD = "diffkd.json"  # beside the images: {"drawn": settings, "images": n, "complete": whether all n exist}
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """existing: (n,) bool as bytes, which images exist. clear: whether existing files must be deleted first.
+    complete: whether there is nothing left to do."""
+
+    existing: bytes
+    clear: bool = False
+    complete: bool = False
+
+    @staticmethod
+    def from_scratch(n: int) -> ResumePlan:
+        return ResumePlan(bytes(n), clear=True)
+
+    @staticmethod
+    def resume(indices: np.ndarray, n: int, complete: bool = False) -> ResumePlan:
+        """indices: of the images that exist. complete: whether their record says so."""
+        existing = np.zeros(n, bool)
+        existing[indices] = True
+        return ResumePlan(existing.tobytes(), complete=complete and bool(existing.all()))
+
+    @property
+    def missing(self) -> np.ndarray:
+        """(n,) bool."""
+        return ~np.frombuffer(self.existing, bool)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, None where there is none."""
+    try:
+        return as_record(read_json(path, None))
+    except (OSError, ValueError):
+        return None
+
+
+def as_record(content: Any) -> dict[str, Any] | None:
+    """The content if it is a record, else None: a pipeline's card is a file of the same name."""
+    is_record = isinstance(content, dict) and {"drawn", "images", "complete"} <= content.keys()
+    return content if is_record else None
+
+
+def describe_difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """How the settings of a record differ from these, to follow the name of the images; None if they
+    match."""
+    changed = differences(record["drawn"], json.loads(json.dumps(settings)))
+    return f"holds images of other settings ({'; '.join(changed[:3])})" if changed else None
