@@ -66,10 +66,10 @@ def log(folder):
 @pytest.mark.parametrize(
     ("method", "layouts", "updates"),
     [
-        sample("two", ["1x4", "2x2", "fsdp-2x2"], 25),
-        sample("feature", ["1x4", "2x2"], 15),
-        sample("logits", ["1x4", "2x2"], 15),
-        exhaustive("one", list(LAYOUTS), 50),
+        sample("two", ["1x4", "2x2", "fsdp-2x2"], 8),
+        sample("feature", ["1x4", "2x2"], 8),
+        sample("logits", ["1x4", "2x2"], 8),
+        exhaustive("one", list(LAYOUTS), 25),
         exhaustive("two", NO_ZERO, 25),
         exhaustive("feature", ["1x4", "2x2", "fsdp-2x2"], 25),
         exhaustive("logits", ["1x4", "2x2", "fsdp-2x2"], 25),
@@ -102,21 +102,22 @@ def test_the_student_is_the_same_however_the_work_is_divided(tmp_path, launched,
 
 
 @pytest.mark.parametrize(
-    ("method", "ways"),
+    ("method", "ways", "stop", "updates"),
     [
-        sample("two", ["whole", "same", "2-1", "whole-fsdp", "same-fsdp"]),
-        exhaustive("one", list(WAYS)),
-        exhaustive("two", ["whole", "same", "2-1", "whole-fsdp", "same-fsdp", "fsdp-1"]),
-        exhaustive("feature", ["whole", "same", "2-1", "1-fsdp"]),
-        exhaustive("logits", ["whole", "same", "2-1", "1-fsdp"]),
+        sample("two", ["whole", "same", "2-1", "whole-fsdp", "same-fsdp"], 5, 8),
+        exhaustive("one", list(WAYS), 12, 16),
+        exhaustive("two", ["whole", "same", "2-1", "whole-fsdp", "same-fsdp", "fsdp-1"], 12, 16),
+        exhaustive("feature", ["whole", "same", "2-1", "1-fsdp"], 12, 16),
+        exhaustive("logits", ["whole", "same", "2-1", "1-fsdp"], 12, 16),
     ],
 )
-def test_a_stopped_run_resumes_in_any_number_of_processes(tmp_path, launched, method, ways):
-    """Stopped after update 12 of 16 by one of its processes; the same processes reach the same bits."""
+def test_a_stopped_run_resumes_in_any_number_of_processes(tmp_path, launched, method, ways, stop, updates):
+    """One of its processes is asked to stop. The same processes then reach the same bits, others the same
+    student but for rounding."""
     for name in ways:
         for part, layout in enumerate(WAYS[name]):
-            stop = 12 if len(WAYS[name]) == 2 and part == 0 else None
-            train(launched, tmp_path / name, layout, method=method, updates=16, stop_at=stop)
+            stop_at = stop if len(WAYS[name]) == 2 and part == 0 else None
+            train(launched, tmp_path / name, layout, method=method, updates=updates, stop_at=stop_at)
     student = {name: tmp_path / name / "student.safetensors" for name in ways}
     for kind in ("", "-fsdp", "-zero"):
         if f"same{kind}" in ways:
@@ -125,7 +126,7 @@ def test_a_stopped_run_resumes_in_any_number_of_processes(tmp_path, launched, me
     for name in ways:
         assert distance(student["whole"], student[name]) < 1e-6, name
         records = log(tmp_path / name)
-        assert [r["update"] for r in records] == [7, 14, 16]
+        assert [r["update"] for r in records] == [*range(7, updates, 7), updates]
         assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in whole], rel=2e-6), name
 
 
@@ -135,7 +136,7 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, monkeypatch, mak
     monkeypatch.chdir(tmp_path)
     config = {
         "out": "runs/parts", "teacher": {"path": str(make_pipeline(tmp_path))}, "data": {"kind": "digits"},
-        "method": {"name": "progressive", "steps": [4, 1], "updates": 40, "learning_rate": 1e-3},
+        "method": {"name": "progressive", "steps": [4, 1], "updates": 20, "learning_rate": 1e-3},
         "training": {"batch_size": 16, "micro_batches": 2, "log_every": 1, "checkpoint_every": 5},
         "evaluation": None,
     }  # fmt: skip
@@ -145,10 +146,11 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, monkeypatch, mak
         [*LAUNCHED, "distill", "distill.yaml"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**ONE_THREAD, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     )  # fmt: skip
-    wait_for(process, tmp_path / "runs/parts/log.jsonl", '"1-steps", "stage_index": 1, "update": 17')
+    wait_for(process, tmp_path / "runs/parts/log.jsonl", '"update": 1,')
     workers = psutil.Process(process.pid).children()
     ranks = {worker.environ()["RANK"]: worker for worker in workers if "RANK" in worker.environ()}
     assert sorted(ranks) == ["0", "1"]
+    wait_for(process, tmp_path / "runs/parts/log.jsonl", '"1-steps", "stage_index": 1, "update": 7,')
     ranks["1"].kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode
