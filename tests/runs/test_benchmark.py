@@ -224,7 +224,7 @@ def test_a_second_time_nothing_is_measured(run, monkeypatch):
     assert after.keys() == before.keys()
 
 
-@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("row", [1, 3])
 def test_what_is_missing_is_measured_again(run, row):
     """And nothing else."""
     run()
@@ -314,14 +314,13 @@ def test_digits(run, here):
     assert "digits" in Path("runs/bench/benchmark.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["a|b", "_first", "a $x$", "$\\frac$", "[bold]x", "[/x]", "μ ≥ 2"])
-def test_names(run, here, name):
-    """Of any letters: in the table, in the terminal and in the plots."""
-    both = [{"path": "plain", "name": name, "steps": [1, 2]}, {"path": "student"}]
-    out = run(changed(here, models=both))
-    assert [r["model"] for r in records()] == [name, name, "student"]
-    assert [len(row) for row in table()] == [len(table()[0])] * 4
-    assert name in out
+def test_names(run, here):
+    """Any characters: in the table, in the terminal and in the plots."""
+    names = ["a|b", "_first", "a $x$", "$\\frac$", "[bold]x", "[/x]", "μ ≥ 2"]
+    out = run(changed(here, models=[{"path": "plain", "name": name, "steps": [1]} for name in names]))
+    assert [r["model"] for r in records()] == names
+    assert [len(row) for row in table()] == [len(table()[0])] * (1 + len(names))
+    assert all(name in out for name in names)
     assert len(list(Path("runs/bench").glob("fid-*.png"))) == 2
 
 
@@ -364,7 +363,7 @@ def test_two_processes(run, here, launched):
         ("evaluation=null", ["evaluation"]),
         ("evaluation.reference=null", ["evaluation.reference", "missing"]),
         ("evaluation.reference=./gone", ["./gone"]),
-        ("evaluation.reference=gone.npz", ["gone.npz", "not there"]),
+        ("evaluation.reference=gone.npz", ["gone.npz", "does not exist"]),
         ("evaluation.reference=3", ["evaluation.reference"]),
         ("evaluation.reference={kind: npz}", ["evaluation.reference.path", "missing"]),
         ("evaluation.reference=model.pkl", ["model.pkl", "pickle"]),

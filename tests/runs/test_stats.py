@@ -174,7 +174,7 @@ def test_images_are_resized(here, compute):
     check(compute("images", "--resize", 4), grey.reshape(30, 2, 2, 2, 2).mean((2, 4)).reshape(30, 4) / 255)
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+@pytest.mark.parametrize("size", [1, 7, 1000])
 def test_the_batch_size_does_not_matter(here, compute, size):
     arrays = compute("images", "--batch-size", size, "--store-features")
     check(arrays, quarters(of_folder(here / "images")))
@@ -230,7 +230,6 @@ def test_one_that_evaluate_reads(cli, here, compute):
     assert found["protocol"]["features"]["name"] == "toy.Quarters"
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(here, compute, launched):
     args = ["classes", "--store-features", "--batch-size", 7]
     one = compute(*args)
@@ -254,8 +253,8 @@ def test_two_processes_are_one(here, compute, launched):
         (["images", "--out", "ref"], ["--out", "ref", ".npz"]),
         (["images", "--out", "ref.npy"], ["ref.npy", ".npz"]),
         (["images", "--out", "toy.py/ref.npz"], ["toy.py"]),
-        (["./gone", "--out", "ref.npz"], ["./gone", "not there"]),
-        (["gone.npz", "--out", "ref.npz"], ["gone.npz", "not there"]),
+        (["./gone", "--out", "ref.npz"], ["./gone", "does not exist"]),
+        (["gone.npz", "--out", "ref.npz"], ["gone.npz", "does not exist"]),
         (["toy.py", "--out", "ref.npz"], ["toy.py"]),
         (["model.pkl", "--out", "ref.npz"], ["model.pkl", "pickle", "convert"]),
         (["owner/set", "--out", "ref.npz"], ["owner/set", "--resize"]),
