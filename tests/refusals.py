@@ -1,4 +1,4 @@
-"""How every command refuses: exit status 2, one line, and no file touched."""
+"""How every command refuses bad input: exit status 2, one line, and no file changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file's bytes, None for a folder; without what Python compiles."""
+    """Every path below the folder: a file's bytes, None for a folder. Compiled Python is left out."""
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
@@ -17,7 +17,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def refuse(cli: Callable[..., Any], folder: Path, *args: object, says: Sequence[str] | str = "") -> str:
-    """The command `args` fails as it should, with all of `says` in its line, which is returned."""
+    """The line with which the command `args` refuses, which must contain all of `says`."""
     before = tree(folder)
     code, out, err = cli(*args)
     assert (code, out, len(err.splitlines())) == (2, "", 1), (code, out, err)

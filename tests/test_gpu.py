@@ -25,22 +25,19 @@ from tests.methods.conformance import images
 from tests.tiny import student
 from tests.training.stages import run_one, weights
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
 COSINE = Schedule.cosine(64)
 
 
-def test_the_gpu_draws_the_cpus_pictures():
-    """From the same noise, which is made on the CPU: at most a grey level apart, nearly nowhere."""
+def test_the_gpu_draws_the_images_of_the_cpu():
+    """From the same noise, made on the CPU: almost no pixel differs, and none by more than two levels."""
     denoiser = student(10, "v_prediction", COSINE)
     cpu = torch.cat(list(generate(denoiser, 32, seed=3))).int()
     gpu = torch.cat(list(generate(denoiser.to("cuda"), 32, seed=3))).cpu().int()
     assert (cpu - gpu).abs().max() <= 2 and (cpu != gpu).float().mean() < 0.02
 
 
-def test_the_target_is_double_precision_there_too():
+def test_the_target_is_double_precision():
     teacher = student(None, "v_prediction", COSINE)
     x_t, t = torch.randn(8, 1, 8, 8), torch.arange(1, 9).double() / 8
     cpu = target(teacher, x_t, t, t - 1 / 8)
@@ -49,7 +46,7 @@ def test_the_target_is_double_precision_there_too():
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_stage_learns_there(tmp_path, precision):
+def test_a_stage_trains(tmp_path, precision):
     teacher = student(3, "v_prediction", COSINE).cuda()
     pupil = students.copy_of(teacher)
     before = weights(teacher)
@@ -68,8 +65,8 @@ def test_a_stage_learns_there(tmp_path, precision):
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_compiled_gradients_are_the_same_there(tmp_path):
-    """On CPUs torch 2.13 compiles a wrong backward pass of this network; what it does here has to be seen."""
+def test_compiled_gradients_are_the_same(tmp_path):
+    """torch 2.13 compiles a wrong backward pass of this network on CPUs; on GPUs it must be right."""
     plain = run_one(tmp_path / "plain", updates=3)[2]
     fast = run_one(tmp_path / "fast", updates=3, training=Training(batch_size=8, log_every=1, compile=True))[
         2
@@ -79,9 +76,9 @@ def test_compiled_gradients_are_the_same_there(tmp_path):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
 
 
-def test_a_scale_that_is_too_large_is_found_and_kept(tmp_path):
-    """fp16: overflows at the beginning are the scaler's business and not counted as skipped updates; a run
-    that is stopped goes on with the scale that was found."""
+def test_a_loss_scale_that_is_too_large_is_lowered_and_resumed(tmp_path):
+    """fp16: the overflows with which the scaler finds its scale are not counted as skipped updates, and a
+    resumed run starts from the scale that was found."""
 
     def one(folder, stop_at=None):
         AcceleratorState._reset_state()
@@ -113,8 +110,8 @@ def test_a_scale_that_is_too_large_is_found_and_kept(tmp_path):
     assert torch.allclose(whole, one(tmp_path / "parts"), rtol=1e-3, atol=1e-5)
 
 
-def test_an_update_waits_for_the_device_once(tmp_path):
-    """For its loss and norm, by an event: torch itself raises for any other wait."""
+def test_an_update_synchronizes_once(tmp_path):
+    """By an event, for its loss and gradient norm: torch raises at any other synchronization."""
 
     def on_update(done, record):
         torch.cuda.set_sync_debug_mode("error" if 2 <= done < 9 else "default")
@@ -137,16 +134,16 @@ def test_an_update_waits_for_the_device_once(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("mode", ["graph", "compile", "auto"])
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
-def test_a_captured_drawing_is_the_eager_one(mode, sampler):
-    """A batch that is not full, and several replays of one graph."""
+def test_captured_sampling_equals_eager(mode, sampler):
+    """Including a batch that is not full, and several replays of one graph."""
     denoiser = student(10, "v_prediction", COSINE).cuda()
     eager = torch.cat(list(generate(denoiser, 20, seed=3, batch_size=8, sampler=sampler, mode="eager"))).int()
     fast = torch.cat(list(generate(denoiser, 20, seed=3, batch_size=8, sampler=sampler, mode=mode))).int()
     assert (eager - fast).abs().max() <= 2 and (eager != fast).float().mean() < 0.02
 
 
-def test_the_command_writes_what_the_gpu_draws(make_pipeline, tmp_path, cli):
-    """Through pinned buffers and worker processes, image by image as the array has them."""
+def test_the_command_writes_the_images_of_the_gpu(make_pipeline, tmp_path, cli):
+    """Through pinned buffers and worker processes: each file equals its image in the .npz."""
     folder = make_pipeline(tmp_path)
     options = ["-n", 50, "--steps", 2, "--batch-size", 16, "--device", "cuda", "--dtype", "float32"]
     assert cli("sample", folder, *options, "--out", tmp_path / "i", "--workers", 2).code == 0
@@ -156,8 +153,8 @@ def test_the_command_writes_what_the_gpu_draws(make_pipeline, tmp_path, cli):
         assert np.array_equal(read_image(tmp_path / f"i/{i:06d}.png"), whole[i])
 
 
-def test_evaluation_on_the_gpu_is_the_one_on_the_cpu(make_pipeline, tmp_path):
-    """The same images but for rounding, and features and statistics that never leave the device."""
+def test_evaluation_on_the_gpu_equals_the_cpu(make_pipeline, tmp_path):
+    """The same images but for rounding; features and statistics stay on the device."""
     folder = make_pipeline(tmp_path)
     how = Evaluation(samples=200, batch_size=64, metrics=["fid", "kid", "is", "prdc"])
     found = {}

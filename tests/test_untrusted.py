@@ -59,7 +59,7 @@ def exploded(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def code(exploded) -> str:
-    """A module that says that it was run."""
+    """The source of a module that leaves a file when it is imported."""
     return (
         f"from pathlib import Path\nPath({str(exploded)!r}).touch()\nimport torch\n"
         "class Mine(torch.nn.Module):\n    num_features = 3\n"
@@ -122,7 +122,7 @@ def test_components_that_are_not_diffusers_own(tmp_path, make_pipeline, exploded
 
 
 @pytest.mark.parametrize("name", [["pipeline", "Mine"], ["pipeline.py", "Mine"], "pipeline", None, 3])
-def test_a_pipeline_that_is_its_own_class(tmp_path, make_pipeline, exploded, code, name):
+def test_a_pipeline_with_a_class_of_its_own(tmp_path, make_pipeline, exploded, code, name):
     folder = make_pipeline(tmp_path)
     (folder / "pipeline.py").write_text(code)
     index = json.loads((folder / "model_index.json").read_text())
@@ -143,17 +143,17 @@ def test_code_beside_a_pipeline_does_not_matter(tmp_path, make_pipeline, explode
 
 
 @pytest.mark.parametrize("component", ["unet", "scheduler"])
-def test_code_in_the_place_of_diffusers(tmp_path, make_pipeline, exploded, code, component):
-    """diffusers opens <component>/<library>.py before the library itself; older versions ask nobody."""
+def test_code_that_shadows_diffusers(tmp_path, make_pipeline, exploded, code, component):
+    """diffusers imports <component>/<library>.py before the library itself, older versions without asking."""
     folder = make_pipeline(tmp_path)
     (folder / component / "diffusers.py").write_text(code)
     with pytest.raises(UserError, match="in a file of its own"):
         loading.open_stock(folder)
-    assert loading.load(folder).shape == (1, 8, 8)  # which asks diffusers for two classes by name
+    assert loading.load(folder).shape == (1, 8, 8)  # it looks up only two classes of diffusers, by name
     assert not exploded.exists()
 
 
-def test_a_map_to_code_in_a_config_of_transformers(tmp_path, exploded, code):
+def test_an_auto_map_in_a_transformers_config_is_ignored(tmp_path, exploded, code):
     from transformers import Dinov2Config, Dinov2Model
 
     small = {
@@ -173,7 +173,7 @@ def test_a_map_to_code_in_a_config_of_transformers(tmp_path, exploded, code):
 
 
 def sharded(folder: Path, name: str) -> None:
-    """The weights in two files, by an index that says where."""
+    """Split the weights into two files with an index."""
     tensors = load_file(folder / WEIGHTS)
     last = list(tensors)[-1]
     index = {"metadata": {}, "weight_map": {key: "a.safetensors" for key in tensors} | {last: name}}
@@ -201,7 +201,7 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path, make_pipeline, name)
             way(folder)
 
 
-def test_an_index_of_features_does_not_lead_out_of_the_folder(tmp_path):
+def test_a_feature_index_does_not_lead_out_of_the_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     index = {"metadata": {}, "weight_map": {"x": "../outside.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -209,7 +209,7 @@ def test_an_index_of_features_does_not_lead_out_of_the_folder(tmp_path):
         DINOv2(tmp_path)
 
 
-def test_what_is_fetched_of_a_hub(tmp_path, monkeypatch):
+def test_only_json_and_safetensors_are_downloaded(tmp_path, monkeypatch):
     asked: list[str] = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -223,7 +223,7 @@ def test_what_is_fetched_of_a_hub(tmp_path, monkeypatch):
     assert asked and all(pattern.endswith((".json", ".safetensors")) for pattern in asked)
 
 
-def test_a_stock_pipeline_is_not_filled_up_with_random_weights(tmp_path, make_pipeline):
+def test_missing_weights_are_not_initialised_at_random(tmp_path, make_pipeline):
     folder = make_pipeline(tmp_path)
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("conv_in.weight")
@@ -233,8 +233,8 @@ def test_a_stock_pipeline_is_not_filled_up_with_random_weights(tmp_path, make_pi
 
 
 @pytest.mark.parametrize("opened", [loading.load, loading.open_stock])
-def test_a_network_of_attention_without_heads(tmp_path, make_pipeline, opened):
-    """diffusers makes it, and divides by zero when it is called."""
+def test_attention_with_no_heads(tmp_path, make_pipeline, opened):
+    """diffusers builds it and divides by zero when it is called."""
     folder = make_pipeline(tmp_path)
     known = json.loads((folder / "unet/config.json").read_text())
     changes = {"add_attention": True, "attention_head_dim": 17}
@@ -267,7 +267,7 @@ def test_a_network_of_absurd_size_takes_no_memory(tmp_path, make_pipeline, chang
      {"beta_start": "x", "beta_schedule": "linear"}, {"beta_start": 7.0, "beta_schedule": "linear"},
      {"clip_sample": True, "clip_sample_range": "x"}, {"clip_sample": True, "clip_sample_range": -1}],
 )  # fmt: skip
-def test_a_schedule_of_absurd_numbers(tmp_path, make_pipeline, changes):
+def test_absurd_schedules(tmp_path, make_pipeline, changes):
     folder = make_pipeline(tmp_path)
     path = folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -336,7 +336,7 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in ra
          "long",
          "date", "hexadecimal", "digits", "python", "empty int", "empty float"],
 )  # fmt: skip
-def test_yaml_that_means_harm_is_one_line_and_soon(tmp_path, text):
+def test_hostile_yaml_is_refused_quickly_in_one_line(tmp_path, text):
     started = time.process_time()
     with pytest.raises(UserError) as error:
         read(tmp_path, text if text.startswith(("[", "{", "-", "x")) else TRAIN + text)
@@ -350,7 +350,7 @@ def test_yaml_that_means_harm_is_one_line_and_soon(tmp_path, text):
      "evaluation.labels=[false]", "evaluation.samples=true", "data={kind: folder, path: x, size: true}",
      "data={kind: folder, path: x, size: 8, channels: true}", "pictures=false"],
 )  # fmt: skip
-def test_true_is_no_number(tmp_path, override):
+def test_true_is_not_a_number(tmp_path, override):
     with pytest.raises(UserError, match="'true'|'false'"):
         read(tmp_path, TRAIN, override)
     name = override.partition("=")[0]
@@ -360,7 +360,7 @@ def test_true_is_no_number(tmp_path, override):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\udcff", "e" * 300])
-def test_a_name_that_is_no_path(tmp_path, name):
+def test_a_name_that_is_not_a_path(tmp_path, name):
     text = yaml.safe_dump({**yaml.safe_load(TRAIN), "method": {"steps": [4]}, "teacher": {"train": name}})
     (tmp_path / "a.yaml").write_text(text)
     if "\0" in name:
@@ -372,11 +372,11 @@ def test_a_name_that_is_no_path(tmp_path, name):
         config_files.load(tmp_path / name, config.Train)
 
 
-def test_true_is_true(tmp_path):
+def test_booleans_stay_booleans(tmp_path):
     assert read(tmp_path, TRAIN, "classes=false", "model.attention=[true]").model.attention == [True]
 
 
-# code of the user's ---------------------------------------------------------------------------------------
+# user code ------------------------------------------------------------------------------------------------
 
 METHOD = """
 from diffkd.methods.base import Method
@@ -395,7 +395,7 @@ class Own(Method):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch, code):
-    """name -> the name of a module of that text on the path."""
+    """own(text) -> the name of an importable module with that source."""
     monkeypatch.syspath_prepend(tmp_path)
     made: list[str] = []
 
@@ -416,7 +416,7 @@ def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def test_a_method_of_ones_own_is_named_once_in_the_log(tmp_path, monkeypatch, own, caplog):
+def test_a_user_method_is_logged_once(tmp_path, monkeypatch, own, caplog):
     package = tmp_path / own("").replace("own_", "pack_")
     package.mkdir()
     (package / "__init__.py").touch()
@@ -428,7 +428,7 @@ def test_a_method_of_ones_own_is_named_once_in_the_log(tmp_path, monkeypatch, ow
     assert announced(caplog) == [f"running user code: module {name} ({package / 'mine.py'})"]
 
 
-def test_features_of_ones_own_are_named_once_in_the_log(tmp_path, own, caplog):
+def test_user_features_are_logged_once(tmp_path, own, caplog):
     name = own()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -454,7 +454,7 @@ def measured(tmp_path, evaluated) -> Path:
     return Path(shutil.copytree(evaluated, tmp_path, dirs_exist_ok=True)) / "r.json"
 
 
-def test_a_record_does_not_get_to_name_code(measured, own, exploded):
+def test_a_record_cannot_name_code(measured, own, exploded):
     name = own()
     record = json.loads(measured.read_text())
     record["protocol"]["evaluation"]["features"] = f"{name}.Mine"
@@ -464,7 +464,7 @@ def test_a_record_does_not_get_to_name_code(measured, own, exploded):
     assert not exploded.exists() and name not in sys.modules
 
 
-def test_a_record_by_code_that_the_user_names_is_repeated(tmp_path, measured, own):
+def test_a_record_is_repeated_with_code_that_the_user_names(tmp_path, measured, own):
     name = f"{own()}.Mine"
     config = Evaluation(features=name, metrics=["fid"])
     measure(tmp_path / "fake.npz", tmp_path / "real.npz", config, measured)
@@ -473,7 +473,7 @@ def test_a_record_by_code_that_the_user_names_is_repeated(tmp_path, measured, ow
         repeat(measured, quiet(), features_name="digits")
 
 
-def test_a_reference_does_not_get_to_name_code(tmp_path, own, exploded, cli):
+def test_a_reference_cannot_name_code(tmp_path, own, exploded, cli):
     name = own()
     protocol = json.dumps({"features": {"name": f"{name}.Mine"}})
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3), protocol=protocol)
@@ -483,7 +483,7 @@ def test_a_reference_does_not_get_to_name_code(tmp_path, own, exploded, cli):
     assert not exploded.exists() and name not in sys.modules
 
 
-def test_a_card_does_not_get_to_name_code(tmp_path, make_pipeline, own, exploded):
+def test_a_card_cannot_name_code(tmp_path, make_pipeline, own, exploded):
     folder, name = make_pipeline(tmp_path), own()
     settings = {"method": [{"name": f"{name}.Mine"}], "evaluation": {"features": f"{name}.Mine"}}
     card = {
@@ -508,7 +508,7 @@ HOSTILE = ["\x1b[31mred\x07", "a\nb", "a\rb", "\x1b]0;title\x07", "e" * 200, "<s
 
 @pytest.fixture
 def terminal() -> Console:
-    """One that shows everything as it is."""
+    """A console that escapes nothing."""
     return Console(file=io.StringIO(), force_terminal=False, width=10_000)
 
 
@@ -518,7 +518,7 @@ def clean(text: str) -> bool:
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.filterwarnings("ignore::UserWarning:matplotlib")
-def test_a_class_folder_of_any_name(tmp_path, image_folder, caplog, name):
+def test_class_folders_with_hostile_names(tmp_path, image_folder, caplog, name):
     root = image_folder(tmp_path, classes=["a", "b"], count=3)
     (root / "b").rename(root / name.replace("/", "_"))
     images = folder.Folder(kind="folder", path=root, size=8).load()
@@ -607,7 +607,7 @@ def test_names_in_a_report(tmp_path, measured, name):
     assert "<script" not in page and clean(page)
 
 
-def test_a_report_of_files_that_are_none(tmp_path):
+def test_a_report_of_malformed_files(tmp_path):
     pytest.importorskip("matplotlib")
     for metrics in (
         "[" * 9999,
@@ -620,7 +620,7 @@ def test_a_report_of_files_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "evil\x1b[31m", "e" * 300])
-def test_members_of_an_archive_go_nowhere(tmp_path, name, monkeypatch):
+def test_archive_members_are_not_extracted(tmp_path, name, monkeypatch):
     place = tmp_path / "a" / "b"
     place.mkdir(parents=True)
     monkeypatch.chdir(place)
@@ -649,7 +649,7 @@ def test_members_of_an_archive_go_nowhere(tmp_path, name, monkeypatch):
         "b\0",
     ],
 )
-def test_ids_of_a_hub_that_are_none(tmp_path, monkeypatch, name):
+def test_malformed_hub_ids(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -664,7 +664,7 @@ def test_ids_of_a_hub_that_are_none(tmp_path, monkeypatch, name):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_links_in_a_circle(tmp_path, image_folder):
+def test_circular_links(tmp_path, image_folder):
     root = image_folder(tmp_path, classes=["a", "b"], count=3)
     (root / "a" / "up").symlink_to(root, target_is_directory=True)
     (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
@@ -704,11 +704,11 @@ def test_what_looks_like_a_secret_is_masked(text, kept):
     ["runs/hf_mirror/x", "hf_datasets/cifar10", "hf://datasets/a/b@main/x", "training.batch_size=4", "a@b.de",
      "sk-learn", "https://host/x@2", "tokens", "seed=1"],
 )  # fmt: skip
-def test_what_is_none_is_left(text):
+def test_what_is_not_a_secret_is_kept(text):
     assert masked(text) == text
 
 
-def test_a_secret_reaches_no_error_and_no_log(tmp_path, monkeypatch, cli, caplog):
+def test_secrets_reach_neither_errors_nor_logs(tmp_path, monkeypatch, cli, caplog):
     secret = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
     monkeypatch.setenv("HF_TOKEN", secret)
 
@@ -750,7 +750,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def read_both(tmp_path: Path, content: bytes, name: str = "x.png", channels: int = 3) -> np.ndarray:
-    """(H, W, C) as both readers give it, which must be one."""
+    """(H, W, C), as both readers decode it, which must agree."""
     root = tmp_path / "read"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -770,7 +770,7 @@ def read_both(tmp_path: Path, content: bytes, name: str = "x.png", channels: int
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
-    """ITU-R 601, as Pillow rounds it."""
+    """ITU-R 601 luma, rounded as Pillow does."""
     r, g, b = rgb.astype(np.int64).transpose(2, 0, 1)
     return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).astype(np.uint8)
 
@@ -801,13 +801,13 @@ def palette_and_alpha() -> bytes:
 
 
 def of_cmyk(cmyk: np.ndarray) -> np.ndarray:
-    """Without a profile: what is left of white under each ink and under black."""
+    """Without a colour profile: the white left under each ink and under black."""
     c, m, y, k = cmyk.astype(np.float64).transpose(2, 0, 1)
     return np.stack([(255 - ink) * (255 - k) / 255 for ink in (c, m, y)], 2)
 
 
 def deep_rgb_png(values: np.ndarray) -> bytes:
-    """16-bit RGB by hand: Pillow writes none."""
+    """A 16-bit RGB PNG by hand, which Pillow cannot write."""
     import struct
     import zlib
 
@@ -830,7 +830,7 @@ DEEP_RGB = RNG.integers(0, 65536, (H, W, 3), dtype=np.uint16)
 FRAMES = [Image.fromarray(np.full((H, W, 3), c, np.uint8)) for c in (40, 90, 200)]
 MANY = {"save_all": True, "append_images": FRAMES[1:]}
 ROTATED = Image.Exif()
-ROTATED[0x0112] = 6  # shown turned by 90 degrees clockwise
+ROTATED[0x0112] = 6  # displayed rotated by 90 degrees clockwise
 EXACT = {
     "rgb": (saved(Image.fromarray(NOISE), "PNG"), NOISE),
     "rgba": (saved(Image.fromarray(np.concatenate([NOISE, ALPHA], 2)), "PNG"), NOISE),
@@ -882,7 +882,7 @@ def test_the_pixels_of_odd_images(tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
 def test_cmyk(tmp_path, kind):
-    """JPEG as Adobe writes it, with the inks inverted; flat, so that compression changes little."""
+    """JPEG with inverted inks, as Adobe writes it; one colour, so that compression changes little."""
     flat = np.broadcast_to(np.array([200, 30, 90, 50], np.uint8), (16, 16, 4)).copy()
     options = {"quality": 100} if kind == "JPEG" else {}
     content = saved(Image.frombytes("CMYK", (16, 16), flat.tobytes()), kind, **options)
@@ -938,7 +938,7 @@ def test_lab_tiff(tmp_path):
     np.testing.assert_array_equal(read_both(tmp_path, content, channels=1), luma(found))
 
 
-BOMB = b"P5 12000 8000 255\n"  # 96 million pixels, that are not there
+BOMB = b"P5 12000 8000 255\n"  # a header that promises 96 million pixels
 REFUSED = {
     "zero bytes": (b"", "no whole PNG"),
     "gif": (saved(Image.fromarray(GREY), "GIF"), "no whole PNG"),
@@ -960,14 +960,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_images_that_are_not_read(tmp_path, name, caplog, recwarn):
+def test_images_that_are_refused(tmp_path, name, caplog, recwarn):
     content, why = REFUSED[name]
     root = tmp_path / "images"
     root.mkdir()
     for i in range(3):
         (root / f"x{i}.png").write_bytes(content)
     with warnings.catch_warnings():
-        warnings.resetwarnings()  # as in the command, with what diffkd.data asked for
+        warnings.resetwarnings()  # as in the command, with the filter of diffkd.data
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
         with pytest.raises(UserError, match=rf"x\d.png cannot be read \(.*({why})"):
             image_sources.FolderSource(root, None).read(0, 1)
@@ -978,8 +978,8 @@ def test_images_that_are_not_read(tmp_path, name, caplog, recwarn):
     assert not [w for w in recwarn if "bomb" in str(w.message)]
 
 
-def test_bombs_print_nothing_of_their_own(tmp_path, image_folder):
-    """In a process of its own, with the filters that Python starts with."""
+def test_decompression_bombs_print_one_line_each(tmp_path, image_folder):
+    """In a process of its own, with the warning filters that Python starts with."""
     import subprocess
 
     root = image_folder(tmp_path, count=4)
@@ -998,7 +998,7 @@ def test_bombs_print_nothing_of_their_own(tmp_path, image_folder):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_limit_of_the_users_own(tmp_path, monkeypatch):
+def test_the_users_own_pixel_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(ValueError, match="6x4 pixels are more than"):
         read_both(tmp_path, EXACT["rgb"][0])
@@ -1008,7 +1008,7 @@ def test_a_limit_of_the_users_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(64, 1), (1, 64), (1, 1)])
 def test_thin_images_are_fitted(tmp_path, shape):
-    """The short side is one pixel: what is kept is the middle one, enlarged to one colour."""
+    """With a short side of one pixel, the crop is the middle pixel, enlarged to one colour."""
     pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
     root = tmp_path / "thin"
     root.mkdir()
@@ -1025,7 +1025,7 @@ def test_thin_images_are_fitted(tmp_path, shape):
         folder.Folder(kind="folder", path=root, size=8).load()
 
 
-def test_rows_of_a_data_set_are_opened_as_files_are(tmp_path):
+def test_dataset_rows_are_decoded_like_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     gif = {"bytes": REFUSED["gif"][0], "path": None}
     rows = [{"bytes": EXACT[name][0], "path": "../../evil.png"} for name in ("rgb", "rgba", "16-bit rgb")]

@@ -59,7 +59,7 @@ def pipelines(tmp_path_factory, make_pipeline) -> Path:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, pipelines) -> Path:
-    """The working directory of the command, with the three pipelines and two configs that work in it."""
+    """The working directory, with the three pipelines and two valid configs."""
     for name in ("plain", "labelled", "linear"):
         shutil.copytree(pipelines / name, tmp_path / name)
     write(tmp_path / "train.yaml", TRAIN)
@@ -76,7 +76,7 @@ def write(path: Path, content: Any) -> Path:
 
 @pytest.fixture
 def refused(cli, here) -> Callable[..., str]:
-    """refused(*args, says=[...]): the command fails as it should. The message is returned."""
+    """refused(*args, says=[...]) -> the message with which the command refuses."""
 
     def run(*args: object, says: list[str] | str = "", lines_before: int = 0) -> str:
         before = tree(here)
@@ -98,10 +98,10 @@ def sample(*args: object) -> tuple[object, ...]:
     return ("sample", *args, "--out", "drawn", "-n", 2, "--device", "cpu")
 
 
-# that the rest fails for its own reason -------------------------------------------------------------------
+# the rest fails for its own reason ------------------------------------------------------------------------
 
 
-def test_what_is_not_wrong_works(cli, here):
+def test_the_valid_commands_work(cli, here):
     assert cli("train", "train.yaml").code == 0
     assert cli("distill", "distill.yaml").code == 0
     code, _, err = cli(*sample("runs/students/students/2-steps"))
@@ -110,7 +110,7 @@ def test_what_is_not_wrong_works(cli, here):
     assert (here / "drawn-grid.png").is_file()
 
 
-def test_a_real_process_says_it_in_one_line(here):
+def test_a_real_process_prints_one_line(here):
     command = [sys.executable, "-m", "diffkd.cli", "train", "train.yaml", "training.batchsize=3"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here)
     assert (ran.returncode, ran.stdout) == (2, "")
@@ -137,7 +137,7 @@ def test_usage(refused, args, says):
     refused(*args, says=says)
 
 
-def test_no_arguments_at_all_is_help(cli):
+def test_no_arguments_print_help(cli):
     code, out, err = cli()
     assert "distill" in out + err and code in (0, 2)
 
@@ -160,7 +160,7 @@ def test_no_arguments_at_all_is_help(cli):
         ("out: runs/x\n", ["missing"]),
     ],
 )
-def test_files_that_are_no_config(refused, here, command, content, says):
+def test_files_that_are_not_configs(refused, here, command, content, says):
     if content is not None:
         write(here / "c.yaml", content)
     refused(command, "c.yaml", says=says)
@@ -170,7 +170,7 @@ def test_files_that_are_no_config(refused, here, command, content, says):
 @pytest.mark.parametrize(
     ("line", "says"), [("no: 3", "config key "), ("3: 4", "config key 3"), ("null: 1", "config key ")]
 )
-def test_keys_that_are_no_words(refused, here, command, line, says):
+def test_keys_that_are_not_strings(refused, here, command, line, says):
     """YAML reads a bare no as false."""
     write(here / "c.yaml", (here / f"{command}.yaml").read_text() + line + "\n")
     refused(command, "c.yaml", says=says)
@@ -237,7 +237,7 @@ def test_a_config_in_another_encoding_or_a_folder(refused, here):
         ("distill", "evaluation={features: no.such.Network}", ["feature network 'no.such.Network'"]),
     ],
 )
-def test_values_of_a_config(refused, command, override, says):
+def test_invalid_config_values(refused, command, override, says):
     refused(command, f"{command}.yaml", override, says=says)
 
 
@@ -267,8 +267,8 @@ def test_steps_of_a_teacher_of_1000(refused, cli, override, says):
         ("evaluation={features: no.such.Network}", ["feature network 'no.such.Network'"]),
     ],
 )
-def test_a_mistake_is_told_before_the_teacher_is_trained(refused, here, image_folder, override, says):
-    """The teacher's config says enough: nobody trains for hours to be told that the steps do not fit."""
+def test_a_mistake_is_reported_before_the_teacher_is_trained(refused, here, image_folder, override, says):
+    """The teacher's config is enough to tell that the steps do not fit, hours before it is trained."""
     image_folder(here, channels=3)
     write(here / "both.yaml", {**DISTILL, "teacher": {"train": "train.yaml"}})
     refused("distill", "both.yaml", override, says=says)
@@ -280,8 +280,8 @@ def test_guidance_of_a_labelled_teacher_needs_its_null_label(refused):
     refused(*args, "teacher.null_label=10", says=["null_label 10", "10"])
 
 
-def test_a_method_without_steps_of_its_own_is_refused_or_works(cli, here):
-    """Denoising makes no student of a number of steps: no reason for a traceback once it has trained."""
+def test_a_method_without_steps(cli, here):
+    """Denoising trains no student for a number of steps; the run must still end without a traceback."""
     code, _, err = cli("distill", "distill.yaml", "method={name: denoising, updates: 1}")
     assert code in (0, 2) and len(err.splitlines()) == (code == 2)
 
@@ -289,7 +289,7 @@ def test_a_method_without_steps_of_its_own_is_refused_or_works(cli, here):
 # the folder of a run --------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_run(refused, cli):
+def test_the_folder_of_another_run(refused, cli):
     assert cli("train", "train.yaml").code == 0
     other = ["runs/teacher", "another config", "another out"]
     refused("train", "train.yaml", "seed=1", says=[*other, "seed was 0, now 1"])
@@ -298,12 +298,12 @@ def test_a_folder_of_another_run(refused, cli):
 
 
 def test_a_mistake_does_not_claim_the_folder(refused, cli):
-    """What failed to start can be corrected and started, with no folder to be removed first."""
+    """A corrected command starts without a folder having to be removed first."""
     refused("train", "train.yaml", "prediction=epsilon", says="epsilon")
     assert cli("train", "train.yaml").code == 0
 
 
-def test_a_run_in_use(refused, here):
+def test_a_run_that_another_process_holds(refused, here):
     holder = (
         "import sys; from filelock import FileLock; lock = FileLock('runs/teacher/.lock');"
         "lock.acquire(timeout=0); print('held', flush=True); sys.stdin.read()"
@@ -361,7 +361,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 
 
 def network(**changes: Any) -> Callable[[Path], None]:
-    """Another network, whole in itself."""
+    """A different network, intact in itself."""
 
     def harm(folder: Path) -> None:
         config = dict(diffusers.UNet2DModel.load_config(folder / "unet"))
@@ -377,7 +377,7 @@ def pickled(folder: Path) -> None:
 
 
 def pickled_beside_another(folder: Path) -> None:
-    """Safetensors there are, but not the ones that would be loaded: no reason to open the pickled ones."""
+    """There are safetensors, but not those that would be loaded: the pickled ones stay unopened."""
     (folder / "unet" / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
     pickled(folder)
 
@@ -452,7 +452,7 @@ def test_a_teacher_that_cannot_be_used(refused, here, name):
 @pytest.mark.parametrize(
     "path", ["/no/such/pipeline", "./missing", "train.yaml", "plain/model_index.json", "a/b/c"]
 )
-def test_a_path_that_is_no_pipeline(refused, path):
+def test_a_path_that_is_not_a_pipeline(refused, path):
     refused(*sample(path), says=[path, "neither a pipeline's folder nor a hub id"])
     refused("distill", "distill.yaml", f"teacher.path='{path}'", says=[path, "check the path"])
 
@@ -468,7 +468,7 @@ def test_pickled_weights_beside_safe_ones_are_not_opened(cli, here):
 
 
 def http_error(kind: type[Exception], message: str) -> Exception:
-    """With no network at all, and whatever package the hub's client is built on."""
+    """Without any network, whichever HTTP library the hub's client uses."""
     if kind is HfHubHTTPError.__bases__[0]:
         return kind(message)
     return kind(message, response=Mock(headers={}))  # type: ignore[call-arg]
@@ -488,7 +488,7 @@ def http_error(kind: type[Exception], message: str) -> Exception:
     ],
     ids=["404", "offline", "disk", "network", "no words"],
 )
-def test_a_hub_id_that_cannot_be_had(refused, monkeypatch, error, reason):
+def test_a_hub_id_that_cannot_be_downloaded(refused, monkeypatch, error, reason):
     def download(*args: Any, **kwargs: Any) -> str:
         raise error()
 
@@ -513,7 +513,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_loads(cli, here, monkeypatch):
     assert set(asked[0][1]) == {"*.json", "*.safetensors"}
 
 
-def test_a_repository_that_is_no_pipeline(refused, here, monkeypatch):
+def test_a_repository_that_is_not_a_pipeline(refused, here, monkeypatch):
     (here / "empty").mkdir()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(here / "empty"))
     refused(*sample("somebody/text"), says=["model_index.json"])
@@ -525,7 +525,7 @@ def test_a_repository_that_is_no_pipeline(refused, here, monkeypatch):
 @pytest.mark.parametrize(
     "classes", ["", "x", "1,,2", "1-", "-1", "1-x", "9-0", "9-0,3", "1.5", "0x3", "²", "balanced,3", "1-2-3"]
 )
-def test_classes_that_make_no_sense(refused, classes):
+def test_invalid_classes(refused, classes):
     refused(*sample("labelled", "--steps", 2), f"--classes={classes}", says=["--classes", repr(classes)])
 
 
@@ -544,7 +544,7 @@ def test_labels_of_an_unconditional_model(refused):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", "", "xla", "meta"])
-def test_a_device_that_is_none(refused, device):
+def test_an_unknown_device(refused, device):
     if torch.cuda.is_available() and torch.cuda.device_count() > 99:
         pytest.skip("there is a cuda:99")
     refused(
@@ -577,12 +577,14 @@ def test_options_of_sample(refused, out, args, says):
     refused("sample", "plain", "--out", out, "-n", 2, "--device", "cpu", *args, says=says)
 
 
-def test_what_is_there_already_is_left(refused, cli, here):
+def test_existing_images_are_not_overwritten(refused, cli, here):
     for out in ("drawn", "drawn.npz"):
         args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", out]
         assert cli(*args).code == 0
         refused(*args, "--seed", 5, says=[out, "images of other settings (seed was 0, now 5)", "--overwrite"])
-        refused(*args[:-4], "-n", 1, "--out", out, says=["of these settings, and 1 were requested", "--overwrite"])
+        refused(
+            *args[:-4], "-n", 1, "--out", out, says=["of these settings, and 1 were requested", "--overwrite"]
+        )
         before = tree(here)
         assert cli(*args) == (0, f"all 2 images exist already: {out}\n", "") and tree(here) == before
         assert cli(*args, "--seed", 5, "--overwrite").code == 0
@@ -590,14 +592,14 @@ def test_what_is_there_already_is_left(refused, cli, here):
         assert after.keys() == before.keys() and after != before
 
 
-def test_a_grid_that_is_there_already_is_left(refused, here):
-    """The picture beside an .npz is written too."""
+def test_an_existing_grid_is_not_overwritten(refused, here):
+    """The grid beside an .npz counts as well."""
     (here / "drawn.grid.png").write_bytes(b"of another run")
     args = ["sample", "plain", "--steps", 1, "-n", 2, "--out", "drawn.npz"]
     refused(*args, says=["drawn.grid.png", "already exists", "--overwrite"])
 
 
-def test_an_empty_folder_may_be_drawn_into(cli, here):
+def test_an_empty_folder_is_used(cli, here):
     (here / "drawn").mkdir()
     assert cli(*sample("plain", "--steps", 1)).code == 0
     assert len(list((here / "drawn").iterdir())) == 3
@@ -607,8 +609,8 @@ def test_an_empty_folder_may_be_drawn_into(cli, here):
 @pytest.mark.parametrize(
     "out", ["plain", ".", "train.yaml", "plain/model_index.json/x", "train.yaml/x.npz", "f.npz"]
 )
-def test_what_is_not_ours_is_not_replaced(refused, here, out, overwrite):
-    """--overwrite is for images that sample drew, not for whatever folder a slip of the finger names."""
+def test_overwrite_replaces_only_sampled_images(refused, here, out, overwrite):
+    """--overwrite is for images that `diffkd sample` wrote, not for any folder that a typo may name."""
     (here / "f.npz").mkdir()
     refused("sample", "plain", "--steps", 1, "-n", 2, "--out", out, *overwrite, says=out)
 
@@ -669,7 +671,7 @@ def test_data_whose_labels_do_not_fit_the_teacher(refused, here, image_folder):
     refused(*distil, "teacher.path=labelled", "data.labelled=false", says=["class-conditional", "no labels"])
 
 
-def test_labelled_data_with_an_unconditional_teacher_is_no_mistake(cli, here, image_folder):
+def test_labelled_data_with_an_unconditional_teacher_works(cli, here, image_folder):
     image_folder(here, classes=["a", "b"], count=2)
     assert cli(*with_data(here, "distill", folder())).code == 0
 
@@ -699,23 +701,23 @@ def save_set(path: Path, labels: list[int] | None = None) -> None:
         ({"label": "words"}, ["set", "'words'"]),
     ],
 )
-def test_data_sets_that_are_not_there(refused, here, fields, says):
+def test_datasets_that_do_not_exist(refused, here, fields, says):
     save_set(here / "set")
     refused(*with_data(here, "train", hub(**fields)), says=says)
 
 
-def test_a_data_set_of_no_images(refused, here):
+def test_a_dataset_without_images(refused, here):
     datasets.Dataset.from_dict({"words": ["a"]}).save_to_disk(here / "set")
     refused(*with_data(here, "train", hub()), says=["image column", "words"])
 
 
-def test_a_split_that_is_not_there(refused, here):
+def test_a_split_that_does_not_exist(refused, here):
     save_set(here / "one")
     datasets.DatasetDict({"test": datasets.load_from_disk(here / "one")}).save_to_disk(here / "set")
     refused(*with_data(here, "train", hub()), says=["split train", "test"])
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_had(refused, here, monkeypatch):
+def test_a_hub_dataset_that_cannot_be_downloaded(refused, here, monkeypatch):
     def unreachable(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nmore words")
 
@@ -724,14 +726,14 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(refused, here, monkeypatch):
     refused(*with_data(here, "train", hub(path="nobody/nothing")), says=says)
 
 
-def test_labels_that_are_hidden(refused, here):
-    """-1 stands for a label that is not told; no class of a model has that number."""
+def test_hidden_labels(refused, here):
+    """-1 is the label of images without one; no class has that number."""
     save_set(here / "set", labels=[0, -1, 1, 2])
     refused(*with_data(here, "train", hub()), says=["set", "-1"])
     refused(*with_data(here, "distill", hub()), "teacher.path=labelled", says=["set", "-1"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_may_not_be_written(refused, here):
+def test_an_unwritable_folder(refused, here):
     (here / "runs").mkdir(mode=0o500)
     refused("train", "train.yaml", says=["runs"])

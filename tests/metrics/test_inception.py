@@ -368,7 +368,6 @@ def test_tf32_is_off_with_an_older_torch(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_gpu_has_the_cpus_features(state, net):
     images = pictures(4)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
@@ -627,7 +626,7 @@ def test_tensors_that_do_not_fit(state):
     nan[3] = torch.nan
     assert "the state dict lacks tensors (1: fc.bias); use" in told(**{"fc.bias": None})
     auxiliary = told(**{"AuxLogits.fc.bias": torch.zeros(1)})
-    assert "the state dict has tensors that Inception has not (1: AuxLogits.fc.bias); use" in auxiliary
+    assert "the state dict has tensors that Inception does not have (1: AuxLogits.fc.bias); use" in auxiliary
     assert "fc.weight is (1000, 2048), not (1008, 2048); use" in told(**bad_fc)
     assert "running_var has values that are not finite; use" in told(
         **{"Mixed_6c.branch1x1.bn.running_var": nan}

@@ -195,7 +195,6 @@ def test_the_features_follow_the_dtype_of_the_weights(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @BOTH
 def test_images_go_to_the_device_of_the_weights(models: dict[type, Any], kind: type[VisionFeatures]) -> None:
     features, batch = kind(models[kind].folder), images(2, 3, 20, 20)
@@ -451,7 +450,7 @@ def test_the_default_comes_from_the_hub_as_safetensors(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert refusal(kind, None) == (
-        f"{hub_id} is no folder here and could not be had from the hub (no network); check the name, or run "
+        f"{hub_id} is not a folder here and could not be downloaded from the hub (no network); check the name, or run "
         f'python -c "from transformers import {architecture} as M; '
         f"M.from_pretrained('{hub_id}').save_pretrained('DIR')\" on a machine with a network, "
         "bring DIR here and give it"
