@@ -11,17 +11,18 @@ if TYPE_CHECKING:
     from diffkd.core.denoiser import Denoiser
     from diffkd.generation.generator import generate
     from diffkd.models.loading import load
+    from diffkd.runs.evaluate import evaluate
 
 _NAMES = {
     "Denoiser": "diffkd.core.denoiser", "generate": "diffkd.generation.generator",
-    "load": "diffkd.models.loading",
+    "load": "diffkd.models.loading", "evaluate": "diffkd.runs.evaluate",
 }  # fmt: skip
 _MODULES = {
     "schedules": "diffkd.core.schedules", "samplers": "diffkd.core.samplers", "losses": "diffkd.core.losses",
     "classifier": "diffkd.core.classifier", "students": "diffkd.models.students", "methods": "diffkd.methods",
     "classifiers": "diffkd.runs.classification.networks", "metrics": "diffkd.metrics",
 }  # fmt: skip
-__all__ = ["Denoiser", "generate", "load"]
+__all__ = ["Denoiser", "evaluate", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:

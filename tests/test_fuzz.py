@@ -39,7 +39,7 @@ from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
 from diffkd.metrics import sampling_error
-from diffkd.metrics.evaluation import image_sets, records
+from diffkd.metrics.evaluation import image_sets, image_sources, records
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.statistics import Statistics
@@ -454,7 +454,7 @@ def both_readers(place: Path, name: str, content: bytes) -> None:
         return  # not a name that this file system takes
     spec = Folder(kind="folder", path=root, size=6, channels=3, upscale=True)
     trained = tried_quietly(lambda: spec.load().pixels.transpose(0, 2, 3, 1))
-    measured = tried_quietly(lambda: image_sets.FolderSource(root, 6).read(0, 1).numpy())
+    measured = tried_quietly(lambda: image_sources.FolderSource(root, 6).read(0, 1).numpy())
     assert (trained is None) == (measured is None)
     if trained is not None:
         np.testing.assert_array_equal(trained, measured)

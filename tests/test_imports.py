@@ -135,7 +135,9 @@ def test_public_names_need_no_import_of_their_own():
     code = (
         "import diffkd; assert callable(diffkd.methods.progressive.target);"
         "assert callable(diffkd.samplers.sample) and not hasattr(diffkd.methods, 'nothing');"
-        "assert callable(diffkd.schedules.from_diffusers) and not hasattr(diffkd, 'nothing')"
+        "assert callable(diffkd.schedules.from_diffusers) and not hasattr(diffkd, 'nothing');"
+        "assert callable(diffkd.evaluate) and callable(diffkd.losses.knowledge_distillation);"
+        "assert {'load', 'generate', 'evaluate', 'schedules', 'metrics'} <= set(dir(diffkd))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

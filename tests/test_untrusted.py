@@ -197,7 +197,7 @@ def test_an_index_does_not_lead_out_of_the_folder(tmp_path, make_pipeline, name)
     folder = make_pipeline(tmp_path)
     sharded(folder, str(tmp_path / "x.safetensors") if name == "absolute" else name)
     for way in (loading.load, loading.open_stock):
-        with pytest.raises(UserError, match="no safetensors file beside it"):
+        with pytest.raises(UserError, match="not a safetensors file beside it"):
             way(folder)
 
 
@@ -205,7 +205,7 @@ def test_a_feature_index_does_not_lead_out_of_the_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     index = {"metadata": {}, "weight_map": {"x": "../outside.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no safetensors file beside it"):
+    with pytest.raises(UserError, match="not a safetensors file beside it"):
         DINOv2(tmp_path)
 
 
@@ -494,6 +494,9 @@ def test_a_card_cannot_name_code(tmp_path, make_pipeline, own, exploded):
         "metrics": [],
     }
     (folder / "diffkd.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="neither ddim nor renoise"):
+        loading.load(folder)
+    (folder / "diffkd.json").write_text(json.dumps({**card, "sampler": "ddim"}))
     assert loading.load(folder).steps == 4
     loading.open_stock(folder)
     assert not exploded.exists() and name not in sys.modules
@@ -940,11 +943,11 @@ def test_lab_tiff(tmp_path):
 
 BOMB = b"P5 12000 8000 255\n"  # a header that promises 96 million pixels
 REFUSED = {
-    "zero bytes": (b"", "no whole PNG"),
-    "gif": (saved(Image.fromarray(GREY), "GIF"), "no whole PNG"),
+    "zero bytes": (b"", "not a complete PNG"),
+    "gif": (saved(Image.fromarray(GREY), "GIF"), "not a complete PNG"),
     "postscript": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
-        "no whole PNG",
+        "not a complete PNG",
     ),
     "truncated png": (EXACT["rgb"][0][:-30], "truncated|image file|broken"),
     "truncated jpeg": (saved(Image.fromarray(np.tile(NOISE, (30, 30, 1))), "JPEG")[:2000], "truncated"),

@@ -118,6 +118,6 @@ def evaluate(
     if target is None or reference is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
     console = Console(stderr=True, quiet=True) if json else Console()
-    records = job.evaluate(target, reference, options, console, device=device, out=out)
+    records = job.measure(target, reference, options, console, device=device, out=out)
     tables.show_evaluation(records, target, console, as_json=json, out=out)
     return 0

@@ -10,7 +10,7 @@ import torch
 from diffkd.metrics.base import Add, Batch, Inputs, Metric, Running, Value
 from diffkd.metrics.statistics import Statistics
 
-ROUNDING = 1e-24  # of the squared mean: a spread that is none
+ROUNDING = 1e-24  # of the squared mean; a smaller spread is rounding error
 
 
 class Agreement:

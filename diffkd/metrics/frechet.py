@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 
-SYMMETRY = 1e-6  # of the largest entry or eigenvalue: what is further off is no covariance
+SYMMETRY = 1e-6  # of the largest entry or eigenvalue: beyond it a matrix is not a covariance
 WELL_CONDITIONED = 1e-10  # ratio of Cholesky pivots above which that factor is as exact as the eigenvectors
 
 
@@ -55,7 +55,7 @@ def gaussian(mu: Any, sigma: Any, name: str = "the statistics") -> Gaussian:
 
 
 def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, Tensor]:
-    """mu (d,) and sigma (d, d) as float64 tensors. Raises UserError, naming `name`, where they are none."""
+    """mu (d,) and sigma (d, d) as float64 tensors. Raises UserError, naming `name`, if they are not."""
     mu, sigma = _float64(mu, name), _float64(sigma, name)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or len(mu) == 0:
         raise UserError(
@@ -65,7 +65,7 @@ def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, 
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise UserError(f"{name}: mu or sigma has values that are not finite; compute them again")
     if (sigma - sigma.T).abs().max() > SYMMETRY * sigma.abs().max():
-        raise UserError(f"{name}: sigma is not symmetric, so it is no covariance; compute it again")
+        raise UserError(f"{name}: sigma is not symmetric, so it is not a covariance; compute it again")
     return mu, (sigma + sigma.T) / 2
 
 
@@ -90,6 +90,6 @@ def _factor(sigma: Tensor, name: str) -> Tensor:
             return lower
     values, vectors = torch.linalg.eigh(sigma)
     if values[0] < -SYMMETRY * values.abs().max():
-        raise UserError(f"{name}: sigma has negative eigenvalues, so it is no covariance; compute it again")
+        raise UserError(f"{name}: sigma has negative eigenvalues, so it is not a covariance; compute it again")
     kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()

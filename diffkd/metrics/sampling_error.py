@@ -24,7 +24,7 @@ def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> 
     (1/N1 + 1/N2) (d + d (d + 1) / 4). With few, by drawing Gaussian samples of this spectrum.
     """
     if min(num_samples, num_reference or 2) < 2:
-        raise UserError(f"a covariance needs at least 2 samples, and {num_samples} are asked about")
+        raise UserError(f"a covariance needs at least 2 samples, and {num_samples} were given")
     spectrum = torch.linalg.eigvalsh(sigma.double()).clamp(min=0)
     spectrum = spectrum[spectrum > spectrum.max() * len(spectrum) * torch.finfo(torch.float64).eps]
     counts = [num_samples] + ([] if num_reference is None else [num_reference])

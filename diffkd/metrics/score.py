@@ -1,4 +1,4 @@
-"""The Inception Score, of class probabilities that are summed as they come."""
+"""The Inception Score, from class probabilities that are summed batch by batch."""
 
 from __future__ import annotations
 

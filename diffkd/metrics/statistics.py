@@ -21,7 +21,7 @@ BLOCK = 512  # rows of features that are summed at a time
 
 
 class _Features(nn.Module):
-    """Stands in the metric's place for a network: what it is given are features already."""
+    """Takes the place of the metric's network: what it is given are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Statistics:
         features = torch.as_tensor(features)
         if features.ndim != 2:
             raise UserError(
-                f"features of shape {tuple(features.shape)} cannot be taken; give (batch, features)"
+                f"features of shape {tuple(features.shape)} do not fit; give (batch, features)"
             )
         if self.num_samples is None:
             raise UserError("statistics of an unknown number of samples cannot take more of them")
@@ -189,7 +189,7 @@ class Statistics:
         count = arrays.get("num_samples")
         if count is not None and not _is_count(count):
             raise UserError(
-                f"{path}: num_samples is no whole number of at least 2; write it with diffkd stats"
+                f"{path}: num_samples is not a whole number of at least 2; write it with diffkd stats"
             )
         return cls.of(arrays["mu"], arrays["sigma"], None if count is None else int(count.item()), path)
 
@@ -207,7 +207,7 @@ def _metric(shift: Tensor) -> FrechetInceptionDistance:
 def _npz(path: Path | str) -> Path:
     path = Path(path)
     if path.suffix != ".npz":
-        raise UserError(f"{path} is no name for statistics; end it in .npz")
+        raise UserError(f"{path} is not a name for statistics; end it in .npz")
     return path
 
 

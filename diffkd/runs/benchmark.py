@@ -61,7 +61,7 @@ def _rows(place: Path) -> list[Record]:
 
 
 def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Target]:
-    """What is left to measure, each model with its step counts that have no row yet."""
+    """What is still to be measured: each model with the step counts that have no row yet."""
     done = {(r["model"], r.get("steps")) for r in found}
     names = {r["model"] for r in found}
     teacher = settings.teacher if "agreement" in settings.evaluation.metrics else None

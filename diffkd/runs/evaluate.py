@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,29 @@ OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 
 
 def evaluate(
+    target: str | Path,
+    reference: str | Path,
+    metrics: Sequence[str] = ("fid",),
+    *,
+    steps: int | Sequence[int] | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+    **options: Any,
+) -> Record | list[Record]:
+    """The record of `target` against `reference`, or a list of records for several step counts.
+
+    target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
+    statistics of images. options: other fields of `Options`, such as samples=10_000 or features="inception".
+    A record holds the numbers by name ("fid", ...) and the "protocol", everything that they depend on. Raises
+    UserError for whatever cannot be measured.
+    """
+    counts = (steps,) if isinstance(steps, int) else steps
+    asked = Options(",".join(metrics), None if counts is None else ",".join(map(str, counts)), **options)
+    found = measure(str(target), str(reference), asked, Console(quiet=True), device=device, out=out)
+    return found[0] if len(found) == 1 else found
+
+
+def measure(
     target: str,
     reference: str,
     options: Options,
@@ -77,7 +101,7 @@ def evaluate(
     device: str | None = None,
     out: Path | None = None,
 ) -> list[Record]:
-    """Measures `target` against `reference`: a record for each step count of a model, or one for images.
+    """A record for each step count of a model, or one for images: what the command `diffkd evaluate` does.
 
     target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
     statistics of images. out: a JSON file that takes the records as they come. A model inside a run folder

@@ -10,7 +10,7 @@ from diffkd.data.images import Images
 from diffkd.io.processes import Processes
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
-from diffkd.metrics.evaluation.image_sets import DataSource
+from diffkd.metrics.evaluation.image_sources import DataSource
 from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.runs.config import Distill, Teacher, Train

@@ -13,7 +13,7 @@ from diffkd.io.environment import commit, versions
 from diffkd.io.files import check_writable
 from diffkd.io.processes import Processes
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation import image_sets, image_sources
 from diffkd.metrics.evaluation.collector import Collector, Pixels
 from diffkd.metrics.evaluation.targets import is_model
 
@@ -52,7 +52,7 @@ def stats(
     title = printable(f"{name} features of {source.name}")
     with progress.bar(console, title, len(source), shown=processes.main) as advance:
         count = progress.counter(advance, processes.world)
-        for first, images in image_sets.batches(
+        for first, images in image_sources.batches(
             source, len(source), batch_size, processes.rank, processes.world
         ):
             pixels.update(first, images)

@@ -422,9 +422,9 @@ def test_pickles_are_not_opened(refused, suffix):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gone.npz", "not there"),
+        ("gone.npz", "does not exist"),
         ("gone/er", "--resize"),
-        ("./gone", "not there"),
+        ("./gone", "does not exist"),
         ("toy.py", "no .npz"),
         ("labelled", "model"),
         ("", "name"),

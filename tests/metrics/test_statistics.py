@@ -546,7 +546,7 @@ def test_a_note_beside_the_arrays_is_harmless(tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    refused(tmp_path / "absent.npz", "not there")
+    refused(tmp_path / "absent.npz", "does not exist")
 
 
 def test_a_folder_by_that_name(tmp_path):

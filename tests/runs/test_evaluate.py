@@ -24,6 +24,7 @@ import diffkd
 from diffkd import metrics
 from diffkd.core import samplers
 from diffkd.data.digits import Digits
+from diffkd.errors import UserError
 from diffkd.io.environment import versions
 from diffkd.metrics import features, frechet
 from diffkd.metrics.evaluation import config
@@ -198,6 +199,20 @@ def test_a_folder(here, measure):
         fid(quarters(of_folder(here / "images")), quarters(of_folder(here / "real"))), abs=1e-9, rel=1e-9
     )
     assert found["protocol"]["samples"] == 41 and found["protocol"]["reference"]["count"] == 60
+
+
+def test_from_python(here, measure):
+    """diffkd.evaluate gives the record that the command prints."""
+    options = {"features": "toy.Quarters", "metrics": ("fid", "kid")}
+    found = diffkd.evaluate("images", here / "real", **options)
+    printed = measure("images", "--reference", "real", "--features", "toy.Quarters", "--metrics", "fid,kid")
+    assert [found[key] for key in ("fid", "kid", "kid_std")] == [
+        printed[k] for k in ("fid", "kid", "kid_std")
+    ]
+    several = diffkd.evaluate("student", "digits", steps=[1, 2], samples=4)
+    assert [record["steps"] for record in several] == [1, 2]
+    with pytest.raises(UserError, match="--teacher is for the metric agreement"):
+        diffkd.evaluate("student", "digits", teacher="student")
 
 
 def some_of(total: int, count: int) -> list[int]:

@@ -1,46 +1,21 @@
-"""Sets of images to measure or to compare with: a folder, an .npz, a data set. Read batch by batch."""
+"""Sets of images as users name them, on the command line or in a config."""
 
 from __future__ import annotations
 
-import copy
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
-import torch
-from PIL import Image
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
-from diffkd.data.decoding import SUFFIXES, fitted, image_files, open_image, upright
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
-from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
 from diffkd.io.npz import PICKLES, read_npz
-from diffkd.io.text import reason
-
-WORKERS = 8  # threads that decode images
-SUBSET_SEED = 0
-
-
-class Source(Protocol):
-    """Images 0 to len - 1 in a fixed order, uint8 (H, W, C), with class labels (N,) where there are any."""
-
-    name: str
-    labels: Tensor | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Images start to stop - 1, (B, H, W, C) uint8."""
+from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
 
 
 class ImageFolder(Strict):
@@ -67,22 +42,22 @@ def parse(
 ) -> Digits | ImageFolder | File | HubDataset:
     """What a user names on the command line: digits, an .npz, a folder, or a Hugging Face data set."""
     if not text:
-        raise UserError("an empty name is no set of images; give digits, an .npz, a folder, or a data set")
+        raise UserError("an empty name does not name images; give digits, an .npz, a folder, or a data set")
     path = Path(text).expanduser()
     if text == "digits":
         return Digits(kind="digits")
     if path.suffix.lower() == ".npz" or path.suffix.lower() in PICKLES:
         return File(path=path)
-    # os.path says no of a name that can be none's, and pathlib fails
+    # os.path answers no for a name that no file can have; pathlib raises
     saved = any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json"))
     if os.path.isdir(path) and not saved:
         return ImageFolder(path=path, resize=resize)
     if os.path.exists(path) and not saved:
-        raise UserError(f"{text} is no .npz, folder or data set; give one of these, or digits")
+        raise UserError(f"{text} is not an .npz, a folder or a data set; give one of these, or digits")
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
-        raise UserError(f"{text} is not there; give digits, an .npz, a folder, or a data set (owner/name)")
+        raise UserError(f"{text} does not exist; give digits, an .npz, a folder, or a data set (owner/name)")
     if resize is None:
-        raise UserError(f"{text} is no folder or file here; as a data set it needs a size, say --resize")
+        raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: add --resize")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
 
 
@@ -98,8 +73,10 @@ Spec = Annotated[
 def images_of(
     spec: Digits | ImageFolder | File | Folder | HubDataset, arrays: dict[str, np.ndarray] | None = None
 ) -> Source:
-    """Opens it. Raises UserError for fewer than 2 images and for what cannot be read. arrays: of a file that
-    was read already."""
+    """Opens a set of images. Raises UserError for fewer than 2 and for images that cannot be read.
+
+    arrays: of an .npz that was read already.
+    """
     if isinstance(spec, ImageFolder):
         source: Source = FolderSource(spec.path, spec.resize)
     elif isinstance(spec, File):
@@ -109,174 +86,3 @@ def images_of(
     if len(source) < 2:
         raise UserError(f"{source.name} holds {len(source)} image; a covariance needs at least 2")
     return source
-
-
-class DataSource:
-    """Images in memory, as training reads them."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self.name, self.labels = images.name, images.labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.images.uint8(slice(start, stop)).permute(0, 2, 3, 1)
-
-
-class ArraySource:
-    """The images of an .npz, as ADM and `diffkd sample` write it."""
-
-    def __init__(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        self.name = str(path)
-        if "arr_0" not in arrays:
-            raise UserError(f"{path} holds no images (arr_0); it has {', '.join(arrays) or 'nothing'}")
-        images = arrays["arr_0"]
-        if images.dtype.kind == "f" and not np.isfinite(images).all():
-            raise UserError(f"{path} has images with NaN or infinite values; find out where they come from")
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[-1] not in (1, 3)
-            or 0 in images.shape[1:]
-        ):
-            raise UserError(
-                f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
-                "images are uint8 of shape (N, H, W, 1 or 3)"
-            )
-        self.labels = labels_in(arrays, len(images), path)
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self.images[start:stop])
-
-
-def labels_in(arrays: dict[str, np.ndarray], count: int, path: Path) -> Tensor | None:
-    """The class labels of an .npz: `labels`, or `arr_1` as ADM calls them. UserError for what is none."""
-    for name in ("labels", "arr_1"):
-        if name in arrays:
-            labels = arrays[name]
-            if labels.dtype.kind not in "iu" or labels.shape != (count,) or labels.size and labels.min() < 0:
-                raise UserError(
-                    f"{path}: {name} is {labels.dtype} of shape {labels.shape}; labels are whole numbers "
-                    f"from 0, of shape ({count},)"
-                )
-            return torch.from_numpy(labels.astype(np.int64))
-    return None
-
-
-class FolderSource:
-    """A folder of images, always read as RGB, turned upright. All of one size, or resized to one."""
-
-    def __init__(self, root: Path, resize: int | None) -> None:
-        self.name, self.resize = str(root), resize
-        self.paths = sorted(image_files(root))
-        if not self.paths:
-            raise UserError(
-                f"{root} holds no images ({', '.join(SUFFIXES)}), neither itself nor in subfolders"
-            )
-        self.labels = self._labels(root)
-        self.pool = ThreadPoolExecutor(WORKERS)
-        sizes: dict[tuple[int, int], Path] = {}
-        for path, size in zip(self.paths, self.pool.map(_size, self.paths), strict=True):
-            sizes.setdefault(size, path)
-        self.size = next(iter(sizes))
-        if len(sizes) > 1 and resize is None:
-            (one, path), (two, other) = list(sizes.items())[:2]
-            raise UserError(
-                f"{root} holds images of different sizes ({path.name} is {one[0]}x{one[1]}, {other.name} "
-                f"{two[0]}x{two[1]}); say --resize to bring them to one"
-            )
-
-    def _labels(self, root: Path) -> Tensor | None:
-        """The subfolder of each image, where every image is in one."""
-        parents = [path.relative_to(root).parts[:-1] for path in self.paths]
-        if not all(parents):
-            return None
-        number = {name: i for i, name in enumerate(sorted({parts[0] for parts in parents}))}
-        return torch.tensor([number[parts[0]] for parts in parents])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(np.stack(list(self.pool.map(self._one, self.paths[start:stop]))))
-
-    def _one(self, path: Path) -> np.ndarray:
-        try:
-            with open_image(path) as opened:
-                image = upright(opened, 3)
-        except Exception as error:  # Pillow raises many kinds for a broken file
-            raise _unreadable(path, error) from error
-        if self.resize is not None:
-            return np.asarray(fitted(image, self.resize))
-        if image.size != self.size:  # a turn that no header told of
-            raise UserError(
-                f"image {path} is {image.width}x{image.height} and others are "
-                f"{self.size[0]}x{self.size[1]}; say --resize to bring them to one size"
-            )
-        return np.asarray(image)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height when upright, from the header: EXIF behind the pixels of a PNG is not seen."""
-    try:
-        with open_image(path) as image:
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            width, height = image.size
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"image {path} cannot be read ({reason(error)}); repair it, or take it out")
-
-
-def spread(total: int, count: int) -> Tensor:
-    """`count` indices of `total`: where they are fewer a fixed random choice in order, else all in turn.
-
-    Images and labels often come class by class, so that the first ones are of the first classes, or the
-    classes in turn, so that evenly spaced ones may all be of one.
-    """
-    if count < total:
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET_SEED))[:count]
-        return chosen.sort().values
-    return torch.arange(count) % total
-
-
-def thinned(source: Source, count: int) -> Source:
-    """That many of its images, by `spread`."""
-    if count == len(source):
-        return source
-    chosen = spread(len(source), count)
-    thin = copy.copy(source)
-    thin.labels = None if source.labels is None else source.labels[chosen]
-    if isinstance(thin, FolderSource):
-        thin.paths = [thin.paths[i] for i in chosen]
-    elif isinstance(thin, ArraySource):
-        thin.images = thin.images[chosen.numpy()]
-    elif isinstance(thin, DataSource):
-        thin.images = replace(thin.images, pixels=thin.images.pixels[chosen.numpy()])
-    return thin
-
-
-def batches(
-    source: Source, count: int, size: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first, (B, H, W, C) uint8) of each batch that falls to this process; the next one is read
-    while one is worked on."""
-    with ThreadPoolExecutor(1) as ahead:
-        waiting: deque[tuple[int, Future[Tensor]]] = deque()
-        for start in range(rank * size, count, world * size):
-            waiting.append((start, ahead.submit(source.read, start, min(start + size, count))))
-            if len(waiting) > 1:
-                first, batch = waiting.popleft()
-                yield first, batch.result()
-        for first, batch in waiting:
-            yield first, batch.result()

@@ -63,7 +63,7 @@ NEEDED = (
 
 
 class _Known(BaseModel):
-    """What is read of a record's objects: of these types, whoever wrote the file. Other keys may be there."""
+    """What is read of a record's objects, with its types checked: anybody may have written the file."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -123,7 +123,7 @@ class _Record(_Known):
 
 
 def check(record: Record, path: Path) -> None:
-    """Raises UserError for a record whose values are not what the rest of the house takes them for."""
+    """Raises UserError for a record whose values are not of the types that the rest of diffkd expects."""
     try:
         _Record.model_validate(record)
     except ValidationError as error:
@@ -138,14 +138,14 @@ def check(record: Record, path: Path) -> None:
             if value is None and key == "psnr":
                 continue  # infinite
             raise UserError(
-                f"{path}: a record's {key} is {quoted(value)}, no number; it was changed: measure again"
+                f"{path}: a record's {key} is {quoted(value)}, which is not a number; it was changed: measure again"
             )
 
 
 def load(path: Path) -> list[Record]:
     """The records of a file: one, or a list such as a run's metrics.json.
 
-    Raises UserError for what is none.
+    Raises UserError for anything else.
     """
     try:
         content = from_json(path.read_text(encoding="utf-8"))

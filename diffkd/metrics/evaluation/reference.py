@@ -17,7 +17,8 @@ from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, reason
 from diffkd.metrics.base import FeatureSet
 from diffkd.metrics.evaluation.collector import Collector, Pixels
-from diffkd.metrics.evaluation.image_sets import File, Source, batches, images_of, labels_in
+from diffkd.metrics.evaluation.image_sets import File, images_of
+from diffkd.metrics.evaluation.image_sources import Source, batches, labels_in
 from diffkd.metrics.statistics import Statistics
 
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
@@ -30,7 +31,7 @@ class Reference:
     """
 
     def __init__(self, spec: Any, source: Source | None = None) -> None:
-        """spec: of `sources.parse` or a config. source: its images, where they are open already."""
+        """spec: of `image_sets.parse` or a config. source: its images, where they are open already."""
         self.spec = spec
         self.statistics: Statistics | None = None
         self.stored_features: Tensor | None = None
@@ -47,7 +48,7 @@ class Reference:
             self.name = self.source.name
             self.count: int | None = len(self.source)
         if self.statistics is not None:
-            self.count = self.statistics.num_samples  # not of images beside them, which may be fewer
+            self.count = self.statistics.num_samples  # and not of the images beside them, which may be fewer
 
     def _read(self, path: Path) -> None:
         arrays = read_npz(path)
@@ -63,7 +64,7 @@ class Reference:
             self.sha256 = self.protocol.get("sha256", self.sha256)
         count = self.statistics.num_samples
         if count is None:
-            return  # of another tool, whose other arrays mean what they may
+            return  # another tool's, whose other arrays may mean anything
         if "features" in arrays:
             stored = arrays["features"]
             if stored.shape != (count, self.statistics.num_features):
@@ -111,7 +112,7 @@ class Reference:
     def require(
         self, descriptions: Mapping[str, Mapping[str, Any]], store: set[str], allow_mismatch: bool = False
     ) -> list[str]:
-        """The networks that its images have to go through.
+        """The networks that its images have to be run through.
 
         Raises UserError where there are no images, and where the statistics of a file are by other features
         than the first described.
@@ -194,7 +195,7 @@ def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
         content = from_json(str(array))
     except ValueError as error:
         raise UserError(
-            f"{path}: its protocol is no JSON ({reason(error)}); write it with diffkd stats"
+            f"{path}: its protocol is not JSON ({reason(error)}); write it with diffkd stats"
         ) from error
     if not (
         isinstance(content, dict)
@@ -202,5 +203,5 @@ def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
         and isinstance(content.get("features", {}).get("name", ""), str)
         and isinstance(content.get("sha256"), str | None)
     ):
-        raise UserError(f"{path}: its protocol is none of diffkd's; write it with diffkd stats")
+        raise UserError(f"{path}: its protocol was not written by diffkd; write it with diffkd stats")
     return content

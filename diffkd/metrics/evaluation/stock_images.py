@@ -13,7 +13,7 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.stock import generate_stock, scalars, stock_defaults
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sets import spread
+from diffkd.metrics.evaluation.image_sources import spread
 from diffkd.metrics.evaluation.image_stream import ImageStream, Numbered, default_count, numbered
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES

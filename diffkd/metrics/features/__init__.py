@@ -35,7 +35,7 @@ def load(
     """
     if name == "inception":
         if dtype not in (None, "float32", "float64"):
-            raise UserError(f"dtype {dtype!r} is none of inception's; use float32 or float64")
+            raise UserError(f"dtype {dtype!r} is not one of inception's; use float32 or float64")
         return InceptionV3(weights, resize=resize or "tf1", dtype=getattr(torch, dtype or "float32"))
     for option, value in (("resize", resize), ("dtype", dtype)):
         if value is not None:
@@ -52,8 +52,8 @@ def check_named(name: str, where: object) -> None:
     code."""
     if name not in NAMES:
         raise UserError(
-            f"{where} is by the features {name!r}, code that a file does not get to run; "
-            f"where it is yours, name it: --features {name}"
+            f"{where} is by the features {name!r}, code that a file may not run; "
+            f"if it is yours, name it: --features {name}"
         )
 
 
@@ -64,11 +64,11 @@ def _own(name: str) -> nn.Module:
         network = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
     except Exception as error:  # whatever the user's module raises
         raise UserError(
-            f"feature network {name!r} cannot be had ({reason(error)}); "
+            f"feature network {name!r} cannot be loaded ({reason(error)}); "
             f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
         ) from error
     if network is None or not isinstance(getattr(network, "num_features", None), int):
-        raise UserError(f"feature network {name!r} is no nn.Module with an integer num_features; give it one")
+        raise UserError(f"feature network {name!r} is not an nn.Module with an integer num_features; give it one")
     return network.eval().requires_grad_(False)
 
 

@@ -62,7 +62,7 @@ class InceptionV3(nn.Module):
         self.weights_sha256 = digest(tensors)
         counters = {n: torch.tensor(0) for n in self.state_dict() if n.endswith(COUNTER)}
         self.load_state_dict({**counters, **tensors}, assign=True)
-        # On a CPU this layout takes two thirds of the usual one's time. (mypy knows no memory_format.)
+        # On a CPU this layout takes two thirds of the default one's time. (mypy does not know memory_format.)
         self.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
         super().train(False)
@@ -139,7 +139,7 @@ def _checked(
     given = {name: value for name, value in tensors.items() if not name.endswith(COUNTER)}
     remedy = f"use the weights of {URL}, or others under the same names"
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    for fault, names in (("lacks tensors", missing), ("has tensors that Inception has not", unknown)):
+    for fault, names in (("lacks tensors", missing), ("has tensors that Inception does not have", unknown)):
         if names:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise UserError(f"{source} {fault} ({len(names)}: {some}); {remedy}")

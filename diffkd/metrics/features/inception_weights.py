@@ -1,4 +1,4 @@
-"""Where the weights of Inception come from, and what is read of their file."""
+"""Where the weights of Inception come from, and how their file is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VARIABLE = "DIFFKD_INCEPTION"
 def find_weights(given: str | Path | None = None) -> Path:
     """The file given, else DIFFKD_INCEPTION's, else the torch hub cache's, else a download into that cache.
 
-    UserError where a file that was named is none, or the download fails.
+    UserError if a file that was named does not exist, or the download fails.
     """
     source, named = ("", given) if given is not None else (f"{VARIABLE}=", os.environ.get(VARIABLE) or None)
     if named is not None:
@@ -60,7 +60,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     suffix = path.suffix.lower()
     if suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"weights file {path} is of no known kind; use a .safetensors, .pth or .pt file")
+        raise UserError(f"weights file {path} is not of a known kind; use a .safetensors, .pth or .pt file")
     try:
         if suffix == ".safetensors":
             return load_file(path)
@@ -78,7 +78,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"begin with {SHA256}; get it again from {URL}, or use weights of your own as .safetensors"
         )
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"weights file {path} holds no flat state dict; get it again from {URL}")
+        raise UserError(f"weights file {path} does not hold a flat state dict; get it again from {URL}")
     return tensors
 
 

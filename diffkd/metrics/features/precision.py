@@ -1,4 +1,4 @@
-"""Float32 that is float32."""
+"""Float32 arithmetic in full precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From images of any size to the square a feature network wants: four ways, which FIDs must not mix."""
+"""Four ways from images of any size to the square that a feature network takes; FIDs must not mix them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESIZES: tuple[str, ...] = get_args(Resize)
 
 
 def check(how: str) -> None:
-    """A UserError unless `how` is one of RESIZES."""
+    """Raises UserError unless `how` is one of RESIZES."""
     if how not in RESIZES:
         raise UserError(f"resize {how!r} is unknown; use one of {', '.join(RESIZES)}")
 

@@ -109,7 +109,7 @@ def _load(kind: Kind, weights: str) -> Any:
                 ignore_mismatched_sizes=True,  # refused below, with a name
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers, safetensors and the config's checks raise what they like
+    except Exception as error:  # transformers, safetensors and the config's checks raise many kinds of error
         raise UserError(
             f"{weights} cannot be loaded as a {kind.architecture} ({reason(error)}); "
             "is it complete? copy or download it again"
@@ -146,16 +146,16 @@ def _folder(kind: Kind, weights: str) -> Path:
     patterns = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
     try:
         return Path(snapshot_download(weights, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub's client and the network raise: the model is not here
+    except Exception as error:  # whatever the hub's client and the network raise
         raise UserError(
-            f"{weights} is no folder here and could not be had from the hub ({reason(error)}); "
+            f"{weights} is not a folder here and could not be downloaded from the hub ({reason(error)}); "
             f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
             "and give it"
         ) from error
 
 
 def _check(kind: Kind, weights: str, folder: Path) -> None:
-    """UserError, with a remedy, for what from_pretrained would take, guess at, or refuse without one."""
+    """Raises UserError for what from_pretrained would accept, guess, or refuse without naming a remedy."""
 
     try:
         config = from_json((folder / "config.json").read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _recipe(kind: Kind, weights: str) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bar, log or warning of transformers; its settings are put back."""
+    """Silences progress bars, logs and warnings of transformers, and restores its settings."""
     logging = importlib.import_module("transformers.utils.logging")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

@@ -423,14 +423,14 @@ def test_a_users_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["absent", "./absent", "a/b/c", "/absent/folder", "~/absent", "../absent"])
 def test_what_is_not_there(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    refused(name, name, "not there", "npz")
+    refused(name, name, "does not exist", "npz")
 
 
 def test_other_files(tmp_path):
     refused(save(tmp_path / "one.png", noise(8, 8)), "one.png", "npz", "folder")
     (tmp_path / "ref.pkl").write_bytes(b"\x80\x04N.")
     refused(tmp_path / "ref.pkl", "ref.pkl", "pickle")
-    refused(tmp_path / "absent.npz", "absent.npz", "not there")
+    refused(tmp_path / "absent.npz", "absent.npz", "does not exist")
 
 
 def test_a_data_set_needs_a_size(tmp_path, monkeypatch):
