@@ -44,9 +44,9 @@ def main() -> None:
         _fail(str(error), 1)
     except Interrupted as stop:
         if not _rank():
-            why = "stopped, as the time is over" if stop.due else "interrupted"
+            why = "stopped, as the time is up" if stop.due else "interrupted"
             saved = "a checkpoint is saved, " if stop.saved else ""
-            print(f"diffkd: {why}; {saved}the same command goes on", file=sys.stderr)
+            print(f"diffkd: {why}; {saved}the same command resumes it", file=sys.stderr)
         sys.exit(0 if stop.due else 130)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -6,7 +6,7 @@ from diffkd.cli.options import ConfigFile, DryRun, Overrides, prepare_libraries,
 
 
 def benchmark(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Measure models x steps x metrics into one table. The same command goes on where it stopped."""
+    """Measure models x steps x metrics into one table. The same command resumes it."""
     from rich.console import Console
 
     prepare_libraries()

@@ -20,7 +20,7 @@ def distill(
 ) -> None:  # fmt: skip
     """Distil a diffusion model into students of fewer steps, or a classifier into smaller ones.
 
-    The config's method says which. The same command goes on where it stopped.
+    The config's method says which. The same command resumes it.
     """
     from rich.console import Console
 

@@ -23,14 +23,14 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 Allow = Annotated[
     bool,
-    typer.Option("--allow", help="Go on with a config that differs in logging, evaluation or checkpoints."),
+    typer.Option("--allow", help="Resume with a config that differs in logging, evaluation or checkpoints."),
 ]
 Quantized = Annotated[
     str | None, typer.Option(help="int8: the model's weights in 8 bits, by torchao (extra quant).")
 ]
 StopAfter = Annotated[
     str | None,
-    typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command goes on."),
+    typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command resumes it."),
 ]
 
 Features = Annotated[
@@ -57,7 +57,7 @@ def duration(text: str) -> float:
 
     parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.ASCII)
     if parts is None or not any(parts.groups()):
-        raise UserError(f"--stop-after {text!r} is no time; give one such as 50m, 1h30m or 90s")
+        raise UserError(f"--stop-after {text!r} is not a time; give one such as 50m, 1h30m or 90s")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

@@ -53,7 +53,7 @@ def sample(
 ) -> None:
     """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
 
-    The same command goes on where it stopped.
+    The same command resumes it.
     """
     from rich.console import Console
 

@@ -18,7 +18,7 @@ def train(
     config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, allow: Allow = False,
     stop_after: StopAfter = None,
 ) -> None:  # fmt: skip
-    """Train a teacher from images. The same command goes on where it stopped."""
+    """Train a teacher from images. The same command resumes it."""
     from rich.console import Console
 
     prepare_libraries()

@@ -200,7 +200,7 @@ def open_run(
         if is_disk_full(error):
             raise Unfinished(
                 f"{config.out}: the disk is full ({format_bytes(free_bytes(config.out))} free); what is done "
-                "is kept: make room, and the same command goes on"
+                "is kept: make room, and the same command resumes it"
             ) from error
         raise
     finally:

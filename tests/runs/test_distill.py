@@ -1,77 +1,62 @@
-"""The two jobs, whole, at a small size: through the command, as a user runs them."""
+"""Training and distilling, whole, at a tiny size: through the command, as a user runs it."""
+
+from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 import diffkd
 from diffkd.runs import session
-from tests.waiting import wait_for
-
-ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "out": "runs/students",
-    "teacher": {"train": "teacher.yaml"},
-    "data": {"kind": "digits"},
-    "method": {"name": "progressive", "steps": [4, 2, 1], "updates": 3, "learning_rate": 1e-3},
-    "training": {"batch_size": 16, "log_every": 1, "checkpoint_every": 1},
-    "evaluation": {"samples": 32, "teacher_steps": [8]},
-}
-TEACHER = {
-    "out": "runs/teacher",
-    "data": {"kind": "digits"},
-    "model": {"channels": [8, 16], "norm_groups": 4, "mid_attention": False},
-    "denoising": {"updates": 4, "warmup": 0},
-    "training": {"batch_size": 16, "log_every": 1},
-    "evaluation": {"samples": 32, "teacher_steps": [8]},
-}
-MEASURED = ("images_per_second", "peak_memory_gb")  # in the log, and no two runs alike
+from tests.runs.conftest import STOPPED
+from tests.runs.tiny import (
+    CONFIG,
+    ROOT,
+    TEACHER,
+    assert_same_runs,
+    log,
+    network,
+    records,
+    same,
+    signal_at,
+    write,
+)
+from tests.waiting import ONE_THREAD, wait_for
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
-    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(CONFIG))
+    write("teacher.yaml", TEACHER)
+    write("distill.yaml", CONFIG)
     return tmp_path
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+@pytest.fixture
+def from_teacher(tiny_teacher):
+    """The override that takes the teacher trained for all tests."""
+    return f"teacher={{path: {tiny_teacher}}}"
 
 
-def network(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.slow
 def test_images_to_students_in_one_command(here, cli):
     """The run folder, its numbers with their protocol, and that the same command again changes nothing."""
     code, out, err = cli("distill", "distill.yaml")
     assert (code, err) == (0, "")
     run = here / "runs/students"
     assert sorted(p.name for p in (run / "students").iterdir()) == ["1-steps", "2-steps", "4-steps"]
-    records = json.loads((run / "metrics.json").read_text())
-    assert [(r["role"], r["steps"]) for r in records] == [("teacher", n) for n in (8, 4, 2, 1)] + [
+    measured = records(run)
+    assert [(r["role"], r["steps"]) for r in measured] == [("teacher", n) for n in (8, 4, 2, 1)] + [
         ("student", n) for n in (4, 2, 1)
     ]
-    for record in records:
+    for record in measured:
         assert f"{record['fid']:.2f}" in out and record["fid"] > 0
         protocol = record["protocol"]
         assert protocol["samples"] == 32 and protocol["reference"]["count"] == 1797
@@ -82,7 +67,7 @@ def test_images_to_students_in_one_command(here, cli):
         assert protocol["versions"]["torch"] == torch.__version__ and protocol["sampler"] == "ddim"
     for n in (4, 2, 1):
         card = json.loads((run / f"students/{n}-steps/diffkd.json").read_text())
-        assert card["steps"] == n and card["metrics"] == [r for r in records if r["model"] == f"{n}-steps"]
+        assert card["steps"] == n and card["metrics"] == [r for r in measured if r["model"] == f"{n}-steps"]
         with Image.open(run / f"samples/{n}-steps.png") as grid:
             assert grid.size == (256, 256)
     stages = {r["stage"]: r for r in log(run)}
@@ -94,8 +79,7 @@ def test_images_to_students_in_one_command(here, cli):
     assert before == {p: p.read_bytes() for p in before}
 
 
-@pytest.mark.slow
-def test_mistake_the_first_teacher_in_every_stage(here, cli, monkeypatch):
+def test_mistake_the_first_teacher_in_every_stage(here, cli, monkeypatch, tiny_teacher, from_teacher):
     """Each stage's teacher, and its student's start, is the student that the stage before saved."""
     seen = []
     run_stage = session.run_stage
@@ -112,10 +96,11 @@ def test_mistake_the_first_teacher_in_every_stage(here, cli, monkeypatch):
         run_stage(accelerator, method, stage, nets, *rest, **options)
 
     monkeypatch.setattr(session, "run_stage", watched)
-    assert cli("distill", "distill.yaml", "evaluation=null").code == 0
+    assert cli("distill", "distill.yaml", from_teacher, "evaluation=null", "pictures=0").code == 0
     students = here / "runs/students/students"
-    for (teacher, start), folder in zip(seen, ["../../teacher/teacher", "4-steps", "2-steps"], strict=True):
-        assert same(teacher, network(students / folder)) and same(start, teacher)
+    sources = [tiny_teacher, students / "4-steps", students / "2-steps"]
+    for (teacher, start), source in zip(seen, sources, strict=True):
+        assert same(teacher, network(source)) and same(start, teacher)
     assert not same(network(students / "4-steps"), network(students / "1-steps"))
 
 
@@ -126,6 +111,7 @@ def test_an_epsilon_teacher_with_guidance(here, cli):
         "prediction=epsilon",
         "denoising.weight=snr",
         "evaluation=null",
+        "pictures=0",
     ]
     assert cli("train", "teacher.yaml", *overrides).code == 0
     code, out, err = cli(
@@ -136,6 +122,7 @@ def test_an_epsilon_teacher_with_guidance(here, cli):
         "method.steps=[5,1]",
         "method.sampler=heun",
         "evaluation=null",
+        "pictures=0",
     )
     assert (code, err) == (0, "")
     students = here / "runs/students/students"
@@ -147,36 +134,55 @@ def test_an_epsilon_teacher_with_guidance(here, cli):
     assert json.loads((students / "1-steps/diffkd.json").read_text())["guidance_baked_in"] == 1.5
 
 
+STAGE, UPDATE = "1-steps", 7
+
+
+def resumed(cli, out):
+    assert cli("distill", "distill.yaml", f"out={out}").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(
+    here, cli, monkeypatch, unstopped, tiny_teacher, number
+):
+    write("distill.yaml", STOPPED, teacher={"path": str(tiny_teacher)})
+    with monkeypatch.context() as patch:
+        signal_at(patch, STAGE, UPDATE, send=[number])
+        code, _, err = cli("distill", "distill.yaml", "out=run")
+    assert code == 130 and err == "diffkd: interrupted; a checkpoint is saved, the same command resumes it\n"
+    assert log(here / "run")[-1]["update"] == UPDATE + 1 and not (here / "run/students/1-steps").exists()
+    resumed(cli, "run")
+    assert_same_runs(unstopped, here / "run")
+
+
+def test_a_killed_run_ends_with_the_same_bits(here, cli, launched, unstopped, tiny_teacher):
+    write("distill.yaml", STOPPED, teacher={"path": str(tiny_teacher)})
+    strike = (STAGE, UPDATE, int(signal.SIGKILL))
+    done = launched(1, *strike, "distill", "distill.yaml", "out=run", module="tests.runs.killed")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert log(here / "run")[-1]["update"] == UPDATE  # the last checkpoint is two updates older
+    resumed(cli, "run")
+    assert_same_runs(unstopped, here / "run")
+
+
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli):
-    overrides = ["evaluation=null", "method.updates=16", "training.checkpoint_every=5"]
-    assert cli("train", "teacher.yaml", "evaluation=null").code == 0
-    overrides += ["teacher={path: runs/teacher/teacher}"]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-    command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    whole = [{k: v for k, v in r.items() if k not in MEASURED} for r in log(here / "runs/whole")]
-    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        parts = here / "runs" / how.name
-        process = subprocess.Popen(
-            [*command, f"out={parts}"],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
-        wait_for(process, parts / "log.jsonl", '"2-steps", "stage_index": 1, "update": 7')
-        process.send_signal(how)
-        _, err = process.communicate(timeout=60)
-        if how != signal.SIGKILL:
-            assert process.returncode == 130, how
-            assert err.startswith("diffkd: interrupted; a checkpoint is saved"), err
-        assert not (parts / "students/1-steps").exists()
-        assert cli("distill", "distill.yaml", *overrides, f"out={parts}").code == 0
-        for name in ("4-steps", "2-steps", "1-steps"):
-            assert same(network(here / "runs/whole/students" / name), network(parts / "students" / name)), how
-        assert [{k: v for k, v in r.items() if k not in MEASURED} for r in log(parts)] == whole, how
+def test_a_process_of_its_own_stopped_from_outside(here, cli, unstopped, tiny_teacher):
+    """As a user starts it, and stops it with Ctrl-C wherever it is."""
+    write("distill.yaml", STOPPED, teacher={"path": str(tiny_teacher)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", "out=run"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ONE_THREAD,
+    )  # fmt: skip
+    wait_for(process, here / "run/log.jsonl", '"1-steps", "stage_index": 1, "update": 2')
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.startswith("diffkd: interrupted; a checkpoint is saved"), err
+    resumed(cli, "run")
+    assert_same_runs(unstopped, here / "run")
 
 
-def held():
-    """Bytes of all the tensors that there are (a compiler's pretended ones are of other types)."""
+def allocated():
+    """Bytes of all tensors that exist (those that a compiler traces with are of other types)."""
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -194,7 +200,7 @@ def test_memory_holds_each_network_once(here, cli, monkeypatch):
     def watched(*args, on_update, **options):
         def counted(done, record):
             gc.collect()
-            found.append(held() / one)
+            found.append(allocated() / one)
             on_update(done, record)
 
         return real(*args, on_update=counted, **options)
@@ -207,19 +213,18 @@ def test_memory_holds_each_network_once(here, cli, monkeypatch):
         "training.checkpoint_every=100",  # which is a copy more of each, on the host, while it is written
     ]
     gc.collect()
-    others = held() / one
+    others = allocated() / one
     assert cli("distill", "distill.yaml", *overrides).code == 0
     assert len(found) == 3 + 6 + 6
     assert max(found) - others < 5.5, (found, others)
 
 
 @pytest.mark.slow
-def test_two_processes_are_two_micro_batches(here, cli, launched):
-    """Two of them: the learning rate advances once per update, the weights are the same."""
-    assert cli("train", "teacher.yaml", "evaluation=null").code == 0
+def test_two_processes_are_two_micro_batches(here, cli, launched, from_teacher):
+    """The learning rate advances once per update, and the weights are the same."""
     overrides = [
         "evaluation={samples: 10, batch_size: 4, teacher_steps: [8], metrics: [fid, agreement]}",
-        "teacher={path: runs/teacher/teacher}",
+        from_teacher,
         "training.micro_batches=2",
         "method.steps=[4,1]",
     ]
@@ -230,9 +235,9 @@ def test_two_processes_are_two_micro_batches(here, cli, launched):
         json.loads((here / f"runs/{n}/environment.json").read_text())["processes"] for n in ("one", "two")
     ]
     assert processes == [1, 2]
-    records = [json.loads((here / f"runs/{n}/metrics.json").read_text()) for n in ("one", "two")]
-    assert [r["protocol"]["processes"] for r in records[1]] == [2] * len(records[0])
-    for one, two in zip(*records, strict=True):
+    measured = [records(here / f"runs/{n}") for n in ("one", "two")]
+    assert [r["protocol"]["processes"] for r in measured[1]] == [2] * len(measured[0])
+    for one, two in zip(*measured, strict=True):
         assert one["fid"] == pytest.approx(two["fid"], rel=1e-3)
         assert (one["psnr"] is None) == (two["psnr"] is None)
     for name in ("4-steps", "1-steps"):
@@ -243,7 +248,7 @@ def test_two_processes_are_two_micro_batches(here, cli, launched):
     assert rates[0] == rates[1] and len(rates[0]) == 3 + 6
 
 
-def test_a_loss_that_is_no_number(here, cli):
+def test_a_loss_that_is_not_finite(here, cli):
     code, out, err = cli(
         "train",
         "teacher.yaml",

@@ -155,7 +155,7 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path, monkeypatch, mak
     _, err = process.communicate(timeout=120)
     assert process.returncode
     assert not any(worker.is_running() for worker in workers)
-    said = ("another process of this run is gone; its own error", "interrupted; the same command goes on")
+    said = ("another process of this run is gone; its own error", "interrupted; the same command resumes it")
     first = "exitcode  : -15"  # the launcher ended it before it noticed
     assert any(words in err for words in (*said, first)), err
     assert "Signal 9 (SIGKILL) received" in err

@@ -1,57 +1,39 @@
-"""Runs that are told to stop, that find no room, or go on otherwise: nothing is lost."""
+"""Runs that are told to stop, that find no room, or continue differently: nothing is lost."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from diffkd.cli.options import duration
 from diffkd.errors import UserError
+from diffkd.runs import session
 from diffkd.runs.session import Session
+from diffkd.training import trainer
 from tests.refusals import refuse
-from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, network, same
+from tests.runs.conftest import STOPPED
+from tests.runs.tiny import CONFIG, assert_same_runs, network, records, same, signal_at, write
 from tests.waiting import LAUNCHED, ONE_THREAD, wait_for
 
-FOREVER = ["evaluation=null", "pictures=0", "method.steps=[4,1]", "training.checkpoint_every=1000"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A trained one, for all."""
-    folder = tmp_path_factory.mktemp("teacher")
-    (folder / "teacher.yaml").write_text(yaml.safe_dump({**TEACHER, "evaluation": None, "pictures": 0}))
-    command = [sys.executable, "-m", "diffkd.cli", "train", "teacher.yaml"]
-    subprocess.run(command, cwd=folder, env=ONE_THREAD, check=True, capture_output=True)
-    return folder / TEACHER["out"] / "teacher"
+FOREVER = ["method.updates=40", "training.checkpoint_every=1000", "training.micro_batches=2"]
+STAGE, UPDATE = "4-steps", 3
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, teacher):
+def here(tmp_path, monkeypatch, tiny_teacher):
+    """distill.yaml is the run of the fixture `unstopped`."""
     monkeypatch.chdir(tmp_path)
-    content = {**CONFIG, "teacher": {"path": str(teacher)}}
-    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(content))
+    write("distill.yaml", STOPPED, teacher={"path": str(tiny_teacher)})
     return tmp_path
-
-
-def log(folder):
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
-
-
-def assert_same_runs(one, two, students=("4-steps", "1-steps")):
-    for name in students:
-        assert same(network(one / "students" / name), network(two / "students" / name)), name
-    assert log(one) == log(two)
 
 
 # the time that is given -------------------------------------------------------------------------------
@@ -65,73 +47,68 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "50", "m", "1.5h", "-5m", "5m1h", "50 m", "٣m"])
-def test_what_is_no_duration(text):
-    with pytest.raises(UserError, match="is no time; give one such as 50m"):
+def test_what_is_not_a_duration(text):
+    with pytest.raises(UserError, match="is not a time; give one such as 50m"):
         duration(text)
 
 
-@pytest.mark.slow
-def test_a_time_that_is_over_saves_and_ends_well(here, cli):
-    overrides = [*FOREVER, "method.updates=40"]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-    stops = 0
-    while True:
-        code, _, err = cli("distill", "distill.yaml", *overrides, "out=runs/parts", "--stop-after", "1s")
-        assert code == 0
-        if not err:
-            break
-        stops += 1
-        assert (
-            err == "diffkd: stopped, as the time is over; a checkpoint is saved, the same command goes on\n"
-        )
-    assert stops >= 1
-    assert_same_runs(here / "runs/whole", here / "runs/parts")
+def test_a_run_whose_time_is_up_saves_and_ends_well(here, cli, monkeypatch, unstopped):
+    clock = [0.0]
+    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: time.time() + clock[0]))
+    with monkeypatch.context() as patch:
+        signal_at(patch, STAGE, UPDATE, call=lambda: clock.append(clock.pop() + 3600))
+        code, _, err = cli("distill", "distill.yaml", "out=run", "--stop-after", "50m")
+    assert code == 0
+    assert err == "diffkd: stopped, as the time is up; a checkpoint is saved, the same command resumes it\n"
+    assert not (here / "run/students").exists()
+    clock[0] = 0.0
+    code, _, err = cli("distill", "distill.yaml", "out=run", "--stop-after", "50m")
+    assert (code, err) == (0, "")
+    assert_same_runs(unstopped, here / "run")
 
 
-@pytest.mark.slow
-def test_signals_that_come_twice(here, cli):
-    """As from a launcher that passes on what its processes have had already, in the middle of saving."""
-    overrides = [*FOREVER, "method.updates=40"]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-    command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *overrides, "out=runs/parts"]
-    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
-    wait_for(process, here / "runs/parts/log.jsonl", '"update": 20')
-    for _ in range(5):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.005)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "a checkpoint is saved" in err
-    assert len(list((here / "runs/parts/checkpoints").iterdir())) == 1
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/parts").code == 0
-    assert_same_runs(here / "runs/whole", here / "runs/parts")
-
-
-@pytest.mark.slow
-def test_a_time_that_is_over_for_two_processes(here, launched):
-    """Whose clocks are never quite the same: both end well, and so does the launcher."""
-    args = ["distill", "distill.yaml", *FOREVER, "method.updates=200", "training.micro_batches=2"]
-    args += ["--stop-after", "1s"]
-    first = subprocess.run([*LAUNCHED, *args], env=ONE_THREAD, capture_output=True, text=True)
-    for done in (first, launched(2, *args)):
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("stopped, as the time is over; a checkpoint is saved") == 1, done.stderr
-
-
-def test_a_time_that_is_none_is_refused(here, cli):
+def test_a_time_that_is_not_one_is_refused(here, cli):
     refuse(cli, here, "distill", "distill.yaml", "--stop-after", "soon", says=["--stop-after 'soon'", "50m"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
-    """There is nothing to be saved of one: it begins again, and measures the same."""
-    overrides = [
-        "method.steps=[2]",
-        "evaluation={samples: 48, batch_size: 8, teacher_steps: [4]}",
-        "pictures=0",
-    ]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-    seen = [0]
+def test_signals_that_come_twice(here, cli, monkeypatch, unstopped):
+    """As from a launcher that forwards what its processes have already received, in the middle of saving."""
+
+    def saving(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    save = trainer.save
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save", saving)
+        signal_at(patch, STAGE, UPDATE, send=[signal.SIGTERM] * 2)
+        code, _, err = cli("distill", "distill.yaml", "out=run")
+    assert code == 130 and "a checkpoint is saved" in err
+    assert len(list((here / "run/checkpoints").iterdir())) == 1
+    assert cli("distill", "distill.yaml", "out=run").code == 0
+    assert_same_runs(unstopped, here / "run")
+
+
+def test_a_second_interrupt_ends_it_at_once(here, cli, monkeypatch):
+    """Without the end of the update, and without a checkpoint."""
+    with monkeypatch.context() as patch:
+        signal_at(patch, STAGE, UPDATE, send=[signal.SIGINT] * 2)
+        code, _, err = cli("distill", "distill.yaml", "out=run")
+    assert (code, err) == (130, "")
+    assert '"update": 4' not in (here / "run/log.jsonl").read_text()
+    assert not list((here / "run/checkpoints").glob("*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_in_an_evaluation(here, cli, monkeypatch):
+    """There is nothing of one to save: it starts again, and measures the same."""
+    evaluation = {"samples": 48, "batch_size": 8, "teacher_steps": [4]}
+    method = {**CONFIG["method"], "steps": [2], "updates": 1}
+    content = yaml.safe_load((here / "distill.yaml").read_text())
+    write("distill.yaml", content, method=method, evaluation=evaluation)
+    assert cli("distill", "distill.yaml", "out=whole").code == 0
+    calls = [0]
     image_bar = Session.image_bar
 
     @contextlib.contextmanager
@@ -139,73 +116,42 @@ def test_a_signal_in_an_evaluation(here, cli, monkeypatch, how):
         with image_bar(self, title, total) as on_images:
 
             def interrupt(count):
-                seen[0] += 1
-                if seen[0] in (8, 14):
-                    os.kill(os.getpid(), how)
+                calls[0] += 1
+                if calls[0] in (8, 14):
+                    os.kill(os.getpid(), signal.SIGTERM if calls[0] == 8 else signal.SIGINT)
                 on_images(count)
 
             yield interrupt
 
     monkeypatch.setattr(Session, "image_bar", interrupting)
     for _ in range(2):
-        code, _, err = cli("distill", "distill.yaml", *overrides, "out=runs/parts")
-        assert code == 130 and err == "diffkd: interrupted; the same command goes on\n"
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/parts").code == 0
-    assert_same_runs(here / "runs/whole", here / "runs/parts", ["2-steps"])
-    measured = [json.loads((here / f"runs/{name}/metrics.json").read_text()) for name in ("whole", "parts")]
-    assert [(r["model"], r["steps"], r["fid"]) for r in measured[0]] == [
-        (r["model"], r["steps"], r["fid"]) for r in measured[1]
-    ]
+        code, _, err = cli("distill", "distill.yaml", "out=parts")
+        assert code == 130 and err == "diffkd: interrupted; the same command resumes it\n"
+    assert cli("distill", "distill.yaml", "out=parts").code == 0
+    assert_same_runs(here / "whole", here / "parts")
+    whole, parts = (
+        [(r["model"], r["steps"], r["fid"]) for r in records(here / name)] for name in ("whole", "parts")
+    )
+    assert whole == parts
 
 
-SLOW = '''
-import time
-from collections.abc import Iterator
-from diffkd.methods.base import Method
-from diffkd.methods import progressive
-
-
-class Slow(Method):
-    """Progressive distillation that sleeps."""
-
-    reference = "none"
-
-    def stages(self, start):
-        return progressive.Progressive(steps=[4], updates=50).stages(start)
-
-    def losses(self, nets, batch, step, rng):
-        yield from progressive.Progressive(steps=[4], updates=50).losses(nets, batch, step, rng)
-
-    def after_update(self, nets, step):
-        open("asleep", "a").write("x")
-        time.sleep(60)
-'''
+# launchers
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_it_at_once(here):
-    (here / "mine").mkdir()
-    (here / "mine/slow.py").write_text(SLOW)
-    command = [sys.executable, "-m", "diffkd.cli", "distill", "distill.yaml", *FOREVER[:2]]
-    environment = {**ONE_THREAD, "PYTHONPATH": str(here)}
-    process = subprocess.Popen(
-        [*command, "method={name: mine.slow}"], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(process, here / "asleep", "x")
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert process.poll() is None  # it would end its update first
-    process.send_signal(signal.SIGINT)
-    asked = time.monotonic()
-    process.communicate(timeout=30)
-    assert process.returncode == 130 and time.monotonic() - asked < 20
-    assert (here / "asleep").read_text() == "x"
+def test_two_processes_whose_time_is_up(here, launched):
+    """Their clocks are never quite the same: both end well, and so does the launcher."""
+    args = ["distill", "distill.yaml", *FOREVER, "method.updates=2000", "--stop-after", "1s"]
+    first = subprocess.run([*LAUNCHED, *args], env=ONE_THREAD, capture_output=True, text=True)
+    for done in (first, launched(2, *args)):
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("stopped, as the time is up; a checkpoint is saved") == 1, done.stderr
 
 
 @pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop(here, launched):
     """As a queue does it: SIGTERM to what started the processes."""
-    args = ["distill", "distill.yaml", *FOREVER, "method.updates=40", "training.micro_batches=2"]
+    args = ["distill", "distill.yaml", *FOREVER]
     assert launched(2, *args, "out=runs/whole").returncode == 0
     process = subprocess.Popen(
         [*LAUNCHED, *args, "out=runs/parts"], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
@@ -224,20 +170,16 @@ def test_a_launcher_that_is_told_to_stop(here, launched):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_half_way(here, cli, disk):
-    """The run stops with one line, what was good stays, and with more room it ends as if nothing had been."""
-    overrides = ["evaluation=null", "method.steps=[4,1]", "training.checkpoint_every=2", "method.updates=8"]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-    whole = here / "runs/whole"
-    one = sum(p.stat().st_size for p in next((whole / "checkpoints").iterdir()).iterdir())
+def test_a_disk_that_fills_up(here, cli, disk, unstopped):
+    """The run stops with one line, and with more room it ends as if nothing had happened."""
+    overrides = ["training.checkpoint_every=2", "training.keep=2"]
+    one = sum(p.stat().st_size for p in next((unstopped / "checkpoints").iterdir()).iterdir())
     place = disk(f"{int(one * 2.6) // 1024}k")
     code, out, err = cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}")
     assert code == 1 and len(err.splitlines()) == 1
-    assert "the disk is full (" in err and "same command goes on" in err and "make room" in err
+    assert "the disk is full (" in err and "same command resumes" in err and "make room" in err
     assert not [p for p in place.rglob(".*") if p.suffix == ".tmp"]
-    kept = sorted(p.name for p in (place / "run/checkpoints").iterdir())
-    assert kept and "Traceback" not in err
-    (place / "filling").write_bytes(b"0" * 10)
+    assert list((place / "run/checkpoints").iterdir()) and "Traceback" not in err
     with contextlib.suppress(OSError), (place / "filling").open("ab") as stream:
         while True:
             stream.write(b"0" * 4096)
@@ -246,74 +188,48 @@ def test_a_disk_that_is_full_half_way(here, cli, disk):
     assert code == 1 and len(err.splitlines()) == 1 and "the disk is full (0 B free)" in err, err
     disk("100m")
     assert cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}").code == 0
-    assert_same_runs(whole, place / "run")
+    assert_same_runs(unstopped, place / "run")
 
 
 # another config ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_harmless_change_half_way(here, cli, monkeypatch):
-    overrides = ["evaluation=null", "method.steps=[4,1]", "pictures=0", "training.log_every=4"]
-    assert cli("distill", "distill.yaml", *overrides, "out=runs/whole").code == 0
-
-    def stopped(self):
-        path = self.run.folder / "log.jsonl"
-        return path.exists() and '"stage_index": 1' in path.read_text()
-
+def test_a_harmless_change_half_way(here, cli, monkeypatch, unstopped):
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "should_stop", stopped)
-        assert cli("distill", "distill.yaml", *overrides, "out=runs/parts").code == 130
-    changed = [*overrides[:3], "training.log_every=1", "training.checkpoint_every=3", "out=runs/parts"]
-    refuse(
-        cli,
-        here,
-        "distill",
-        "distill.yaml",
-        *changed,
-        says=["training.log_every was 4, now 1", "--allow goes on"],
-    )
-    refuse(
-        cli,
-        here,
-        "distill",
-        "distill.yaml",
-        *changed,
-        "seed=9",
-        "--allow",
-        says=["seed was 0, now 9", "use another out"],
-    )
-    code, _, err = cli("distill", "distill.yaml", *changed, "--allow")
-    assert code == 0 and "goes on with another config" in err and len(err.splitlines()) == 1
+        signal_at(patch, "1-steps", 4, send=[signal.SIGTERM])
+        assert cli("distill", "distill.yaml", "training.log_every=4", "out=run").code == 130
+    changed = ["distill", "distill.yaml", "training.log_every=1", "training.checkpoint_every=3", "out=run"]
+    refuse(cli, here, *changed, says=["training.log_every was 4, now 1", "--allow"])
+    refuse(cli, here, *changed, "seed=9", "--allow", says=["seed was 0, now 9", "use another out"])
+    code, _, err = cli(*changed, "--allow")
+    assert code == 0 and "another config" in err and len(err.splitlines()) == 1
     for name in ("4-steps", "1-steps"):
-        assert same(
-            network(here / f"runs/whole/students/{name}"), network(here / f"runs/parts/students/{name}")
-        )
-    assert yaml.safe_load((here / "runs/parts/config.yaml").read_text())["training"]["log_every"] == 1
+        assert same(network(unstopped / "students" / name), network(here / "run/students" / name))
+    assert yaml.safe_load((here / "run/config.yaml").read_text())["training"]["log_every"] == 1
 
 
-@pytest.mark.slow
 def test_another_teacher_or_other_images_half_way(here, cli, image_folder, make_pipeline):
     """Under the same names: a run that went on would be another one."""
     image_folder(here, name="images", classes="ab", size=(8, 8))
     make_pipeline(here, name="teacher", classes=2)
     args = [
-        "distill", "distill.yaml", "evaluation=null", "method.steps=[4,1]", "pictures=0",
+        "distill", "distill.yaml", "out=run", "method.updates=1", "method.steps=[4]",
         "data={kind: folder, path: images, size: 8, channels: 1}", "teacher={path: teacher}",
     ]  # fmt: skip
     assert cli(*args).code == 0
     (here / "images").rename(here / "before")
     image_folder(here, name="images", classes="ab", size=(8, 8), seed=1)
-    refuse(cli, here, *args, says=["the data of runs/students has changed since the run began"])
+    refuse(cli, here, *args, says=["the data of run has changed since the run began"])
     shutil.rmtree(here / "images")
     (here / "before").rename(here / "images")
-    kept = here / "teacher/scheduler/scheduler_config.json"
-    content = kept.read_text()
-    kept.write_text(content.replace("squaredcos_cap_v2", "linear"))
-    refuse(cli, here, *args, says=["the teacher of runs/students has changed"])
-    kept.write_text(content)
+    scheduler = here / "teacher/scheduler/scheduler_config.json"
+    content = scheduler.read_text()
+    scheduler.write_text(content.replace("squaredcos_cap_v2", "linear"))
+    refuse(cli, here, *args, says=["the teacher of run has changed"])
+    scheduler.write_text(content)
+    shutil.rmtree(here / "teacher")
     make_pipeline(here, name="teacher", classes=2, seed=1)
-    refuse(cli, here, *args, says=["the teacher of runs/students has changed"])
+    refuse(cli, here, *args, says=["the teacher of run has changed"])
 
 
 # accelerate's configs ---------------------------------------------------------------------------------

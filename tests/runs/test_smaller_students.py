@@ -2,22 +2,32 @@
 
 import json
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 
 import diffkd
 from diffkd.errors import UserError
 from diffkd.models import sizes
-from diffkd.runs import config, config_files
-from diffkd.runs.session import Session
+from diffkd.runs.config import Distill
+from diffkd.runs.config_files import load
 from tests.refusals import refuse
-from tests.runs.test_distill import CONFIG, MEASURED, TEACHER, log, network, same
+from tests.runs.tiny import (
+    CONFIG,
+    DEEP_TEACHER,
+    UNMEASURED,
+    assert_same_runs,
+    log,
+    network,
+    records,
+    same,
+    signal_at,
+    write,
+)
 
-DEEP = {**TEACHER, "model": {"channels": [8, 16], "layers": 2, "norm_groups": 4}, "evaluation": None}
 BLOCKS = ["down_blocks.*.resnets.1", "up_blocks.*.resnets.1", "mid_block"]
 DROPPED, NARROWED = {"kind": "drop_blocks", "blocks": BLOCKS}, {"kind": "narrow", "channels": [4, 8]}
 FEATURE = {"name": "feature", "updates": 4, "warmup": 0}
@@ -26,31 +36,29 @@ FEATURE = {"name": "feature", "updates": 4, "warmup": 0}
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(DEEP))
     return tmp_path
 
 
-def write(name, **more):
-    content = {**CONFIG, "method": FEATURE, "evaluation": None, "pictures": 0, **more}
-    with open(name, "w") as stream:
-        yaml.safe_dump(content, stream)
+@pytest.fixture
+def config(here, deep_teacher):
+    """config(name, key=value, ...): writes a config that compresses the teacher trained for all tests."""
+
+    def make(name, **more):
+        content = {**CONFIG, **UNMEASURED, "teacher": {"path": str(deep_teacher)}, "method": FEATURE}
+        write(name, content, **more)
+
+    return make
 
 
-def bare(records):
-    return [{key: value for key, value in r.items() if key not in MEASURED} for r in records]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("student", [DROPPED, NARROWED], ids=["dropped", "narrowed"])
-def test_compressed_then_faster(here, cli, student):
+def test_compressed_then_faster(here, cli, config, deep_teacher, student):
     """The feature stage's student is the teacher of the stages after it; all open in diffusers."""
     method = [FEATURE, {"name": "progressive", "steps": [2, 1], "substeps": 4, "updates": 2}]
-    write("small.yaml", method=method, student=student, evaluation=CONFIG["evaluation"])
+    config("small.yaml", method=method, student=student, evaluation=CONFIG["evaluation"])
     code, out, err = cli("distill", "small.yaml")
     assert (code, err) == (0, "")
     run = here / "runs/students"
-    teacher = diffkd.load(here / "runs/teacher/teacher")
-    whole = sizes.denoiser_size(teacher)
+    whole = sizes.denoiser_size(diffkd.load(deep_teacher))
     for name in ("feature", "2-steps", "1-steps"):
         pupil = diffkd.load(run / "students" / name)
         size = sizes.denoiser_size(pupil)
@@ -59,38 +67,30 @@ def test_compressed_then_faster(here, cli, student):
         assert size.parameters < 0.6 * whole.parameters and size.macs < 0.7 * whole.macs
         assert type(DiffusionPipeline.from_pretrained(run / "students" / name).unet).__name__ == "UNet2DModel"
     assert f"student: {size} ({size.parameters / whole.parameters:.2f} of the parameters" in out
-    records = json.loads((run / "metrics.json").read_text())
-    found = {(r["model"], r["steps"]): r for r in records}
-    assert found["feature", 8]["macs"] == size.macs and found["teacher", 8]["macs"] == whole.macs
+    macs = {(r["model"], r["steps"]): r["macs"] for r in records(run)}
+    assert macs["feature", 8] == size.macs and macs["teacher", 8] == whole.macs
     assert [r["stage"] for r in log(run) if r["update"] == r["updates"]] == ["feature", "2-steps", "1-steps"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "student", [DROPPED, {**NARROWED, "importance": "taylor"}], ids=["dropped", "taylor"]
 )
-def test_a_stopped_run_goes_on_with_the_same_bits(here, cli, student, monkeypatch):
+def test_a_stopped_run_ends_with_the_same_bits(here, cli, config, student, monkeypatch):
     """With projectors, whose weights and moments are in the checkpoint, and importance by gradients."""
-
-    write("whole.yaml", student=student, out="runs/whole")
-    write("parts.yaml", student=student, out="runs/parts")
-    assert cli("distill", "whole.yaml").code == 0
-    asked = []
+    config("small.yaml", student=student)
+    assert cli("distill", "small.yaml", "out=whole").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "should_stop", lambda self: asked.append(0) or len(asked) == 2)
-        assert cli("distill", "parts.yaml").code == 130
-    assert cli("distill", "parts.yaml").code == 0
-    one, two = (here / f"runs/{name}" for name in ("whole", "parts"))
-    assert same(network(one / "students/feature"), network(two / "students/feature"))
-    assert bare(log(one)) == bare(log(two))
+        signal_at(patch, "feature", 1, send=[signal.SIGTERM])
+        assert cli("distill", "small.yaml", "out=parts").code == 130
+    assert cli("distill", "small.yaml", "out=parts").code == 0
+    assert_same_runs(here / "whole", here / "parts")
 
 
-@pytest.mark.slow
-def test_straight_into_the_smaller_student(here, cli):
+def test_straight_into_the_smaller_student(here, cli, config):
     """The first stage's teacher keeps its size; random weights are another start than the teacher's."""
     method = {"name": "progressive", "steps": [2], "substeps": 2, "updates": 1}
     for name, more in (("a", {}), ("b", {"weights": "random"})):
-        write(f"{name}.yaml", method=method, student={**NARROWED, **more}, out=f"runs/{name}")
+        config(f"{name}.yaml", method=method, student={**NARROWED, **more}, out=f"runs/{name}")
         assert cli("distill", f"{name}.yaml").code == 0
     a, b = (network(here / f"runs/{name}/students/2-steps") for name in "ab")
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()} and not same(a, b)
@@ -137,18 +137,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_the_teacher_is_trained(here, cli, case):
+def test_refused_before_the_teacher_is_trained(here, cli, config, case):
+    write("teacher.yaml", DEEP_TEACHER)
     more, message = REFUSED[case]
-    write("small.yaml", **{"student": NARROWED, **more})
+    config("small.yaml", **{"student": NARROWED, "teacher": CONFIG["teacher"], **more})
     assert re.search(message, refuse(cli, here, "distill", "small.yaml"))
 
 
-def test_compiling_and_hooks_are_refused_together(here):
+def test_compiling_and_hooks_are_refused_together(here, config):
     """On a GPU, that is: elsewhere compiling is refused anyway."""
-    write("small.yaml", training={"compile": True}, student=NARROWED)
-    settings = config_files.load(here / "small.yaml", config.Distill)
+    config("small.yaml", training={"compile": True}, student=NARROWED)
+    settings = load(here / "small.yaml", Distill)
     device = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     with pytest.raises(UserError, match="training.compile bypasses the hooks of method feature; leave it"):
         settings.check(device)
-    other = config_files.load(here / "small.yaml", config.Distill, ["method={name: output}"])
-    other.check(device)
+    load(here / "small.yaml", Distill, ["method={name: output}"]).check(device)
