@@ -388,7 +388,7 @@ HARMED = {
     "no index": (remove(INDEX), ["no model_index.json", "give the folder that has it"]),
     "torn index": (put(INDEX, '{"_class_name": "DDIM'), [INDEX, "complete?"]),
     "empty index": (put(INDEX, ""), [INDEX, "complete?"]),
-    "index is a list": (put(INDEX, "[1]"), [INDEX, "no JSON object"]),
+    "index is a list": (put(INDEX, "[1]"), [INDEX, "not hold a JSON object"]),
     "index in another encoding": (put(INDEX, b'{"a": "\xff"}'), [INDEX, "complete?"]),
     "no class": (put(INDEX, "{}"), ["supported are DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"]),
     "another family": (
