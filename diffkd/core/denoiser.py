@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
+
+StockSampler = Literal["ddim", "renoise"]  # those that a stock pipeline draws with, to the bit
 
 
 class Predicted(NamedTuple):
@@ -45,7 +47,7 @@ class Denoiser(nn.Module):
         null_label: int | None = None,
         clip: float | None = None,
         steps: int | None = None,
-        sampler: str = "ddim",
+        sampler: StockSampler = "ddim",
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -64,7 +66,7 @@ class Denoiser(nn.Module):
         self.null_label = null_label
         self.clip = clip
         self.steps = steps
-        self.sampler = sampler
+        self.sampler: StockSampler = sampler
 
     @property
     def device(self) -> torch.device:

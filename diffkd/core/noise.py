@@ -1,4 +1,4 @@
-"""Where every random number of a stage comes from; times, noised data and dropped labels drawn by it."""
+"""The random numbers of training: seeds of every update; times, noise and dropped labels drawn from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def derived_seed(*parts: int) -> int:
 
 
 def generator_for(key: tuple[int, int, int], micro: int) -> torch.Generator:
-    """Of one micro-batch. key: (seed, stage, update)."""
+    """The generator of one micro-batch. key: (seed, stage, update)."""
     return torch.Generator().manual_seed(derived_seed(*key, micro))
 
 
@@ -33,17 +33,17 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, rng: torch.Generator) -
     """x_t = alpha(t) x0 + sigma(t) eps. x0: (B, C, H, W); t: (B,)."""
     eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
     alpha, sigma = schedule.at(t, like=x0)
-    noisy: Tensor = alpha * x0 + sigma * eps
-    return noisy
+    x_t: Tensor = alpha * x0 + sigma * eps
+    return x_t
 
 
 def drop_labels(
     cond: Mapping[str, Tensor], null_label: int | None, share: float, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """The conditioning with that share of its labels replaced by the null label, where there is one."""
-    found = dict(cond)
-    if "class_labels" in found and null_label is not None and share > 0:
-        labels = found["class_labels"]
-        hidden = to_device(torch.rand(len(labels), generator=rng) < share, labels.device)
-        found["class_labels"] = torch.where(hidden, null_label, labels)
-    return found
+    """The conditioning with this share of its labels, if any, replaced by the null label, if there is one."""
+    dropped = dict(cond)
+    if "class_labels" in cond and null_label is not None and share > 0:
+        labels = cond["class_labels"]
+        mask = to_device(torch.rand(len(labels), generator=rng) < share, labels.device)
+        dropped["class_labels"] = torch.where(mask, null_label, labels)
+    return dropped

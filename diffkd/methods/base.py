@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.io.config import Strict
 from diffkd.io.prefetch import to_device
 
@@ -48,7 +48,7 @@ class Stage:
     sampler: str = "ddim"
     guidance: float = 1.0
     prediction: str | None = None
-    drawn: Literal["ddim", "renoise"] = "ddim"
+    drawn: StockSampler = "ddim"
     networks: Mapping[str, Optimization] = field(default_factory=dict)
 
     def optimization(self, network: str) -> Optimization:

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside the training, whole or not at all; verified before they are used."""
+"""Checkpoints: written in the background, whole or not at all; verified before they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, remove_leftovers, sha256
+from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, sha256
 from diffkd.io.text import changes, from_json, log
 
 SCHEMA = 2
@@ -26,17 +26,17 @@ NAME = re.compile(r"stage-(\d+)-update-(\d+)")
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 
 
-# What does not change where a run ends: it may be changed half way, where the user says so.
+# Config keys that do not change a run's result: they may change half way, if the user allows it.
 RESUMABLE_CHANGES = (
     "training.log_every", "training.checkpoint_every", "training.keep", "training.max_skipped",
     "evaluation", "pictures",
 )  # fmt: skip
-MOVABLE = ("out",)  # what a run that was moved is called now
+MOVABLE = ("out",)  # keys that change when a run folder is moved
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """update: how many are done. state: what is no tensor."""
+    """update: how many are done. state: everything that is not a tensor."""
 
     update: int
     tensors: dict[str, dict[str, Tensor]]
@@ -44,10 +44,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """A run's checkpoints, `stage-<index>-update-<number>/` each: safetensors files and a manifest, with the
-    size and sha256 of every file, of the run's config, and of itself. The last `keep` are kept.
+    """A run's checkpoints, `stage-<index>-update-<number>/` each: safetensors files, and a manifest with the
+    size and sha256 of every file, the run's config, and its own digest. The last `keep` are kept.
 
-    before_rename: called before a checkpoint becomes valid, for what must be on the disk by then.
+    before_rename: called before a checkpoint becomes valid, to put on the disk what must be there by then.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Checkpoints:
         self._error: BaseException | None = None
 
     def save(self, stage_index: int, update: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
-        """Returns before it is written, once the one before is. tensors: nobody else's, and on the host.
+        """Starts writing one, once the previous one is written. tensors: on the host, and not changed later.
 
-        Raises what the one before failed with; see `wait`.
+        Raises what writing the previous one failed with; see `wait`.
         """
         self.wait()
         content = {
@@ -76,23 +76,23 @@ class Checkpoints:
             "state": json.loads(json.dumps(state)),
         }  # fmt: skip
 
-        def work() -> None:
+        def write() -> None:
             try:
                 self._write(content, tensors)
             except BaseException as error:
                 self._error = error
 
-        # It must not keep a process alive that was told to end at once: what it leaves is no checkpoint.
-        self._writer = threading.Thread(target=work, name="diffkd-checkpoint", daemon=True)
+        # A daemon, so that a process can end at once: what the thread leaves behind is not a checkpoint.
+        self._writer = threading.Thread(target=write, name="diffkd-checkpoint", daemon=True)
         self._writer.start()
 
     def check(self) -> None:
-        """Raises what writing failed with, where it has ended."""
+        """Raises what writing failed with, if it has ended."""
         if self._writer is not None and not self._writer.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Until all is written. Raises Unfinished where it could not be."""
+        """Waits until everything is written. Raises Unfinished if it could not be."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -114,26 +114,26 @@ class Checkpoints:
                 (temporary / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
                 self._before_rename()
         except (OSError, SafetensorError) as error:
-            needs = sum(value.nbytes for values in tensors.values() for value in values.values())
-            why = (
+            size = sum(value.nbytes for values in tensors.values() for value in values.values())
+            reason = (
                 f"the disk is full ({format_bytes(free_bytes(self.folder))} free)"
                 if is_disk_full(error)
                 else str(error)
             )
             raise Unfinished(
-                f"checkpoint {path} needs {format_bytes(needs)} and could not be written: {why}; the last "
+                f"checkpoint {path} needs {format_bytes(size)} and could not be written: {reason}; the last "
                 "good one is kept: make room, and the same command resumes from it"
             ) from error
-        every = self._all()
-        after = every.index(path) + 1  # later ones could not be used, and are of what was not gone on with
-        for old in [*every[: max(0, after - self.keep)], *every[after:]]:
+        checkpoints = self._all()
+        after = checkpoints.index(path) + 1  # later ones were unusable, or belong to updates that were redone
+        for old in [*checkpoints[: max(0, after - self.keep)], *checkpoints[after:]]:
             shutil.rmtree(old)
 
     def load(self, stage_index: int) -> Checkpoint | None:
-        """The newest whole checkpoint of that stage; None where there is none.
+        """The newest intact checkpoint of a stage; None if there is none.
 
-        A harmed one is named in the log, and the one before is taken. Raises UserError for one of another
-        config and one of another version's making, which are whole, and not to be passed over.
+        A damaged one gets a warning, and the one before it is tried. Raises UserError for one with another
+        config or by another version: these are intact, and must not be ignored.
         """
         for path in reversed(self._all()):
             try:
@@ -142,10 +142,10 @@ class Checkpoints:
                     continue
                 self._check_config(path, content["config"])
                 tensors = {}
-                for name, known in content["files"].items():
-                    if (path / name).stat().st_size != known["bytes"]:
+                for name, file in content["files"].items():
+                    if (path / name).stat().st_size != file["bytes"]:
                         raise ValueError(f"{name} is torn")
-                    if sha256(path / name) != known["sha256"]:
+                    if sha256(path / name) != file["sha256"]:
                         raise ValueError(f"{name} was altered")
                     tensors[name.removesuffix(".safetensors")] = load_file(path / name)
                 return Checkpoint(content["update"], tensors, content["state"])
@@ -153,7 +153,7 @@ class Checkpoints:
                 raise
             except (OSError, ValueError, SafetensorError) as error:
                 log.warning(
-                    "checkpoint %s cannot be used (%s); going back to the one before", path.name, error
+                    "checkpoint %s cannot be used (%s); falling back to the one before", path.name, error
                 )
         return None
 
@@ -161,23 +161,20 @@ class Checkpoints:
         wrong = [key for key in changes(config, self.config) if not is_resumable(key)]
         if wrong:
             raise UserError(
-                f"checkpoint {path} is of another config ({', '.join(wrong)} differ); delete it, "
-                "or use the config that it was made with"
+                f"checkpoint {path} belongs to another config ({', '.join(wrong)} differ); delete it, "
+                "or use the config that it was written with"
             )
 
-    def remove_left(self) -> None:
-        remove_leftovers(self.folder)
-
     def _all(self) -> list[Path]:
-        """From the first to the newest; other things that lie there are none of them."""
+        """From the oldest to the newest; anything else in the folder is ignored."""
         folders = [p for p in self.folder.glob("stage-*-update-*") if p.is_dir() and not p.is_symlink()]
-        found = {path: NAME.fullmatch(path.name) for path in folders}
-        known = {path: (int(name[1]), int(name[2])) for path, name in found.items() if name}
-        return sorted(known, key=known.__getitem__)
+        names = {path: NAME.fullmatch(path.name) for path in folders}
+        numbers = {path: (int(name[1]), int(name[2])) for path, name in names.items() if name}
+        return sorted(numbers, key=numbers.__getitem__)
 
 
 def is_resumable(key: str) -> bool:
-    """Whether a config key may differ from that of a checkpoint."""
+    """Whether a config key may differ from a checkpoint's."""
     return any(key == one or key.startswith(f"{one}.") for one in (*RESUMABLE_CHANGES, *MOVABLE))
 
 
@@ -186,11 +183,11 @@ def _name(stage_index: int, update: int) -> str:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError for one that is not what was written, UserError for that of another version."""
+    """Raises ValueError if it is not what was written, UserError if another version wrote it."""
     content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise ValueError(f"{MANIFEST} was altered")
-    if content["schema"] != SCHEMA:  # after the digest, which every version makes alike
+    if content["schema"] != SCHEMA:  # after the digest, which is the same in every version
         which, remedy = (
             ("a newer", "update diffkd") if content["schema"] > SCHEMA else ("an older", "delete it")
         )
@@ -199,7 +196,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"{SCHEMA}); {remedy}, or use the diffkd that wrote it"
         )
     if path.name != _name(content["stage_index"], content["update"]):
-        raise ValueError(f"{MANIFEST} is of {_name(content['stage_index'], content['update'])}")
+        raise ValueError(f"{MANIFEST} belongs to {_name(content['stage_index'], content['update'])}")
     return content
 
 

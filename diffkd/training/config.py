@@ -1,4 +1,4 @@
-"""How any method is trained: what of a config the engine reads."""
+"""The training section of a config, the same for every method."""
 
 from __future__ import annotations
 
@@ -13,44 +13,49 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(Strict):
-    """How any method is trained."""
+    """How a run's networks are trained, whatever the method."""
 
     batch_size: int = Field(
-        128, ge=1, description="images of one update, over all processes and micro-batches"
+        128, ge=1, description="images in one update, over all processes and micro-batches"
     )
     micro_batches: int | None = Field(
         None,
         ge=1,
-        description="parts that a batch is split into, over all processes; default one per process",
+        description="parts that a batch is split into, over all processes; default one for each process",
     )
     ema: float = Field(
-        0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is kept"
+        0.99,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the student's weights, which is what is saved",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="gradients are clipped to this norm; null for never"
+        1.0, gt=0, description="gradients are clipped to this norm; null for no clipping"
     )
     precision: Literal["float32", "bf16", "fp16"] = Field(
         "float32", description="autocast of the student, dtype of the others; float32 is TF32 on CUDA"
     )
     compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
     gradient_checkpointing: bool = Field(
-        False, description="computes activations twice instead of keeping them: less memory, more time"
+        False, description="recomputes activations in the backward pass: less memory, more time"
     )
     log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints that are kept")
     max_skipped: int = Field(
-        3, ge=0, description="updates in a row that may be skipped for a loss or gradient that is no number"
+        3,
+        ge=0,
+        description="updates in a row that may be skipped because a loss or gradient is NaN or infinite",
     )
 
     def parts(self, processes: int) -> int:
-        """Micro-batches of one update. Raises UserError where they do not spread evenly."""
+        """Micro-batches in one update. Raises UserError unless they divide evenly."""
         parts = self.micro_batches or processes
         if parts % processes or self.batch_size % parts:
             raise UserError(
-                f"training.batch_size {self.batch_size} in {parts} micro-batches does not spread evenly over "
-                f"{processes} processes; micro_batches must divide the batch and {processes} divide them"
+                f"training.batch_size {self.batch_size} in {parts} micro-batches does not divide evenly "
+                f"among {processes} processes; micro_batches must divide it and be a multiple of {processes}"
             )
         return parts

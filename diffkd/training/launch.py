@@ -1,4 +1,4 @@
-"""The processes of a run: what a launcher says of them, and that one of them was lost."""
+"""The processes of a run: the Accelerator that a launcher configured, and errors that mean one was lost."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from diffkd.training.config import Training
 
 
 def make_accelerator(training: Training) -> Accelerator:
-    """As a launcher configured it. Raises UserError for what is not installed, or not for this machine."""
-    AcceleratorState._reset_state()  # a teacher's training before may have had another precision
-    # Without the word, accelerate takes the processes of a launcher on a CPU for strangers.
+    """The Accelerator as a launcher configured it. Raises UserError if this machine cannot run that."""
+    AcceleratorState._reset_state()  # the teacher may just have been trained in another precision
+    # Without `cpu=True`, accelerate ignores the launcher on CPU and each process runs alone.
     cpu = not torch.accelerator.is_available()
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
     precision = training.precision.replace("float32", "no")
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
-    except (ImportError, ValueError) as error:  # what is not installed, or not for this machine
-        raise UserError(f"accelerate cannot begin as it is configured: {error}") from error
+    except (ImportError, ValueError) as error:  # not installed, or not supported by this machine
+        raise UserError(f"accelerate cannot start as it is configured: {error}") from error
     if accelerator.num_processes == 1:
         return accelerator
     if cpu:
-        _as_configured(accelerator)
+        _apply_on_cpu(accelerator)
     if (
         accelerator.distributed_type == DistributedType.FSDP
         and accelerator.state.fsdp_plugin.fsdp_version != 2
@@ -37,16 +37,16 @@ def make_accelerator(training: Training) -> Accelerator:
     return accelerator
 
 
-def _as_configured(accelerator: Accelerator) -> None:
-    """On CPUs accelerate passes over what its config says of FSDP and DeepSpeed; both work there, so that
-    what GPUs will do can be tried, and is tested."""
+def _apply_on_cpu(accelerator: Accelerator) -> None:
+    """Switches FSDP or DeepSpeed on, as configured: accelerate ignores both on CPUs. They work there, so what
+    runs on GPUs can be tried, and is tested, without any."""
     state = accelerator.state
-    if _asked("ACCELERATE_USE_FSDP"):
+    if _is_set("ACCELERATE_USE_FSDP"):
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         kind = DistributedType.FSDP
-    elif _asked("ACCELERATE_USE_DEEPSPEED"):
+    elif _is_set("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -60,11 +60,11 @@ def _as_configured(accelerator: Accelerator) -> None:
         shared["distributed_type"] = kind
 
 
-def _asked(name: str) -> bool:
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() == "true"
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, rather than what went wrong in this one."""
+    """Whether an error means that another process is gone, rather than that something failed in this one."""
     named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
     return named or (isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error))

@@ -1,4 +1,4 @@
-"""The run folder: config, environment, log, checkpoints; one owner at a time."""
+"""The run folder: config, environment, log, checkpoints; used by one run at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from diffkd.io.lock import Lock
 from diffkd.io.text import changes, differences, from_json, log, reason
 from diffkd.training.checkpoints import MOVABLE, Checkpoints, is_resumable
 
-FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # which older runs recorded; the default is now None
-SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits depend on
+FORMER_DEFAULTS = {
+    "evaluation.sampler": "ddim"
+}  # recorded by older runs; the default is None now, which means the same for them
+SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits of a result depend on
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time.
+    """One run's folder, locked by one process at a time.
 
-    Raises UserError for a folder that belongs to another run, holds something else, or is held by another
-    process. config: the resolved config; where the folder has one already, they must be equal. allow: whether
-    they may differ where that does not change what the run ends with. owner: whether this process holds and
-    writes it; of several processes in one run only the main one does.
+    Raises UserError for a folder that belongs to another run, holds something else, or is locked by another
+    process. config: the resolved config; it must equal the folder's, if that has one. allow: whether they may
+    differ in what does not change the run's result. owner: whether this process locks and writes the folder;
+    of several processes in a run only the main one does.
     """
 
     def __init__(
@@ -62,13 +64,13 @@ class RunFolder:
             raise
 
     def _begin(self, config: Mapping[str, Any], allow: bool) -> None:
-        """What is done once the folder is held. Another process may have begun a run in it just before."""
+        """Writes the config, once the folder is locked: another process may just have begun a run in it."""
         folder = self.folder
         changed = self._check(config, allow)
         if changed:
-            log.warning("%s goes on with another config: %s", folder, changed)
+            log.warning("%s resumes with another config: %s", folder, changed)
         measured = folder / "metrics.json"
-        if "evaluation" in changed and measured.exists():  # numbers of two protocols do not compare
+        if "evaluation" in changed and measured.exists():  # numbers by different protocols are not comparable
             number = len(list(folder.glob("metrics-before-*.json"))) + 1
             measured.rename(folder / f"metrics-before-{number}.json")
         inner = [path for path in (*folder.glob("*"), *folder.glob("students/*")) if path.is_dir()]
@@ -79,7 +81,7 @@ class RunFolder:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
     def _check(self, config: Mapping[str, Any], allow: bool) -> str:
-        """What differs, and may. Raises UserError for what may not."""
+        """The differences between the configs, all allowed. Raises UserError for others."""
         if not self.folder.exists():
             return ""
         if not self.folder.is_dir():
@@ -87,7 +89,7 @@ class RunFolder:
         known = self.folder / "config.yaml"
         if not known.is_file():
             if any(not p.name.startswith(".") for p in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty and holds no run of diffkd; use another out")
+                raise UserError(f"{self.folder} is not empty and does not hold a diffkd run; use another out")
             return ""
         differ = changes(_yaml(known), _plain(config))
         differ = {
@@ -95,26 +97,26 @@ class RunFolder:
             for key, (was, now) in differ.items()
             if key not in MOVABLE and not (now is None and was == FORMER_DEFAULTS.get(key, now))
         }
-        said = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
-        text = "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
+        described = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
+        text = "; ".join(described[:3]) + ("; ..." if len(described) > 3 else "")
         if not all(map(is_resumable, differ)):
             raise UserError(
-                f"{self.folder} belongs to a run of another config ({text}); use another out, or delete "
+                f"{self.folder} belongs to a run with another config ({text}); use another out, or delete "
                 "the folder"
             )
         if differ and not allow:
             raise UserError(
-                f"{self.folder} belongs to a run of another config ({text}); --allow goes on with the new "
-                "values, which do not change the students, or use another out"
+                f"{self.folder} belongs to a run with another config ({text}); use --allow to resume with "
+                "the new values, which do not change the students, or use another out"
             )
-        return "; ".join(said)
+        return "; ".join(described)
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
     def describe(self, device: str, processes: int = 1, threads: int | None = None) -> None:
-        """Writes environment.json, once; in a run that goes on, says what is no longer as it says."""
+        """Writes environment.json, once; in a resumed run, warns of what has changed since."""
         path = self.folder / "environment.json"
         content = {
             "command": [masked(word) for word in sys.argv],
@@ -131,43 +133,43 @@ class RunFolder:
             write_json(path, content)
             return
         before = self._read(path.name)
-        said = [d for key in SAME_BITS for d in differences(before.get(key), content[key], key)]
-        if said:
+        changed = [d for key in SAME_BITS for d in differences(before.get(key), content[key], key)]
+        if changed:
             log.warning(
-                "%s goes on otherwise than it began, so the last bits of its numbers may differ: %s",
-                self.folder, "; ".join(said),
+                "%s resumes in another environment, so the last bits of its numbers may differ: %s",
+                self.folder, "; ".join(changed),
             )  # fmt: skip
 
     def micro_batches(self, wanted: int, processes: int) -> int:
-        """Those that the run began with, as other parts of a batch draw other images and noise.
+        """The number that the run began with, because it decides which images and noise are drawn.
 
-        wanted: what the config, and without it the number of processes, gives now.
+        wanted: what the config says now, or else the number of processes.
         """
         before = self._read("environment.json").get("micro_batches", wanted)
         if isinstance(before, int) and before >= 1 and before % processes == 0:
             self._parts = before
             return before
         log.warning(
-            "%s goes on with %d micro-batches where it began with %s, so other images and noise are drawn "
-            "from here on; training.micro_batches fixes their number for any number of processes",
+            "%s resumes with %d micro-batches but began with %s, so other images and noise are drawn from "
+            "here on; training.micro_batches fixes their number for any number of processes",
             self.folder, wanted, before,
         )  # fmt: skip
         self._parts = wanted
         return wanted
 
     def _read(self, name: str) -> dict[str, Any]:
-        """One of the run's own files; {} where there is none, or another process has made nonsense of it."""
+        """One of the run's own JSON files; {} if it does not exist or cannot be read."""
         try:
-            found = read_json(self.folder / name, {})
+            content = read_json(self.folder / name, {})
         except (OSError, ValueError) as error:
-            log.warning("%s cannot be read (%s); it is passed over", self.folder / name, error)
+            log.warning("%s cannot be read (%s); it is ignored", self.folder / name, error)
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
-        """Raises UserError where the run began with other data, or another teacher, of the same name.
+        """Raises UserError if the run began with other data, or another teacher, under the same name.
 
-        inputs: what identifies each.
+        inputs: a digest of each.
         """
         before = self._read("inputs.json")
         if not before:
@@ -186,7 +188,7 @@ class RunFolder:
             stream.write(json.dumps(record) + "\n")
 
     def rewind_log(self, stage_index: int, update: int) -> None:
-        """Drops what was logged after that update: it will be done, and logged, again."""
+        """Drops what was logged after this update: those updates will be done, and logged, again."""
         path = self.folder / "log.jsonl"
         if not path.is_file():
             return
@@ -198,12 +200,12 @@ class RunFolder:
                 if all(type(number) is int for number in place) and place <= (stage_index, update):
                     kept.append(line)
             except (ValueError, TypeError, AttributeError):
-                continue  # torn by a kill, or none of ours
+                continue  # torn by a kill, or written by something else
         with new_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def sync_log(self) -> None:
-        """What the log says of the updates before a checkpoint is on the disk when that is."""
+        """Puts the log on the disk before a checkpoint becomes valid: it must cover the updates before."""
         path = self.folder / "log.jsonl"
         if path.is_file():
             sync(path)
@@ -219,5 +221,5 @@ def _yaml(path: Path) -> Any:
 
 
 def _plain(config: Mapping[str, Any]) -> Any:
-    """As it is once it was written and read."""
+    """The config as it is after being written and read."""
     return json.loads(json.dumps(config))

@@ -68,7 +68,7 @@ def run_update(
     should_stop: Callable[[], bool],
 ) -> Outcome:
     """Advances the micro-batches' losses together: each is summed over all before its network is updated."""
-    student_loss, updated, stop = math.nan, set(), False
+    student_loss, updated, stop = math.nan, set[str](), False
     number = 0
     while losses := _backward(accelerator, parts, state, number):
         learner = state.learners[losses[0].network]

@@ -27,7 +27,7 @@ def store(tmp_path):
 
 
 def saved(store, stage, update, tensors, state=None):
-    """Written, not only begun."""
+    """Saves and waits until it is written."""
     store.save(stage, update, tensors, state or {})
     store.wait()
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store):
     assert bits(found.tensors) == bits(weights())
 
 
-def test_there_is_none_at_first_and_none_of_another_stage(store):
+def test_there_is_none_at_first_nor_for_another_stage(store):
     assert store.load(0) is None
     saved(store, 0, 5, weights())
     assert store.load(1) is None
@@ -97,7 +97,7 @@ def test_the_last_ones_are_kept(tmp_path, keep):
     assert len(names(store)) == keep
 
 
-def test_what_is_no_json_is_refused_before_anything_is_written(store):
+def test_a_state_that_is_not_json_is_refused_before_anything_is_written(store):
     saved(store, 0, 1, weights(1))
     before = tree(store.folder)
     with pytest.raises(TypeError):
@@ -111,7 +111,7 @@ def test_what_is_no_json_is_refused_before_anything_is_written(store):
 
 @pytest.fixture
 def held_up(monkeypatch):
-    """Writing waits until it is told to go on."""
+    """Holds up writing until the test lets it continue."""
     go = threading.Event()
     real = checkpoints.save_file
 
@@ -132,7 +132,7 @@ def test_saving_does_not_wait_for_the_disk(store, held_up):
     assert store.load(0).state == {"n": 1}
 
 
-def test_the_next_save_waits_for_the_one_before(store, held_up):
+def test_the_next_save_waits_for_the_previous_one(store, held_up):
     store.save(0, 1, weights(1), {})
     second = threading.Thread(target=store.save, args=(0, 2, weights(2), {}))
     second.start()
@@ -144,7 +144,7 @@ def test_the_next_save_waits_for_the_one_before(store, held_up):
     assert names(store) == ["stage-00-update-0000001", "stage-00-update-0000002"]
 
 
-def test_what_writing_failed_with_is_raised_by_the_next_call(store, monkeypatch):
+def test_a_failed_write_is_raised_by_the_next_call(store, monkeypatch):
     saved(store, 0, 1, weights(1))
 
     def fails(*args):
@@ -172,7 +172,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_valid(tmp_path):
 
 
 def test_a_full_disk(disk):
-    """The last good checkpoint stays, nothing half written lies about, the line says how much it needs."""
+    """The last good checkpoint stays, nothing half written is left, the error says how much space is needed."""
     store = Checkpoints(disk("3m") / "checkpoints", CONFIG)
     million = {"student": {"w": torch.zeros(250_000)}}
     saved(store, 0, 1, million)
@@ -209,7 +209,7 @@ def empty(path):
 
 @pytest.mark.parametrize("harm", [torn, flipped, missing, empty])
 @pytest.mark.parametrize("file", ["student.safetensors", "ema.safetensors", "checkpoint.json"])
-def test_a_harmed_checkpoint_gives_way_to_the_one_before(store, caplog, harm, file):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(store, caplog, harm, file):
     saved(store, 0, 10, weights(10), {"ema_step": 10})
     saved(store, 0, 20, weights(20), {"ema_step": 20})
     harm(store.folder / "stage-00-update-0000020" / file)
@@ -241,8 +241,8 @@ FILES = ["student.safetensors", "student-optimizer.safetensors", "ema.safetensor
     bit=st.none() | st.integers(0, 7),
     newest=st.booleans(),
 )
-def test_a_bit_anywhere_and_a_tear_anywhere(two, tmp_path, caplog, file, place, bit, newest):
-    """Of either checkpoint: the newest whole one is used, the harmed one is named; never anything else."""
+def test_any_flipped_bit_and_any_truncation_is_seen(two, tmp_path, caplog, file, place, bit, newest):
+    """In either checkpoint: the newest intact one is used, and the damaged one named in a warning."""
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     shutil.copytree(two.folder, tmp_path / "c")
     path = tmp_path / "c" / f"stage-00-update-00000{'20' if newest else '10'}" / file
@@ -269,7 +269,7 @@ def test_a_bit_anywhere_and_a_tear_anywhere(two, tmp_path, caplog, file, place, 
     ("old", "new"), [('"ema_step": 20', '"ema_step": 28'), ('"update": 20', '"update": 28')]
 )
 def test_a_number_that_changed_in_the_manifest_is_seen(store, caplog, old, new):
-    """One bit of a digit: it is still JSON, and no safetensors file says otherwise."""
+    """One bit of a digit: it is still valid JSON, and contradicts no safetensors file."""
     saved(store, 0, 10, weights(10), {"ema_step": 10})
     saved(store, 0, 20, weights(20), {"ema_step": 20})
     path = store.folder / "stage-00-update-0000020" / "checkpoint.json"
@@ -280,25 +280,25 @@ def test_a_number_that_changed_in_the_manifest_is_seen(store, caplog, old, new):
     assert "stage-00-update-0000020" in caplog.text
 
 
-def test_a_checkpoint_under_another_name_is_none(store, caplog):
+def test_a_renamed_checkpoint_is_not_used(store, caplog):
     saved(store, 0, 10, weights(10))
     (store.folder / "stage-00-update-0000010").rename(store.folder / "stage-00-update-0000030")
     assert store.load(0) is None
-    assert "checkpoint.json is of stage-00-update-0000010" in caplog.text
+    assert "checkpoint.json belongs to stage-00-update-0000010" in caplog.text
 
 
-def test_where_all_are_harmed_the_stage_starts_again(store, caplog):
+def test_if_all_are_damaged_the_stage_starts_again(store, caplog):
     for update in (10, 20):
         saved(store, 0, update, weights(update))
     for path in store.folder.rglob("ema.safetensors"):
         flipped(path)
     assert store.load(0) is None
     assert "0000010" in caplog.text and "0000020" in caplog.text
-    saved(store, 0, 5, weights(5))  # which is kept, though harmed ones are of later updates
+    saved(store, 0, 5, weights(5))  # which is kept, although the damaged ones belong to later updates
     assert store.load(0).update == 5 and names(store) == ["stage-00-update-0000005"]
 
 
-def test_other_things_among_the_checkpoints_are_none(store):
+def test_other_files_among_the_checkpoints_are_ignored(store):
     saved(store, 0, 10, weights(10))
     (store.folder / "stage-00-update-0000011").write_text("a file")
     (store.folder / "stage-00-update-latest").mkdir()
@@ -308,14 +308,14 @@ def test_other_things_among_the_checkpoints_are_none(store):
     assert (store.folder / "stage-00-update-0000011").exists()
 
 
-def test_order_is_that_of_numbers(store):
+def test_checkpoints_are_ordered_by_their_numbers(store):
     for stage, update in ((9, 10_000_000), (10, 9_999_999), (100, 5)):
         saved(store, stage, update, weights(update))
     assert [p.name for p in store._all()] == ["stage-10-update-9999999", "stage-100-update-0000005"]
 
 
-def test_a_write_that_finds_no_room(store, monkeypatch):
-    """Where no file system can be made for it: what a library says of it in words."""
+def test_a_write_that_fails_for_lack_of_space(store, monkeypatch):
+    """For machines where no small file system can be mounted: the library's error, simulated."""
     saved(store, 0, 1, weights(1))
 
     def full(*args):
@@ -335,7 +335,7 @@ def test_a_write_that_finds_no_room(store, monkeypatch):
 
 
 def rewritten(path, **changes):
-    """As a diffkd would have written it that puts these into the manifest."""
+    """Rewrites a checkpoint as a diffkd would that puts these into the manifest."""
     content = json.loads(path.read_text())
     del content["digest"]
     content |= changes
@@ -344,7 +344,7 @@ def rewritten(path, **changes):
 
 
 @pytest.mark.parametrize(("schema", "says"), [(99, "a newer diffkd"), (1, "an older diffkd")])
-def test_another_schema_is_refused_and_not_passed_over(store, schema, says):
+def test_another_schema_is_refused_rather_than_skipped(store, schema, says):
     saved(store, 0, 10, weights(10))
     saved(store, 0, 20, weights(20))
     before = tree(store.folder)
@@ -367,7 +367,7 @@ def test_another_schema_is_refused_and_not_passed_over(store, schema, says):
 def test_another_config_is_refused_by_its_keys(store, changed, named):
     saved(store, 0, 10, weights(10))
     other = Checkpoints(store.folder, {**CONFIG, **changed})
-    with pytest.raises(UserError, match=rf"is of another config \({named} differ\)"):
+    with pytest.raises(UserError, match=rf"belongs to another config \({named} differ\)"):
         other.load(0)
 
 
@@ -379,6 +379,6 @@ def test_another_config_is_refused_by_its_keys(store, changed, named):
         {"evaluation": {"samples": 10}, "pictures": 3},
     ],
 )
-def test_what_changes_no_student_is_no_other_config(store, changed):
+def test_a_change_that_affects_no_student_is_accepted(store, changed):
     saved(store, 0, 10, weights(10))
     assert Checkpoints(store.folder, {**CONFIG, **changed}).load(0).update == 10

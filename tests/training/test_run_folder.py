@@ -1,4 +1,4 @@
-"""The run folder: one config, one owner at a time, a log without doubles."""
+"""The run folder: one config, one owner at a time, a log without duplicates."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ HARMLESS = {"training": {"ema": 0.99, "log_every": 5}, "evaluation": {"samples":
 def test_a_harmless_change_is_refused_unless_it_is_allowed(tmp_path, caplog):
     RunFolder(tmp_path / "run", CONFIG).close()
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=r"training\.log_every was None, now 5.*--allow goes on"):
+    with pytest.raises(UserError, match=r"training\.log_every was None, now 5.*use --allow to resume"):
         RunFolder(tmp_path / "run", {**CONFIG, **HARMLESS})
     assert tree(tmp_path) == before
     RunFolder(tmp_path / "run", {**CONFIG, **HARMLESS}, allow=True).close()
-    assert "goes on with another config: evaluation was None" in caplog.text
+    assert "resumes with another config: evaluation was None" in caplog.text
     RunFolder(tmp_path / "run", {**CONFIG, **HARMLESS}).close()  # which is the run's now
 
 
@@ -86,7 +86,7 @@ def test_what_changes_the_students_is_never_allowed(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_run_that_was_moved_goes_on(tmp_path):
+def test_a_moved_run_resumes(tmp_path):
     RunFolder(tmp_path / "run", CONFIG).close()
     (tmp_path / "run").rename(tmp_path / "moved")
     RunFolder(tmp_path / "moved", {**CONFIG, "out": "moved"}).close()
@@ -94,7 +94,7 @@ def test_a_run_that_was_moved_goes_on(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and does not hold a diffkd run"):
         RunFolder(tmp_path, CONFIG)
     with pytest.raises(UserError, match="is a file"):
         RunFolder(tmp_path / "thesis.tex", CONFIG)
@@ -129,7 +129,7 @@ def test_another_process_is_kept_out(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 80, b"[1]", b'{"host": "a"}'])
-def test_an_owner_that_is_torn_is_no_hindrance(tmp_path, caplog, content):
+def test_a_torn_owner_record_does_not_block_the_folder(tmp_path, caplog, content):
     (tmp_path / ".owner.json").write_bytes(content)
     RunFolder(tmp_path, CONFIG).close()
     assert "locked by process ? on ?" in caplog.text and not (tmp_path / ".owner.json").exists()
@@ -144,7 +144,7 @@ def test_an_owner_that_is_torn_is_no_hindrance(tmp_path, caplog, content):
     ],
 )
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, host, process, held):
-    """There what an owner said of itself decides."""
+    """There the owner's own record decides."""
 
     def none(self, timeout=None):
         raise NotImplementedError("no flock")
@@ -167,8 +167,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, host, proces
         assert "taken over" in caplog.text
 
 
-def test_the_micro_batches_of_a_run_stay(tmp_path, caplog):
-    """By default one for each process; a run that goes on with fewer or more keeps them where it can."""
+def test_a_run_keeps_its_micro_batches(tmp_path, caplog):
+    """By default one for each process; a run resumed with fewer or more processes keeps them if it can."""
 
     def begun(folder, parts, processes):
         run = RunFolder(folder, CONFIG)
@@ -183,12 +183,12 @@ def test_the_micro_batches_of_a_run_stay(tmp_path, caplog):
     assert "other images" not in caplog.text
     assert begun(tmp_path / "one", 1, 1) == 1
     assert begun(tmp_path / "one", 2, 2) == 2
-    assert "goes on with 2 micro-batches where it began with 1, so other images" in caplog.text
+    assert "resumes with 2 micro-batches but began with 1, so other images" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0\0"])
-def test_files_that_a_power_cut_left(run, content):
-    """Of what is only told, nothing depends on them."""
+def test_files_torn_by_a_power_cut(run, content):
+    """Nothing depends on files that only inform."""
     for name in ("environment.json", "inputs.json"):
         (run.folder / name).write_bytes(content)
     run.describe("cpu", 1, 1)
@@ -196,14 +196,14 @@ def test_files_that_a_power_cut_left(run, content):
     run.check_inputs({"data": "a"})
     (run.folder / "config.yaml").write_bytes(content)
     run.close()
-    with pytest.raises(UserError, match=r"config\.yaml cannot be read|belongs to a run of another config"):
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read|belongs to a run with another config"):
         RunFolder(run.folder, CONFIG)
 
 
 @pytest.mark.parametrize(
     "line", ["3", "null", '"x"', '{"update": null}', '{"stage_index": "x"}', "[" * 5000, "\udcff"]
 )
-def test_lines_that_are_not_ours(run, line):
+def test_foreign_lines_of_the_log_are_dropped(run, line):
     run.append({"stage_index": 0, "update": 1})
     with (run.folder / "log.jsonl").open("ab") as stream:
         stream.write(line.encode("utf-8", "surrogateescape") + b"\n")
@@ -213,7 +213,7 @@ def test_lines_that_are_not_ours(run, line):
     assert [json.loads(line)["update"] for line in lines] == [1, 2]
 
 
-def test_numbers_of_another_protocol_are_laid_aside(tmp_path):
+def test_metrics_by_another_protocol_are_set_aside(tmp_path):
     run = RunFolder(tmp_path, CONFIG)
     run.close()
     (tmp_path / "metrics.json").write_text("[1]")
@@ -225,7 +225,7 @@ def test_numbers_of_another_protocol_are_laid_aside(tmp_path):
     assert (tmp_path / "metrics-before-1.json").read_text() == "[1]"
 
 
-def test_what_the_last_bits_depend_on_is_told_where_it_changed(run, caplog):
+def test_a_changed_environment_gets_a_warning(run, caplog):
     run.describe("cpu", 1, 2)
     run.describe("cpu", 1, 2)
     assert not caplog.records
@@ -292,12 +292,12 @@ def test_a_torn_line_in_the_middle_is_dropped(run):
     assert [json.loads(line)["update"] for line in lines] == [1, 2]
 
 
-def test_no_log_is_no_error(run):
+def test_a_missing_log_is_not_an_error(run):
     run.rewind_log(0, 0)
     assert not (run.folder / "log.jsonl").exists()
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     for place in ("checkpoints/.stage-00-update-0000001.999.tmp", "students/.4-steps.999.tmp"):
         (tmp_path / "run" / place).mkdir(parents=True)
     (tmp_path / "run/.metrics.json.999.tmp").write_text("[")
