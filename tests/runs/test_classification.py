@@ -1,18 +1,18 @@
-"""Distilling a classifier: the loss, the lessons, the folders, the whole job at a small size."""
+"""Distilling a classifier: the loss, the split, the folders, the whole job at a tiny size."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,7 +35,7 @@ from diffkd.runs.config import Distill
 from diffkd.runs.config_files import load_distill
 from tests.refusals import refuse
 from tests.runs.test_run_report import Page
-from tests.waiting import wait_for
+from tests.runs.tiny import log, records, same, signal_at
 
 COSINE = Schedule.cosine(64)
 CONFIG = {
@@ -275,41 +275,49 @@ def test_the_cnn_takes_any_image():
 # the job --------------------------------------------------------------------------------------------------
 
 
-def records_of(folder):
-    return json.loads((folder / "metrics.json").read_text())
+@pytest.fixture(scope="session")
+def classifiers(built_once):
+    """A finished run of CONFIG, "run", and what it printed, "stdout"."""
+
+    def build(folder):
+        (folder / "c.yaml").write_text(yaml.safe_dump({**CONFIG, "out": str(folder / "run")}))
+        with (folder / "stdout").open("w") as stream:
+            distill.distill(load_distill(folder / "c.yaml"), Console(file=stream, width=200))
+
+    return built_once("classifiers", build)
+
+
+@pytest.fixture
+def run(here, classifiers):
+    """A copy of that run, which `diffkd distill c.yaml` resumes."""
+    return shutil.copytree(classifiers / "run", here / "run")
 
 
 def weights_of(folder):
     return {path.parent.name: load_file(path) for path in sorted(folder.rglob("model.safetensors"))}
 
 
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+def records_but_for_time(folder):
+    return [{k: v for k, v in r.items() if k != "milliseconds"} for r in records(folder)]
 
 
-@pytest.mark.slow
-def test_teachers_students_table_curve_and_page(here, cli):
-    code, out, err = cli("distill", "c.yaml")
-    assert (code, err) == (0, "")
-    run = here / "run"
-    records = records_of(run)
-    assert [r["name"] for r in records] == JOBS
+def test_teachers_students_table_curve_and_page(run, cli, classifiers):
+    measured = records(run)
+    assert [r["name"] for r in measured] == JOBS
     images = Digits(kind="digits").load()
     held, rest = splits.hold_out(images, 97, 0)
-    for record in records:
+    for record in measured:
         folder = run / ("teachers" if record["role"] == "teacher" else "students") / record["name"]
         classifier = networks.load(folder)
         assert count_correct(classifier, held) == record["correct"] == round(97 * record["accuracy"])
-        assert sizes.network_size(classifier.network, torch.zeros(1, 1, 8, 8))[:2] == (
-            record["parameters"],
-            record["macs"],
-        )
+        size = sizes.network_size(classifier.network, torch.zeros(1, 1, 8, 8))
+        assert size[:2] == (record["parameters"], record["macs"])
         assert record["milliseconds"] > 0
         card = json.loads((folder / "diffkd.json").read_text())
         assert card["record"] == record and card["classes"] == [str(d) for d in range(10)]
     # by hand: the mean and the sample's standard deviation of two, the size of a CNN of two convolutions
-    alone = [100 * r["accuracy"] for r in records if r["name"].startswith("small-labels")]
-    taught = [100 * r["accuracy"] for r in records if r["name"].startswith("small-alpha")]
+    alone = [100 * r["accuracy"] for r in measured if r["name"].startswith("small-labels")]
+    taught = [100 * r["accuracy"] for r in measured if r["name"].startswith("small-alpha")]
     rows = [line.strip("| ").split(" | ") for line in (run / "classifier.md").read_text().splitlines()[2:7]]
     assert [row[0].replace("&#44;", ",") for row in rows] == [
         "teacher", "small, labels alone", "small, distilled", "tiny, labels alone", "tiny, distilled",
@@ -318,32 +326,28 @@ def test_teachers_students_table_curve_and_page(here, cli):
         assert row[4] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
     tiny = (9 * 2 + 2) + (9 * 2 * 2 + 2) + 2 * 2 * 2 + (2 * 10 + 10)
     assert rows[3][1] == str(tiny) and rows[3][2] == "3.48 k"  # 64 (9 * 2 + 9 * 4) + 20
-    assert all(cell in out for row in rows for cell in row[1:])
+    printed = (classifiers / "stdout").read_text()
+    assert all(cell in printed for row in rows for cell in row[1:])
     page = Page(run / "report.html")
     assert [row[1:] for row in page.tables[0][1:]] == [row[1:] for row in rows]
     assert "<svg" in page.source and "labels alone" in page.source
     assert not [name for _, given in page.tags for name in given if name in ("src", "href")]
     assert (run / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    # and again: nothing is done anew
+    # the same command again does nothing anew
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert cli("distill", "c.yaml").code == 0
-    assert before == {p: p.read_bytes() for p in before}
+    code, _, err = cli("distill", "c.yaml")
+    assert (code, err) == (0, "")
+    changed = {p.name for p, content in before.items() if content != p.read_bytes()}
+    assert changed <= {"config.yaml", "report.html"}  # which name the folder that this is a copy of
 
 
-def test_a_student_begins_alike_and_sees_what_it_may(here):
+def test_a_student_starts_alike_and_sees_what_it_may(here):
     settings = load_distill(here / "c.yaml")
     data = distill.TrainingData(settings, *splits.hold_out(settings.data.load(), 97, 0))
     jobs = {job.name: job for job in distill.training_jobs(data)}
     assert list(jobs) == JOBS
-    alone, taught, other, teacher = (
-        jobs[name]
-        for name in (
-            "tiny-labels-seed-1",
-            "tiny-alpha-0.5-T-3.0-seed-1",
-            "tiny-labels-seed-0",
-            "teacher-seed-1",
-        )
-    )
+    names = "tiny-labels-seed-1", "tiny-alpha-0.5-T-3.0-seed-1", "tiny-labels-seed-0", "teacher-seed-1"
+    alone, taught, other, teacher = map(jobs.get, names)
     states = [data.untrained(job).network.state_dict() for job in (alone, taught, other)]
     assert same(states[0], states[1]) and not same(states[0], states[2])
     assert (alone.method.alpha, taught.method.alpha, taught.method.temperature) == (0, 0.5, 3)
@@ -353,69 +357,40 @@ def test_a_student_begins_alike_and_sees_what_it_may(here):
     assert [(part.labels != UNLABELLED).sum().item() for part in images] == [40, 40, 1700]
 
 
-@pytest.mark.slow
-def test_a_run_that_was_stopped_ends_with_the_same_bits(here, cli):
-    overrides = ["sweep=null", "repeats=1", "method.updates=40"]
-    assert cli("distill", "c.yaml", *overrides, "out=whole").code == 0
-    whole = weights_of(here / "whole")
-    assert len(whole) == 5
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        parts = here / how.name
-        command = [sys.executable, "-m", "diffkd.cli", "distill", "c.yaml", *overrides, f"out={parts}"]
-        process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        wait_for(
-            process, parts / "log.jsonl", '"small-alpha-0.75-T-3.0-seed-0", "stage_index": 2, "update": 9'
-        )
-        process.send_signal(how)
-        _, err = process.communicate(timeout=60)
-        if how == signal.SIGTERM:
-            assert process.returncode == 130, err
-            assert err.startswith("diffkd: interrupted; a checkpoint is saved"), err
-        assert not (parts / "students/tiny-labels-seed-0").exists()
-        assert cli("distill", "c.yaml", *overrides, f"out={parts}").code == 0
-        again = weights_of(parts)
-        assert whole.keys() == again.keys()
-        assert all(same(whole[name], again[name]) for name in whole), how
-        one, two = (
-            [{k: v for k, v in r.items() if k != "milliseconds"} for r in records_of(folder)]
-            for folder in (here / "whole", parts)
-        )
-        assert one == two, how
+def test_a_stopped_run_ends_with_the_same_bits(here, cli, monkeypatch, classifiers):
+    with monkeypatch.context() as patch:
+        signal_at(patch, "small-alpha-0.75-T-3.0-seed-0", 3, send=[signal.SIGTERM])
+        code, _, err = cli("distill", "c.yaml")
+    assert code == 130 and err.startswith("diffkd: interrupted; a checkpoint is saved"), err
+    assert not (here / "run/students/tiny-labels-seed-0").exists()
+    assert cli("distill", "c.yaml").code == 0
+    one, two = weights_of(classifiers / "run"), weights_of(here / "run")
+    assert one.keys() == two.keys() == set(JOBS)
+    assert all(same(one[name], two[name]) for name in one)
+    assert records_but_for_time(classifiers / "run") == records_but_for_time(here / "run")
 
 
-@pytest.mark.slow
-def test_a_killed_run_between_a_folder_and_its_record(here, cli):
-    """What was exported and not yet told is told from its folder, and not trained again."""
-    overrides = ["sweep=null", "repeats=1"]
-    assert cli("distill", "c.yaml", *overrides).code == 0
-    records = records_of(here / "run")
-    (here / "run/metrics.json").write_text(json.dumps(records[:2]))
-    log = (here / "run/log.jsonl").read_text()
-    assert cli("distill", "c.yaml", *overrides).code == 0
-    assert records_of(here / "run") == records and (here / "run/log.jsonl").read_text() == log
+def test_a_run_that_ended_between_a_folder_and_its_record(run, cli):
+    """An exported classifier's record is taken from its folder; it is not trained again."""
+    measured = records(run)
+    (run / "metrics.json").write_text(json.dumps(measured[:2]))
+    log = (run / "log.jsonl").read_text()
+    assert cli("distill", "c.yaml").code == 0
+    assert records(run) == measured and (run / "log.jsonl").read_text() == log
 
 
-@pytest.mark.slow
-def test_a_noisy_run_and_a_saved_teacher(here, cli):
-    """Students for guidance from the teacher of another run, which is told once."""
-    assert cli("distill", "c.yaml", "sweep=null", "repeats=1").code == 0
+def test_a_noisy_run_and_a_saved_teacher(run, here, cli):
+    """Students for guidance, from the teacher of another run, which is measured once."""
     teacher = "teacher={weights: run/teachers/teacher-seed-0}"
     code, out, err = cli("distill", "c.yaml", "sweep=null", "out=noisy", teacher, *NOISY)
     assert (code, err) == (0, "")
-    records = records_of(here / "noisy")
-    assert [r["name"] for r in records][:2] == ["teacher", "small-labels-seed-0"] and len(records) == 1 + 8
-    assert records[0]["accuracy"] == records_of(here / "run")[0]["accuracy"]
+    measured = records(here / "noisy")
+    assert [r["name"] for r in measured][:2] == ["teacher", "small-labels-seed-0"] and len(measured) == 1 + 8
+    assert measured[0]["accuracy"] == records(run)[0]["accuracy"]
     assert "at the lowest noise of the schedule" in out
     student = networks.load(here / "noisy/students/tiny-alpha-0.75-T-3.0-seed-1")
     assert student.schedule.num_train_timesteps == 64
-    log = [json.loads(line) for line in (here / "noisy/log.jsonl").read_text().splitlines()]
-    assert all(len(record["loss_by_noise"]) == 5 for record in log)
+    assert all(len(record["loss_by_noise"]) == 5 for record in log(here / "noisy"))
     refuse(cli, here, "distill", "c.yaml", "out=x", "sweep=null", *NOISY,
            "teacher={weights: noisy/students/tiny-labels-seed-0}", says="takes noised images")  # fmt: skip
 
@@ -431,18 +406,19 @@ def test_two_processes_are_two_micro_batches(here, cli, launched):
     assert one.keys() == two.keys()
     for name in one:
         assert max((one[name][key] - two[name][key]).abs().max() for key in one[name]) < 1e-5
-    assert [r["accuracy"] for r in records_of(here / "one")] == [
-        r["accuracy"] for r in records_of(here / "two")
-    ]
+    accuracies = [[r["accuracy"] for r in records(here / name)] for name in ("one", "two")]
+    assert accuracies[0] == accuracies[1]
 
 
-@pytest.mark.slow
-def test_without_matplotlib_there_is_a_line_instead_of_pictures(here, cli, monkeypatch):
+def test_without_matplotlib_there_is_a_line_instead_of_pictures(run, cli, monkeypatch):
+    for name in ("report.html", "sweep.png", "classifier.md"):
+        (run / name).unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, _ = cli("distill", "c.yaml", "repeats=1", "sweep.temperature=[3]")
+    code, out, _ = cli("distill", "c.yaml")
     assert code == 0 and "it needs matplotlib (pip install 'diffkd[report]')" in out
-    assert (here / "run/classifier.md").exists() and not (here / "run/report.html").exists()
+    assert (run / "classifier.md").exists()
+    assert not (run / "report.html").exists() and not (run / "sweep.png").exists()
 
 
 def test_the_table_of_one_seed_has_no_spread():
@@ -510,9 +486,7 @@ def test_a_method_of_the_other_kind_is_refused(here, tmp_path):
         config_files.load(tmp_path / "p.yaml", DistillClassifier)
     content = {"out": "x", "teacher": {"path": "t"}, "data": {"kind": "digits"}, "method": {"name": "logits"}}
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(
-        UserError, match="logits distils a classifier, and this run distils a denoiser"
-    ):
+    with pytest.raises(UserError, match="logits distils a classifier, and this run distils a denoiser"):
         config_files.load(tmp_path / "d.yaml", Distill)
 
 
