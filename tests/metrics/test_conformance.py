@@ -97,4 +97,4 @@ def test_a_metric_is_added_by_its_file_alone(tmp_path, image_folder):
     assert 1 < record["vendi"] <= 12 and f"{record['vendi']:.2f}" in done.stdout
     assert record["protocol"]["metrics"]["vendi"] == {"order": 1.0}
     assert record["protocol"]["evaluation"]["vendi_order"] == 1.0
-    assert list(record)[3:5] == ["vendi", "kid"]
+    assert record["kid"] is not None
