@@ -1,0 +1,64 @@
+"""The folder of families: every file keeps the contract, and a file that is added is a family."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+from torch import nn
+
+from diffkd.models import families
+
+PAGE = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
+
+
+@pytest.mark.parametrize("family", families.families(), ids=lambda family: family.__name__.split(".")[-1])
+def test_every_file_keeps_the_contract(family):
+    assert all(hasattr(diffusers, name) for name in family.PIPELINES)
+    assert issubclass(family.NETWORK, nn.Module) and callable(family.load) and callable(family.save)
+
+
+def test_no_two_families_load_the_same_pipeline():
+    names = [name for family in families.families() for name in family.PIPELINES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The files of the page about adding a family, by path; the family's own is in the folder of families."""
+    files = dict(re.findall(r"### `(\S+\.py)`\n.*?```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    for name, source in files.items():
+        (tmp_path / Path(name).name).write_text(source)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    yield {name: tmp_path / Path(name).name for name in files}
+    sys.modules.pop("diffkd.models.families.pixel_mlp", None)
+
+
+def test_the_example_of_the_page_works(example, pytestconfig):
+    family, test = example.values()
+    assert family.name in {f"{f.__name__.split('.')[-1]}.py" for f in families.families()}
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(test.parent), str(test)]) == 0
+
+
+def test_the_example_is_distilled(cli, example, tmp_path, monkeypatch):
+    """The whole way: `diffkd distill` of its pipeline, the student's own images, and `diffkd sample`."""
+    import torch
+
+    from diffkd.core.denoiser import Denoiser
+    from diffkd.core.schedules import Schedule
+    from diffkd.models import loading
+
+    pixel_mlp = next(f for f in families.families() if f.__name__.endswith("pixel_mlp"))
+    loading.save(Denoiser(pixel_mlp.NETWORK(), Schedule.cosine(64), "v_prediction"), tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(
+        "out: run\nteacher: {path: teacher}\ndata: {kind: digits}\n"
+        "method: {name: progressive, steps: [2, 1], updates: 2}\ntraining: {batch_size: 8}\n"
+    )
+    assert cli("distill", "run.yaml").code == 0
+    assert cli("sample", "run/students/1-steps", "-n", 3, "--out", "images.npz").code == 0
+    x0 = pixel_mlp.PixelMLPPipeline(Path("run/students/1-steps"))(torch.randn(2, 1, 8, 8), 1)
+    assert x0.shape == (2, 1, 8, 8) and x0.isfinite().all()
