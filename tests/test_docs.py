@@ -58,7 +58,8 @@ def test_dotted_names_resolve():
     wrong = []
     for page in PAGES:
         named = set(re.findall(r"(?<![\w/-])diffkd(?:\.[A-Za-z_]\w*)+(?!/)", text(page))) - {"diffkd.json"}
-        wrong += [f"{name(page)}: {one}" for one in sorted(named) if not resolves(one)]
+        written = {one for one in named if f"{one.replace('.', '/')}.py" in text(page)}  # by the reader
+        wrong += [f"{name(page)}: {one}" for one in sorted(named - written) if not resolves(one)]
     assert not wrong, "\n".join(wrong)
 
 
