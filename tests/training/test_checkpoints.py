@@ -172,7 +172,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_valid(tmp_path):
 
 
 def test_a_full_disk(disk):
-    """The last good checkpoint stays, nothing half written is left, the error says how much space is needed."""
+    """The last good checkpoint stays, nothing half written is left, the error says what space it needs."""
     store = Checkpoints(disk("3m") / "checkpoints", CONFIG)
     million = {"student": {"w": torch.zeros(250_000)}}
     saved(store, 0, 1, million)

@@ -78,6 +78,16 @@ def test_a_harmless_change_is_refused_unless_it_is_allowed(tmp_path, caplog):
     RunFolder(tmp_path / "run", {**CONFIG, **HARMLESS}).close()  # which is the run's now
 
 
+def test_a_default_that_is_now_derived_is_no_change(tmp_path, caplog):
+    """Older runs recorded evaluation.sampler: ddim, which null means for their students too."""
+    measured = {"samples": 7, "sampler": "ddim"}
+    RunFolder(tmp_path, {**CONFIG, "evaluation": measured}).close()
+    RunFolder(tmp_path, {**CONFIG, "evaluation": {**measured, "sampler": None}}).close()
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"evaluation\.sampler was None, now heun"):
+        RunFolder(tmp_path, {**CONFIG, "evaluation": {**measured, "sampler": "heun"}})
+
+
 def test_what_changes_the_students_is_never_allowed(tmp_path):
     RunFolder(tmp_path / "run", CONFIG).close()
     before = tree(tmp_path)
