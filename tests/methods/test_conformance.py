@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffkd import methods
-from diffkd.core.denoiser import Denoiser
-from diffkd.methods.base import Batch, Method, Step
-from diffkd.methods.denoising import Denoising
-from tests.methods.conformance import COSINE, check_losses, check_resumes, losses_of, nets_of, train
+from diffkd.methods.base import Method, Step
+from tests.methods.conformance import check_losses, check_resumes, losses_of, nets_of, train
 from tests.two_networks import TwoNetworks
 
 ROOT = Path(__file__).parents[2]
@@ -94,39 +92,3 @@ def test_losses_follow_the_progress_of_their_stage():
     judged = half.value - first.value
     assert judged > 0 and (late.value - first.value).item() == pytest.approx(1.8 * judged.item(), rel=1e-4)
     assert [Step(stage, update).progress for update in (0, 5, 9)] == [0, 0.5, 0.9]
-
-
-# denoising
-
-
-def test_denoising_hides_labels_and_weighs_by_prediction():
-    """With v's weight the loss is the mean squared error of v; labels are hidden at the asked rate."""
-
-    seen = []
-
-    class Network(torch.nn.Module):
-        def forward(self, x, time, class_labels):
-            seen.append(class_labels.clone())
-            return torch.zeros_like(x)
-
-    denoiser = Denoiser(Network(), COSINE, "v_prediction", num_classes=3, null_label=3)
-    method = Denoising(label_dropout=0.25)
-    x0 = torch.rand(4000, 1, 2, 2) * 2 - 1
-    batch = Batch(x0, {"class_labels": torch.arange(4000) % 3})
-    loss = next(
-        method.losses(
-            {"student": denoiser},
-            batch,
-            Step(method.stages(denoiser)[0], 0),
-            torch.Generator().manual_seed(0),
-        )
-    )
-    assert abs((seen[0] == 3).float().mean() - 0.25) < 0.03
-    kept = seen[0] != 3
-    assert torch.equal(seen[0][kept], (torch.arange(4000) % 3)[kept])
-    rng = torch.Generator().manual_seed(0)
-    t = torch.randint(1, 65, (4000,), generator=rng).double() / 64
-    eps = torch.randn(x0.shape, generator=rng)
-    alpha, sigma = COSINE.at(t, like=x0.double())
-    v = alpha * eps - sigma * x0
-    assert loss.value.item() == pytest.approx(v.square().mean().item(), rel=1e-4)

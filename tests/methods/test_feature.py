@@ -1,4 +1,4 @@
-"""Feature and output matching: their losses beside formulas of their own, and what they leave behind."""
+"""Feature and output matching: their losses against formulas written out, and their hooks and projectors."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from torch import nn
 
-from diffkd.core import noise
 from diffkd.core.activations import capture_activations
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import weighting_for
@@ -20,7 +19,7 @@ from diffkd.methods.feature import Feature
 from diffkd.methods.output import Output
 from diffkd.models import students
 from diffkd.models.unet import UNet2D
-from tests.methods.test_conformance import losses_of
+from tests.methods.conformance import losses_of
 from tests.models.unets import max_difference, network, untouched
 
 COSINE = Schedule.cosine(64)
@@ -30,7 +29,7 @@ NULL = 3
 
 
 def teacher_of(prediction="v_prediction", schedule=COSINE, **config):
-    """Of three classes, and a null label."""
+    """A teacher of three classes with a null label."""
     net = network(**{"num_class_embeds": 4, "layers_per_block": 2, **config})
     return Denoiser(net, schedule, prediction, num_classes=3, null_label=NULL).requires_grad_(False)
 
@@ -54,7 +53,7 @@ def values(method, nets, seed=11):
 
 
 class Drawn:
-    """What `losses_of` and a method draw, in the order of the algorithm."""
+    """What `losses_of` and a method draw, in the algorithm's order."""
 
     def __init__(self, schedule, steps, dropout, seed=11):
         rng = torch.Generator().manual_seed(seed)
@@ -69,7 +68,7 @@ class Drawn:
         self.labels = torch.where(hidden, NULL, labels)
 
     def of(self, denoiser, labels=None):
-        """What the network itself says."""
+        """The network's own output."""
         labels = self.labels if labels is None else labels
         return denoiser.network(self.x_t, self.time, class_labels=labels).sample
 
@@ -83,8 +82,8 @@ class Drawn:
 
 @pytest.mark.parametrize(("prediction", "schedule"), READ)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_one_share_alone_is_the_method_of_its_name(prediction, schedule, dropout):
-    """To the bit: denoising, and output matching at any guidance."""
+def test_each_term_alone_is_the_method_of_that_name(prediction, schedule, dropout):
+    """Denoising, and output matching at any guidance, to the bit."""
     teacher = teacher_of(prediction, schedule)
     nets = {"teacher": teacher, "student": moved_copy(teacher)}
     task = Feature(task=1, output=0, feature=0, label_dropout=dropout)
@@ -98,8 +97,8 @@ def test_one_share_alone_is_the_method_of_its_name(prediction, schedule, dropout
 
 @pytest.mark.parametrize(("prediction", "schedule"), READ)
 @pytest.mark.parametrize("guidance", [1.0, 2.5, 0.0])
-def test_the_error_is_the_mean_square_of_what_networks_put_out(prediction, schedule, guidance):
-    """Of v, eps or x0: the student's against the teacher's, guided by hand."""
+def test_the_default_error_is_the_mean_square_of_network_outputs(prediction, schedule, guidance):
+    """In v, eps or x0: the student's output against the teacher's, guided by hand."""
     teacher = teacher_of(prediction, schedule)
     student = moved_copy(teacher)
     drawn = Drawn(schedule, schedule.num_train_timesteps, 0.4)
@@ -140,7 +139,7 @@ def features(net, x, time, labels):
 
 
 def by_hand(nets, drawn, pairs):
-    """The feature loss. pairs: (the teacher's, the student's, whether a projector is between)."""
+    """The feature loss. pairs: (the teacher's module, the student's, whether a projector is between)."""
     teacher, student = nets["teacher"].network, nets["student"].network
     given = drawn.x_t, drawn.time, drawn.labels
     with torch.no_grad():
@@ -182,7 +181,7 @@ def smaller(name, method, **config):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("name", SMALLER)
 def test_features_are_compared_block_by_block(name, guidance):
-    """Of a guided teacher those that it has for the labels, not those for none."""
+    """A guided teacher's features are those for the labels, not those for the null label."""
     method = Feature(task=0, output=0, feature=2, label_dropout=0.4, guidance=guidance)
     nets, pairs = smaller(name, method)
     assert method.pairs(nets["teacher"], nets["student"]) == {theirs: ours for theirs, ours, _ in pairs}
@@ -203,7 +202,7 @@ METHODS = {"all": Feature(), "feature": Feature(task=0, output=0), "output": Out
 @pytest.mark.parametrize("name", SMALLER)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_smaller_student_keeps_the_contract(name, method):
-    """Gradients for the named network alone, the same for the same random numbers; the teacher stays."""
+    """Gradients for the named network alone, the same for the same random numbers; teacher unchanged."""
     nets, _ = smaller(name, method)
     before = [p.clone() for p in nets["teacher"].parameters()]
     stage, found = method.stages(nets["teacher"])[0], []
@@ -224,8 +223,8 @@ def test_a_smaller_student_keeps_the_contract(name, method):
 
 
 @pytest.mark.parametrize("config", [{}, {"attention": [True, True]}, {"attention_head_dim": None}])
-def test_of_two_that_are_the_same_nothing_is_left(config):
-    """Exactly nothing where neither learns; torch may multiply by weights that do in another order."""
+def test_identical_networks_have_no_loss(config):
+    """Exactly none if neither learns; torch may multiply weights that learn in another order."""
     for training in (False, True):
         teacher = teacher_of(**config)
         nets = {"teacher": teacher.train(training), "student": students.copy_of(teacher)}
@@ -237,7 +236,7 @@ def test_of_two_that_are_the_same_nothing_is_left(config):
 
 @pytest.mark.parametrize("method", [Feature(feature=0), Output()], ids=["feature", "output"])
 @pytest.mark.parametrize("steps", [None, 4])
-def test_times_are_those_that_the_teacher_is_used_at(method, steps):
+def test_times_are_on_the_grid_of_the_teacher(method, steps):
     teacher = teacher_of()
     teacher.steps = steps
     nets, stage = {"teacher": teacher, "student": moved_copy(teacher)}, method.stages(teacher)[0]
@@ -249,7 +248,7 @@ def test_times_are_those_that_the_teacher_is_used_at(method, steps):
 
 @pytest.mark.parametrize("method", [Feature, Output])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_same_labels_are_hidden_from_both(method, guidance):
+def test_the_same_labels_are_dropped_for_both(method, guidance):
     teacher, labels = teacher_of(), {"teacher": [], "student": []}
     method = method(label_dropout=0.5, guidance=guidance)
     nets = nets_of(method, teacher, moved_copy(teacher))
@@ -263,30 +262,6 @@ def test_the_same_labels_are_hidden_from_both(method, guidance):
     assert torch.equal(theirs[:, :6], ours) and theirs.shape[1] == (6 if guidance == 1 else 12)
     assert (theirs[:, 6:] == NULL).all() and abs((ours == NULL).float().mean() - 0.5) < 0.15
     assert torch.equal(torch.where(ours == NULL, given, ours), given.expand(20, 6))
-
-
-def test_what_every_method_begins_with():
-    rng = torch.Generator().manual_seed(0)
-    t, s = noise.grid_times(4000, 5, rng, torch.device("cpu"))
-    assert t.dtype == torch.float64 and torch.allclose(t - s, torch.tensor(0.2).double(), atol=1e-12)
-    assert sorted(set(t.tolist())) == [i / 5 for i in range(1, 6)]
-    assert all(abs((t == i / 5).float().mean() - 0.2) < 0.03 for i in range(1, 6))
-    x_t = noise.add_noise(COSINE, torch.ones(4000, 1, 2, 2), torch.full((4000,), 0.25).double(), rng)
-    alpha2 = COSINE.alphas_cumprod[15].item()
-    assert x_t.mean() == pytest.approx(alpha2**0.5, abs=0.02) and x_t.var() == pytest.approx(
-        1 - alpha2, rel=0.05
-    )
-    labels = torch.arange(4000) % 3
-    for null, share in ((None, 0.5), (NULL, 0.0)):
-        state = rng.get_state()
-        assert torch.equal(
-            noise.drop_labels({"class_labels": labels}, null, share, rng)["class_labels"], labels
-        )
-        assert torch.equal(rng.get_state(), state)
-    given = {"class_labels": labels}
-    assert (noise.drop_labels(given, NULL, 1.0, rng)["class_labels"] == NULL).all()
-    assert given["class_labels"] is labels and labels.max() == 2
-    assert noise.drop_labels({}, NULL, 0.5, rng) == {}
 
 
 # projectors -----------------------------------------------------------------------------------------------
@@ -305,8 +280,8 @@ def test_projectors_are_the_same_in_every_process():
     assert Feature(feature=0).networks(teacher, student) == {}
 
 
-def test_the_student_learns_through_them_and_they_from_their_own_loss():
-    """Each network's gradient is that of the formula; what the student learnt meanwhile changes nothing."""
+def test_projectors_pass_gradients_and_learn_from_their_own_loss():
+    """Each network's gradient is the formula's; the student's update in between changes nothing."""
     method = Feature(task=0, output=0, label_dropout=0.4)
     nets, pairs = smaller("narrow", method)
     expected = by_hand(nets, Drawn(COSINE, 64, 0.4), pairs)
@@ -330,8 +305,8 @@ def test_the_student_learns_through_them_and_they_from_their_own_loss():
     assert next(losses, None) is None
 
 
-def test_two_of_the_teachers_may_be_matched_by_one_of_the_students():
-    """Of other widths than each other, too."""
+def test_one_module_of_the_student_may_match_two_of_the_teacher():
+    """They may have different widths."""
     method = Feature(task=0, output=0, blocks={"conv_in": "conv_in", "down_blocks.0.resnets.1": "conv_in"})
     teacher = teacher_of()
     nets = nets_of(method, teacher, students.narrow(teacher, [4, 8]))
@@ -351,7 +326,7 @@ def hooks(*nets):
 
 
 class Wrapped(nn.Module):
-    """As several processes wrap a network."""
+    """Wrapped as several processes wrap a network."""
 
     def __init__(self, module):
         super().__init__()
@@ -385,7 +360,7 @@ def test_no_hook_outlives_a_loss(monkeypatch):
     assert hooks(*smaller("innermost", method)[0].values()) == 0
 
 
-def test_recorded_is_the_last_output_within():
+def test_the_last_output_inside_the_context_is_captured():
     class Two(nn.Module):
         def forward(self, x):
             return x + 1, "more"
@@ -426,7 +401,7 @@ def test_a_wrapped_network_gives_the_same():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_compiled_in_place_gives_the_same():
-    """In every update: hooks come and go, and are seen by what was compiled with those before."""
+    """In every update: hooks come and go, and compiled code sees the current ones."""
     torch._dynamo.reset()
     method = Feature(blocks=["down_blocks.0", "up_blocks.0"])
     teacher = teacher_of(layers_per_block=1, mid_block_type=None)
@@ -482,7 +457,7 @@ def test_a_student_of_more_resolutions_is_not_matched_by_default():
     assert "-1" not in str(caught.value)  # a name that nobody has given
 
 
-def test_configs_that_ask_for_nothing():
+def test_configs_without_a_loss_are_refused():
     with pytest.raises(
         ValidationError, match="task, output and feature are all 0; give one of them a weight"
     ):
@@ -497,7 +472,7 @@ def test_configs_that_ask_for_nothing():
     assert [stage.guidance for stage in Feature(guidance=2.0).stages(teacher_of())] == [2.0]
 
 
-def test_without_classes_there_is_nothing_to_hide():
+def test_without_classes_no_label_is_dropped():
     teacher = Denoiser(network(), COSINE, "v_prediction").requires_grad_(False)
     nets = {"teacher": teacher, "student": moved_copy(teacher)}
     method, rng = Output(label_dropout=0.9), torch.Generator().manual_seed(1)

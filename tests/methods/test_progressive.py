@@ -16,7 +16,7 @@ COUNTS = [1, 2, 4, 8, 32, 128, 1024, 4096, 8192]
 
 
 class Rough(torch.nn.Module):
-    """A teacher that is no posterior mean of anything: curved in x and t, so that no error cancels."""
+    """A teacher that is not a posterior mean: curved in x and t, so that no error cancels."""
 
     def forward(self, x, time):
         return torch.sin(3 * x + time.to(x).reshape(-1, 1, 1, 1) / 100)
@@ -56,7 +56,7 @@ def salimans_ho(teacher, z_t, t, steps):
 @pytest.mark.parametrize(
     "teacher", [rough(), rough(LINEAR), gaussian(COSINE), gaussian(COSINE, "v_prediction")]
 )
-def test_the_target_is_salimans_and_hos(teacher, steps):
+def test_the_target_is_that_of_salimans_and_ho(teacher, steps):
     x_t, t, s = states(steps)
     ours = target(teacher, x_t, t, s)
     assert ours.dtype == torch.float64
@@ -120,7 +120,7 @@ def test_a_gaussian_teachers_exact_student(sampler):
 
 
 def test_mistake_second_prediction():
-    """The teacher's second prediction is not the target (but at s = 0, where it is all of it)."""
+    """The teacher's second prediction is not the target, except at s = 0."""
     teacher, steps = rough(), 8
     x_t, t, s = states(steps)
     middle = (t + s) / 2
@@ -150,7 +150,7 @@ def test_mistake_clipping_inside_the_target():
 
 
 def test_mistake_single_precision():
-    """At 4096 steps the same subtraction in float32 is off by more than float64's whole rounding, by far."""
+    """At 4096 steps the same subtraction in float32 is far less accurate than in float64."""
     teacher, steps = rough(), 4096
     x_t, t, s = states(steps, 256)
     exact = salimans_ho(teacher, x_t, t, steps)
@@ -176,7 +176,7 @@ def stage_list(steps, start=None, **fields):
     return Progressive(steps=steps, **fields).stages(start or rough())
 
 
-def test_substeps_are_read_off_the_list():
+def test_substeps_follow_from_the_list_of_steps():
     stages = stage_list([16, 4, 1], substeps=3, updates=10)
     assert [(s.name, s.steps, s.substeps, s.updates) for s in stages] == [
         ("16-steps", 16, 3, 10),
@@ -189,7 +189,7 @@ def test_substeps_are_read_off_the_list():
 
 
 def test_only_the_first_target_uses_the_teachers_sampler():
-    """A student's step is a DDIM step: another sampler would read it as the posterior mean that it is not."""
+    """A student's step is a DDIM step: other samplers would take its prediction for a posterior mean."""
     assert [s.sampler for s in stage_list([4, 2, 1], sampler="heun")] == ["heun", "ddim", "ddim"]
     stages = stage_list([20, 10], gaussian(LINEAR, "epsilon"), sampler="dpmpp_2m")
     assert [s.sampler for s in stages] == ["ddim", "dpmpp_2m", "ddim"]
@@ -279,7 +279,7 @@ def test_the_loss_is_the_weighted_error_of_both_targets():
     assert torch.allclose(loss.metrics["gap"].double(), gap, rtol=1e-3) and torch.equal(loss.metrics["t"], t)
 
 
-def test_a_student_that_is_its_target_has_no_loss():
+def test_a_student_that_predicts_its_target_has_no_loss():
     teacher = gaussian(COSINE)
     method = Progressive(steps=[512], substeps=1)
     nets = {"student": teacher, "teacher": teacher}

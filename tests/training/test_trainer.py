@@ -1,7 +1,6 @@
 """The training loop of a stage."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
@@ -137,11 +136,6 @@ def test_dropout_resumes_where_it_stopped(tmp_path):
     torch.manual_seed(1)
     one(tmp_path / "parts", stop_at=5)
     assert torch.equal(whole, one(tmp_path / "parts"))
-
-
-def test_seeds_differ():
-    seeds = {derived_seed(*parts) for parts in itertools.product(range(4), range(4), range(20), range(4))}
-    assert len(seeds) == 4 * 4 * 20 * 4 and all(0 <= s < 2**63 for s in seeds)
 
 
 def test_only_the_named_network_gets_gradients(tmp_path):

@@ -1,0 +1,41 @@
+"""The random numbers of training: seeds, times, noise and dropped labels."""
+
+import itertools
+
+import pytest
+import torch
+
+from diffkd.core import noise
+from diffkd.core.noise import derived_seed
+from diffkd.core.schedules import Schedule
+
+COSINE = Schedule.cosine(64)
+
+
+def test_seeds_differ():
+    seeds = {derived_seed(*parts) for parts in itertools.product(range(4), range(4), range(20), range(4))}
+    assert len(seeds) == 4 * 4 * 20 * 4 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_times_noise_and_dropped_labels_have_their_distributions():
+    rng = torch.Generator().manual_seed(0)
+    t, s = noise.grid_times(4000, 5, rng, torch.device("cpu"))
+    assert t.dtype == torch.float64 and torch.allclose(t - s, torch.tensor(0.2).double(), atol=1e-12)
+    assert sorted(set(t.tolist())) == [i / 5 for i in range(1, 6)]
+    assert all(abs((t == i / 5).float().mean() - 0.2) < 0.03 for i in range(1, 6))
+    x_t = noise.add_noise(COSINE, torch.ones(4000, 1, 2, 2), torch.full((4000,), 0.25).double(), rng)
+    alpha2 = COSINE.alphas_cumprod[15].item()
+    assert x_t.mean() == pytest.approx(alpha2**0.5, abs=0.02) and x_t.var() == pytest.approx(
+        1 - alpha2, rel=0.05
+    )
+    labels = torch.arange(4000) % 3
+    for null, share in ((None, 0.5), (3, 0.0)):
+        state = rng.get_state()
+        assert torch.equal(
+            noise.drop_labels({"class_labels": labels}, null, share, rng)["class_labels"], labels
+        )
+        assert torch.equal(rng.get_state(), state)
+    given = {"class_labels": labels}
+    assert (noise.drop_labels(given, 3, 1.0, rng)["class_labels"] == 3).all()
+    assert given["class_labels"] is labels and labels.max() == 2
+    assert noise.drop_labels({}, 3, 0.5, rng) == {}

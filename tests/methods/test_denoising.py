@@ -1,0 +1,44 @@
+"""Denoising: against the mean squared error of v, written out."""
+
+import pytest
+import torch
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
+from diffkd.methods.base import Batch, Step
+from diffkd.methods.denoising import Denoising
+
+COSINE = Schedule.cosine(64)
+
+
+def test_labels_are_dropped_and_the_default_weight_is_that_of_v():
+    """With v's weight the loss is the mean squared error of v; labels are dropped at the given rate."""
+
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x, time, class_labels):
+            seen.append(class_labels.clone())
+            return torch.zeros_like(x)
+
+    denoiser = Denoiser(Network(), COSINE, "v_prediction", num_classes=3, null_label=3)
+    method = Denoising(label_dropout=0.25)
+    x0 = torch.rand(4000, 1, 2, 2) * 2 - 1
+    batch = Batch(x0, {"class_labels": torch.arange(4000) % 3})
+    loss = next(
+        method.losses(
+            {"student": denoiser},
+            batch,
+            Step(method.stages(denoiser)[0], 0),
+            torch.Generator().manual_seed(0),
+        )
+    )
+    assert abs((seen[0] == 3).float().mean() - 0.25) < 0.03
+    kept = seen[0] != 3
+    assert torch.equal(seen[0][kept], (torch.arange(4000) % 3)[kept])
+    rng = torch.Generator().manual_seed(0)
+    t = torch.randint(1, 65, (4000,), generator=rng).double() / 64
+    eps = torch.randn(x0.shape, generator=rng)
+    alpha, sigma = COSINE.at(t, like=x0.double())
+    v = alpha * eps - sigma * x0
+    assert loss.value.item() == pytest.approx(v.square().mean().item(), rel=1e-4)
