@@ -1,13 +1,13 @@
-"""Kills short digits distillations at random moments until they end, and compares what they leave, byte for
-byte, with runs that nobody killed.
+"""Kills short distillations on digits at random moments until they finish, and compares what they leave, byte
+for byte, with runs that were not killed.
 
     python scripts/torture.py --kills 40
 
 Half of the runs are of one process, half of two. A kill is SIGKILL, now and then SIGTERM, to one process:
 after a random time, in an update between the gradient and the step, in an evaluation between two batches,
 or at a fault point: just before one of the file operations (open, rename, remove, ...) in checkpoints/,
-students/, samples/, the teacher's folder, metrics.json or log.jsonl. The last line says what was done; the
-exit status is 1 where anything differs. Ten minutes on two cores.
+students/, samples/, the teacher's folder, metrics.json or log.jsonl. The last line sums up; the exit
+status is 1 if anything differs. Ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diffkd import cli
 from diffkd.runs import config, session
 from diffkd.training import update
 
-MEASURED = {  # of a machine's moods, not of the run
+MEASURED = {  # what depends on the machine, not on the run
     "images_per_second", "peak_memory_gb", "seconds", "peak_memory_bytes", "created", "device", "commit",
 }  # fmt: skip
 TEACHER = {
@@ -62,7 +62,7 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 
 
 def child(fault: dict[str, Any], arguments: list[str]) -> None:
-    """`diffkd` with a fault in it. fault: kind, signal, rank, and what the kind needs."""
+    """Runs `diffkd` with a fault injected. fault: kind, signal, rank, and what the kind needs."""
 
     def strike() -> None:
         Path(fault["struck"]).touch()
@@ -132,7 +132,7 @@ def command(processes: int, fault: dict[str, Any]) -> list[str]:
 
 
 def start(folder: Path, processes: int, fault: dict[str, Any]) -> tuple[int, str]:
-    """One attempt; its exit status and what it said."""
+    """One attempt; its exit status and stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command(processes, fault), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
@@ -156,7 +156,7 @@ def draw(rng: random.Random, processes: int) -> dict[str, Any]:
     }
     if kind == "time":
         return {**fault, "at": rng.uniform(0, 1.5)}
-    if kind == "disk":  # the main process alone writes
+    if kind == "disk":  # only the main process writes
         return {**fault, "rank": 0, "place": rng.choice(PLACES), "at": rng.randint(1, 12)}
     return {**fault, "at": rng.randint(1, 12)}
 
@@ -171,7 +171,7 @@ def unmeasured(value: Any) -> Any:
 
 
 def content(path: Path) -> Any:
-    """Bytes; of JSON, its values without what was measured."""
+    """The bytes of a file; of JSON, its values without MEASURED."""
     if path.suffix == ".jsonl":
         return [unmeasured(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":
@@ -180,7 +180,7 @@ def content(path: Path) -> Any:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """What must be the same: all but the page and the description of a machine. Also left-overs."""
+    """What must be the same, leftovers included: all but the report and the description of the machine."""
     return {
         str(path.relative_to(folder)): path
         for path in sorted((folder / "runs").rglob("*"))
@@ -189,8 +189,8 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def differences(whole: Path, tortured: Path) -> tuple[int, list[str]]:
-    """How many files were compared, and which differ. The checkpoints that both have are compared: a signal
-    that saves one more pushes one out."""
+    """How many files were compared, and which differ. Only checkpoints that both have are compared: a signal
+    that saves one more makes another one go."""
     one, two = files(whole), files(tortured)
     for every, other in ((one, two), (two, one)):
         for name in [name for name in every if "/checkpoints/" in name and name not in other]:
@@ -209,11 +209,11 @@ def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
     runs = compared = 0
     different: list[str] = []
     for processes, share in ((1, kills - kills // 2), (2, kills // 2)):
-        now = prepare(place / "now")  # always the same: records say where a model is
+        now = prepare(place / "now")  # always the same path: records hold it
         never = {"kind": "never"}
         status, err = start(now, processes, never)
         if status:
-            raise SystemExit(f"the run that nobody kills ended with {status}: {err}")
+            raise SystemExit(f"the run without kills ended with {status}: {err}")
         whole = now.rename(place / f"whole-{processes}")
         left = share
         while left:
@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="keep the runs here; default nowhere")
+    parser.add_argument("--out", type=Path, help="folder to keep the runs in; default a temporary one")
     options = parser.parse_args()
     place = options.out or Path(tempfile.mkdtemp())
     try:

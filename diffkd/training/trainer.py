@@ -18,8 +18,8 @@ from diffkd.methods.base import Batch, Method, Stage, Step
 from diffkd.training.config import Training
 from diffkd.training.divergence import describe_nonfinite, nonfinite_examples
 from diffkd.training.run_folder import RunFolder
-from diffkd.training.state import StageState, prepare, restore, save
-from diffkd.training.update import Outcome, micro_batches, run_update
+from diffkd.training.state import prepare, restore, save
+from diffkd.training.update import micro_batches, run_update
 
 
 def run_stage(
@@ -52,6 +52,7 @@ def run_stage(
     )
     if accelerator.device.type != "cpu":  # on CPU, prefetching would compete with training
         batches = prefetch(batches)
+    place = {"stage": stage.name, "stage_index": stage_index}
     record: dict[str, Any] = {}
     try:
         for update in range(done, stage.updates):
@@ -65,13 +66,21 @@ def run_stage(
             if outcome.nonfinite is None:
                 state.monitor.completed(outcome.loss, done, warn=accelerator.is_main_process)
                 method.after_update(nets, step)
-            for name in outcome.updated:
-                state.learners[name].update_average()
+            for name, learner in state.learners.items():
+                if name in outcome.updated:
+                    learner.update_average()
             if outcome.nonfinite is not None and outcome.counts:
-                _skip(accelerator, run, state, step, outcome, images, training, (seed, stage_index, update))
+                key = (seed, stage_index, update)
+                examples = nonfinite_examples(accelerator, outcome.nonfinite, images, training, key)
+                if accelerator.is_main_process:
+                    run.append({"event": "skipped", **place, "update": done, **examples})
+                state.monitor.skipped(describe_nonfinite(stage.name, done, examples))
             last = done == stage.updates
             if (done % training.log_every == 0 or last) and state.log.has_any:
-                record = _record(accelerator, run, state, step, stage_index, training)
+                means = state.log.read(accelerator, training.batch_size)
+                record = {**place, "update": done, "updates": stage.updates, **_rates(step), **means}
+                if accelerator.is_main_process:
+                    run.append(record)
             on_update(done, record)
             run.checkpoints.check()
             if (done % training.checkpoint_every == 0 or outcome.stop) and not last:
@@ -82,9 +91,7 @@ def run_stage(
                     raise Interrupted(saved=True)
         run.checkpoints.wait()
     except Exception:
-        with suppress(
-            Unfinished
-        ):  # the last checkpoint is finished; the first error is the one that is raised
+        with suppress(Unfinished):  # the last checkpoint is completed, and the first error raised
             run.checkpoints.wait()
         raise
     for name, learner in state.learners.items():
@@ -94,43 +101,8 @@ def run_stage(
     accelerator.free_memory()
 
 
-def _skip(
-    accelerator: Accelerator,
-    run: RunFolder,
-    state: StageState,
-    step: Step,
-    outcome: Outcome,
-    images: Images,
-    training: Training,
-    key: tuple[int, int, int],
-) -> None:
-    """Logs an update that was skipped. Raises NonFinite if it is one too many in a row."""
-    assert outcome.nonfinite is not None
-    examples = nonfinite_examples(accelerator, outcome.nonfinite, images, training, key)
-    number = step.update + 1
-    if accelerator.is_main_process:
-        place = {"stage": step.stage.name, "stage_index": key[1], "update": number}
-        run.append({"event": "skipped", **place, **examples})
-    state.monitor.skipped(describe_nonfinite(step.stage.name, number, examples))
-
-
-def _record(
-    accelerator: Accelerator,
-    run: RunFolder,
-    state: StageState,
-    step: Step,
-    stage_index: int,
-    training: Training,
-) -> dict[str, Any]:
-    """Appends the means of the log interval that ends with this update to the log."""
-    stage, update = step.stage, step.update
-    rates = {
-        f"{name}_learning_rate": stage.rate(update, name) for name in stage.networks if name != "student"
-    }
-    record = {
-        "stage": stage.name, "stage_index": stage_index, "update": update + 1, "updates": stage.updates,
-        "learning_rate": stage.rate(update), **rates, **state.log.read(accelerator, training.batch_size),
-    }  # fmt: skip
-    if accelerator.is_main_process:
-        run.append(record)
-    return record
+def _rates(step: Step) -> dict[str, float]:
+    """The student's learning rate, and those of the networks that the stage names."""
+    others = [name for name in step.stage.networks if name != "student"]
+    rates = {f"{name}_learning_rate": step.stage.rate(step.update, name) for name in others}
+    return {"learning_rate": step.stage.rate(step.update), **rates}
