@@ -1,4 +1,4 @@
-"""Guidance by a classifier: in closed form, under the samplers' modes, and what it refuses."""
+"""Classifier guidance: in closed form, in the samplers' modes, and what it refuses."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ MEANS, STD, SHARES = torch.tensor([-0.6, 0.5], dtype=torch.float64), 0.3, torch.
 
 
 class Mixture(nn.Module):
-    """Data of two Gaussians N(MEANS[k], STD^2 I), of which there are SHARES: what is exact of them."""
+    """Data of two Gaussians N(MEANS[k], STD^2 I), in proportions SHARES, for which everything is known
+    exactly."""
 
     def __init__(self, schedule, prediction):
         super().__init__()
@@ -58,7 +59,7 @@ def models(schedule, prediction):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_exact_models_give_the_exact_conditional_denoiser(prediction, mode):
-    """E[x0 | x_t, y] of a Gaussian is known; guiding the mixture's posterior mean has to reach it."""
+    """E[x0 | x_t, y] of a Gaussian is known; guiding the mixture's posterior mean must give it."""
     schedule = LINEAR if prediction == "epsilon" else COSINE
     steps = schedule.num_train_timesteps
     denoiser, classifier = models(schedule, prediction)
@@ -72,7 +73,7 @@ def test_exact_models_give_the_exact_conditional_denoiser(prediction, mode):
         assert (denoiser(x_t, t) - exact).abs().max() > 0.1
 
 
-def test_the_scale_is_of_the_shift_in_eps():
+def test_the_scale_multiplies_the_shift_in_eps():
     """Equation 14: eps - scale sigma g, for any scale, with g by finite differences."""
     denoiser, classifier = models(LINEAR, "epsilon")
     x_t = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -88,7 +89,7 @@ def test_the_scale_is_of_the_shift_in_eps():
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample", "flow"])
-def test_where_there_is_noise_alone_nothing_is_shifted(prediction):
+def test_pure_noise_is_not_shifted(prediction):
     denoiser, _ = models(COSINE, prediction)
     network = CNN(1, 2, [4], timed=True).double()  # which does not know that it can know nothing
     model = guided(denoiser, Classifier(network, 2, schedule=COSINE), 3.0)
@@ -99,7 +100,7 @@ def test_where_there_is_noise_alone_nothing_is_shifted(prediction):
 
 
 def test_samplers_and_generate_work_unchanged():
-    """The classes that were asked for are drawn, by every sampler and by generate's inference mode."""
+    """The requested classes are drawn by every sampler, and in generate's inference mode."""
     denoiser, classifier = models(COSINE, "v_prediction")
     model = guided(denoiser, classifier)
     assert model.num_classes == 2

@@ -30,7 +30,7 @@ def test_every_prediction_type_gives_the_same_x0(prediction):
     assert torch.allclose(gaussian(schedule, prediction)(x_t, t), expected, atol=1e-10)
 
 
-def test_both_readings_explain_the_state():
+def test_x0_and_eps_explain_the_state():
     denoiser = gaussian(COSINE, "v_prediction")
     x_t, t = torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.rand(4).double()
     x0, eps = denoiser.predict(x_t, t)

@@ -34,7 +34,7 @@ def stock_images(scheduler, denoiser, noise, steps, **options):
 @pytest.mark.parametrize("steps", [1, 2, 8, 40])
 @pytest.mark.parametrize("clip", [None, 0.8])
 @pytest.mark.parametrize(("schedule", "prediction"), CASES)
-def test_ddim_is_diffusers_ddim_bit_by_bit(schedule, prediction, clip, steps):
+def test_ddim_is_diffusers_ddim_bit_for_bit(schedule, prediction, clip, steps):
     if schedule.num_train_timesteps % steps:
         steps = 32
     denoiser = gaussian(schedule, prediction)
@@ -111,7 +111,7 @@ def test_the_exact_one_step_student():
     assert (teacher - exact).abs().max() < 5e-3
 
 
-def test_heun_ends_in_a_first_order_step_and_counts_so():
+def test_heun_ends_in_a_first_order_step():
     denoiser = gaussian(COSINE)
     for sampler in samplers.SAMPLERS:
         denoiser.network.calls = 0
@@ -160,7 +160,7 @@ def test_images_are_as_wide_as_the_data():
 
 
 def test_stock_ddim_scheduler_of_the_defaults_differs():
-    """Why students are saved with our own settings: diffusers' defaults draw something else."""
+    """Why students are saved with settings of our own: diffusers' defaults draw other images."""
     denoiser = gaussian(LINEAR, "v_prediction")
     noise = torch.randn(3, 1, 4, 4)
     default = DDIMScheduler(**LINEAR.betas, prediction_type="v_prediction")

@@ -31,7 +31,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_coefficients_are_the_schedulers_own(name):
+def test_coefficients_are_those_of_the_scheduler(name):
     scheduler = SCHEDULERS[name]
     schedule = from_diffusers(scheduler)
     t = (torch.arange(schedule.num_train_timesteps).double() + 1) / schedule.num_train_timesteps
@@ -104,7 +104,7 @@ def test_near_data_sigma_is_linear_and_near_noise_alpha_is():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_predictions_read_and_written(prediction):
-    """Both readings explain x_t, and writing inverts reading, in float64 to rounding."""
+    """x0 and eps explain x_t, and writing inverts reading, in float64 to rounding."""
     generator = torch.Generator().manual_seed(7)
     x0, eps = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
     alpha, sigma = (
@@ -126,7 +126,7 @@ def test_network_time_is_the_tables_index():
 @pytest.mark.parametrize(
     ("total", "steps", "fits"), [(1000, 6, False), (1000, 40, True), (1024, 32, True), (1024, 0, False)]
 )
-def test_steps_that_fit(total, steps, fits):
+def test_valid_steps(total, steps, fits):
     schedule = Schedule.cosine(total)
     if fits:
         schedule.check_steps(steps)

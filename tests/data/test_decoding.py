@@ -1,4 +1,4 @@
-"""Image files of every format and mode, beside what they were made of."""
+"""Image files of every format and mode, beside the pixels they were made from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_grey_of_colour_is_luma_and_colour_of_grey_is_grey(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".jpeg", ".PNG", ".Jpg"])
 def test_formats(tmp_path, suffix):
-    """Of a smooth picture, so that JPEG has little to lose."""
+    """A smooth image, of which JPEG loses little."""
     ramp = np.linspace(40, 200, 16)[:, None] + np.linspace(0, 40, 16)
     pixels = np.stack([ramp, ramp[::-1], np.full((16, 16), 90)], -1).round().astype(np.uint8)
     lossy = suffix.lower().startswith(".j")
@@ -60,7 +60,7 @@ def test_exif_turns_the_image_upright(tmp_path, orientation, upright):
 
 
 def test_exif_of_a_jpeg(tmp_path):
-    """A landscape that the camera says is a portrait: the centre of the portrait, rows running down it."""
+    """A landscape image that EXIF turns into a portrait: its centre, with rows running down."""
     pixels = np.repeat(np.linspace(0, 255, 48).astype(np.uint8)[None], 16, 0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -107,7 +107,7 @@ def test_black_and_white(tmp_path):
 
 
 def test_cmyk_jpeg(tmp_path):
-    """One colour all over: R = 255 (1 - C)(1 - K), and so on."""
+    """A single colour: R = 255 (1 - C)(1 - K), and so on."""
     cmyk = np.array([40, 120, 200, 60], np.uint8)
     Image.fromarray(np.tile(cmyk, (16, 16, 1)), "CMYK").save(tmp_path / "a.jpg", quality=100)
     expected = 255 * (1 - cmyk[:3] / 255) * (1 - cmyk[3] / 255)

@@ -1,4 +1,4 @@
-"""The digits beside scikit-learn's own."""
+"""The digits dataset beside scikit-learn's."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_labels_stay_with_their_images_after_a_broken_one(tmp_path, image_folder
     assert [str(root / "a" / "007.png") in r.message for r in caplog.records] == [True]
 
 
-def test_one_in_a_hundred_may_be_broken_and_no_more(tmp_path, image_folder, caplog):
+def test_at_most_one_image_in_a_hundred_may_be_broken(tmp_path, image_folder, caplog):
     root = image_folder(tmp_path, count=100)
     truncate(root / "010.png")
     assert len(folder(root)) == 99

@@ -42,7 +42,7 @@ def test_columns_by_name(tmp_path):
     "fields", [{"image": "number"}, {"image": "name"}, {"label": "name"}, {"label": "picture"}]
 )
 def test_columns_of_another_type_are_named(tmp_path, fields, caplog):
-    """One message about the column, not one about each row."""
+    """One message about the column, rather than one about each row."""
     saved().save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match=f"column '?{next(iter(fields.values()))}"):
         hub(tmp_path / "set", **fields)
@@ -61,7 +61,7 @@ def test_the_split_of_a_dataset_dict(tmp_path):
 
 
 def test_a_broken_row_is_skipped_with_its_label(tmp_path, caplog):
-    """Images as bytes, of which one is no image."""
+    """Images as bytes, one of which is not an image."""
     good = io.BytesIO()
     Image.fromarray(ARRAYS[0]).save(good, "PNG")
     rows = [{"bytes": good.getvalue() if i != 30 else b"no image", "path": None} for i in range(120)]
@@ -83,7 +83,7 @@ def test_a_dataset_with_no_rows_is_refused(tmp_path, monkeypatch):
 
 
 def test_unlabelled_rows_are_refused_by_name(tmp_path):
-    """Hidden test labels are -1 in many datasets: no class of any model."""
+    """Hidden test labels are -1 in many datasets, which is not a class."""
     saved(sort=[2, -1, 1, 0]).save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match=r"label.*-1|-1.*label"):
         hub(tmp_path / "set")

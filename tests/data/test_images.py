@@ -8,7 +8,7 @@ import torch
 from diffkd.data.images import Images
 
 
-def test_a_batch_is_pixels_over_127_5_less_one():
+def test_a_batch_is_pixels_over_127_5_minus_one():
     pixels = np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8)
     images = Images("all", pixels, torch.arange(4), list("abcd"))
     x0, labels = images.batch(64, torch.Generator().manual_seed(0))
@@ -19,7 +19,7 @@ def test_a_batch_is_pixels_over_127_5_less_one():
 
 
 def numbered(count: int, *, flip: bool = False) -> Images:
-    """Images that no mirror leaves as they are; image i is labelled i."""
+    """Images that differ from their mirror images; image i has label i."""
     pixels = np.random.default_rng(3).integers(0, 256, (count, 3, 4, 4), dtype=np.uint8)
     return Images("numbered", pixels, torch.arange(count), [str(i) for i in range(count)], flip)
 
@@ -36,13 +36,13 @@ def test_a_batch_depends_on_its_generator_alone():
     assert not torch.equal(first[1], other[1])
 
 
-def test_every_image_is_as_likely():
+def test_every_image_is_equally_likely():
     labels = torch.cat([numbered(10).batch(1000, torch.Generator().manual_seed(s))[1] for s in range(10)])
     chi2 = float(((torch.bincount(labels, minlength=10) - 1000.0) ** 2 / 1000).sum())
     assert chi2 < 28  # 9 degrees of freedom: 0.1%
 
 
-def test_flips_are_half_of_the_images_mirrored_exactly():
+def test_half_of_the_images_are_mirrored_exactly():
     images, straight = numbered(50, flip=True), torch.from_numpy(numbered(50).pixels).float() / 127.5 - 1
     x0, labels = images.batch(4000, torch.Generator().manual_seed(0))
     mirrored = (x0 == straight[labels].flip(-1)).flatten(1).all(1)
@@ -53,13 +53,13 @@ def test_flips_are_half_of_the_images_mirrored_exactly():
     assert bool(((share > 0.2) & (share < 0.8)).all())  # of each image, not of some
 
 
-def test_no_flips_where_they_were_not_asked_for():
+def test_no_flips_unless_configured():
     images = numbered(50)
     x0, labels = images.batch(500, torch.Generator().manual_seed(0))
     assert torch.equal(x0, (torch.from_numpy(images.pixels).float() / 127.5 - 1)[labels])
 
 
-def test_what_a_batch_gives_may_be_written_to(tmp_path):
+def test_a_batch_may_be_written_to(tmp_path):
     images = numbered(4)
     before = images.pixels.copy()
     images.batch(4, torch.Generator().manual_seed(0))[0].zero_()

@@ -15,7 +15,7 @@ from tests.data.helpers import bicubic, folder, hub, noise, truncate
 
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (20, 31), (9, 8), (16, 16)])
 def test_the_short_side_is_fitted_and_the_centre_kept(tmp_path, shape):
-    """A picture whose outer parts are white and black, so that a crop off the centre is seen."""
+    """An image with white and black margins, so that a crop off the centre shows."""
     height, width = shape
     pixels = noise(height, width)
     border = (max(shape) - min(shape)) // 2
@@ -25,13 +25,13 @@ def test_the_short_side_is_fitted_and_the_centre_kept(tmp_path, shape):
     assert np.abs(folder(tmp_path).pixels[0, 0] - bicubic(pixels, 8)).max() < 1.2  # Pillow rounds twice
 
 
-def test_an_image_of_the_right_size_is_left_as_it_is(tmp_path):
+def test_an_image_of_the_right_size_is_unchanged(tmp_path):
     pixels = noise(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert np.array_equal(folder(tmp_path, channels=3).pixels[0], pixels.transpose(2, 0, 1))
 
 
-def test_upscaling_only_where_asked_for(tmp_path):
+def test_upscaling_only_if_configured(tmp_path):
     pixels = noise(5, 5)
     Image.fromarray(pixels).save(tmp_path / "small.png")
     with pytest.raises(UserError, match=r"small\.png is 5x5, smaller than data\.size 8; .*upscale"):

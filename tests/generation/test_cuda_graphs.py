@@ -1,4 +1,4 @@
-"""How a drawing is run: as it is, compiled, in batches that fit, with work ahead, by the timer."""
+"""How images are generated: eagerly, compiled, in batches that fit into memory."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import diffkd
 from diffkd.errors import UserError
 from diffkd.generation import cuda_graphs
 from diffkd.generation.generator import ImageGenerator, generate
+from diffkd.generation.pixels import to_pixels
 from tests.refusals import refuse
 
 SAMPLERS = ["ddim", "heun", "dpmpp_2m", "ancestral"]
@@ -31,7 +32,7 @@ def inputs_of(images, count):
 
 @pytest.fixture
 def compiler():
-    """Its caches as nobody left them: warnings of the compiler are no errors here."""
+    """The compiler with empty caches."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -41,21 +42,25 @@ def compiler():
 @pytest.mark.parametrize(
     ("sampler", "classes"),
     [
-        ("ddim", None),
+        pytest.param("ddim", None, marks=pytest.mark.slow),  # by default in the next test
         ("ancestral", 3),
         pytest.param("heun", 3, marks=pytest.mark.slow),
         ("dpmpp_2m", 3),
     ],
 )
-def test_traced_whole_it_draws_the_eager_images(compiler, denoisers, sampler, classes):
+def test_traced_as_one_graph_it_draws_the_eager_images(compiler, denoisers, sampler, classes):
     generator = ImageGenerator(denoisers[classes], 4, steps=3, sampler=sampler)
     inputs = inputs_of(generator, 4)
+
+    def both(*inputs):
+        x0 = generator.sample(*inputs)
+        return x0, *to_pixels(x0)
+
     with torch.inference_mode():
         x0 = generator.sample(*inputs)
-        whole = torch.compile(generator.sample, backend="eager", fullgraph=True)(*inputs)
-        pixels, finite = torch.compile(generator.pixels, backend="eager", fullgraph=True)(*inputs)
-    assert x0.dtype == whole.dtype == torch.float32 and x0.std() > 0.1
-    assert (whole - x0).abs().max() <= 1e-5
+        traced, pixels, finite = torch.compile(both, backend="eager", fullgraph=True)(*inputs)
+    assert x0.dtype == traced.dtype == torch.float32 and x0.std() > 0.1
+    assert (traced - x0).abs().max() <= 1e-5
     shades = ((x0 / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
     assert bool(finite) and pixels.dtype == torch.uint8
     assert (pixels.float() - shades).abs().max() <= 0.501
@@ -66,7 +71,7 @@ def test_traced_whole_it_draws_the_eager_images(compiler, denoisers, sampler, cl
     "sampler", ["ddim", *(pytest.param(s, marks=pytest.mark.slow) for s in SAMPLERS[1:])]
 )
 def test_mode_compile_with_a_last_batch_that_is_smaller(compiler, denoisers, monkeypatch, sampler):
-    """Traced only, not translated, which takes minutes: the batches are those that are run."""
+    """Traced only, since code generation takes minutes; every batch that runs has the full size."""
     real, shapes = torch.compile, set()
 
     def traced(function, **options):
@@ -101,7 +106,7 @@ def test_compiled_for_the_processor(compiler, denoisers):
     assert one.std() > 10 and far.max() <= 1 and (far > 0).mean() < 1e-2
 
 
-def test_modes_that_there_are_not(denoisers):
+def test_invalid_modes(denoisers):
     for mode, words in (("graph", "CUDA graph"), ("", "auto, eager, graph, compile"), ("Eager", "unknown")):
         with pytest.raises(UserError, match=words):
             ImageGenerator(denoisers[None], 2, steps=1, mode=mode)
@@ -128,7 +133,7 @@ def test_the_largest_batch_that_fits_by_halving(batch, most, fits):
     assert tried == [batch >> k for k in range(len(tried))] and tried[-1] == max(fits, 1)
 
 
-def test_other_errors_are_no_lack_of_memory():
+def test_other_errors_are_raised():
     def run(count):
         raise RuntimeError("a kernel that is broken")
 

@@ -30,7 +30,7 @@ def test_an_image_depends_on_seed_and_index_only(sampler):
 
 
 def test_a_networks_images_do_not_change_with_the_batch():
-    """Within the rounding of batched arithmetic: at most one grey level, and that hardly anywhere."""
+    """Up to the rounding of batched arithmetic: at most one grey level, in very few pixels."""
     denoiser = student(10, "v_prediction", COSINE)
     whole = images(denoiser, 20, batch_size=20).int()
     alone = images(denoiser, 20, batch_size=3).int()

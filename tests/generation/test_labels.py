@@ -25,7 +25,7 @@ def test_labels_are_taken_in_turn():
 
 @pytest.mark.parametrize("counts", [[5000, 5000], [1, 2, 3, 4], [980, 0, 7, 13, 0], [10**6, 1], [1] * 1000])
 @pytest.mark.parametrize("n", [10, 333, 5000])
-def test_data_labels_have_their_shares(counts, n):
+def test_proportional_labels_have_their_shares(counts, n):
     labels = proportional(counts, n)
     share = np.array(counts) / sum(counts)
     found = np.bincount(labels.numpy(), minlength=len(counts))

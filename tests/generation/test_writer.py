@@ -1,4 +1,4 @@
-"""Images on the disk, whole whenever `diffkd sample` ends: killed, out of space, or beside another."""
+"""Image files, complete whenever `diffkd sample` ends: killed, out of space, or beside another process."""
 
 import json
 import os
@@ -125,13 +125,13 @@ def started(*args, seconds):
 
 
 def complete(folder):
-    """What of the images is there, or of their parts, hidden folders too."""
+    """The complete images, or parts of an .npz, hidden folders included."""
     files = [p for p in folder.rglob("*") if p.suffix in (".png", ".npy")]
     return [p for p in files if p.name[0] != "." and not p.name.endswith("grid.png")]
 
 
 def kill_in_the_middle(here, *args, wait=30.0):
-    """Images that were complete when the command was killed. Its worker processes must end too."""
+    """Kills the command once some images are complete; its worker processes, which must end too."""
     process = started("sample", *args, seconds=0.25)
     try:
         end = time.monotonic() + wait
@@ -163,7 +163,7 @@ def kill_in_the_middle(here, *args, wait=30.0):
         ("drawn.npz", ["--batch-size", 4], ["--batch-size", 6]),
     ],
 )
-def test_a_killed_run_goes_on(cli, here, drawn, out, first, then):
+def test_a_killed_run_is_resumed(cli, here, drawn, out, first, then):
     n = 90
     args = ["labelled", "-n", n, "--steps", 1, "--batch-size", 4, "--device", "cpu"]
     assert cli("sample", *args, "--out", here / "whole" / out).code == 0
@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on(cli, here, drawn, out, first, then):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("out", ["drawn", "drawn.npz"])
 def test_killed_before_any_change_to_the_disk(cli, here, out, overwrite):
-    """At each moment: what is there is whole, and of one run; the same command ends as an unbroken one."""
+    """At every moment the images are complete and of one run; the same command ends as if unbroken."""
     args = ["sample", str(here / "plain"), "-n", "5", "--steps", "1", "--batch-size", "2", "--out", out]
     args += ["--overwrite"] if overwrite else []
     for name in ("start", "whole"):
@@ -228,8 +228,8 @@ def test_killed_before_any_change_to_the_disk(cli, here, out, overwrite):
 
 
 @pytest.mark.slow
-def test_a_killed_overwrite_goes_on(cli, here, drawn):
-    """Of an .npz too: the old file stays until the new one is whole, and the parts are not drawn twice."""
+def test_a_killed_overwrite_is_resumed(cli, here, drawn):
+    """The old .npz stays until the new one is complete, and no part is drawn twice."""
     args = ["labelled", "-n", 90, "--steps", 1, "--batch-size", 4, "--overwrite"]
     assert cli("sample", *args, "--out", "whole.npz").code == 0
     (here / "killed").mkdir()
@@ -263,7 +263,7 @@ MEASURED = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path, make_pipeline):
-    """20,000 more of them are 246 MB of pixels. (Of fewer than 8,000 the allocator has not all it will.)"""
+    """20,000 more images are 246 MB of pixels. (Below 8,000 the allocator is still growing.)"""
     model = make_pipeline(tmp_path, size=64, channels=3, widths=[4])
     peaks = {}
     for n in (8_000, 28_000):
@@ -320,14 +320,14 @@ def test_a_disk_that_was_full_from_the_start(cli, here, disk):
 
 
 @pytest.mark.skipif(os.geteuid() == 0 or sys.platform == "win32", reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(cli, here):
+def test_a_folder_without_write_permission(cli, here):
     (here / "drawn").mkdir(mode=0o555)
     refuse(cli, here, "sample", "plain", "-n", 3, "--steps", 1, "--out", "drawn", says="drawn")
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed(cli, here, drawn):
-    """As by a system out of memory: one line, the other worker ends too, and the same command goes on."""
+    """As by a system out of memory: one line, the other worker ends too, and the same command resumes."""
     args = ["sample", here / "plain", "-n", 90, "--steps", 1, "--batch-size", 4, "--workers", 2]
     assert cli(*args, "--out", here / "whole" / "drawn").code == 0
     process = started(*args, "--out", here / "killed" / "drawn", seconds=0.25)
@@ -356,7 +356,7 @@ def test_a_worker_that_is_killed(cli, here, drawn):
 
 
 @pytest.mark.parametrize(("out", "folder"), [("drawn", "drawn"), ("drawn.npz", ".drawn.npz.parts")])
-def test_a_place_that_another_process_writes(cli, here, out, folder):
+def test_a_place_that_another_process_uses(cli, here, out, folder):
     args = ["sample", "plain", "-n", 3, "--steps", 1, "--out", out]
     (here / folder).mkdir()
     with FileLock(here / folder / ".lock"):
@@ -373,7 +373,7 @@ def test_a_place_that_another_process_writes(cli, here, out, folder):
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("out", ["drawn", "drawn.npz"])
 def test_another_process_ends_while_this_one_warms_up(cli, here, monkeypatch, out, seed):
-    """Warm-up takes minutes: the images that were not there before it are not to be replaced after it."""
+    """Warm-up takes minutes; images that another process wrote meanwhile must not be replaced."""
     real, began = generator.ImageGenerator.prepare, []
 
     def prepare(images):
@@ -395,7 +395,7 @@ def test_another_process_ends_while_this_one_warms_up(cli, here, monkeypatch, ou
 
 @pytest.mark.parametrize("name", ["im[1]", "a b", "ünï", "[red]x", "drawn.d"])
 @pytest.mark.parametrize("suffix", ["", ".npz"])
-def test_names_with_signs_in_them(cli, here, name, suffix):
+def test_names_with_special_characters(cli, here, name, suffix):
     out = here / f"{name}{suffix}"
     leftover = here / f".{out.name}.123.tmp" if suffix else out / ".000001.png.tmp"  # of a killed process
     leftover.parent.mkdir(exist_ok=True)
@@ -407,8 +407,8 @@ def test_names_with_signs_in_them(cli, here, name, suffix):
     assert cli(*args) == (0, f"all 3 images exist already: {out.name}\n", "")
 
 
-def test_the_temporaries_of_another_place_are_left(cli, here):
-    """Of drawn.npz, which another process may be ending just now, while the folder `drawn` is begun."""
+def test_temporary_files_of_other_outputs_are_left_alone(cli, here):
+    """Another process may be finishing drawn.npz while the folder `drawn` is begun."""
     others = [here / f".{name}.123.tmp" for name in ("drawn.npz", "drawn.grid.png", "drawn2.npz")]
     for path in others:
         path.write_bytes(b"half there")
@@ -416,8 +416,8 @@ def test_the_temporaries_of_another_place_are_left(cli, here):
     assert [path.name for path in others if not path.exists()] == []
 
 
-def test_a_run_in_another_folder_leaves_no_trace(cli, here):
-    """Complete: the images, the record, the grid; and of an .npz itself and its grid."""
+def test_only_the_images_and_their_grid_are_left(cli, here):
+    """The folder with its record and the grid; the .npz and its grid."""
     for out in ("drawn", "drawn.npz"):
         (here / "in").mkdir()
         assert cli("sample", "plain", "-n", 2, "--steps", 1, "--out", f"in/{out}").code == 0

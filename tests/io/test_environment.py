@@ -1,4 +1,4 @@
-"""What a record says of the machine and the code."""
+"""What a record holds about the machine and the code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkout(tmp_path, monkeypatch):
     return package
 
 
-def test_the_commit_is_gits(checkout):
+def test_the_commit_is_that_of_git(checkout):
     head = git(checkout, "rev-parse", "HEAD")
     assert environment.commit() == head
     (checkout.parent / "elsewhere.txt").write_text("no code")
@@ -41,7 +41,7 @@ def test_the_commit_is_gits(checkout):
     assert environment.commit() == head + "+"
 
 
-def test_a_new_file_of_code_is_a_change(checkout):
+def test_a_new_source_file_is_a_change(checkout):
     (checkout / "new.py").write_text("")
     assert environment.commit() == git(checkout, "rev-parse", "HEAD") + "+"
 
@@ -51,8 +51,8 @@ def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
     assert environment.commit() is None
 
 
-def test_the_commit_of_a_project_that_it_is_installed_in_is_not_its_own(checkout, monkeypatch):
-    """A virtual environment inside somebody's repository, ignored there."""
+def test_the_commit_of_a_surrounding_project_is_not_reported(checkout, monkeypatch):
+    """Installed into a virtual environment inside another repository, which ignores it."""
     installed = checkout.parent / ".venv" / "diffkd"
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
@@ -66,7 +66,7 @@ def test_no_commit_without_git(checkout, monkeypatch):
     assert environment.commit() is None
 
 
-def test_versions_are_those_that_run():
+def test_versions_are_those_installed():
     import diffusers
     import numpy
     import PIL

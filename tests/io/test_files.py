@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path, there):
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):
-    """Where results lie on another disk, they go on doing so."""
+    """Results kept on another disk by a link stay there."""
     (tmp_path / "disk" / "folder").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
     with new_folder(tmp_path / "link") as temporary:
@@ -88,8 +88,8 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["folder"]
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
-    """The temporary of an earlier process of the same number, as after a reboot."""
+def test_leftovers_of_a_killed_process_do_not_interfere(tmp_path):
+    """A temporary folder of an earlier process with the same id, as after a reboot."""
     with pytest.raises(Boom), new_folder(tmp_path / "folder") as temporary:
         name = temporary.name
         raise Boom
@@ -107,7 +107,7 @@ def test_json_round_trip(tmp_path):
     assert read_json(tmp_path / "y.json", []) == []
 
 
-def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+def test_a_folder_killed_while_being_replaced_is_restored(tmp_path):
     """Killed between the two renames: the old one is whole, and there is no new one."""
     (tmp_path / ".4-steps.77.old").mkdir()
     (tmp_path / ".4-steps.77.old" / "a").write_bytes(b"1")
@@ -134,7 +134,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
     assert read_json(tmp_path / "a.json", None) == [1] and (tmp_path / "b/c").read_bytes() == b"1"
 
 
-def test_a_full_disk_is_known_in_any_words():
+def test_a_full_disk_is_recognised_in_any_message():
     assert files.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
     assert files.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert files.is_disk_full(SafetensorError("I/O error: No space left on device (os error 28)"))
@@ -155,5 +155,5 @@ def test_a_full_disk_is_known_in_any_words():
         (5 * 10**13, "50 TB"),
     ],
 )
-def test_sizes_are_shown_as_people_read_them(size, text):
+def test_sizes_are_shown_with_three_digits(size, text):
     assert files.format_bytes(size) == text

@@ -11,7 +11,7 @@ from diffkd.io.prefetch import prefetch
 
 @pytest.fixture
 def in_time():
-    """in_time(function): what it returns, unless that takes ten seconds."""
+    """in_time(function) -> its result; fails where it takes more than ten seconds."""
 
     def run(function):
         found = []
@@ -71,7 +71,7 @@ def test_a_consumer_that_stops_early_ends(in_time):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_items_are_made_while_one_is_used(in_time, depth):
+def test_items_are_prepared_while_one_is_used(in_time, depth):
     made, enough = [], threading.Event()
 
     def items():

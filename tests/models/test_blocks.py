@@ -1,4 +1,5 @@
-"""Students with fewer layers: they compute what the teacher does where the dropped layers pass it on."""
+"""Students with fewer layers: they compute what the teacher does where the dropped layers are the
+identity."""
 
 import re
 
@@ -14,7 +15,7 @@ SIDES = {"d": "down_blocks", "u": "up_blocks"}
 
 
 def pass_through(net, name):
-    """Makes a resnet, and the attention beside it, hand on what it is given (of two, the first)."""
+    """Makes a resnet, and the attention beside it, the identity (of two inputs, the first)."""
     resnet = net.get_submodule(name)
     silence(resnet.conv2)
     if resnet.conv_shortcut is not None:
@@ -30,7 +31,7 @@ def silence(layer):
     layer.bias.data.zero_()
 
 
-HANDING_ON = [  # channels, layers, what is named, and the layers that it is
+IDENTITY = [  # channels, layers, patterns, and the layers that they match
     ((8, 16), 2, ["down_blocks.*.resnets.1", "up_blocks.*.resnets.1"], "d01 d11 u01 u11"),
     ((8, 16), 2, ["*.resnets.1"], "d01 d11 u01 u11"),
     ((8, 16), 2, ["down_blocks.0.resnets.0", "*.1.resnets.1", "up_blocks.0.resnets.1"], "d00 d11 u01 u11"),
@@ -41,8 +42,8 @@ HANDING_ON = [  # channels, layers, what is named, and the layers that it is
 
 
 @pytest.mark.parametrize("attention", [None, [True, True]])
-@pytest.mark.parametrize(("channels", "layers", "patterns", "goes"), HANDING_ON)
-def test_without_layers_that_hand_on_it_says_the_same(attention, channels, layers, patterns, goes):
+@pytest.mark.parametrize(("channels", "layers", "patterns", "goes"), IDENTITY)
+def test_without_identity_layers_it_computes_the_same(attention, channels, layers, patterns, goes):
     teacher = network(channels, attention, layers_per_block=layers, num_class_embeds=4)
     before = outputs(teacher)
     for side, block, layer in goes.split():
@@ -53,7 +54,7 @@ def test_without_layers_that_hand_on_it_says_the_same(attention, channels, layer
     assert max_difference(outputs(made), expected) < 1e-5 and max_difference(expected, before) > 1e-2
 
 
-QUIET = [  # what is named, the blocks' types after it, and whether the middle attends or is there at all
+IDLE = [  # patterns, the types of the remaining blocks, and whether the middle attends (None: is gone)
     (["mid_block"], "AA", "AA", None),
     (["mid_block.attentions"], "AA", "AA", False),
     (["down_blocks.0.attentions"], "DA", "AA", True),
@@ -63,8 +64,8 @@ QUIET = [  # what is named, the blocks' types after it, and whether the middle a
 ]
 
 
-@pytest.mark.parametrize(("patterns", "down", "up", "middle"), QUIET)
-def test_without_attention_or_a_middle_that_hands_on_it_says_the_same(patterns, down, up, middle):
+@pytest.mark.parametrize(("patterns", "down", "up", "middle"), IDLE)
+def test_without_idle_attention_or_an_idle_middle_it_computes_the_same(patterns, down, up, middle):
     teacher = network((8, 16), [True, True], layers_per_block=2)
     for block, letter in zip([*teacher.down_blocks, *teacher.up_blocks], down + up, strict=True):
         for attention in block.attentions if letter != "A" else ():
@@ -84,7 +85,7 @@ def test_without_attention_or_a_middle_that_hands_on_it_says_the_same(patterns, 
 
 @pytest.mark.parametrize("channels", [(8, 8), (8, 16, 16)])
 def test_without_the_innermost_resolution_the_middle_follows_the_one_before(channels):
-    """The teacher's own modules, called in the order that is left: no halving before the middle."""
+    """The teacher's own modules, called in the remaining order: no downsampling before the middle."""
     teacher = network(channels, [True] * len(channels), layers_per_block=2, num_class_embeds=4)
     last = len(channels) - 1
 
@@ -136,7 +137,7 @@ def test_the_layers_that_stay_keep_their_weights():
 
 LAYERS = {"layers_per_block": 2}
 
-STUCK = [
+REFUSED = [
     ({}, ["mid"], "names 'mid'.*it has down_blocks.0.resnets.0, down_blocks.1.resnets.0, up_blocks.0.res"),
     ({"channels": (8,)}, ["down_blocks.0"], "names 'down_blocks.0', which this network does not have"),
     ({"add_attention": False}, ["mid_block.attentions"], "which this network does not have"),
@@ -151,8 +152,8 @@ STUCK = [
 ]
 
 
-@pytest.mark.parametrize(("config", "blocks", "message"), STUCK)
-def test_layers_that_cannot_go(config, blocks, message):
+@pytest.mark.parametrize(("config", "blocks", "message"), REFUSED)
+def test_layers_that_cannot_be_dropped(config, blocks, message):
     with pytest.raises(UserError, match=message) as caught:
         students.drop_blocks(denoiser_of(network(**config)), blocks)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
-"""Students with fewer channels: repeated channels can be found again; what cannot be narrowed."""
+"""Students with fewer channels: of repeated channels the first copies are recovered; what cannot be
+narrowed."""
 
 import re
 
@@ -14,7 +15,7 @@ from tests.models.unets import config_of, denoiser_of, max_difference, network, 
 
 
 def layout(net, many, name):
-    """Of one parameter's rows and columns, [(width, copies, channels that stay together)]."""
+    """For the rows and the columns of a parameter: [(width, copies, channels that stay together)]."""
     last, layers, widths = len(many) - 1, net.config.layers_per_block, net.config.block_out_channels
     shape, (kind, *rest) = net.get_parameter(name).shape, name.split(".")
     level = {"down_blocks": 0, "up_blocks": last, "mid_block": last}.get(kind, 0)
@@ -40,7 +41,7 @@ def layout(net, many, name):
 
 
 def repeated(value, dim, segments, *, empty=False):
-    """Every channel, or head of channels, so many times in a row; empty: all but the first are 0."""
+    """Every channel, or attention head, repeated in place; empty: all copies but the first are 0."""
     found = []
     parts = value.split([width for width, _, _ in segments], dim)
     for part, (_, copies, unit) in zip(parts, segments, strict=True):
@@ -96,7 +97,7 @@ def test_of_repeated_channels_the_first_copies_are_the_network(many, config):
 
 
 @pytest.mark.parametrize("head", [1, 4, None])
-def test_heads_stay_whole_with_what_they_look_at(head):
+def test_heads_stay_whole(head):
     """Of what scores alone would choose, each differently. A head's queries, keys and values go together;
     where there is one head of any width, queries go with keys, and values with what reads them."""
     teacher = network((16,), [True], attention_head_dim=head)
@@ -120,8 +121,8 @@ def test_heads_stay_whole_with_what_they_look_at(head):
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_frequencies_of_the_time_are_the_nearest(shift):
-    """Of sixteen, eight: each narrow one reads the wide one that is nearest to it."""
+def test_time_frequencies_are_the_nearest(shift):
+    """From sixteen to eight: each narrow frequency takes the weights of the nearest wide one."""
     wide = network((32, 32), freq_shift=shift)
     wide.time_embedding.linear_1.weight.data[:] = torch.arange(32.0)
     made = narrow_unet(wide, [16, 16])
@@ -135,7 +136,7 @@ SKIP = {f"{side}_block_types": ("UpBlock2D", "SkipUpBlock2D") for side in ("down
 
 SKIP["down_block_types"] = ("SkipDownBlock2D", "DownBlock2D")
 
-UNFIT = [
+REFUSED = [
     ({}, [8], "channels has 1 entries and the network 2 resolutions .8, 16.; give one for each"),
     ({}, [8, 10], "10 is not a multiple of .*norm_num_groups 4.*such as 8"),
     ({}, [8, 2], "2 is not a multiple of .*norm_num_groups 4.*such as 4"),
@@ -157,14 +158,14 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("config", "channels", "message"), UNFIT)
-def test_channels_that_cannot_be(config, channels, message):
+@pytest.mark.parametrize(("config", "channels", "message"), REFUSED)
+def test_channels_that_cannot_be_kept(config, channels, message):
     with pytest.raises(UserError, match=message) as caught:
         students.narrow(denoiser_of(network(**config)), channels)
     assert "\n" not in str(caught.value)
 
 
-def test_a_learned_shortcut_that_is_lost_is_told(caplog):
+def test_a_lost_learned_shortcut_is_logged_once(caplog):
     """Widths that become one: what was a layer between them begins as the identity. Told once, as a run makes
     its student twice."""
     channels_module._warn_once.cache_clear()
@@ -173,7 +174,7 @@ def test_a_learned_shortcut_that_is_lost_is_told(caplog):
     assert caplog.text.count("student.channels 8, 8 for 8, 16: equal widths lose the learned shortcuts") == 1
 
 
-def test_no_head_is_there_to_be_divided():
-    """Head size counts only where there is attention."""
+def test_without_attention_the_head_size_does_not_matter():
+    """It counts only where there is attention."""
     made = narrow_unet(network(add_attention=False, attention_head_dim=16), [4, 12])
     assert made.config.block_out_channels == (4, 12)

@@ -10,14 +10,14 @@ from tests.models.unets import COSINE, denoiser_of, network, untouched
 
 
 def best(scores, groups, count):
-    """By NumPy: indices of the highest of each group, in order."""
+    """With NumPy: the indices of each group's highest, ascending."""
     parts = np.asarray(scores).reshape(groups, -1)
     chosen = np.sort(np.argsort(-parts, 1)[:, : count // groups], 1)
     return (chosen + np.arange(groups)[:, None] * parts.shape[1]).flatten()
 
 
 def test_channels_are_chosen_by_the_norms_of_what_writes_them():
-    """A channel of a residual stream by all layers that write into it; a hidden one by its own."""
+    """A residual stream's channels by all layers that write into it, hidden ones by their own layer."""
     teacher = network((16,), add_attention=False)
     by_name = {n: p.detach().double().numpy().reshape(len(p), -1) for n, p in teacher.named_parameters()}
     norms = {name: (value**2).sum(1) for name, value in by_name.items()}
@@ -44,7 +44,7 @@ def test_channels_are_chosen_by_the_norms_of_what_writes_them():
     assert torch.equal(made[norm], old[norm][both])  # of what is joined: the stream, and the way around
 
 
-def test_taylor_scores_are_what_the_loss_changes_by():
+def test_taylor_scores_are_changes_of_the_loss():
     """In float64: the loss of v with a row scaled by 1 - e and 1 + e; the sum over two batches."""
     net = network((4, 4), [False, True], norm_num_groups=2, num_class_embeds=4).double()
     teacher = denoiser_of(net)

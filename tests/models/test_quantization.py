@@ -1,4 +1,4 @@
-"""Weights in 8 bits: how far each may be from what it was, what is saved, how the model is measured."""
+"""8-bit weights: their rounding, their size, and how such a model is sampled and evaluated."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ COSINE = Schedule.cosine(64)
 
 
 class Network(nn.Module):
-    """What a UNet is made of, and a convolution too narrow for scales of its own."""
+    """The layers of a UNet, and a convolution too narrow to be quantized."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def denoiser(seed=0):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_weight_moves_by_half_a_step_of_its_scale(seed):
-    """The scale is the largest of an output channel, and of a convolution's place, over 127."""
+    """The scale is the largest weight of an output channel and kernel position, over 127."""
     model = denoiser(seed)
     before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
     quantized(model)
@@ -58,7 +58,7 @@ def test_a_weight_moves_by_half_a_step_of_its_scale(seed):
     assert moved == 2
 
 
-def test_it_computes_with_what_the_weights_stand_for():
+def test_it_computes_with_the_dequantized_weights():
     model, plain = denoiser(), denoiser()
     quantized(model)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_it_computes_with_what_the_weights_stand_for():
         assert (model(x, t) - plain(x, t)).abs().max() < 1e-5
 
 
-def test_bytes_and_the_rest_of_the_size():
+def test_size():
     plain, model = (sizes.denoiser_size(d) for d in (denoiser(), quantized(denoiser())))
     assert model[:2] == plain[:2]
     wide, linear = 16 * 24 * 9, 24 * 24
@@ -78,7 +78,7 @@ def test_bytes_and_the_rest_of_the_size():
     assert plain.bytes - model.bytes == 3 * (wide + linear) - scales
 
 
-def test_it_is_measured_and_measured_again(tmp_path, cli, monkeypatch):
+def test_it_is_evaluated_and_repeated(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loading.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
     how = ("--reference", "digits", "--steps", "4", "--samples", "40")
@@ -92,7 +92,7 @@ def test_it_is_measured_and_measured_again(tmp_path, cli, monkeypatch):
     assert cli("evaluate", "--repeat", "int8.json").code == 0
 
 
-def test_images_of_it_are_its_own(tmp_path, cli):
+def test_its_images_are_not_mixed_with_others(tmp_path, cli):
     loading.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
     draw = ("sample", tmp_path / "plain", "-n", "4", "--steps", "2", "--out", tmp_path / "drawn")
     assert cli(*draw, "--quantize", "int8").code == 0

@@ -1,4 +1,4 @@
-"""Sizes of networks, beside sums written by hand."""
+"""Sizes of networks, beside sums worked out by hand."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def conv(into, out, side, kernel=3):
 
 
 def unet_macs(channels, layers, size, *, attention, mid=True, images=1):
-    """Of one pass: convolutions, linear layers, and attention's two products."""
+    """MACs of one pass: convolutions, linear layers, and attention's two products."""
     time, last = 4 * channels[0], len(channels) - 1
     total = channels[0] * time + time * time + conv(images, channels[0], size)
 
@@ -89,7 +89,7 @@ def test_size_of_a_small_stack():
 
 
 @pytest.mark.parametrize(("dtype", "each"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float64, 8)])
-def test_bytes_are_of_the_weights_as_they_are(dtype, each):
+def test_bytes_depend_on_the_dtype(dtype, each):
     net = network()
     whole = sizes.denoiser_size(Denoiser(net, COSINE, "v_prediction"))
     found = sizes.denoiser_size(Denoiser(net.to(dtype), COSINE, "v_prediction"))
@@ -109,8 +109,8 @@ def test_one_evaluation_is_counted_and_nothing_changes():
     assert {**model_card.describe(denoiser), **found._asdict()} == model_card.describe(denoiser)
 
 
-def test_what_is_left_out_costs_nothing():
-    """By formula: half of the channels, and no middle."""
+def test_smaller_students_cost_less():
+    """By formula: with half of the channels, and without the middle."""
     teacher = Denoiser(network((16, 32), [False, True]), COSINE, "v_prediction")
     narrow, without = students.narrow(teacher, [8, 16]), students.drop_blocks(teacher, ["mid_block"])
     whole = sizes.denoiser_size(teacher)
@@ -120,7 +120,7 @@ def test_what_is_left_out_costs_nothing():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_in_place_it_is_as_large():
+def test_compiling_in_place_does_not_change_the_size():
     torch._dynamo.reset()
     net = network(mid_block_type=None)
     denoiser = Denoiser(net, COSINE, "v_prediction")

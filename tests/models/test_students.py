@@ -33,7 +33,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", VARIANTS)
-def test_with_all_that_it_has_it_is_the_teacher(kind, config):
+def test_with_everything_kept_it_is_the_teacher(kind, config):
     for training in (False, True):
         teacher = network(**config).train(training)
         made = KINDS[kind](teacher)
@@ -44,7 +44,7 @@ def test_with_all_that_it_has_it_is_the_teacher(kind, config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_it_is_in_the_dtype_of_its_teacher(dtype):
+def test_it_has_the_dtype_of_its_teacher(dtype):
     teacher = network().to(dtype)
     for made in (drop_layers(teacher, ["mid_block"]), narrow_unet(teacher, [4, 8])):
         assert {p.dtype for p in made.parameters()} == {dtype}
@@ -52,12 +52,12 @@ def test_it_is_in_the_dtype_of_its_teacher(dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_comes_of_the_teacher_draws_no_random_numbers(kind):
+def test_keeping_weights_draws_no_random_numbers(kind):
     teacher = network()
     untouched(lambda: KINDS[kind](teacher))
 
 
-def test_fresh_weights_are_of_the_seed_alone():
+def test_new_weights_depend_on_the_seed_alone():
     teacher = denoiser_of(network((8, 16), [False, True], num_class_embeds=4, layers_per_block=2))
     first, again, other = (untouched(lambda s=s: students.reinitialized(teacher, s)) for s in (1, 1, 2))
     weights = [dict(d.network.named_parameters()) for d in (first, again, other, teacher)]
@@ -94,7 +94,7 @@ def build(config, teacher, seed=0):
 @pytest.mark.parametrize("classes", [None, 4])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_is_a_stock_pipeline(name, classes, tmp_path):
-    """Opened by diffusers, its network says the same and it draws the same pictures."""
+    """Opened by diffusers, its network has the same outputs and it draws the same images."""
     teacher = whole(classes)
     teacher.steps = 4
     made = build(STUDENTS[name], teacher)
@@ -134,7 +134,7 @@ def test_what_a_config_builds():
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.01, 0.7])
-def test_a_ratio_that_gives_no_width(ratio):
+def test_a_ratio_that_does_not_give_integers(ratio):
     with pytest.raises(UserError, match="channels"):
         build({"kind": "narrow", "ratio": ratio}, denoiser_of(network((8, 16))))
 

@@ -30,7 +30,7 @@ def test_attention_is_where_the_config_puts_it():
 
 
 def test_the_fast_network_is_the_stock_one(make_pipeline, tmp_path):
-    """Its dtype is what the stock class finds, wherever it is moved; what is saved names the stock class."""
+    """Its dtype is that of the stock class, in any dtype; what is saved names the stock class."""
     folder = make_pipeline(tmp_path, classes=3)
     denoiser = loading.load(folder)
     theirs = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)

@@ -1,4 +1,4 @@
-"""Pipelines in and out: what a student is worth to somebody who has only diffusers."""
+"""Pipelines in and out: students draw the same images with diffusers alone."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ STOCK = textwrap.dedent("""
 
 
 def stock_pictures(folder, tmp_path, n, steps, labels):
-    """The same request in a process that cannot import diffkd."""
+    """The same images from a process that cannot import diffkd."""
     command = [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "stock.npz"), str(n), str(steps)]
     command += [json.dumps(labels), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -74,7 +74,7 @@ def stock_pictures(folder, tmp_path, n, steps, labels):
         (None, "sample", COSINE, 1, None, 32),
     ],
 )
-def test_a_student_draws_the_same_pictures_without_us(
+def test_a_student_draws_the_same_images_without_diffkd(
     classes, prediction, schedule, channels, clip, steps, tmp_path
 ):
     """Maximum difference 0 in uint8, and 0 in float too, through a saved folder and `diffkd sample`."""
@@ -101,7 +101,7 @@ def test_a_student_draws_the_same_pictures_without_us(
 
 
 def test_early_repositories_keep_everything_at_the_root(tmp_path):
-    """google/ddpm-cifar10-32 has its network and scheduler beside model_index.json, and keys of long ago."""
+    """google/ddpm-cifar10-32 has its network and scheduler beside model_index.json, and old config keys."""
     network = UNet2D(channels=[8, 16], norm_groups=4, attention=[False, True]).build((3, 8, 8), None)
     network.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -154,7 +154,7 @@ def test_early_repositories_keep_everything_at_the_root(tmp_path):
         assert torch.equal(value, denoiser.network.state_dict()[key])
 
 
-def test_a_network_that_takes_time_otherwise_is_refused(tmp_path):
+def test_another_time_embedding_is_refused(tmp_path):
     from diffusers import DDPMPipeline
 
     network = UNet2DModel(

@@ -1,4 +1,4 @@
-"""Small UNets of random weights, and what the tests of students ask of them."""
+"""Small UNets of random weights, and functions to compare them."""
 
 import torch
 from diffusers import UNet2DModel
@@ -10,7 +10,7 @@ COSINE = Schedule.cosine(64)
 
 
 def network(channels=(8, 16), attention=None, *, seed=0, **config):
-    """Far from its initialisation, every bias and norm too. attention: of each resolution."""
+    """A UNet far from its initialisation, in every bias and norm too. attention: at each resolution."""
     attends = attention or [False] * len(channels)
     config = {
         "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4,
@@ -50,7 +50,7 @@ def config_of(net):
 
 
 def untouched(make):
-    """What `make` gives; the global random numbers go on as if it had not been called."""
+    """make(), after checking that it leaves the global random state unchanged."""
     before = torch.get_rng_state()
     found = make()
     assert torch.equal(torch.get_rng_state(), before)
