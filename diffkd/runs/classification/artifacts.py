@@ -1,4 +1,4 @@
-"""Export, measure and report a run's classifiers."""
+"""Export and measure a run's classifiers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffkd.core.noise import add_noise
 from diffkd.data.images import Images
 from diffkd.models import sizes
 from diffkd.models.loading import card
-from diffkd.runs.classification import networks, report
+from diffkd.runs.classification import networks
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
 from diffkd.runs.config_files import resolved
@@ -53,12 +53,6 @@ class ClassifierArtifacts:
         named = {"name": "teacher", "model": "teacher", "role": "teacher"}
         if self.session.main and not self._has("teacher"):
             self._add({**named, **self._measured(teacher.to(self.session.accelerator.device))})
-
-    def finish(self) -> None:
-        """The table, the learning curve, the page, and where they are."""
-        if self.session.main:
-            device = self.session.accelerator.device.type
-            report.write(self.session, self.config, len(self.held_out), device)
 
     def _add(self, record: dict[str, Any]) -> None:
         if not self._has(record["name"]):

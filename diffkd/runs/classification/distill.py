@@ -21,7 +21,7 @@ from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.methods.logits import Logits
-from diffkd.runs.classification import networks
+from diffkd.runs.classification import networks, report
 from diffkd.runs.classification.artifacts import ClassifierArtifacts
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
@@ -130,7 +130,8 @@ def distill(config: DistillClassifier, console: Console, options: ResumeOptions 
                 student = _train(session, data, job, index)
                 artifacts.export(student, job.network, folder, job.describe())
             artifacts.add(folder)
-        artifacts.finish()
+        if session.main:
+            report.write(session, config, len(data.held_out))
     return config.out
 
 

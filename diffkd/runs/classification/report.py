@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 from diffkd.io.files import new_file
@@ -19,21 +19,23 @@ TITLES = ("model", "parameters", "MACs", "ms an image", "accuracy, %")
 PNG_COLOURS = {"student": "#0c7d74", "teacher": "#6b7787"}  # on white, as those of the page
 
 
-def write(session: Session, config: DistillClassifier, held_out: int, device: str) -> None:
+def write(session: Session, config: DistillClassifier, held_out: int) -> None:
     """The table on the console, classifier.md and, with matplotlib, sweep.png and report.html.
 
-    held_out: how many images the accuracy is over. device: what the milliseconds were measured on.
+    held_out: how many images the accuracy is over.
     """
     folder, records = session.run.folder, session.records()
-    rows, note = table_rows(config, records), _note(config, held_out, device)
+    rows, note = table_rows(config, records), _note(config, held_out, session.accelerator.device.type)
     tables.show(session.console, TITLES, rows)
     session.say(note)
     lines = markdown.table(TITLES, [[markdown.escaped(row[0]), *row[1:]] for row in rows], rule="--:")
     with new_file(folder / "classifier.md") as temporary:
         temporary.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
     session.say(f"table:  {folder / 'classifier.md'}")
-    if config.sweep is not None and _write_png(folder / "sweep.png", config, records):
-        session.say(f"sweep:  {folder / 'sweep.png'}")
+    if config.sweep is not None:
+        draw = partial(_draw_sweep, config=config, records=records, colours=PNG_COLOURS)
+        if plots.write_png(folder / "sweep.png", draw, ylabel=f"accuracy of {config.sweep.student}, %"):
+            session.say(f"sweep:  {folder / 'sweep.png'}")
     session.say_report(page.write(folder, lambda: [*_sections(config, records, rows, note), details(folder)]))
 
 
@@ -125,23 +127,7 @@ def _draw_sweep(
     axes.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("temperature")
-
-
-def _write_png(path: Path, config: DistillClassifier, records: Sequence[Record]) -> bool:
-    """Whether it was written, which takes matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    assert config.sweep is not None
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
-    axes = figure.add_subplot(ylabel=f"accuracy of {config.sweep.student}, %")
-    axes.grid(linewidth=0.4)
-    _draw_sweep(axes, config, records, PNG_COLOURS)
-    axes.legend(frameon=False)
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return True
+    axes.legend(frameon=False, fontsize=8.5)
 
 
 # the page
@@ -163,7 +149,6 @@ def _sections(
     if config.sweep is not None:
         figure, axes = plots.axes("linear")
         _draw_sweep(axes, config, records, plots.COLOURS)
-        axes.legend(frameon=False, fontsize=8.5)
         label = f"Accuracy of {config.sweep.student} against temperature"
         sections.append(
             '<section><h2>Alpha and temperature</h2><div class="card"><p class="small">'

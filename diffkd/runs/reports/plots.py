@@ -1,12 +1,13 @@
-"""How every plot looks: small figures, drawn as part of the page in the page's own colours."""
+"""How every plot looks: small figures in a page, drawn in the page's own colours, or pictures beside it."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MARKERS = "osD^v*P"  # of lines in one plot, which are told apart without their colours too
+MARKERS = "osD^v*P"  # of the lines in one plot, so that they differ without their colours too
 
-
-# Plots are drawn in these, and the page's own take their place: so they follow its light or dark scheme.
+# Plots of a page are drawn in these, and the page's own replace them, in its light and its dark scheme.
 COLOURS = {"ink": "#0b0b01", "faint": "#0b0b02", "teacher": "#0b0b03", "student": "#0b0b04"}
 INK, FAINT, TEACHER, STUDENT = COLOURS.values()
 PLOTS: dict[Any, Any] = {
@@ -38,7 +38,7 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own settings are for the user's own plots
+        matplotlib.rcdefaults()  # the user's settings are for the user's own plots
         matplotlib.rcParams.update(PLOTS)
         yield
 
@@ -68,7 +68,7 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def _plain_ticks(plot: Axes) -> None:
-    """Numbers of y as they are written by hand, also where a narrow range holds no power of ten."""
+    """Plain numbers on the y axis, also where a narrow range holds no power of ten."""
     from matplotlib.ticker import LogLocator
 
     axis, (low, high) = plot.yaxis, plot.get_ylim()
@@ -79,39 +79,51 @@ def _plain_ticks(plot: Axes) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def tradeoffs(folder: Path, found: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID.
-
-    Each model by its name: a line through its step counts, a point without a line where it has one.
-    """
-    rows = [r for r in found if r.get("fid", 0) > 0 and r.get("nfe")]
+def write_png(path: Path, draw: Callable[[Axes], None], *, width: float = 6, **options: Any) -> bool:
+    """A plot as a picture; whether it was written, which takes matplotlib. options: of its axes."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return []
+        return False
+    figure = Figure(figsize=(width, 4), layout="constrained", dpi=150)
+    plot = figure.add_subplot(**options)
+    plot.grid(linewidth=0.4)
+    draw(plot)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return True
+
+
+def tradeoffs(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID."""
     lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(row["model"], []).append(row)
-    drawn = []
-    for name, label, of in (
-        ("fid-nfe", "network evaluations", lambda r: r["nfe"]),
+    for record in records:
+        if record.get("fid", 0) > 0 and record.get("nfe"):
+            lines.setdefault(record["model"], []).append(record)
+    if not lines:
+        return []
+    written = []
+    for name, label, cost in (
+        ("fid-nfe", "network evaluations", lambda record: record["nfe"]),
         ("fid-seconds", "seconds per image", seconds_per_image),
     ):
-        if not rows:
-            break
-        figure = Figure(figsize=(8 if len(lines) > 5 else 6, 4), layout="constrained", dpi=150)
-        plot = figure.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="FID")
-        plot.grid(linewidth=0.4)
-        for i, (title, of_line) in enumerate(lines.items()):
-            points = sorted((of(r), r["fid"]) for r in of_line)
-            line, marker = "-" if len(points) > 1 else "none", MARKERS[i % len(MARKERS)]
-            plot.plot(*zip(*points, strict=True), linestyle=line, marker=marker, markersize=4.5, label=title)
-        plot.xaxis.set_major_formatter("{x:g}")
-        _plain_ticks(plot)
-        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}
-        for text in plot.legend(frameon=False, fontsize=9, **beside).get_texts():
-            text.set_parse_math(False)  # a name is no formula
-        with new_file(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
-        drawn.append(folder / f"{name}.png")
-    return drawn
+        path, draw = folder / f"{name}.png", partial(_draw_tradeoff, lines=lines, cost=cost)
+        options = {"xscale": "log", "yscale": "log", "xlabel": label, "ylabel": "FID"}
+        if write_png(path, draw, width=8 if len(lines) > 5 else 6, **options):
+            written.append(path)
+    return written
+
+
+def _draw_tradeoff(
+    plot: Axes, lines: Mapping[str, list[Mapping[str, Any]]], cost: Callable[[Mapping[str, Any]], float]
+) -> None:
+    """Each model by its name: a line through its step counts, a point without a line where it has one."""
+    for i, (title, records) in enumerate(lines.items()):
+        points = sorted((cost(record), record["fid"]) for record in records)
+        line, marker = "-" if len(points) > 1 else "none", MARKERS[i % len(MARKERS)]
+        plot.plot(*zip(*points, strict=True), linestyle=line, marker=marker, markersize=4.5, label=title)
+    plot.xaxis.set_major_formatter("{x:g}")
+    _plain_ticks(plot)
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}
+    for text in plot.legend(frameon=False, fontsize=9, **beside).get_texts():
+        text.set_parse_math(False)  # a name is not a formula
