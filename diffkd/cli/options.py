@@ -1,4 +1,4 @@
-"""What several subcommands share: options, and how a config becomes a job."""
+"""Options that several subcommands share, and how a config becomes a run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def resume_options(allow: bool, stop_after: str | None) -> ResumeOptions:
 
 
 def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> None:
-    """Runs the job, or prints its config with every default written out."""
+    """Runs it, or prints its config with every default written out."""
     import yaml
 
     from diffkd.runs.config_files import resolved
@@ -81,10 +81,13 @@ def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> Non
 
 
 def prepare_libraries() -> None:
-    """Warnings of ours to stderr, one line each; libraries speak up only for errors. And no more threads than
+    """Our own warnings go to stderr, one line each; libraries only report errors. And no more threads than
     cores: two on one core wait for each other."""
-    for talkative in ("torchao", "torch.utils._pytree"):  # of what they lack, as soon as they are imported
-        logging.getLogger(talkative).setLevel(logging.ERROR)
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # which warn of missing parts as soon as they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import psutil
     import torch

@@ -73,7 +73,7 @@ def here(tmp_path, monkeypatch):
 
 
 class Seen(Classifier):
-    """Keeps what it was called with, and what it said."""
+    """Keeps its inputs and outputs."""
 
     def forward(self, x, t=None):
         self.calls = [*getattr(self, "calls", []), (x, t, super().forward(x, t))]
@@ -256,7 +256,7 @@ def test_a_network_of_ones_own(tmp_path):
         ({"name": f"{__name__}.Linear", "arguments": {"inputs": 4, "outputs": 2}}, "gives 2 logits"),
     ],
 )
-def test_a_network_that_there_is_not(given, says):
+def test_a_network_that_cannot_be_built(given, says):
     with pytest.raises(UserError, match=says):
         networks.Network(**given).build((1, 2, 2), 3)
 

@@ -1,4 +1,4 @@
-"""Configs: what is in configs/, what an override does, and what a misspelt key is told."""
+"""Configs: what is in configs/, what an override does, and what a misspelt key is answered."""
 
 from __future__ import annotations
 
@@ -77,22 +77,22 @@ def test_a_config_is_of_one_kind_and_resolves_to_itself(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_what_a_config_says_is_what_is_read(path):
-    def check(said: Any, read: Any, where: str) -> None:
+def test_every_value_of_a_config_is_read(path):
+    def check(written: Any, read: Any, where: str) -> None:
         if where == ".method" and isinstance(read, list):
-            said = said if isinstance(said, list) else [said]
-        if isinstance(said, dict):
-            for key, value in said.items():
+            written = written if isinstance(written, list) else [written]
+        if isinstance(written, dict):
+            for key, value in written.items():
                 if (where, key) != (".teacher", "train"):
                     check(value, read[key], f"{where}.{key}")
-        elif isinstance(said, list):
-            assert len(said) == len(read), where
-            for i, value in enumerate(said):
+        elif isinstance(written, list):
+            assert len(written) == len(read), where
+            for i, value in enumerate(written):
                 check(value, read[i], f"{where}.{i}" if where != ".method" else "")
         elif where == ".evaluation.reference":
-            assert read == parse(said).model_dump(mode="json")
+            assert read == parse(written).model_dump(mode="json")
         else:
-            assert read == said, where
+            assert read == written, where
 
     check(yaml.safe_load(path.read_text(encoding="utf-8")), resolved(load(path, kind_of(path))), "")
 
@@ -289,7 +289,7 @@ def test_a_value_of_a_method_is_named_with_its_key(tmp_path, override, key):
         distill(tmp_path, override)
 
 
-def test_data_without_a_kind_is_told_the_kinds(tmp_path):
+def test_data_without_a_kind_lists_the_kinds(tmp_path):
     for data in ("{}", "{path: x}", "{kind: foldr}", "digits"):
         with pytest.raises(UserError, match=r"data.*digits.*folder.*datasets"):
             distill(tmp_path, f"data={data}")
@@ -314,7 +314,7 @@ def test_methods_by_name_and_default(tmp_path):
 @pytest.mark.parametrize(
     "name", ["progresive", "", ".x", "..x", "os.path", "diffkd.methods.base", "no_such.module", "3"]
 )
-def test_a_method_that_is_none_is_named(tmp_path, name):
+def test_an_unknown_method_is_named(tmp_path, name):
     with pytest.raises(UserError, match="method") as error:
         distill(tmp_path, f"method.name='{name}'")
     assert repr(name) in str(error.value) or name in str(error.value)

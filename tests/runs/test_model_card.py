@@ -1,4 +1,4 @@
-"""What lies beside a student: a model card whose snippet runs, and that quotes without being taken in."""
+"""The model card beside a student: its snippet runs, and nothing that it quotes becomes markup."""
 
 from __future__ import annotations
 
@@ -186,11 +186,11 @@ def test_features_that_are_not_inceptions_are_said_not_to_compare(tmp_path, stud
     saved(tmp_path / "digits", student(), metrics=[record()])
     saved(tmp_path / "inception", student(), metrics=[record(features={"name": "inception"})])
     saved(tmp_path / "both", student(), metrics=[record(features={"name": "inception"}), record()])
-    said = {
+    warned = {
         f: "not comparable" in (tmp_path / f / "README.md").read_text()
         for f in ("digits", "inception", "both")
     }
-    assert said == {"digits": True, "inception": False, "both": True}
+    assert warned == {"digits": True, "inception": False, "both": True}
 
 
 def test_the_json_comes_back_as_it_was(tmp_path, student):

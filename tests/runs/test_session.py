@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that find no room, or continue differently: nothing is lost."""
+"""Runs that are stopped, that run out of disk, or that resume with another config: nothing is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch, tiny_teacher):
     return tmp_path
 
 
-# the time that is given -------------------------------------------------------------------------------
+# a limit of time --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_launcher_that_is_told_to_stop(here, launched):
     assert_same_runs(here / "runs/whole", here / "runs/parts")
 
 
-# no room ----------------------------------------------------------------------------------------------
+# a full disk ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_a_harmless_change_half_way(here, cli, monkeypatch, unstopped):
 
 
 def test_another_teacher_or_other_images_half_way(here, cli, image_folder, make_pipeline):
-    """Under the same names: a run that went on would be another one."""
+    """Under the same names: a run that resumed with them would be another one."""
     image_folder(here, name="images", classes="ab", size=(8, 8))
     make_pipeline(here, name="teacher", classes=2)
     args = [

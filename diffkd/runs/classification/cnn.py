@@ -1,4 +1,4 @@
-"""A small convolutional classifier, of images of any size and channels, clean or noised."""
+"""A small convolutional classifier of images of any size, clean or noised."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from diffkd.io.config import Strict
 
-FREQUENCIES = 16  # of the time embedding: a sine and a cosine of each
-LONGEST = 10_000.0  # of their periods, in steps of the schedule's table
+FREQUENCIES = 16  # of the time embedding, a sine and a cosine each
+LONGEST = 10_000.0  # the longest of their periods over 2 pi, in steps of the schedule's table
 Width = Annotated[int, Field(ge=1, le=1 << 14)]
 
 
@@ -21,8 +21,8 @@ class CNN(nn.Module):
     """Two 3x3 convolutions at each resolution, averages of 2x2 in between; logits of the mean over pixels.
 
     (B, C, H, W) -> (B, K), or timed, (B, C, H, W), (B,) -> (B, K) with time as a schedule's table index.
-    Group and not batch normalisation: its statistics are of one image, so that the moving average of the
-    weights, which is what is kept, needs no averages of statistics beside it.
+    Group rather than batch normalisation: without running statistics, the moving average of the weights,
+    which is what is kept, is the whole network.
     """
 
     def __init__(self, in_channels: int, num_classes: int, channels: list[int], *, timed: bool) -> None:
@@ -43,7 +43,7 @@ class CNN(nn.Module):
                 x = F.avg_pool2d(x, 2)
             x = norm(conv(x))
             if time is not None:
-                scale, shift = self.times[i](embedded(time).to(x.dtype))[:, :, None, None].chunk(2, 1)
+                scale, shift = self.times[i](time_embedding(time).to(x.dtype))[:, :, None, None].chunk(2, 1)
                 x = x * (1 + scale) + shift
             x = F.silu(x)
         logits: Tensor = self.classify(x.mean((2, 3)))
@@ -51,7 +51,7 @@ class CNN(nn.Module):
 
 
 class Arguments(Strict):
-    """What a config says of a CNN."""
+    """The arguments of a CNN in a config."""
 
     channels: list[Width] = Field(
         min_length=1, max_length=12, description="channels of each resolution, halved in between"
@@ -62,12 +62,12 @@ class Arguments(Strict):
 
 
 def groups(width: int) -> int:
-    """Of eight channels or more: the means of fewer, over few pixels, are most of what there is to know."""
+    """Of eight channels or more: of fewer, over few pixels, the mean is most of the information."""
     return math.gcd(width, max(1, width // 8))
 
 
-def embedded(time: Tensor) -> Tensor:
-    """Sines and cosines, (B,) -> (B, 2 FREQUENCIES) float32, of periods from 2 pi to 2 pi LONGEST."""
+def time_embedding(time: Tensor) -> Tensor:
+    """Sines and cosines with periods from 2 pi to 2 pi LONGEST: (B,) -> (B, 2 FREQUENCIES) float32."""
     powers = torch.arange(FREQUENCIES, device=time.device) / (FREQUENCIES - 1)
     angles = time[:, None].float() * torch.exp(-math.log(LONGEST) * powers)
     return torch.cat([angles.sin(), angles.cos()], 1)
