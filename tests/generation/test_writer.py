@@ -130,12 +130,11 @@ def complete(folder):
     return [p for p in files if p.name[0] != "." and not p.name.endswith("grid.png")]
 
 
-def kill_in_the_middle(here, *args, wait=30.0):
+def kill_in_the_middle(here, *args):
     """Kills the command once some images are complete; its worker processes, which must end too."""
     process = started("sample", *args, seconds=0.25)
     try:
-        end = time.monotonic() + wait
-        while not complete(here / "killed") and time.monotonic() < end and process.poll() is None:
+        while not complete(here / "killed") and process.poll() is None:
             time.sleep(0.02)
         others = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     finally:
@@ -152,15 +151,18 @@ def kill_in_the_middle(here, *args, wait=30.0):
 # killed ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
     ("out", "first", "then"),
     [
-        ("drawn", [], []),
         ("drawn", ["--workers", 2], ["--workers", 2]),
-        ("drawn.npz", [], []),
-        ("drawn", ["--batch-size", 4], ["--batch-size", 6]),
-        ("drawn.npz", ["--batch-size", 4], ["--batch-size", 6]),
+        exhaustive("drawn", [], []),
+        exhaustive("drawn.npz", [], []),
+        exhaustive("drawn", ["--batch-size", 4], ["--batch-size", 6]),
+        exhaustive("drawn.npz", ["--batch-size", 4], ["--batch-size", 6]),
     ],
 )
 def test_a_killed_run_is_resumed(cli, here, drawn, out, first, then):
@@ -196,9 +198,13 @@ def test_a_killed_run_is_resumed(cli, here, drawn, out, first, then):
     assert np.abs(arrays[0].astype(int) - arrays[1].astype(int)).max() <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("out", ["drawn", "drawn.npz"])
+@pytest.mark.parametrize(
+    ("out", "overwrite"),
+    [
+        ("drawn.npz", True),
+        exhaustive("drawn.npz", False), exhaustive("drawn", True), exhaustive("drawn", False),
+    ],
+)  # fmt: skip
 def test_killed_before_any_change_to_the_disk(cli, here, out, overwrite):
     """At every moment the images are complete and of one run; the same command ends as if unbroken."""
     args = ["sample", str(here / "plain"), "-n", "5", "--steps", "1", "--batch-size", "2", "--out", out]
