@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from diffkd.cli.options import (
     Allow,
     ConfigFile,
@@ -33,8 +35,6 @@ def distill(
     options = resume_options(allow, stop_after)
     settings = load_distill(config, overrides or ())
     if isinstance(settings, Distill):
-        denoisers = settings
-        run_or_print(settings, dry_run, lambda: distill_denoiser(denoisers, Console(), options))
+        run_or_print(settings, dry_run, partial(distill_denoiser, settings, Console(), options))
     else:
-        classifiers = settings
-        run_or_print(settings, dry_run, lambda: distill_classifier(classifiers, Console(), options))
+        run_or_print(settings, dry_run, partial(distill_classifier, settings, Console(), options))

@@ -128,6 +128,11 @@ def _check_evaluation(evaluation: Evaluation) -> None:
     networks.check(evaluation, None if evaluation.reference is None else Reference(evaluation.reference))
 
 
+def teacher_metric(evaluation: Evaluation) -> str | None:
+    """The name of a metric that compares each image with the teacher's, if one was chosen."""
+    return next((metric.name for metric in evaluation.chosen() if metric.with_teacher), None)
+
+
 class Train(TrainingRun):
     """`diffkd train`: a teacher from images."""
 
@@ -147,10 +152,10 @@ class Train(TrainingRun):
         super().check(accelerator)
         if self.evaluation is None:
             return
-        if "agreement" in self.evaluation.metrics:
+        if metric := teacher_metric(self.evaluation):
             raise UserError(
-                "evaluation.metrics has agreement, which compares students with a teacher: it is for "
-                "diffkd distill"
+                f"evaluation.metrics has {metric}, which compares students with a teacher: it is for diffkd "
+                "distill"
             )
         _check_evaluation(self.evaluation)
 
@@ -242,12 +247,12 @@ class Benchmark(Strict):
                 raise ValueError(
                     f"models name {model.title} twice; rename one of them, or give each different steps"
                 )
-        compares = "agreement" in self.evaluation.metrics
-        if compares and self.teacher is None:
-            raise ValueError("config key teacher is missing, and the metric agreement needs one; name it")
-        if self.teacher is not None and not compares:
+        metric = teacher_metric(self.evaluation)
+        if metric is not None and self.teacher is None:
+            raise ValueError(f"config key teacher is missing, and the metric {metric} needs one; name it")
+        if self.teacher is not None and metric is None:
             raise ValueError(
-                f"teacher {self.teacher.path} is for the metric agreement only; add that metric, or leave "
+                f"teacher {self.teacher.path} is for a metric such as agreement; add one of those, or leave "
                 "the teacher out"
             )
         return self

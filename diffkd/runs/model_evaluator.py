@@ -13,7 +13,7 @@ from diffkd.metrics.evaluation.evaluator import Evaluator
 from diffkd.metrics.evaluation.image_sources import DataSource
 from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.config import Distill, Teacher, Train, teacher_metric
 from diffkd.runs.session import Session
 
 PREVIEW_STEPS = 64  # of the pictures of a teacher that is not measured
@@ -68,7 +68,7 @@ class ModelEvaluator:
     @cached_property
     def _teacher_images(self) -> ImageStream | None:
         """The teacher's at its highest step count. It is in memory only while it draws them."""
-        if self.teacher is None or "agreement" not in self.config.metrics:
+        if self.teacher is None or teacher_metric(self.config) is None:
             return None
         teacher = self.teacher
 

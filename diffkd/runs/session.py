@@ -73,7 +73,7 @@ class Session:
         self.seed, self.training = seed, training
         self.accelerator, self.run, self.console, self.stop = accelerator, run, console, stop
         self.main = accelerator.is_main_process
-        self.metrics = run.folder / "metrics.json"
+        self.metrics_file = run.folder / "metrics.json"
 
     def should_stop(self) -> bool:
         return bool(self.stop.signals) or self.stop.overdue()
@@ -114,12 +114,12 @@ class Session:
 
     def records(self) -> list[dict[str, Any]]:
         """What was measured so far."""
-        found: list[dict[str, Any]] = read_json(self.metrics, [])
+        found: list[dict[str, Any]] = read_json(self.metrics_file, [])
         return found
 
     def add_record(self, record: dict[str, Any]) -> None:
         if self.main:
-            append_json(self.metrics, record)
+            append_json(self.metrics_file, record)
 
     def say(self, text: str) -> None:
         if self.main:
