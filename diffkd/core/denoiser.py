@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
     num_classes, null_label: how many class labels it takes, and the label that means "no class".
     clip: bound on x0 while sampling images (never inside a distillation target), None for none.
     steps: its own number of sampling steps, None for a model that was not distilled.
-    sampler: the one it is drawn with by default and saved for, ddim or renoise.
+    sampler: ddim or renoise, the one that it samples with by default and is saved for.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
     UserError for an epsilon network on a schedule that reaches alpha = 0, where eps does not determine x0.

@@ -22,23 +22,15 @@ from diffkd.errors import UserError
 SamplerName = Literal["ddim", "heun", "dpmpp_2m", "ancestral", "renoise"]
 Generators = torch.Generator | Sequence[torch.Generator]
 Times = Tensor | Sequence[float]
+Clip = float | None  # bound on x0
+Noise = Callable[[Tensor], Tensor]  # fresh noise for a state
 HALF = (torch.bfloat16, torch.float16)
 
 
 class Sampler(Protocol):
     def __call__(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        times: Times,
-        *,
-        clip: float | None,
-        noise: Noise | None,
-        **cond: Any,
+        self, denoiser: Denoiser, x: Tensor, times: Times, *, clip: Clip, noise: Noise | None, **cond: Any
     ) -> Tensor: ...
-
-
-Noise = Callable[[Tensor], Tensor]
 
 
 def grid(steps: int) -> list[float]:
@@ -71,13 +63,7 @@ def ddim_step(schedule: Schedule, x_t: Tensor, denoised: Tensor, t: Time, s: Tim
 
 
 def ddim(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Times,
-    *,
-    clip: float | None = None,
-    noise: Noise | None = None,
-    **cond: Any,
+    denoiser: Denoiser, x: Tensor, times: Times, *, clip: Clip = None, noise: Noise | None = None, **cond: Any
 ) -> Tensor:
     """DDIM (Song et al. 2021, equation 12, eta = 0), order 1, one evaluation a step.
 
@@ -106,7 +92,7 @@ def ancestral(
     x: Tensor,
     times: Times,
     *,
-    clip: float | None = None,
+    clip: Clip = None,
     noise: Noise | None = None,
     eta: float = 1.0,
     **cond: Any,
@@ -131,13 +117,7 @@ def ancestral(
 
 
 def renoise(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Times,
-    *,
-    clip: float | None = None,
-    noise: Noise | None = None,
-    **cond: Any,
+    denoiser: Denoiser, x: Tensor, times: Times, *, clip: Clip = None, noise: Noise | None = None, **cond: Any
 ) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): predict x0, then noise it afresh to s.
 
@@ -159,13 +139,7 @@ def _root(value: Any) -> Any:
 
 
 def heun(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Times,
-    *,
-    clip: float | None = None,
-    noise: Noise | None = None,
-    **cond: Any,
+    denoiser: Denoiser, x: Tensor, times: Times, *, clip: Clip = None, noise: Noise | None = None, **cond: Any
 ) -> Tensor:
     """Heun's method on d(x/sigma) / d(alpha/sigma) = denoised(x), order 2, two evaluations a step.
 
@@ -190,13 +164,7 @@ def heun(
 
 
 def dpmpp_2m(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Times,
-    *,
-    clip: float | None = None,
-    noise: Noise | None = None,
-    **cond: Any,
+    denoiser: Denoiser, x: Tensor, times: Times, *, clip: Clip = None, noise: Noise | None = None, **cond: Any
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), order 2, one evaluation a step.
 
@@ -228,7 +196,7 @@ def _half_log_snr(alpha: float, sigma: float) -> float:
     return math.log(alpha / sigma) if alpha and sigma else math.copysign(math.inf, alpha - sigma)
 
 
-def _clipped(x0: Tensor, clip: float | None) -> Tensor:
+def _clipped(x0: Tensor, clip: Clip) -> Tensor:
     return x0 if clip is None else x0.clamp(-clip, clip)
 
 
@@ -238,6 +206,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def find(name: str) -> Sampler:
+    """Raises UserError for an unknown name."""
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -249,7 +218,7 @@ def nfe(sampler: str, steps: int) -> int:
 
 
 def fresh_noises(sampler: str, steps: int, eta: float = 1.0) -> int:
-    """How many times a run draws noise after it began."""
+    """How many times a run draws noise after its first state."""
     if sampler == "renoise":
         return steps - 1
     return steps if sampler == "ancestral" and eta != 0 else 0
@@ -273,7 +242,8 @@ def sample(
     if steps < 1:
         raise UserError(f"steps {steps} is not a number of denoising steps; use 1 or more")
 
-    def drawn(x: Tensor) -> Tensor:
+    def from_generator(x: Tensor) -> Tensor:
         return randn(x.shape, generator, x)
 
-    return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=fresh or drawn, **cond)
+    source = fresh or from_generator
+    return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=source, **cond)
