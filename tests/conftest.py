@@ -21,6 +21,7 @@ from PIL import Image
 
 from diffkd.cli import main
 from diffkd.io import plugins
+from diffkd.metrics import sampling_error
 from tests.waiting import ONE_THREAD
 
 
@@ -70,12 +71,24 @@ class Outcome(NamedTuple):
     stderr: str
 
 
+_simulate, _simulations = sampling_error._simulated, dict[Any, float]()
+
+
+def _simulate_once(spectrum: torch.Tensor, counts: list[int]) -> float:
+    """The distance to expect of few samples takes a second, and hundreds of commands ask for the same one."""
+    key = (spectrum.cpu().numpy().tobytes(), *counts)
+    if key not in _simulations:
+        _simulations[key] = _simulate(spectrum, counts)
+    return _simulations[key]
+
+
 @pytest.fixture
 def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
     """cli(*args) -> (code, stdout, stderr): the `diffkd` command, in this process."""
 
+    monkeypatch.setattr(sampling_error, "_simulated", _simulate_once)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
 
