@@ -81,8 +81,7 @@ class _Guided(nn.Module):
 
     def gradient(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """g = d log p(y | x_t) / d x_t, (B, C, H, W). Samplers run without gradients, or in inference mode,
-        whose
-        tensors autograd refuses: hence the copies."""
+        whose tensors autograd refuses: hence the copies."""
         with torch.inference_mode(False), torch.enable_grad():
             x, t, labels = x_t.detach().clone().requires_grad_(), t.clone(), labels.clone()
             log_p = torch.log_softmax(self.classifier(x, t), 1).gather(1, labels[:, None])

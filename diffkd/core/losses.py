@@ -83,8 +83,7 @@ def knowledge_distillation(
 def soft_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, direction: Direction = "reverse"
 ) -> Tensor:
-    """T^2 KL of each example, (B,) or (B, H, W); float64, as it subtracts near-equal numbers where T is
-    large.
+    """T^2 KL of each example, (B,) or (B, H, W); float64, as large T makes it subtract near-equal numbers.
 
     direction: see `knowledge_distillation`. Gradients go to the student's logits only.
     """

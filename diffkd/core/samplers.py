@@ -1,8 +1,7 @@
 """Samplers: plain functions of a denoiser, the same ones for teacher targets, students and evaluation.
 
-Each takes a state x from times[0] down to times[-1]. times: (K + 1, B) float64, one column per image, or K +
-1 numbers for the whole batch; the coefficients are then numbers too, and a step is nothing but its
-arithmetic.
+Each takes a state x from times[0] down to times[-1]. times: (K + 1, B) float64, one column per image, or
+K + 1 numbers for the whole batch: the coefficients are then numbers too, and a step is arithmetic alone.
 """
 
 from __future__ import annotations

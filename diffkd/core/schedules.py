@@ -132,8 +132,7 @@ class Schedule:
         return alpha2 / sigma2
 
     def network_time(self, t: Time, like: Tensor) -> Tensor:
-        """The time as the network takes it: the table index t T - 1, float32 (B,), an integer at the
-        nodes."""
+        """The time that a network is given: the table index t T - 1, float32 (B,), whole at the nodes."""
         if isinstance(t, float):
             index = t * self.num_train_timesteps - 1
             return torch.full((len(like),), index, dtype=torch.float32, device=like.device)

@@ -21,8 +21,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Opens an image file without reading its pixels. Raises what Pillow does, and OSError for other
-    formats."""
+    """Opens an image without reading its pixels. Raises what Pillow does, and OSError for other formats."""
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:

@@ -78,8 +78,7 @@ class ResizedDataset(Strict):
 
 
 def _allocate(shape: Sequence[int]) -> np.ndarray:
-    """An array for the pixels: in memory, or beyond MAX_IN_MEMORY mapped from a file that ends with the
-    process."""
+    """An array for pixels: in memory, or beyond MAX_IN_MEMORY mapped from a temporary file."""
     if int(np.prod(shape)) <= MAX_IN_MEMORY:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:  # the mapping keeps the file alive

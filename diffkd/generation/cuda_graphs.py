@@ -43,8 +43,7 @@ def check_mode(mode: str, device: torch.device) -> None:
         raise UserError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
     if mode == "graph" and device.type != "cuda":
         raise UserError(
-            f"mode graph needs CUDA, to capture a CUDA graph, and the device is {device.type}; use eager or "
-            "auto"
+            f"mode graph captures a CUDA graph, and the device is {device.type}; use eager or auto"
         )
 
 
@@ -105,8 +104,7 @@ def _compiled(function: Function, inputs: Inputs, device: torch.device) -> Runne
 
 
 class Graph:
-    """A function captured as one CUDA graph: a call copies the inputs in, replays, and copies the outputs
-    out."""
+    """A function as one CUDA graph: a call copies the inputs in, replays it, and copies the outputs out."""
 
     def __init__(self, function: Function, inputs: Inputs) -> None:
         self.inputs = tuple(None if x is None else x.clone() for x in inputs)

@@ -41,8 +41,7 @@ def file_name(index: int, suffix: str) -> str:
 
 
 def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffix: str) -> None:
-    """Writes images[k] as the file of index indices[k], each atomically: a temporary file, synced,
-    renamed."""
+    """Writes images[k] as the file of index indices[k], atomically: to a temporary file, synced, renamed."""
     kind, options = FORMATS[suffix]
     written: list[tuple[str, str]] = []
     try:
@@ -79,8 +78,7 @@ def _sync(folder: Path, paths: Sequence[str]) -> None:
 
 
 def start_worker() -> None:
-    """Set-up of a worker process: the parent handles interrupts, and the worker ends whenever the parent
-    does."""
+    """Sets up a worker process: interrupts are the parent's, and the worker ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

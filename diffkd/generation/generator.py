@@ -82,9 +82,8 @@ class ImageGenerator:
         return -(-self.n // self.batch_size)
 
     def sample(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """x0 (B, C, H, W). noise: (noises_per_image, B, C, H, W), the first state and then fresh noise in
-        order;
-        labels: (B,)."""
+        """x0 (B, C, H, W). noise: (noises_per_image, B, C, H, W), the first state, then fresh noise in the
+        order of its use. labels: (B,)."""
         first, *fresh = noise.unbind()
         if self.device.type == "cuda":
             first = first.contiguous(memory_format=torch.channels_last)
@@ -125,9 +124,8 @@ class ImageGenerator:
         return self.denoiser.shape
 
     def batches(self, chosen: Iterable[int] | None = None) -> Iterator[Tensor]:
-        """uint8 (B, H, W, C) on the device: every batch, or those of the chosen numbers, which are the same
-        either way. Raises UserError for values that are not finite: on a GPU after the first and the last
-        batch."""
+        """uint8 (B, H, W, C) on the device: every batch, or the chosen ones, unchanged. Raises UserError for
+        values that are not finite: on a GPU after the first and the last batch."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for number, (pixels, batch_finite) in enumerate(self._run(chosen)):
             finite &= batch_finite
@@ -205,8 +203,7 @@ def generate(
     share: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> Iterator[Tensor]:
-    """n images as uint8 batches (B, H, W, C) on the denoiser's device, by an `ImageGenerator` of these
-    arguments.
+    """n images as uint8 batches (B, H, W, C) on the denoiser's device; arguments as for `ImageGenerator`.
 
     share: (rank, world), to generate only the batches rank, rank + world, ..., unchanged.
     """

@@ -57,7 +57,6 @@ def as_record(content: Any) -> dict[str, Any] | None:
 
 
 def describe_difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """How the settings of a record differ from these, to follow the name of the images; None if they
-    match."""
+    """How the settings of a record differ from these, as the predicate of a message; None if they match."""
     changed = differences(record["drawn"], json.loads(json.dumps(settings)))
     return f"holds images of other settings ({'; '.join(changed[:3])})" if changed else None

@@ -206,8 +206,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """By default bfloat16 on CUDA, float32 elsewhere. Raises UserError where the device cannot compute in
-    it."""
+    """Default bfloat16 on CUDA, else float32. Raises UserError where the device cannot compute in it."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in DTYPES:

@@ -60,8 +60,8 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
         raise UserError(
-            f"{path_or_hub_id} is a {name}, which the installed diffusers does not provide; install one that "
-            "does"
+            f"{path_or_hub_id} is a {name}, which the installed diffusers does not provide; "
+            "install a version that does"
         )
     parameters = inspect.signature(kind.__call__).parameters
     given = ("self", "class_labels", "kwargs")
@@ -138,8 +138,7 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     if path.suffix.lower() in validation.PICKLE_SUFFIXES and os.path.isfile(path):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened; if you trust it, open it with "
-            "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give "
-            "that folder"
+            "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give it"
         )
     if (
         os.path.exists(path)

@@ -1,5 +1,4 @@
-"""UNet2DModel networks: built from a config, reinitialized, and freed of a slow property while diffkd runs
-them."""
+"""UNet2DModel networks: built from a config, reinitialized, and with a fast dtype while diffkd runs them."""
 
 from __future__ import annotations
 

@@ -74,15 +74,14 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
         if isinstance(value, int | float) and not least <= value <= most:
             raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Initializing zero-element tensors"
-        )  # a network that is refused below
+        # of a network that is refused below
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         network = kind.from_config(config)
     if any(isinstance(part, Attention) and part.heads < 1 for part in network.modules()):
         raise UserError(
             f"{name}: {place / 'config.json'} has heads of attention_head_dim "
-            f"{quoted(config.get('attention_head_dim'))}, wider than the channels where attention is; repair "
-            "it"
+            f"{quoted(config.get('attention_head_dim'))}, wider than the channels where attention is; "
+            "repair it"
         )
     needed = sum(p.numel() for p in network.parameters())
     if needed > (sum(counts) if whole else 2 * sum(counts) + MAX_NUMBER):
@@ -125,9 +124,8 @@ def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
             )
         if issubclass(kind, diffusers.ModelMixin):
             check_weights(place, name)
-            check_network(
-                kind, place, name, whole=True
-            )  # diffusers fills missing weights with random numbers
+            # whole: diffusers would fill missing weights with random numbers
+            check_network(kind, place, name, whole=True)
         elif (place / "scheduler_config.json").is_file():
             check_scheduler(read_object(place / "scheduler_config.json"), name)
 
