@@ -1,0 +1,69 @@
+"""One picture of a run: the same noise drawn by its teacher and by each of its students, with their FIDs.
+
+    python scripts/side_by_side.py runs/digits-progressive docs/quickstart.png
+
+Reads samples/*.png and metrics.json of the run (extra `report`).
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffkd.generation.grids import COLUMNS
+
+TILES = 10  # one of each class, as labels come in turn
+TEACHER, STUDENT = "#6b7787", "#0c7d74"
+
+
+def tiles(path: Path) -> list[np.ndarray]:
+    """The first square tiles of a grid of samples."""
+    grid = np.asarray(Image.open(path))
+    size = grid.shape[1] // COLUMNS
+    places = [(i // COLUMNS * size, i % COLUMNS * size) for i in range(TILES)]
+    return [grid[y : y + size, x : x + size] for y, x in places]
+
+
+def rows(run: Path) -> list[tuple[str, str, list[np.ndarray]]]:
+    """(role, title, tiles): the teacher from many steps to few, then the students."""
+    fids = {(r["role"], r["steps"]): r["fid"] for r in json.loads((run / "metrics.json").read_text())}
+    found = []
+    for path in (run / "samples").glob("*.png"):
+        role = "teacher" if path.stem.startswith("teacher") else "student"
+        steps = int(re.search(r"(\d+)-steps", path.stem)[1])
+        title = f"{role}, {steps} step{'s' * (steps != 1)}"
+        if (role, steps) in fids:
+            title += f"   FID {fids[role, steps]:.2f}"
+        found.append((role == "student", -steps, role, title, tiles(path)))
+    return [row[2:] for row in sorted(found, key=lambda row: row[:2])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("out", type=Path, help="the PNG to write")
+    given = parser.parse_args()
+    drawn = rows(given.run)
+    figure = Figure(figsize=(7.2, 0.5 * len(drawn)), dpi=110)
+    grid = figure.add_gridspec(
+        len(drawn), TILES, left=0.29, right=0.995, top=0.995, bottom=0.005, wspace=0.06, hspace=0.1
+    )
+    for y, (role, title, images) in enumerate(drawn):
+        for x, image in enumerate(images):
+            axes = figure.add_subplot(grid[y, x])
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_off()
+        colour = TEACHER if role == "teacher" else STUDENT
+        figure.text(
+            0.28, 1 - (y + 0.5) / len(drawn), title, ha="right", va="center", fontsize=9, color=colour
+        )
+    figure.savefig(given.out, facecolor="white")
+    print(f"{given.out}: {given.out.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main()
