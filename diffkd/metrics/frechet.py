@@ -90,6 +90,8 @@ def _factor(sigma: Tensor, name: str) -> Tensor:
             return lower
     values, vectors = torch.linalg.eigh(sigma)
     if values[0] < -SYMMETRY * values.abs().max():
-        raise UserError(f"{name}: sigma has negative eigenvalues, so it is not a covariance; compute it again")
+        raise UserError(
+            f"{name}: sigma has negative eigenvalues, so it is not a covariance; compute it again"
+        )
     kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()

@@ -61,9 +61,7 @@ class Statistics:
         """Adds features (B, d)."""
         features = torch.as_tensor(features)
         if features.ndim != 2:
-            raise UserError(
-                f"features of shape {tuple(features.shape)} do not fit; give (batch, features)"
-            )
+            raise UserError(f"features of shape {tuple(features.shape)} do not fit; give (batch, features)")
         if self.num_samples is None:
             raise UserError("statistics of an unknown number of samples cannot take more of them")
         if len(features) == 0:

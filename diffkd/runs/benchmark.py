@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from diffkd.errors import printable
 from diffkd.io import progress
 from diffkd.io.files import append_json, new_file
 from diffkd.io.processes import Processes
@@ -19,7 +18,7 @@ from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, opened, teacher_of
 from diffkd.runs import config, config_files
 from diffkd.runs.measurement import Measurement
-from diffkd.runs.reports import plots, tables
+from diffkd.runs.reports import markdown, plots, tables
 from diffkd.training.run_folder import RunFolder
 
 
@@ -118,7 +117,7 @@ def _show(console: Console, found: Sequence[Record]) -> None:
 
 
 def _text(name: str) -> str:
-    """A name in Markdown: no cell of its own, and no markup of HTML."""
+    """A name in Markdown: it stays in its cell, and no markup of HTML survives."""
     return html.escape(printable(name), quote=False).replace("|", "&#124;")
 
 
@@ -126,9 +125,7 @@ def _write(folder: Path, found: Sequence[Record]) -> None:
     titles, rows = _cells(found)
     protocol = found[0]["protocol"]
     lines = [
-        "| " + " | ".join(titles) + " |",
-        "|" + "---|" * len(titles),
-        *("| " + " | ".join([_text(row[0]), *row[1:]]) + " |" for row in rows),
+        *markdown.table(titles, [[_text(row[0]), *row[1:]] for row in rows]),
         "",
         f"{protocol['samples']:,} images, {_text(protocol['features']['name'])} features, against "
         f"{_text(protocol['reference']['name'])}; images/s are of one process on {protocol['device']}. "

@@ -450,7 +450,8 @@ def test_the_default_comes_from_the_hub_as_safetensors(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert refusal(kind, None) == (
-        f"{hub_id} is not a folder here and could not be downloaded from the hub (no network); check the name, or run "
+        f"{hub_id} is not a folder here and could not be downloaded from the hub (no network); check the "
+        "name, or run "
         f'python -c "from transformers import {architecture} as M; '
         f"M.from_pretrained('{hub_id}').save_pretrained('DIR')\" on a machine with a network, "
         "bring DIR here and give it"

@@ -68,7 +68,9 @@ def _own(name: str) -> nn.Module:
             f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
         ) from error
     if network is None or not isinstance(getattr(network, "num_features", None), int):
-        raise UserError(f"feature network {name!r} is not an nn.Module with an integer num_features; give it one")
+        raise UserError(
+            f"feature network {name!r} is not an nn.Module with an integer num_features; give it one"
+        )
     return network.eval().requires_grad_(False)
 
 

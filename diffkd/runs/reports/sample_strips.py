@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from diffkd.data.decoding import open_image
+from diffkd.generation.grids import COLUMNS
 from diffkd.runs.reports import page
 from diffkd.runs.reports.run_files import Measurements
 
-COLUMNS = 8  # of a grid in samples/
 TILES = 10  # of a strip: one of each class if there are ten in turn, and legible on a phone
 TILE_SIZE = 128  # the most pixels of a strip's tile, so that a page of many models stays small
 
