@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from diffkd.errors import printable
 from diffkd.io import progress
 from diffkd.io.files import append_json, new_file
 from diffkd.io.processes import Processes

@@ -138,7 +138,8 @@ def check(record: Record, path: Path) -> None:
             if value is None and key == "psnr":
                 continue  # infinite
             raise UserError(
-                f"{path}: a record's {key} is {quoted(value)}, which is not a number; it was changed: measure again"
+                f"{path}: a record's {key} is {quoted(value)}, which is not a number; it was changed: "
+                "measure again"
             )
 
 
