@@ -203,12 +203,14 @@ def image_folder() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def _forking() -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(  # ends with its stdin
-        [sys.executable, "-m", "tests.forking"], cwd=Path(__file__).parent.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD,
+def _forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    log = tmp_path_factory.mktemp("forking") / "stderr"  # libraries warn when they are imported
+    with log.open("w") as stderr, subprocess.Popen(  # ends with its stdin
+        [sys.executable, "-m", "tests.forking"], cwd=Path(__file__).parent.parent, env=ONE_THREAD,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
     ) as process:  # fmt: skip
         yield process
+    assert process.returncode == 0, log.read_text()
 
 
 @pytest.fixture
