@@ -583,7 +583,7 @@ def test_a_pickle_of_something_else(tmp_path, monkeypatch, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     trust(monkeypatch, path)
-    assert f"weights file {path} holds no flat state dict" in fault(lambda: read_weights(path))
+    assert f"weights file {path} does not hold a flat state dict" in fault(lambda: read_weights(path))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
@@ -607,7 +607,7 @@ def test_damaged_files(tmp_path, monkeypatch, suffix):
 def test_other_kinds_of_file(tmp_path, name):
     (tmp_path / name).touch()
     message = fault(lambda: InceptionV3(tmp_path / name))
-    assert f"weights file {tmp_path / name} is of no known kind; use a .safetensors" in message
+    assert f"weights file {tmp_path / name} is not of a known kind; use a .safetensors" in message
 
 
 def test_files_of_another_network(tmp_path):

@@ -425,7 +425,7 @@ def test_pickles_are_not_opened(refused, suffix):
         ("gone.npz", "does not exist"),
         ("gone/er", "--resize"),
         ("./gone", "does not exist"),
-        ("toy.py", "no .npz"),
+        ("toy.py", "not an .npz"),
         ("labelled", "model"),
         ("", "name"),
     ],

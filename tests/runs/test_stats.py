@@ -201,7 +201,7 @@ def test_the_weights_are_known_by_their_values(compute):
 def test_the_file_is_replaced_when_asked(cli, here, refused):
     args = ["--features", "toy.Quarters", "--out", "ref.npz"]
     assert cli("stats", "images", *args).code == 0
-    refused("classes", *args, says=["ref.npz", "is there already", "--overwrite"])
+    refused("classes", *args, says=["ref.npz", "exists already", "--overwrite"])
     assert cli("stats", "classes", *args, "--overwrite").code == 0
     check(load("ref.npz"), quarters(of_folder(here / "classes")))
 
