@@ -112,11 +112,11 @@ def measure(
         check_writable(out, "--out")
     _check(target, options)
     against = open_reference(reference, resize=options.resize, split=options.split)
-    subject, config = target_of(target, options), config_of(options, against)
+    measured, config = target_of(target, options), config_of(options, against)
     run = _run_of(target)
     processes = Processes(device)
     found: list[Record] = []
-    for record in Measurement(config, against, processes, console).records(subject):
+    for record in Measurement(config, against, processes, console).records(measured):
         if not processes.main:
             continue
         found.append(record)

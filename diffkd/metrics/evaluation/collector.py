@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.metrics.base import Add, FeatureSet
+from diffkd.metrics.base import Add, Batch, FeatureSet, Metric
 from diffkd.metrics.features.precision import full_float32
 from diffkd.metrics.statistics import Statistics
 
@@ -68,6 +69,46 @@ class Collector:
             shape = (self.count, self.num_features)
             self.features = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.features
+
+
+class Collection:
+    """What metrics need of `count` images, gathered in one pass: features by each network, computed once, and
+    what metrics add up themselves. stored: keys of the networks whose every feature is kept."""
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        networks: Mapping[str, nn.Module],
+        count: int,
+        device: torch.device,
+        stored: Container[str],
+    ) -> None:
+        self.metrics = metrics
+        self.collectors = {
+            key: Collector(network, count, device, store=key in stored) for key, network in networks.items()
+        }
+        started = {m.name: m.running(networks[m.network], count, device) for m in metrics}
+        self.running = {name: running for name, running in started.items() if running is not None}
+
+    def update(self, first: int, images: Tensor, by_teacher: Tensor | None = None) -> None:
+        """images, by_teacher: (B, H, W, C) uint8 of one shape; the teacher's if a metric compares with it."""
+        features = {key: collector.update(first, images) for key, collector in self.collectors.items()}
+        for metric in self.metrics:
+            if metric.name in self.running:
+                collector = self.collectors[metric.network]
+                theirs = None if by_teacher is None or not metric.with_teacher else collector.of(by_teacher)
+                batch = Batch(first, images, features[metric.network], by_teacher, theirs)
+                self.running[metric.name].update(batch)
+
+    def merge_across(self, add: Add) -> None:
+        """Adds up all processes, each of which must call it, with images or without."""
+        for collector in self.collectors.values():
+            collector.merge_across(add)
+        for running in self.running.values():
+            running.merge_across(add)
+
+    def features(self) -> dict[str, FeatureSet]:
+        return {key: collector.collected() for key, collector in self.collectors.items()}
 
 
 class Pixels:

@@ -14,9 +14,9 @@ from diffkd.errors import UserError
 from diffkd.generation.timing import Timer
 from diffkd.io.environment import commit, versions
 from diffkd.io.processes import Processes
-from diffkd.metrics.base import MAIN, Batch, Inputs, Running
+from diffkd.metrics.base import MAIN, Inputs
 from diffkd.metrics.evaluation import networks
-from diffkd.metrics.evaluation.collector import Collector, Pixels
+from diffkd.metrics.evaluation.collector import Collection, Pixels
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import ImageStream
 from diffkd.metrics.evaluation.reference import Reference
@@ -61,35 +61,28 @@ class Evaluator:
     ) -> dict[str, Any]:
         """{"steps", "nfe", the values, "seconds", "protocol"}. teacher: what draws from the same noise."""
         device, add = self.processes.device, self.processes.add
-        if not any(metric.with_teacher for metric in self.metrics):
+        comparing = next((metric.name for metric in self.metrics if metric.with_teacher), None)
+        if comparing is None:
             teacher = None
         elif teacher is None:
-            raise UserError("agreement is with a teacher from the same noise; name it (--teacher)")
+            raise UserError(f"{comparing} is with a teacher from the same noise; name it (--teacher)")
         stored = networks.stored_of_images(self.metrics)
-        collectors = {
-            key: Collector(network, stream.count, device, store=key in stored)
-            for key, network in self.networks.items()
-        }
-        running = {
-            metric.name: found
-            for metric in self.metrics
-            if (found := metric.running(self.networks[metric.network], stream.count, device)) is not None
-        }
+        collection = Collection(self.metrics, self.networks, stream.count, device, stored)
         pixels = Pixels(stream.count)
         timer = Timer(device)
         for first, images, by_teacher in self._pairs(stream, teacher, timer):
             if stream.there:
                 pixels.update(first, images)
-            self._update(collectors, running, first, images, by_teacher, teacher)
+            if teacher is not None and by_teacher is not None:
+                _check_shapes(images, by_teacher, teacher)
+                by_teacher = by_teacher.to(device)
+            collection.update(first, images.to(device), by_teacher)
             on_images(len(images))
-        for collector in collectors.values():
-            collector.merge_across(add)
-        for sums in running.values():
-            sums.merge_across(add)
+        collection.merge_across(add)
         if stream.there:
             stream.protocol["pixels"] = pixels.sha256(add)
         made: dict[str, Any] = {k: stream.protocol[k] for k in ("steps", "nfe") if k in stream.protocol}
-        values = self._values(collectors, running, stream.count) if self.processes.main else {}
+        values = self._values(collection, stream.count) if self.processes.main else {}
         return {
             **made, **values, "seconds": timer.seconds()["images"],
             "protocol": self._protocol(stream, teacher),
@@ -108,52 +101,13 @@ class Evaluator:
             for (first, images), (_, by_teacher) in zip(drawn, teacher.batches(*place), strict=True):
                 yield first, images, by_teacher
 
-    def _update(
-        self,
-        collectors: dict[str, Collector],
-        running: dict[str, Running],
-        first: int,
-        images: Tensor,
-        by_teacher: Tensor | None,
-        teacher: ImageStream | None,
-    ) -> None:
-        """One batch through every network, once, and to every metric that adds up."""
-        images = images.to(self.processes.device)
-        features = {key: collector.update(first, images) for key, collector in collectors.items()}
-        if by_teacher is not None:
-            by_teacher = by_teacher.to(self.processes.device)
-            if by_teacher.shape != images.shape:
-                raise UserError(
-                    f"the teacher {teacher and teacher.protocol.get('path', '')} draws images of "
-                    f"{_size(by_teacher)} and the model of {_size(images)} (height x width x channels); "
-                    "agreement needs a teacher of the same size"
-                )
-        for metric in self.metrics:
-            if metric.name in running:
-                theirs = (
-                    collectors[metric.network].of(by_teacher)
-                    if by_teacher is not None and metric.with_teacher
-                    else None
-                )
-                running[metric.name].update(
-                    Batch(first, images, features[metric.network], by_teacher, theirs)
-                )
-
-    def _values(
-        self, collectors: dict[str, Collector], running: dict[str, Running], count: int
-    ) -> dict[str, float | None]:
-        images = {key: collector.collected() for key, collector in collectors.items()}
-        options = self._options(count)
+    def _values(self, collection: Collection, count: int) -> dict[str, float | None]:
+        features, options = collection.features(), self._options(count)
         values: dict[str, float | None] = {}
         for metric in self.metrics:
+            key, running = metric.network, collection.running.get(metric.name)
             values |= metric.compute(
-                Inputs(
-                    images[metric.network],
-                    self.real[metric.network],
-                    options[metric.name],
-                    self.config.features,
-                    running.get(metric.name),
-                )  # fmt: skip
+                Inputs(features[key], self.real[key], options[metric.name], self.config.features, running)
             )
         return values
 
@@ -180,6 +134,15 @@ class Evaluator:
             if key.endswith("weights") and value is not None and Path(value).expanduser().exists():
                 content[key] = str(Path(value).expanduser().resolve())
         return content | {"reference": None}  # it is in the protocol already
+
+
+def _check_shapes(images: Tensor, by_teacher: Tensor, teacher: ImageStream) -> None:
+    if by_teacher.shape != images.shape:
+        raise UserError(
+            f"the teacher {teacher.protocol.get('path', '')} draws images of {_size(by_teacher)} and "
+            f"the model of {_size(images)} (height x width x channels); agreement needs a teacher of the "
+            "same size"
+        )
 
 
 def _size(images: Tensor) -> str:

@@ -31,7 +31,7 @@ def load(
     """The feature network of that name, or of the dotted path `module.Class` of the user's own.
 
     weights: a file (inception) or folder (dinov2, clip); default as each of them documents. resize, dtype: of
-    inception. Raises UserError for what cannot be had, and for an option that the network does not have.
+    inception. Raises UserError for what cannot be loaded, and for an option that the network does not have.
     """
     if name == "inception":
         if dtype not in (None, "float32", "float64"):

@@ -24,7 +24,7 @@ class CLIP(VisionFeatures):
     (Jayasumana et al. 2024, "Rethinking FID: Towards a better evaluation metric for image generation"). Its
     code resizes without a filter and without clipping; so does this.
 
-    weights: a folder or a hub id. Raises UserError where they cannot be had, or are not CLIP's.
+    weights: a folder or a hub id. Raises UserError where they cannot be loaded, or are not CLIP's.
     """
 
     resize = "bicubic"

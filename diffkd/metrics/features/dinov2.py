@@ -23,7 +23,7 @@ class DINOv2(VisionFeatures):
     """The CLS token of DINOv2 (ViT-L/14) after its last layer norm, 1024 features of 224x224 images, for
     FD-DINOv2 (Stein et al. 2023, "Exposing flaws of generative model evaluation metrics").
 
-    weights: a folder or a hub id. Raises UserError where they cannot be had, or are not DINOv2's.
+    weights: a folder or a hub id. Raises UserError where they cannot be loaded, or are not DINOv2's.
     """
 
     resize = "clean"
