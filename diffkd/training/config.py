@@ -35,7 +35,7 @@ class Training(Strict):
         1.0, gt=0, description="gradients are clipped to this norm; null for no clipping"
     )
     precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="autocast of the student, dtype of the others; float32 is TF32 on CUDA"
+        "float32", description="autocast of the student, dtype of the teacher; float32 is TF32 on CUDA"
     )
     compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
     gradient_checkpointing: bool = Field(

@@ -53,8 +53,9 @@ def prepare(
                 f"stage {stage.name} says how network {name!r} learns, which is not trained; trained are "
                 f"{', '.join(trained)}"
             )
-    for net in nets.values():
-        _place(accelerator, net, training)
+    for name, net in nets.items():
+        half = HALF_PRECISION.get(training.precision) if name == "teacher" else None
+        _place(accelerator, net, training, half)
     kind = LEARNERS.get(accelerator.distributed_type, Copies)
     learners = {}
     for name in trained:
@@ -80,8 +81,12 @@ def _optimization(name: str, stage: Stage, training: Training) -> Optimization:
     return replace(own, betas=own.betas or training.betas, ema=ema)
 
 
-def _place(accelerator: Accelerator, net: nn.Module, training: Training) -> None:
-    """On the device, in the dtype and memory format that it runs in; compiled if the config says so."""
+def _place(accelerator: Accelerator, net: nn.Module, training: Training, half: torch.dtype | None) -> None:
+    """On the device, in the memory format that it runs in; compiled if the config says so.
+
+    half: the dtype of a network that never changes. One that a method moves keeps float32: in half precision
+    the small steps towards the student would be rounded away.
+    """
     network: Any = net.network if isinstance(net, Model) else net
     if _is_trained(net):
         if training.gradient_checkpointing:
@@ -92,7 +97,7 @@ def _place(accelerator: Accelerator, net: nn.Module, training: Training) -> None
                 )
             network.enable_gradient_checkpointing()
     else:
-        network.to(accelerator.device, HALF_PRECISION.get(training.precision))
+        network.to(accelerator.device, half)
     if accelerator.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     if training.compile:

@@ -63,13 +63,15 @@ def losses_of(
 
 
 def check_losses(method: Method) -> None:
-    """Finite losses, gradients only where named, the teacher unchanged, the same seed the same losses."""
+    """Finite losses, gradients only where named, every network that learns named, the teacher unchanged, the
+    same seed the same losses."""
     nets = nets_of(method)
     teacher_before = [p.clone() for p in nets["teacher"].parameters()]
     stages = method.stages(nets["teacher"])
     assert stages and len({stage.name for stage in stages}) == len(stages)
+    learns = {name for name, net in nets.items() if any(p.requires_grad for p in net.parameters())}
     for stage, update in ((stages[0], 0), (stages[-1], stages[-1].updates - 1)):
-        values = []
+        values, named = [], set()
         for loss in losses_of(method, nets, stage, 11, update):
             assert loss.value.shape == () and loss.value.isfinite()
             for value in loss.metrics.values():
@@ -83,9 +85,15 @@ def check_losses(method: Method) -> None:
             for parameter in own:
                 parameter.grad = None
             values.append(loss.value.item())
+            named.add(loss.network)
+        idle = sorted(learns - named)
+        assert not idle, f"no loss trains {idle}: requires_grad_(False) is for networks that do not learn"
+        again, others = (
+            [loss.value.item() for loss in losses_of(method, nets, stage, seed, update)] for seed in (11, 12)
+        )
+        assert values == again, "the same seed gives other losses: every random number comes from rng"
+        assert values != others, "another seed gives the same losses"
         method.after_update(nets, Step(stage, update))
-        assert values == [loss.value.item() for loss in losses_of(method, nets, stage, 11, update)]
-        assert values != [loss.value.item() for loss in losses_of(method, nets, stage, 12, update)]
     assert all(torch.equal(a, b) for a, b in zip(teacher_before, nets["teacher"].parameters(), strict=True))
 
 

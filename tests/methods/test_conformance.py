@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from diffkd import methods
 from diffkd.methods.base import Method, Step
+from diffkd.methods.progressive import Progressive
+from diffkd.models import students
 from tests.methods.conformance import check_losses, check_resumes, losses_of, nets_of, train
 from tests.two_networks import TwoNetworks
 
@@ -71,6 +73,17 @@ def test_a_users_own_module_is_found(tmp_path, monkeypatch):
     assert methods.find("package.own").__name__ == "Mine"
     with pytest.raises(ValueError, match="'package.nothing' is unknown"):
         methods.find("package.nothing")
+
+
+def test_a_network_that_would_learn_by_mistake_is_seen():
+    """A target network whose gradients were not switched off: the trainer would give it an optimizer."""
+
+    class Forgetful(Progressive):
+        def networks(self, teacher, student):
+            return {"target": students.copy_of(student)}
+
+    with pytest.raises(AssertionError, match=r"no loss trains \['target'\]"):
+        check_losses(Forgetful())
 
 
 # two networks

@@ -103,8 +103,12 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
     assert torch.equal(weights(whole), weights(parts)) and untimed(records) == untimed(again)
 
 
-def test_a_target_network_is_in_the_checkpoint(tmp_path):
-    """A target network, which follows the student without learning, is where it was after a resume."""
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_target_network_is_in_the_checkpoint(tmp_path, precision):
+    """A target network, which follows the student without learning, is where it was after a resume. It keeps
+    float32, in which small steps are not lost."""
+
+    training = Training(batch_size=8, log_every=1, checkpoint_every=5, precision=precision)
 
     class Follows(Progressive):
         def networks(self, teacher, student):
@@ -114,12 +118,14 @@ def test_a_target_network_is_in_the_checkpoint(tmp_path):
             with torch.no_grad():
                 for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
                     slow.lerp_(fast, 0.1)
+            assert all(p.dtype == torch.float32 for p in nets["target"].parameters())
             self.__dict__["seen"] = weights(nets["target"]).clone()
 
     def one(folder, stop_at=None):
         method = Follows(steps=[4], updates=12, learning_rate=1e-3)
         with contextlib.suppress(Interrupted):
-            run_one(folder, method=method, stop_at=stop_at)
+            run_one(folder, method=method, stop_at=stop_at, training=training)
+        AcceleratorState._reset_state()
         return method.__dict__["seen"]
 
     whole = one(tmp_path / "whole")
