@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -82,13 +83,12 @@ def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> Non
 
 def prepare_libraries() -> None:
     """Our own warnings go to stderr, one line each; libraries only report errors. And no more threads than
-    cores: two on one core wait for each other."""
+    cores: two on one core wait for each other. diffusers is imported later, by what opens a model."""
     for name in (
         "torchao",
         "torch.utils._pytree",
     ):  # which warn of missing parts as soon as they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers
     import psutil
     import torch
 
@@ -96,5 +96,5 @@ def prepare_libraries() -> None:
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own
     logging.basicConfig(format="diffkd: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    os.environ["DIFFUSERS_VERBOSITY"] = "error"  # which it reads when it is imported
+    logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from diffkd.errors import UserError
+
+if TYPE_CHECKING:  # to import it takes seconds, and images are measured without it
+    from diffusers import DDIMScheduler, LCMScheduler
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Time = Tensor | float  # (B,) float64, or one for the whole batch
@@ -49,6 +51,8 @@ class Schedule:
     @staticmethod
     def cosine(num_train_timesteps: int = 1024) -> Schedule:
         """Cosine (Nichol & Dhariwal 2021, eq. 17) rescaled to zero terminal SNR (Lin et al. 2024, alg. 1)."""
+        from diffusers import DDIMScheduler
+
         return from_diffusers(
             DDIMScheduler(
                 num_train_timesteps=num_train_timesteps,
@@ -164,6 +168,8 @@ def from_diffusers(scheduler: Any) -> Schedule:
 
     Beta schedules that DDIMScheduler has no name for are kept as `trained_betas`.
     """
+    from diffusers import DDIMScheduler
+
     if not hasattr(scheduler, "betas"):
         raise UserError(
             f"scheduler {type(scheduler).__name__} has no betas; supported are discrete schedulers "
@@ -189,6 +195,8 @@ def to_diffusers(
 
     clip: bound on the predicted x0 while sampling, None for none. sampler: ddim or renoise.
     """
+    from diffusers import DDIMScheduler, LCMScheduler
+
     if prediction not in PREDICTIONS[:3]:
         raise UserError(
             f"DDIMScheduler does not support prediction {prediction!r}; "

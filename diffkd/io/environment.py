@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 PACKAGE = Path(__file__).parents[1]  # all code that results depend on
-PACKAGES = ("diffkd", "torch", "diffusers", "accelerate", "torchmetrics", "safetensors", "numpy", "pillow")
+PACKAGES = ("diffkd", "torch", "diffusers", "accelerate", "safetensors", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:

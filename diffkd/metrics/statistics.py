@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.io.files import new_file
@@ -20,30 +19,32 @@ from diffkd.metrics.frechet import Gaussian, checked, gaussian
 BLOCK = 512  # rows of features that are summed at a time
 
 
-class _Features(nn.Module):
-    """Takes the place of the metric's network: what it is given are features already."""
+class _Sums:
+    """Of features (N, d), in float64: their count, their sum (d,) and that of their products (d, d)."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+    def __init__(self, like: Tensor) -> None:
+        self.count, self.total = 0, torch.zeros_like(like)
+        self.products = like.new_zeros(len(like), len(like))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+    def add(self, features: Tensor) -> None:
+        self.total += features.sum(0)
+        self.products += features.T @ features
+        self.count += len(features)
 
 
 class Statistics:
     """Mean and covariance of features, the two things that FID compares.
 
     mu: (d,), sigma: (d, d) with divisor N - 1, float64 tensors. num_samples: N, None where a file does not
-    say. The sums are those of torchmetrics' FID metric, in float64, of features minus the mean of the first
-    batch: they do not cancel, however far from the origin the features are.
+    say. The sums are those of torchmetrics' FID metric, in float64, but of features minus the mean of the
+    first batch: they do not cancel, however far from the origin the features are.
     """
 
     def __init__(self, num_features: int | None = None, device: torch.device | str = "cpu") -> None:
         self.num_samples: int | None = 0
         self._given: Tensor | None = None  # the covariance as it was read, to the last bit
         self._shift = torch.zeros(num_features or 0, dtype=torch.float64, device=device)
-        self._metric = _metric(self._shift)
+        self._sums = _Sums(self._shift)
         self._waiting: list[Tensor] = []  # features that are not in the sums yet
 
     @classmethod
@@ -73,7 +74,7 @@ class Statistics:
         features = features.detach().double()
         if self.num_samples == 0:
             self._shift = features.mean(0)
-            self._metric = _metric(self._shift)
+            self._sums = _Sums(self._shift)
         self._given = None
         self._waiting.append(features - self._shift)
         if sum(map(len, self._waiting)) >= BLOCK:
@@ -114,13 +115,13 @@ class Statistics:
         mu = origin + add((mean - origin) * here) / count
         self._set(mu, add(self._scatter(mu)), count)
 
-    def _summed(self) -> FrechetInceptionDistance:
-        """The metric with all features in it. Its matrix is as large as BLOCK rows, so it is not touched for
-        fewer."""
+    def _summed(self) -> _Sums:
+        """The sums with all features in them. Their matrix is as large as BLOCK rows, so it is not touched
+        for fewer."""
         if self._waiting:
-            self._metric.update(torch.cat(self._waiting), real=True)
+            self._sums.add(torch.cat(self._waiting))
             self._waiting = []
-        return self._metric
+        return self._sums
 
     @property
     def num_features(self) -> int:
@@ -130,7 +131,7 @@ class Statistics:
     def mu(self) -> Tensor:
         if self.num_samples == 0:
             raise UserError("statistics of no images have no mean; give at least 2 images")
-        return self._shift + self._summed().real_features_sum / self._summed().real_features_num_samples
+        return self._shift + self._summed().total / self._summed().count
 
     @property
     def sigma(self) -> Tensor:
@@ -138,7 +139,7 @@ class Statistics:
             raise UserError(f"a covariance needs at least 2 images, and there are {self.num_samples}")
         if self._given is not None:
             return self._given
-        sigma = self._scatter(self.mu) / (self._summed().real_features_num_samples - 1)
+        sigma = self._scatter(self.mu) / (self._summed().count - 1)
         return (sigma + sigma.T) / 2
 
     def gaussian(self, name: str = "the statistics") -> Gaussian:
@@ -146,17 +147,17 @@ class Statistics:
 
     def _scatter(self, centre: Tensor) -> Tensor:
         """Sum of (x - centre)(x - centre)ᵀ over the samples, of which there may be none."""
-        count = self._summed().real_features_num_samples
+        count = self._summed().count
         if count == 0:
-            return self._summed().real_features_cov_sum
-        mean = self._summed().real_features_sum / count
-        about_mean = self._summed().real_features_cov_sum - count * torch.outer(mean, mean)
+            return self._sums.products
+        mean = self._sums.total / count
+        about_mean = self._sums.products - count * torch.outer(mean, mean)
         return about_mean + count * torch.outer(self._shift + mean - centre, self._shift + mean - centre)
 
     def _set(self, mu: Tensor, scatter: Tensor, num_samples: int | None) -> None:
-        self.num_samples, self._shift, self._metric, self._given = num_samples, mu, _metric(mu), None
-        self._summed().real_features_cov_sum = scatter
-        self._summed().real_features_num_samples += num_samples or 2  # of an unknown number: divisor 1
+        self.num_samples, self._shift, self._sums, self._given = num_samples, mu, _Sums(mu), None
+        self._sums.products = scatter
+        self._sums.count = num_samples or 2  # of an unknown number: divisor 1
 
     def save(self, path: Path | str, **more: Any) -> None:
         """An .npz of mu and sigma (float64) as pytorch-fid, EDM, ADM and clean-fid read it.
@@ -195,11 +196,6 @@ class Statistics:
 def _is_count(array: np.ndarray) -> bool:
     known = array.size == 1 and array.dtype.kind in "iuf" and bool(np.isfinite(array))
     return known and bool(2 <= array == np.floor(array))
-
-
-def _metric(shift: Tensor) -> FrechetInceptionDistance:
-    metric = FrechetInceptionDistance(feature=_Features(len(shift)), sync_on_compute=False)
-    return metric.to(shift.device)
 
 
 def _npz(path: Path | str) -> Path:

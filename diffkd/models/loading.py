@@ -71,6 +71,7 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
             f"a {name} needs more than noise and class labels (it takes "
             f"{', '.join(required or ['prompt'])}); save its images to a folder, and evaluate that"
         )
+    diffusers.utils.logging.disable_progress_bar()  # of loading components
     try:
         validation.check_components(folder, index, str(path_or_hub_id))
         pipeline = kind.from_pretrained(  # type: ignore[attr-defined]

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError, safe_open
 
 from diffkd.errors import UserError
@@ -73,6 +71,8 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
         most = MAX_SIDE if "size" in key else len(counts) if "layers" in key else MAX_NUMBER
         if isinstance(value, int | float) and not least <= value <= most:
             raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
+    from diffusers.models.attention_processor import Attention
+
     with torch.device("meta"), warnings.catch_warnings():
         # of a network that is refused below
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -111,6 +111,8 @@ def check_scheduler(config: Mapping[str, Any], name: str) -> None:
 def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
     """Raises UserError where opening a pipeline would run code from its folder or import a package that it
     names, and for components that the checks above refuse."""
+    import diffusers
+
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
