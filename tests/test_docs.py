@@ -104,7 +104,7 @@ def test_every_page_can_be_reached_from_the_readme():
 
 
 def test_commands_have_these_options():
-    from diffkd.cli import app
+    from diffkd.cli.app import app
 
     commands = typer.main.get_command(app).commands
     wrong = []
