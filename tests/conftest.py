@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from diffkd.cli import main
+from diffkd.cli.endings import UNFORESEEN
 from diffkd.io import plugins
 from diffkd.metrics import sampling_error
 from tests.waiting import ONE_THREAD
@@ -37,9 +38,17 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """User modules of many tests: each is announced once per process, in whichever test came first."""
+def _user_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What one test imports is not another's; and user modules of many tests are announced once per process,
+    in whichever test came first."""
     monkeypatch.setattr(plugins, "announced", {"toy", "wide", "json"})
+    for known in (plugins.homes, plugins.looked):
+        known.clear()
+    before = {*sys.modules}
+    yield
+    for name in {*sys.modules} - before:
+        if name.partition(".")[0] in plugins.homes:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +95,11 @@ def _simulate_once(spectrum: torch.Tensor, counts: list[int]) -> float:
 def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
-    """cli(*args) -> (code, stdout, stderr): the `diffkd` command, in this process."""
+    """cli(*args) -> (code, stdout, stderr): the `diffkd` command, in this process. No test that asks for
+    errors of a known kind gets one that nobody foresaw."""
 
     monkeypatch.setattr(sampling_error, "_simulated", _simulate_once)
+    monkeypatch.setenv("DIFFKD_TRACEBACK", "")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
 
@@ -101,6 +112,7 @@ def cli(
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
+        assert code != UNFORESEEN, err
         return Outcome(code if isinstance(code, int) else int(code is not None), out, err)
 
     yield run

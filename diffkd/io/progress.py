@@ -1,9 +1,11 @@
-"""Progress bars with rate and time left, silent where the output is not a terminal; lines on a console."""
+"""How far something is, with rate and time left: a bar on a terminal, a plain line a minute elsewhere."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -17,23 +19,121 @@ from rich.progress import (
 
 from diffkd.errors import printable
 
+EVERY = 60.0  # seconds between two lines
+Advance = Callable[[int, str], None]  # the total done so far, and a text beside it
+clock = time.monotonic
+
+
+def bar(
+    console: Console, title: str, total: int, *, unit: str = "images", shown: bool = True
+) -> AbstractContextManager[Advance]:
+    """Gives advance(done, text). Nothing appears where the console is quiet, or `shown` is false."""
+    if not shown or console.quiet:
+        return _silence()
+    return (_bar if console.is_terminal else _lines)(console, title, total, unit)
+
 
 @contextmanager
-def bar(
-    console: Console, title: str, total: int, *, shown: bool = True
-) -> Iterator[Callable[[int, str], None]]:
-    """Yields advance(done, text): the total done so far, and a text beside the bar."""
+def _silence() -> Iterator[Advance]:
+    yield lambda done, text: None
+
+
+@contextmanager
+def _bar(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False),
     )  # fmt: skip
-    disable = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, disable=disable, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, text="")
         yield lambda done, text: progress.update(task, completed=done, text=text)
 
 
-def counter(advance: Callable[[int, str], None], processes: int = 1) -> Callable[[int], None]:
+@contextmanager
+def _lines(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
+    """A line a minute even where nothing advances: one batch can take an hour."""
+    pace, latest = Pace(), ""
+
+    def advance(done: int, text: str) -> None:
+        nonlocal latest
+        latest = text
+        pace.reached(done)
+
+    def line() -> None:
+        left = pace.left(total)
+        parts = [f"{title}: {pace.done:,} of {total:,} {unit}", latest, left and f"{left} left"]
+        say(console, ", ".join(part for part in parts if part))
+
+    with _repeated(line, EVERY):
+        yield advance
+
+
+@contextmanager
+def _repeated(call: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls it again and again, in a thread of its own."""
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(seconds):
+            try:
+                call()
+            except (OSError, ValueError):  # nobody reads any more, as the command's next line finds out
+                return
+
+    thread = threading.Thread(target=loop, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class Pace:
+    """The rate of something that counts up, from its first report on: what came before it, such as a warm-up
+    or the updates of an earlier run, tells nothing."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._first: tuple[int, float] | None = None
+        self._last = 0.0
+
+    def reached(self, done: int) -> None:
+        self.done, self._last = done, clock()
+        if self._first is None:
+            self._first = done, self._last
+
+    @property
+    def seconds(self) -> float:
+        """Between the first report and the last."""
+        return self._last - self._first[1] if self._first else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Items a second; 0 while it is unknown."""
+        return (self.done - self._first[0]) / self.seconds if self._first and self.seconds > 0 else 0.0
+
+    def left(self, total: int) -> str:
+        """The time until `total`, from now; "" while it is unknown."""
+        if self.rate <= 0:
+            return ""
+        return duration(max(0.0, (total - self.done) / self.rate - (clock() - self._last)))
+
+
+def duration(seconds: float) -> str:
+    """In the two units that matter: 40 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def counter(advance: Advance, processes: int = 1) -> Callable[[int], None]:
     """A function that moves a bar on by so many items of this process, of each of `processes` alike."""
     done = 0
 

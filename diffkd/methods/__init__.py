@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 from diffkd.errors import UserError
-from diffkd.io.plugins import import_user_module
+from diffkd.io import plugins
 from diffkd.methods.base import Method
 
 CONTRACT = "base"  # the one file here that does not define a method
 
 
 def find(name: str) -> type[Method]:
-    """The Method in diffkd/methods/<name>.py, or in the user's own module for a dotted path."""
-    module_name = name if "." in name else f"{__name__}.{name}"
-    try:
-        if name == CONTRACT:
-            raise ValueError("the contract itself")
-        module = import_user_module(name) if "." in name else importlib.import_module(module_name)
-    except (ModuleNotFoundError, TypeError, ValueError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
-            raise  # the method's file was found, and imports a module that is missing
-        raise UserError(
-            f"method {name!r} is unknown; use one of {', '.join(names())}, or the dotted path of your own"
-        ) from error
-    own = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Method)
-        and value is not Method
-        and value.__module__ == module_name
-    ]
-    if len(own) != 1:
-        raise UserError(
-            f"module {module_name} defines {len(own)} methods; a method's file defines one (method {name!r})"
-        )
-    return own[0]
+    """The Method in diffkd/methods/<name>.py, or one of the user's own, as `plugins` reads its name."""
+    builtin = names()
+    if name not in builtin:
+        kind: type[Method] = plugins.import_own(name, Method, "method", builtin)
+        if not (isinstance(kind, type) and issubclass(kind, Method)):
+            raise UserError(
+                f"method {name!r} is not a subclass of diffkd.methods.base.Method; name one that is"
+            )
+        return kind
+    module = importlib.import_module(f"{__name__}.{name}")
+    defined = list(plugins.classes_of(module, Method).values())
+    if len(defined) != 1:
+        raise UserError(f"{module.__file__} defines {len(defined)} methods; a method's file defines one")
+    return defined[0]
+
+
+def name_of(kind: type[Method]) -> str:
+    """The name that a config gives it: its module's, if that defines no other method."""
+    module = kind.__module__
+    if module.startswith(f"{__name__}.") or len(plugins.classes_of(sys.modules[module], Method)) == 1:
+        return module.removeprefix(f"{__name__}.")
+    return f"{module}.{kind.__qualname__}"
 
 
 def names() -> list[str]:

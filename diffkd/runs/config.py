@@ -58,7 +58,7 @@ def _method_of(given: Any) -> Method:
 
 def method_name(method: Method) -> str:
     """The name that a config gives it."""
-    return type(method).__module__.removeprefix("diffkd.methods.")
+    return methods.name_of(type(method))
 
 
 def method_config(method: Method) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from diffkd import methods
 from diffkd.core.classifier import Classifier
 from diffkd.errors import UserError
+from diffkd.io import plugins
 from diffkd.io.config import Strict, validation_message
 from diffkd.io.strict_yaml import read_yaml
 from diffkd.io.text import quoted, reason
@@ -25,18 +26,20 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
 
     Raises UserError, which for an unknown key names the nearest known one.
     """
-    return _validated(_read(path, overrides), kind)
+    with plugins.beside(path.parent):
+        return _validated(_read(path, overrides), kind)
 
 
 def load_distill(path: Path, overrides: Sequence[str] = ()) -> Distill | DistillClassifier:
     """A config of `diffkd distill`, which distils what its method distils."""
     content = _read(path, overrides)
     given = content.get("method")
-    for method in given if isinstance(given, list) else [given]:
-        name = method.get("name") if isinstance(method, Mapping) else None
-        if isinstance(name, str) and methods.find(name).kind is Classifier:
-            return _validated(content, DistillClassifier)
-    return _validated(content, Distill)
+    with plugins.beside(path.parent):
+        for method in given if isinstance(given, list) else [given]:
+            name = method.get("name") if isinstance(method, Mapping) else None
+            if isinstance(name, str) and methods.find(name).kind is Classifier:
+                return _validated(content, DistillClassifier)
+        return _validated(content, Distill)
 
 
 def resolved(config: Strict) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def target_of(path: str, options: Options) -> Target:
 def config_of(options: Options, reference: Reference) -> Evaluation:
     """The config of these options. Raises UserError that names the option."""
     values = {
-        "features": options.features or default_features(reference), "weights": options.weights,
+        "features": features.locate(options.features or default_features(reference)),
+        "weights": options.weights,
         "resize": options.feature_resize, "dtype": options.dtype, "samples": options.samples,
         "metrics": [part.strip() for part in options.metrics.split(",")],
         "labels": parse_labels(_or(options.classes, "data")),

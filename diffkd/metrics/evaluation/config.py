@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import AfterValidator, Field, create_model
 
 from diffkd import metrics
 from diffkd.core import samplers
+from diffkd.io import plugins
 from diffkd.io.config import Positive, Strict
 from diffkd.metrics.base import Metric
 from diffkd.metrics.evaluation.image_sets import Spec
+from diffkd.metrics.features import NAMES
 from diffkd.metrics.features.resize import Resize
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ else:
 class _Common(Strict):
     """How models are measured."""
 
-    features: str = Field(
-        "digits", description="digits, inception, dinov2, clip, or an nn.Module's dotted path"
+    features: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, NAMES))] = Field(
+        "digits", description="digits, inception, dinov2, clip, or your own: a module, or module.Class"
     )
     weights: str | None = Field(None, description="file or folder of the feature network's weights")
     resize: Resize | None = Field(None, description="of inception features; default tf1, as the original")

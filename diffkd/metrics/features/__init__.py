@@ -6,6 +6,7 @@ diffkd say in `describe()` all that their features depend on.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch import nn
 
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
-from diffkd.io.plugins import import_user_module
-from diffkd.io.text import reason
+from diffkd.io import plugins
 from diffkd.metrics.features.clip import CLIP
 from diffkd.metrics.features.digits import DigitsFeatures
 from diffkd.metrics.features.dinov2 import DINOv2
@@ -28,7 +28,7 @@ STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reporte
 def load(
     name: str, *, weights: str | None = None, resize: Resize | None = None, dtype: str | None = None
 ) -> nn.Module:
-    """The feature network of that name, or of the dotted path `module.Class` of the user's own.
+    """The feature network of that name, or of the user's own, as `plugins` reads its name.
 
     weights: a file (inception) or folder (dinov2, clip); default as each of them documents. resize, dtype: of
     inception. Raises UserError for what cannot be loaded, and for an option that the network does not have.
@@ -47,6 +47,11 @@ def load(
     return DigitsFeatures() if name == "digits" else _own(name)
 
 
+def locate(name: str) -> str:
+    """The name as configs and records have it: `plugins.locate`, among those that diffkd has itself."""
+    return plugins.locate(name, NAMES)
+
+
 def check_named(name: str, where: object) -> None:
     """Raises UserError where a file, and not the user, names a network of somebody's own: to load it runs its
     code."""
@@ -58,15 +63,11 @@ def check_named(name: str, where: object) -> None:
 
 
 def _own(name: str) -> nn.Module:
-    module_name, _, class_name = name.rpartition(".")
+    kind = plugins.import_own(name, nn.Module, "feature network", NAMES)
     try:
-        kind = getattr(import_user_module(module_name), class_name)
         network = kind() if isinstance(kind, type) and issubclass(kind, nn.Module) else None
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            f"feature network {name!r} cannot be loaded ({reason(error)}); "
-            f"use {', '.join(NAMES)}, or an nn.Module's dotted path"
-        ) from error
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"feature network {name!r} cannot be made: {plugins.failure(error)}") from error
     if network is None or not isinstance(getattr(network, "num_features", None), int):
         raise UserError(
             f"feature network {name!r} is not an nn.Module with an integer num_features; give it one"
@@ -75,8 +76,14 @@ def _own(name: str) -> nn.Module:
 
 
 def describe(name: str, network: nn.Module) -> dict[str, Any]:
-    """What a protocol says of a feature network: its name, sha256 of its weights, what it does to images."""
+    """What a protocol says of a feature network: its name, sha256 of its weights, what it does to images.
+
+    One of the user's own is called module.Class, however it was named.
+    """
     own: Any = getattr(network, "describe", None)
     if own is not None:
         return dict(own())
+    name = locate(name)
+    if name in sys.modules:  # which defines one
+        name = f"{name}.{type(network).__name__}"
     return {"name": name, "sha256": digest(network.state_dict()), "num_features": network.num_features}
