@@ -38,7 +38,7 @@ def repeat(
         target, config, spec = _again(protocol, path)
         if features_name is None:
             features.check_named(config.features, path)
-        elif features_name != config.features:
+        elif features.locate(features_name) != config.features:
             raise UserError(
                 f"{path} is by the features {config.features!r}; leave out --features {features_name}"
             )

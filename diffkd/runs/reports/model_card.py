@@ -120,9 +120,7 @@ def _example_steps(timesteps: int) -> int:
 
 def _classifier(card: Mapping[str, Any]) -> list[str]:
     timed = card["schedule"] is not None
-    argument = ", network=your_module" * (
-        "." in card["network"]["name"]
-    )  # a dotted path: the user's own code
+    argument = ", network=your_module" * (card["network"]["name"] != "cnn")  # the user's own code
     record = card.get("record", {})
     facts = {"parameters": card["parameters"], **record, **record.get("method", {})}
     return [
