@@ -23,6 +23,7 @@ from diffkd.metrics.features.resize import check as check_resize
 from diffkd.metrics.features.resize import resize as resized
 
 SIZE = 299
+PART = 16  # images at a time on a CPU: as fast as more, and in half the memory
 COUNTER = ".num_batches_tracked"  # optional in a file: inference does not use it
 
 
@@ -85,6 +86,10 @@ class InceptionV3(nn.Module):
                 f"images of {images.dtype} {tuple(images.shape)} are not what Inception takes; "
                 "give uint8 (B, 1 or 3, H, W), rounded"
             )
+        if images.device.type == "cpu" and len(images) > PART:
+            parts = [self(images[i : i + PART]) for i in range(0, len(images) - PART + 1, PART)]
+            rest = len(images) % PART  # in a part as large, since a smaller one is rounded otherwise
+            return torch.cat([*parts, self(images[-PART:])[-rest:]] if rest else parts)
         x = resized(images, SIZE, self.resize, dtype=self.fc.weight.dtype)
         return self.trunk(x.sub_(128).div_(128).expand(-1, 3, -1, -1))
 
@@ -148,4 +153,5 @@ def _checked(
             raise UserError(f"{source}: {name} is {tuple(given[name].shape)}, not {tuple(shape)}; {remedy}")
         if not given[name].isfinite().all():
             raise UserError(f"{source}: {name} has values that are not finite; {remedy}")
-    return {name: value.detach().cpu().float() for name, value in given.items()}
+    # copies: what is left as it was read would keep the whole file in memory
+    return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in given.items()}
