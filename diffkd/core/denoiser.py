@@ -31,6 +31,8 @@ class Denoiser(nn.Module):
     clip: bound on x0 while sampling images (never inside a distillation target), None for none.
     steps: its own number of sampling steps, None for a model that was not distilled.
     sampler: ddim or renoise, the one that it samples with by default and is saved for.
+    guidance_baked_in: the guidance weight that it was distilled with, 1 for none.
+    name: what messages call it.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
     UserError for an epsilon network on a schedule that reaches alpha = 0, where eps does not determine x0.
@@ -48,6 +50,7 @@ class Denoiser(nn.Module):
         clip: float | None = None,
         steps: int | None = None,
         sampler: StockSampler = "ddim",
+        guidance_baked_in: float = 1.0,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -67,6 +70,9 @@ class Denoiser(nn.Module):
         self.clip = clip
         self.steps = steps
         self.sampler: StockSampler = sampler
+        self.guidance_baked_in = guidance_baked_in
+        self.name = "the model"
+        self.misused = False  # whether a line has said that it is drawn otherwise than it was made for
 
     @property
     def device(self) -> torch.device:

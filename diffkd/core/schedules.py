@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from diffkd.core.scheduler_config import check_scheduler
 from diffkd.errors import UserError
 
 if TYPE_CHECKING:  # to import it takes seconds, and images are measured without it
@@ -164,17 +165,14 @@ class Schedule:
 
 
 def from_diffusers(scheduler: Any) -> Schedule:
-    """The Schedule of any diffusers scheduler that has betas (DDPM, DDIM, DPM-Solver, ...).
+    """The Schedule of a diffusers scheduler that has betas (DDPM, DDIM, DPM-Solver, ...).
 
-    Beta schedules that DDIMScheduler has no name for are kept as `trained_betas`.
+    Beta schedules that DDIMScheduler has no name for are kept as `trained_betas`. Raises UserError for a
+    scheduler that diffkd's samplers cannot stand for (`scheduler_config.check_scheduler`).
     """
     from diffusers import DDIMScheduler
 
-    if not hasattr(scheduler, "betas"):
-        raise UserError(
-            f"scheduler {type(scheduler).__name__} has no betas; supported are discrete schedulers "
-            "(DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, ...)"
-        )
+    check_scheduler(scheduler)
     config = scheduler.config
     betas = {key: config[key] for key in _BETA_KEYS if key in config}
     if config.get("trained_betas") is not None:

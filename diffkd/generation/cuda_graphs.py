@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.text import reason
 
 Mode = Literal["auto", "eager", "graph", "compile"]
 MODES: tuple[str, ...] = ("auto", "eager", "graph", "compile")
@@ -58,10 +59,14 @@ def prepare(function: Function, inputs: Inputs, mode: str, device: torch.device,
     if device.type != "cuda" and mode in ("auto", "eager"):
         return Runner(function, "eager")
     started = time.perf_counter()
-    if mode == "compile":
-        runner = _compiled(function, inputs, device)
-    elif mode == "graph":
-        runner = Runner(Graph(function, inputs), "graph")
+    if mode in ("compile", "graph"):
+        try:
+            made = _compiled(function, inputs, device) if mode == "compile" else None
+            runner = made or Runner(Graph(function, inputs), "graph")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, or what torch cannot compile or capture
+            raise UserError(f"mode {mode} fails here ({reason(error)}); use eager or auto") from error
     else:
         function(*inputs)
         runner = Runner(function, "eager") if mode == "eager" else _best(function, inputs, device, calls)

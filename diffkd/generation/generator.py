@@ -17,6 +17,7 @@ from diffkd.generation.labels import labels_for
 from diffkd.generation.pixels import check_finite, host_arrays, to_pixels
 from diffkd.generation.timing import Timer
 from diffkd.io.prefetch import prefetch, to_device
+from diffkd.io.text import log
 
 
 class ImageGenerator:
@@ -58,8 +59,14 @@ class ImageGenerator:
             raise UserError(
                 "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
             )
+        if steps > denoiser.schedule.num_train_timesteps:
+            raise UserError(
+                f"{steps} steps are more than the {denoiser.schedule.num_train_timesteps} time steps of "
+                f"{denoiser.name}; use fewer"
+            )
         cuda_graphs.check_mode(mode, denoiser.device)
         samplers.find(sampler)
+        _say_what_it_was_made_for(denoiser, steps, sampler, options.get("guidance", 1.0))
         self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
         self.options, self.mode = options, mode
         self.labels = labels_for(denoiser, n, labels)
@@ -188,6 +195,23 @@ class ImageGenerator:
         if self.labels is None:
             return None
         return to_device(self.labels[slice(*self.image_range(batch))], self.device)
+
+
+def _say_what_it_was_made_for(denoiser: Denoiser, steps: int, sampler: str, guidance: float) -> None:
+    """A line, once for a student, where it is drawn otherwise than it was distilled for."""
+    if denoiser.steps is None or denoiser.misused:
+        return
+    drawn, made = f"{_steps(steps)} of {sampler}", f"{_steps(denoiser.steps)} of {denoiser.sampler}"
+    if denoiser.guidance_baked_in != 1 and guidance != 1:
+        drawn += f" with guidance {guidance:g} on top"
+        made += f" with guidance {denoiser.guidance_baked_in:g} baked in"
+    if drawn != made:
+        denoiser.misused = True
+        log.warning("%s was made for %s, and is drawn in %s", denoiser.name, made, drawn)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def generate(

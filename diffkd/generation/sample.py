@@ -23,6 +23,7 @@ from diffkd.generation.npz_writer import NpzWriter
 from diffkd.generation.resume import ResumePlan
 from diffkd.generation.timing import Timer
 from diffkd.generation.writer import ImageWriter
+from diffkd.io.files import check_writable
 from diffkd.io.processes import Processes, usable_device
 from diffkd.io.progress import bar, say
 from diffkd.io.text import log, reason
@@ -61,13 +62,12 @@ def sample_to(
     requested = parse_classes(classes)
     writer = _open_writer(out, image_format, workers)
     writer.check()
+    check_writable(writer.grid, f"the grid of --out {out},")
     processes = Processes(None if device == "mps" else device)
     place = processes.device if processes.world > 1 else _device(device)
     denoiser = loading.load(model, device=place, dtype=_dtype(dtype, place), quantize=quantize)
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is not a student); give --steps")
-    if denoiser.steps and steps and steps != denoiser.steps:
-        log.warning("%s is a student of %d steps, and --steps is %d", model, denoiser.steps, steps)
     labels = requested_labels(requested, denoiser, model, n)
     generator = ImageGenerator(
         denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
@@ -177,11 +177,7 @@ def _speed(
 
 def _open_writer(out: Path, image_format: str | None, workers: int | None) -> ImageWriter:
     """Raises UserError where nothing can be written at `out`."""
-    parent = next((p for p in out.absolute().parents if p.exists()), None)
-    if parent is not None and not parent.is_dir():
-        raise UserError(f"--out {out} is inside {parent}, which is a file; use another --out")
-    if parent is not None and not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written in {parent}; use another --out")
+    check_writable(out, "--out", folder=out.suffix != ".npz")
     if out.suffix == ".npz":
         for option, value in (("--format", image_format), ("--workers", workers)):
             if value is not None:

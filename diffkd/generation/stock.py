@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.generation.pixels import check_finite
+from diffkd.io.text import reason
 
 
 @torch.inference_mode()
@@ -42,9 +43,11 @@ def generate_stock(
         options["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(start, start + count)]
         try:
             output = pipeline(**options, output_type="np").images
-        except ValueError as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise UserError(f"the pipeline cannot generate ({reason}); use other --steps") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever its files make it do
+            remedy = "use other --steps" if isinstance(error, ValueError) else "is it complete?"
+            raise UserError(f"the pipeline cannot generate ({reason(error)}); {remedy}") from error
         images = torch.from_numpy(np.ascontiguousarray(output))
         check_finite(images.isfinite().all())
         yield (images * 255).round().to(torch.uint8)

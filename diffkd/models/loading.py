@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
-from diffkd.io.text import quoted, reason
-from diffkd.models import validation
-from diffkd.models.families import families
+from diffkd.io.text import reason
+from diffkd.models import source, validation
+from diffkd.models.families import Family, families
+from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
-from diffkd.models.validation import read_object
+from diffkd.models.source import CARD, Source, card, folder_of
 
-CARD = "diffkd.json"
+__all__ = ["CARD", "card", "folder_of", "load", "open_stock", "save", "set_null_label"]
 
 
 def load(
@@ -26,36 +26,91 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    variant: str | None = None,
+    scheduler: str | None = None,
 ) -> Denoiser:
     """A diffusers pipeline, from a folder or a hub id, as a Denoiser in eval mode.
 
-    quantize: "int8" keeps the weights in 8 bits (see `quantization.quantized`). Only safetensors are read.
-    Raises UserError for anything but a pipeline of a supported family.
+    The folder may also hold a network alone: a component, or a checkpoint of diffusers' training scripts, of
+    which the averaged weights (unet_ema) are taken. quantize: "int8" keeps the weights in 8 bits (see
+    `quantization.quantized`). variant: of the weights, such as fp16 or non_ema; by default the plain ones, or
+    the only ones there are. scheduler: the noise scheduler in place of the model's own: a
+    scheduler_config.json, a folder that has one, or the name of a class. Only safetensors are read.
+
+    Raises UserError for anything but a model of a supported family that can be called.
     """
-    folder = folder_of(path_or_hub_id)
-    index = read_object(folder / validation.INDEX)
-    name = str(index.get("_class_name"))
-    for family in families():
-        if name in family.PIPELINES:
-            denoiser = family.load(folder, index, str(path_or_hub_id), card(folder))
-            denoiser = denoiser.to(device=device, dtype=dtype).eval()
-            return quantized(denoiser, quantize) if quantize else denoiser
-    supported = ", ".join(p for family in families() for p in family.PIPELINES)
-    raise UserError(
-        f"{path_or_hub_id} is a {name}, which is not a supported pipeline; supported are {supported} "
-        "(diffkd evaluate --sampler stock measures others)"
-    )
+    found = source.find(path_or_hub_id, variant, scheduler)
+    denoiser = _family_of(found).load(found)
+    denoiser.name = found.name
+    denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
+    denoiser = denoiser.to(device=device, dtype=dtype).eval()
+    if quantize:
+        denoiser = quantized(denoiser, quantize)
+    _try(denoiser)
+    return denoiser
 
 
-def open_stock(path_or_hub_id: str | Path) -> Any:
+def _family_of(found: Source) -> Family:
+    """Raises UserError where there is none."""
+    if found.network is not None:
+        name = str(read_object(found.network / "config.json").get("_class_name"))
+        supported = {family.NETWORK.__name__: family for family in families()}
+        what, others = "network", ""
+    else:
+        name = str(found.index.get("_class_name"))
+        supported = {pipeline: family for family in families() for pipeline in family.PIPELINES}
+        what, others = "pipeline", " (diffkd evaluate --sampler stock measures others)"
+    if name not in supported:
+        raise UserError(
+            f"{found.name} is a {name}, which is not a supported {what}; supported are "
+            f"{', '.join(supported)}{others}"
+        )
+    return supported[name]
+
+
+@torch.no_grad()  # not inference_mode: the schedule keeps what it computes, for training too
+def _try(denoiser: Denoiser) -> None:
+    """Calls the network once, with one image of noise and the first label.
+
+    Raises UserError where it fails, or does not return a finite image of the same shape.
+    """
+    if denoiser.shape is None:  # says so where it is drawn
+        return
+    x, t, cond = denoiser.example_inputs()
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    size = "x".join(map(str, denoiser.shape))
+    try:
+        output = denoiser.output(x, t, **cond)
+        finite = bool(output.isfinite().all())
+    except Exception as error:  # whatever its config makes it do
+        raise UserError(
+            f"{denoiser.name}: its network fails when it is called with an image of {size} "
+            f"({reason(error)}); is its config the one that its weights were trained with?"
+        ) from error
+    if output.shape != x.shape:
+        got = "x".join(map(str, output.shape[1:]))
+        raise UserError(f"{denoiser.name}: its network makes {got} of an image of {size}; they must be equal")
+    if not finite:
+        raise UserError(
+            f"{denoiser.name}: its network makes NaN or infinite values of noise; its weights are broken"
+            + ("" if denoiser.dtype == torch.float32 else f", or {denoiser.dtype} is too narrow for them")
+        )
+
+
+def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
     """A diffusers pipeline opened by diffusers itself: any class that needs only noise and class labels.
 
-    Raises UserError for other classes, and for pipelines that are incomplete or not safe to open.
+    variant: as for `load`. Raises UserError for other classes, and for pipelines that are incomplete or not
+    safe to open.
     """
     import diffusers
 
-    folder = folder_of(path_or_hub_id)
-    index = read_object(folder / validation.INDEX)
+    found = source.find(path_or_hub_id)
+    if found.network is not None:
+        raise UserError(
+            f"{path_or_hub_id} is a network alone, and the stock sampler is a pipeline's; give a pipeline"
+        )
+    folder, index = found.folder, found.index
     name = str(index.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
@@ -73,9 +128,9 @@ def open_stock(path_or_hub_id: str | Path) -> Any:
         )
     diffusers.utils.logging.disable_progress_bar()  # of loading components
     try:
-        validation.check_components(folder, index, str(path_or_hub_id))
+        variant = validation.check_components(folder, index, str(path_or_hub_id), variant)
         pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
-            folder, use_safetensors=True, local_files_only=True
+            folder, use_safetensors=True, local_files_only=True, variant=variant
         )
     except UserError:
         raise
@@ -105,56 +160,3 @@ def set_null_label(denoiser: Denoiser, null_label: int) -> None:
         raise UserError(f"null_label {null_label} is not a label of this model, which has {total or 'none'}")
     denoiser.null_label = null_label
     denoiser.num_classes = total - 1 if null_label == total - 1 else total
-
-
-def card(folder: Path) -> dict[str, Any]:
-    """The content of diffkd.json, which diffkd writes beside its pipelines; {} for other pipelines."""
-    path = folder / CARD
-    content = read_object(path) if path.is_file() else {}
-    for key, least in {"steps": 1, "num_classes": 1, "null_label": 0, "num_train_timesteps": 1}.items():
-        value = content.get(key)
-        if value is not None and (type(value) is not int or not least <= value <= validation.MAX_NUMBER):
-            raise UserError(
-                f"{path} has {key} {quoted(value)}, which is not an integer from {least}; repair it"
-            )
-    if content.get("sampler", "ddim") not in ("ddim", "renoise"):
-        raise UserError(
-            f"{path} has sampler {quoted(content['sampler'])}, which is neither ddim nor renoise; repair it"
-        )
-    metrics = content.get("metrics", [])
-    if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
-        raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")
-    return content
-
-
-def folder_of(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a pipeline; for a hub id, its configs and safetensors are downloaded first."""
-    path = Path(path_or_hub_id)
-    if os.path.isdir(path):  # pathlib's own raises for a name that is too long
-        if not (path / validation.INDEX).is_file():
-            raise UserError(
-                f"{path} is not a diffusers pipeline: it has no model_index.json; give the folder that has it"
-            )
-        return path
-    if path.suffix.lower() in validation.PICKLE_SUFFIXES and os.path.isfile(path):
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is opened; if you trust it, open it with "
-            "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give it"
-        )
-    if (
-        os.path.exists(path)
-        or str(path_or_hub_id).count("/") != 1
-        or str(path_or_hub_id).startswith((".", "/", "~"))
-    ):
-        raise UserError(
-            f"{path_or_hub_id} is neither a pipeline's folder nor a hub id (owner/name); check the path"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's client and the network raise many types
-        raise UserError(
-            f"{path_or_hub_id} is not a local folder and could not be downloaded from the hub "
-            f"({reason(error)}); check the name, or download it and give its folder"
-        ) from error

@@ -3,69 +3,45 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from diffkd.errors import UserError
-from diffkd.io.text import from_json, quoted, reason
+from diffkd.io.text import log, quoted
+from diffkd.models.pipeline_files import MAX_NUMBER, read_object, tensor_sizes, variants_of, weights_of
 
-INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_NUMBER = 1 << 20  # in a config, other than T and the sides of an image
 MAX_TIMESTEPS = 100_000  # T: nobody uses longer tables, and they would fill the memory
 MAX_SIDE = 1 << 14  # of an image
+EMA_STATE = frozenset(  # that diffusers' EMAModel keeps in the config of its network
+    ("decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup")
+)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for anything else."""
-    try:
-        content = from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({reason(error)}); is the pipeline complete?"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; is the pipeline complete?")
-    return content
+def check_network(
+    kind: Any, place: Path, name: str, *, variant: str | None = None, whole: bool = False
+) -> str | None:
+    """The variant of the weights that is read (see `weights_of`).
 
-
-def check_weights(place: Path, name: str) -> None:
-    """Raises UserError where a component has no safetensors, or an index that `check_index` refuses."""
-    if not any(place.glob("*.safetensors")):
-        pickled = sorted(p.name for p in place.glob("*") if p.suffix in PICKLE_SUFFIXES)
-        there = f", only {pickled[0]}" if pickled else ""
-        raise UserError(
-            f"{name} has no safetensors weights ({place / WEIGHTS}){there}, and pickled ones are never "
-            "opened; if you trust the source, convert them with "
-            "pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
-    check_index(place)
-
-
-def check_index(place: Path) -> None:
-    """Raises UserError where the index of sharded weights names anything but safetensors files beside it."""
-    for index in place.glob("*.safetensors.index.json"):
-        files = read_object(index).get("weight_map")
-        for file in files.values() if isinstance(files, dict) else [files]:
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise UserError(
-                    f"{index} names {quoted(file)}, which is not a safetensors file beside it; "
-                    "is the pipeline complete?"
-                )
-
-
-def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> None:
-    """Raises UserError where a config describes a network much larger than its weights. The network is built
-    on the meta device, so that no memory is taken. whole: refuse a network that is larger at all."""
+    Raises UserError where a config describes a network much larger than its weights. The network is built on
+    the meta device, so that no memory is taken. whole: refuse a network that is larger at all.
+    """
+    variant, files = weights_of(place, name, variant)
+    known = inspect.signature(kind.__init__).parameters
     config = {k: v for k, v in read_object(place / "config.json").items() if not k.startswith("_")}
-    counts = list(tensor_sizes(place))
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"{name}: the weights in {place} are quantized by {quoted(method)}, and are not opened; take the "
+            "weights that they were made of (quantize: int8 makes 8 bits of them again), or open the network "
+            "in diffusers, and network.dequantize().save_pretrained(folder)"
+        )
+    _say_unknown(config.keys() - known.keys() - EMA_STATE, config, place / "config.json")
+    config = {key: value for key, value in config.items() if key in known}
+    counts = [count for file in files for _, count in tensor_sizes(file)]
     for key, value in _flatten(config):
         least = 0 if "block" in key or "channels" in key or "layers" in key else -MAX_NUMBER
         most = MAX_SIDE if "size" in key else len(counts) if "layers" in key else MAX_NUMBER
@@ -89,6 +65,17 @@ def check_network(kind: Any, place: Path, name: str, *, whole: bool = False) -> 
             f"{name}: the config in {place} has {needed:,} parameters and the weights are {sum(counts):,}; "
             "are they complete?"
         )
+    return variant
+
+
+def _say_unknown(keys: Iterable[str], config: Mapping[str, Any], path: Path) -> None:
+    """Fields that the installed diffusers does not know do nothing there, and so nothing here."""
+    for key in sorted(keys):
+        if config[key] not in (None, False):
+            log.warning(
+                "%s has %s %s, which the installed diffusers does not know and ignores", path, quoted(key),
+                quoted(config[key]),
+            )  # fmt: skip
 
 
 def check_scheduler(config: Mapping[str, Any], name: str) -> None:
@@ -108,11 +95,17 @@ def check_scheduler(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
-    """Raises UserError where opening a pipeline would run code from its folder or import a package that it
-    names, and for components that the checks above refuse."""
+def check_components(
+    folder: Path, index: Mapping[str, Any], name: str, variant: str | None = None
+) -> str | None:
+    """The variant of the weights that has to be named to diffusers (see `weights_of`), None for none.
+
+    Raises UserError where opening a pipeline would run code from its folder or import a package that it
+    names, and for components that the checks above refuse.
+    """
     import diffusers
 
+    read = set[str | None]()
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
@@ -125,23 +118,14 @@ def check_components(folder: Path, index: Mapping[str, Any], name: str) -> None:
                 "only classes of diffusers are opened: any other could run code from the pipeline's folder"
             )
         if issubclass(kind, diffusers.ModelMixin):
-            check_weights(place, name)
+            wanted = variant if variant in variants_of(place) else None
             # whole: diffusers would fill missing weights with random numbers
-            check_network(kind, place, name, whole=True)
+            read.add(check_network(kind, place, name, variant=wanted, whole=True))
         elif (place / "scheduler_config.json").is_file():
             check_scheduler(read_object(place / "scheduler_config.json"), name)
-
-
-def tensor_sizes(place: Path) -> Iterator[int]:
-    """The number of elements of every tensor in a folder's safetensors files."""
-    for file in place.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                names: list[str] = tensors.keys()
-                for key in names:
-                    yield math.prod(tensors.get_slice(key).get_shape())
-        except SafetensorError:
-            continue  # refused when it is loaded, if it is
+    if variant is not None and variant not in read:
+        raise UserError(f"{name} has no weights of variant {variant}; leave it out, or name one that it has")
+    return variant or next((found for found in read if found), None)
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -155,7 +155,7 @@ def test_the_default_spacing_does_not_start_at_noise():
 
 
 def test_a_scheduler_without_betas_is_refused():
-    with pytest.raises(UserError, match="no betas; supported"):
+    with pytest.raises(UserError, match="has no betas, and is not supported; supported are"):
         from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffkd.errors import UserError
 from diffkd.io.text import from_json, quoted, reason
-from diffkd.models.validation import check_index
+from diffkd.models.pipeline_files import check_index
 
 
 class Kind(NamedTuple):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
 
 if TYPE_CHECKING:
     from diffkd.core.denoiser import Denoiser
+    from diffkd.models.source import Source
 
 
 class Family(Protocol):
@@ -27,11 +28,10 @@ class Family(Protocol):
     def NETWORK(self) -> type[nn.Module]:
         """The class of the networks it saves."""
 
-    def load(self, folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -> Denoiser:
-        """The pipeline in `folder` as a Denoiser in float32. Raises UserError for what is not supported.
+    def load(self, source: Source) -> Denoiser:
+        """The model of this source as a Denoiser in float32. Raises UserError for what is not supported.
 
-        index: the content of model_index.json. name: the path or hub id that the user gave, for messages.
-        card: the content of diffkd.json, {} for a pipeline that diffkd did not write.
+        A source of a network alone has its folder in `source.network` and no index.
         """
 
     def save(self, denoiser: Denoiser, folder: Path) -> None:

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import psutil
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, UNet2DModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import PREDICTIONS, Schedule, from_diffusers, to_diffusers
+from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
-from diffkd.io.text import quoted, reason
-from diffkd.models import validation
+from diffkd.io.text import quoted
+from diffkd.models import schedulers, validation
+from diffkd.models.pipeline_files import read_object
+from diffkd.models.source import CARD, Source
 from diffkd.models.unet import to_fast, to_stock
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 NETWORK = UNet2DModel
-CLIPPING_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler")  # others do not bound x0
 
 
-def load(folder: Path, index: dict[str, Any], name: str, card: dict[str, Any]) -> Denoiser:
-    """The pipeline in `folder` as a Denoiser in float32 (see `Family.load`)."""
-    entry = index.get("unet")
+def load(source: Source) -> Denoiser:
+    """A pipeline, or a UNet alone, as a Denoiser in float32 (see `Family.load`)."""
+    entry = source.index.get("unet", ["diffusers", "UNet2DModel"])
     if not isinstance(entry, list) or entry[-1:] != ["UNet2DModel"]:
         raise UserError(
-            f"{name} has a network of type {quoted(entry)}, which is not supported; supported is UNet2DModel"
+            f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
+            "UNet2DModel"
         )
-    network = _network(folder, name)
-    scheduler = _scheduler_config(folder, name)
+    network = _network(source)
+    # a DDIMPipeline makes a DDIMScheduler of whatever its folder has
+    ddim = "DDIMScheduler" if source.index.get("_class_name") == "DDIMPipeline" else None
+    sampling = schedulers.read(source, converted_to=ddim)
     return Denoiser(
         network,
-        _schedule(scheduler, name),
-        _prediction(scheduler, name),
-        num_classes=card.get("num_classes", network.config.num_class_embeds),
-        null_label=card.get("null_label"),
-        clip=_clip(scheduler, name),
-        steps=card.get("steps"),
-        sampler=card.get("sampler", "ddim"),
+        sampling.schedule,
+        sampling.prediction,
+        num_classes=source.card.get("num_classes", network.config.num_class_embeds),
+        null_label=source.card.get("null_label"),
+        clip=sampling.clip,
+        steps=source.card.get("steps"),
+        sampler=sampling.sampler,
     )
 
 
-def _network(folder: Path, name: str) -> UNet2DModel:
-    """The UNet of a pipeline: in its `unet` folder, or at the root as in early repositories."""
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
-    validation.check_weights(place, name)
+def _network(source: Source) -> UNet2DModel:
+    name, place = source.name, source.place_of("unet")
     try:
-        validation.check_network(UNet2DModel, place, name)
+        variant = validation.check_network(UNet2DModel, place, name, variant=source.variant)
+        _check_memory(read_object(place / "config.json"), name)
         network, loading = UNet2DModel.from_pretrained(
-            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, variant=variant
         )
+    except UserError:
+        raise
     except Exception as error:  # diffusers raises many types for an invalid config
         why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
         raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
@@ -62,7 +66,36 @@ def _network(folder: Path, name: str) -> UNet2DModel:
             f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
         )
     _check_config(network.config, name)
+    _check_classes(network.config.num_class_embeds, source)
+    torch.nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
     return to_fast(network)
+
+
+def _check_memory(config: dict[str, Any], name: str) -> None:
+    """Raises UserError where one image is more than this machine can hold: the states that the first
+    resolution keeps for the way up are the largest, and there are at least two more of them."""
+    size, widths = config.get("sample_size"), config.get("block_out_channels")
+    sides = [size, size] if type(size) is int else size
+    if not isinstance(sides, list) or not isinstance(widths, list) or not widths:
+        return  # says `_check_config`
+    kept = 3 + config.get("layers_per_block", 2)
+    needed = math.prod(sides) * widths[0] * kept * 4
+    if needed > psutil.virtual_memory().total:
+        raise UserError(
+            f"{name} has sample_size {quoted(size)} and {widths[0]} channels, of which one image needs "
+            f"{needed / 2**30:.0f} GiB, more than this machine has; repair its config.json"
+        )
+
+
+def _check_classes(embeddings: int | None, source: Source) -> None:
+    """Raises UserError for a card that promises labels that the network has not."""
+    for key, most in (("num_classes", embeddings), ("null_label", (embeddings or 0) - 1)):
+        value = source.card.get(key)
+        if value is not None and (embeddings is None or value > (most or 0)):
+            raise UserError(
+                f"{source.folder / CARD} has {key} {value}, and the network has {embeddings or 'no'} class "
+                "embeddings; repair it"
+            )
 
 
 def _check_config(config: Any, name: str) -> None:
@@ -87,56 +120,6 @@ def _check_config(config: Any, name: str) -> None:
         raise UserError(
             f"{name} has sample_size {quoted(size)}; supported is a positive integer, or height and width"
         )
-
-
-def _scheduler_config(folder: Path, name: str) -> dict[str, Any]:
-    for place in (folder / "scheduler", folder):
-        if (place / "scheduler_config.json").is_file():
-            config = validation.read_object(place / "scheduler_config.json")
-            validation.check_scheduler(config, name)
-            return config
-    raise UserError(f"{name} has no scheduler_config.json; save the pipeline with save_pretrained")
-
-
-def _prediction(config: Mapping[str, Any], name: str) -> str:
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise UserError(
-            f"{name} has prediction_type {quoted(prediction)}; supported are {', '.join(PREDICTIONS[:3])}"
-        )
-    return str(prediction)
-
-
-def _clip(config: Mapping[str, Any], name: str) -> float | None:
-    """The scheduler's bound on x0, None for none."""
-    kind = config.get("_class_name")
-    if not config.get("clip_sample", kind != "LCMScheduler"):
-        return None
-    clip = config.get("clip_sample_range", 1.0)
-    if clip is not None and not (type(clip) in (int, float) and 0 < clip < math.inf):
-        raise UserError(f"{name} has clip_sample_range {quoted(clip)}; supported is a number above 0")
-    return clip if kind in CLIPPING_SCHEDULERS else None
-
-
-def _schedule(config: Mapping[str, Any], name: str) -> Schedule:
-    kind = str(config.get("_class_name", "DDPMScheduler"))
-    scheduler_class = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
-    if scheduler_class is None:
-        raise UserError(
-            f"{name} has scheduler {kind!r}, which diffusers does not provide; use DDPMScheduler or "
-            "DDIMScheduler"
-        )
-    try:
-        schedule = from_diffusers(scheduler_class.from_config(config))
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many types for invalid values
-        raise UserError(
-            f"{name} has a scheduler that diffusers cannot build ({reason(error)}); repair its config"
-        ) from error
-    if not ((schedule.alphas_cumprod >= 0) & (schedule.alphas_cumprod <= 1)).all():
-        raise UserError(f"{name} has a scheduler whose noise levels are out of range; repair its betas")
-    return schedule
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:

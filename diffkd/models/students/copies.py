@@ -26,6 +26,7 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         clip=denoiser.clip,
         steps=denoiser.steps,
         sampler=denoiser.sampler,
+        guidance_baked_in=denoiser.guidance_baked_in,
     )
     return changed.train(network.training)
 

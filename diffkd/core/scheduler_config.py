@@ -1,0 +1,108 @@
+"""What every field of a diffusers scheduler's config means here: read, replaced by diffkd's own, or refused.
+
+A Denoiser takes the noise table, what the network predicts, and the bound on x0 from a scheduler; a sampler
+of diffkd, on its own even grid of times, takes the place of the scheduler's. A field that would change
+anything else is refused, so that no model is drawn other than it was meant without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from diffkd.errors import UserError
+from diffkd.io.text import quoted
+
+# variance-preserving, and their networks are given the integer index of a noise table as time
+SCHEDULERS = (
+    "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler",
+    "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+# those whose step bounds x0 by clip_sample_range where clip_sample is set; TCDScheduler has the fields alone
+CLIPPING = (
+    "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "LCMScheduler",
+    "HeunDiscreteScheduler",
+)  # fmt: skip
+
+READ = frozenset(
+    (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+        "rescale_betas_zero_snr", "prediction_type", "clip_sample", "clip_sample_range",
+    )
+)  # fmt: skip
+REPLACED = frozenset(  # how the scheduler's own sampler steps
+    (
+        # its grid of times and where that ends
+        "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "original_inference_steps",
+        "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+        "lambda_min_clipped", "final_sigmas_type", "interpolation_type", "sigma_min", "sigma_max",
+        # its solver and the noise that it adds
+        "solver_order", "solver_type", "solver_p", "algorithm_type", "lower_order_final", "euler_at_final",
+        "predict_x0", "disable_corrector", "predictor_order", "corrector_order", "tau_func", "variance_type",
+        "noise_sampler_seed",
+        # options of what is refused
+        "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "use_dynamic_shifting",
+        "time_shift_type", "shift_terminal",
+    )
+)  # fmt: skip
+ONLY: dict[str, tuple[Any, ...]] = {
+    "thresholding": (False, None),  # x0 scaled by a quantile of itself
+    "use_flow_sigmas": (False, None),  # not a noise table of betas
+    "timestep_type": ("discrete", None),  # continuous: the network is given log(sigma) / 4 as time
+}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SCALING = (10, 1e16)  # LCM's default, with which a few steps are exact to 1e-6; more overflows
+FIELDS = READ | REPLACED | frozenset(ONLY) | {"timestep_scaling"}
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises UserError, naming the field, for a scheduler that `samplers.sample` would not stand for."""
+    kind = type(scheduler).__name__
+    if not any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__):
+        why = "" if hasattr(scheduler, "betas") else " has no betas, and"
+        raise UserError(
+            f"scheduler {kind}{why} is not supported; supported are discrete schedulers: "
+            f"{', '.join(SCHEDULERS)}"
+        )
+    for key, parameter in inspect.signature(type(scheduler).__init__).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD or key not in scheduler.config:
+            continue
+        value, allowed = scheduler.config[key], ONLY.get(key)
+        if key == "prediction_type" and value not in PREDICTIONS:
+            raise UserError(
+                f"scheduler {kind} has prediction_type {quoted(value)}; supported are "
+                f"{', '.join(PREDICTIONS)}"
+            )
+        if key == "timestep_scaling" and not _between(value, *TIMESTEP_SCALING):
+            raise UserError(f"scheduler {kind} has timestep_scaling {quoted(value)}; supported is 10 to 1e16")
+        if allowed is not None and value not in allowed:
+            raise UserError(
+                f"scheduler {kind} has {key} {quoted(value)}, which diffkd's samplers do not do; set it to "
+                f"{allowed[0]} in scheduler_config.json to draw without it, or measure the pipeline as it is "
+                "by --sampler stock"
+            )
+        if key not in FIELDS and value != parameter.default:
+            raise UserError(
+                f"scheduler {kind} has {key} {quoted(value)}, a setting that this version of diffkd does not "
+                f"know; leave it at {quoted(parameter.default)}, or use a newer diffkd"
+            )
+
+
+def clip_of(scheduler: Any) -> float | None:
+    """The scheduler's bound on the predicted x0, None for none. Raises UserError for one that is not > 0."""
+    config = scheduler.config
+    clips = any(base.__name__ in CLIPPING for base in type(scheduler).__mro__)
+    if not clips or not config.get("clip_sample"):
+        return None
+    clip = config.get("clip_sample_range", 1.0)
+    if not (type(clip) in (int, float) and 0 < clip < math.inf):
+        raise UserError(f"clip_sample_range {quoted(clip)} is not supported; use a number above 0")
+    return float(clip)
+
+
+def _between(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
