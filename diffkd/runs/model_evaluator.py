@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Images
 from diffkd.io.processes import Processes
+from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
 from diffkd.metrics.evaluation.image_sources import DataSource
@@ -43,6 +46,7 @@ class ModelEvaluator:
         assert settings.evaluation is not None
         self.session, self.config, self.data = session, settings.evaluation, settings.data
         self.images, self.teacher, self.guidance = images, teacher, guidance
+        self._cost: tuple[float, float] | None = None  # seconds of a network evaluation, and of the rest
 
     def __call__(
         self, name: str, denoiser: Denoiser, steps: int, path: str, *, null_label: int | None, guidance: float
@@ -53,10 +57,22 @@ class ModelEvaluator:
         """
         stream = sampled_images(denoiser, self.config, self._evaluator.reference, steps, guidance=guidance)
         teacher = self._teacher_images
-        with self.session.image_bar(f"FID of {name} in {steps}", stream.count) as on_images:
+        started = time.monotonic()
+        with self.session.image_bar(f"measuring {name} at {steps} steps", stream.count) as on_images:
             record = self._evaluator(stream, teacher=teacher, on_images=on_images)
+        rest = time.monotonic() - started - record["seconds"]
+        self._cost = record["seconds"] / record["nfe"], max(0.0, rest)
         record["protocol"]["target"] = identity(denoiser, path, null_label)
         return record
+
+    def seconds(self, stages: Sequence[Stage]) -> float | None:
+        """How long it will take to measure the students of these stages, going by the last measurement; None
+        where there was none."""
+        if self._cost is None:
+            return None
+        drawing, rest = self._cost
+        most = max(self.config.teacher_steps or [PREVIEW_STEPS])
+        return sum((stage.steps or most) * drawing + rest for stage in stages)
 
     @cached_property
     def _evaluator(self) -> Evaluator:

@@ -11,6 +11,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data.images import Images
 from diffkd.models import loading
+from diffkd.runs import announcement
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.config import Train
 from diffkd.runs.session import ResumeOptions, open_run
@@ -25,6 +26,9 @@ def train(config: Train, console: Console, options: ResumeOptions = ResumeOption
     method, folder = config.denoising, config.out / "teacher"
     with open_run(config, accelerator, images, console, options) as session:
         artifacts = RunArtifacts(session, config, images)
+        session.say(announcement.data(images))
+        session.say(announcement.teacher(untrained, str(folder), images))
+        artifacts.announce_measuring(untrained)
         if not folder.exists():
             denoiser = untrained.to(accelerator.device).train()
             session.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, images, 0)

@@ -42,7 +42,7 @@ class _Common(Strict):
         description="class labels: the reference's own in order, every class in turn, or these in turn",
     )
     teacher_steps: list[Positive] = Field(
-        [64], description="step counts of the teacher's curve, beside the students' own"
+        [64], description="step counts at which the teacher is measured, and no others"
     )
     sampler: samplers.SamplerName | None = Field(
         None, description="of teacher and students; default each model's own"

@@ -11,12 +11,13 @@ from diffkd.io.files import new_file, write_json
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import sizes
 from diffkd.models.loading import CARD
-from diffkd.runs.reports import markdown
+from diffkd.runs.reports import markdown, teacher_sampling
 
 PIPELINE_FACTS = (
-    "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes", "clip",
-    "teacher", "method",
+    "sampler", "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes",
+    "clip", "teacher", "teacher_sampler", "method",
 )  # fmt: skip
+NAMED = 50  # classes that a card lists
 CLASSIFIER_FACTS = (
     "role", "accuracy", "held_out", "parameters", "alpha", "temperature", "direction", "seed",
 )  # fmt: skip
@@ -84,6 +85,7 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
         lines += [advice, ""]
     lines += markdown.facts(card, PIPELINE_FACTS)
+    lines += _class_names(card)
     measured = [row for row in map(_measured, card.get("metrics", [])) if row is not None]
     if measured:
         titles = ["steps", "nfe", "FID", "features", "samples", "reference"]
@@ -91,7 +93,33 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
         if any(features != "inception" for _, features in measured):
             lines += ["FID by these features is not comparable with FID by Inception features."]
+        lines += _teacher_beside(card)
     return lines
+
+
+def _class_names(card: Mapping[str, Any]) -> list[str]:
+    """In the order of the labels; of many the first, and where the rest are."""
+    names = card.get("classes")
+    if not isinstance(names, list) or not names or not card.get("num_classes"):
+        return []
+    shown = ", ".join(f"{label} {markdown.escaped(name)}" for label, name in enumerate(names[:NAMED]))
+    more = f", ... ({len(names)} in all, in `{CARD}`)" if len(names) > NAMED else ""
+    return ["", f"Class labels and their names: {shown}{more}."]
+
+
+def _teacher_beside(card: Mapping[str, Any]) -> list[str]:
+    """What its teacher was measured at, and what that is worth."""
+    teacher, records = card.get("teacher_measured"), card.get("metrics", [])
+    found = _measured(teacher) if isinstance(teacher, Mapping) else None
+    if found is None:
+        return []
+    (steps, _, numbers, *_), _ = found
+    sampler = markdown.escaped(teacher["protocol"].get("sampler", "ddim"))
+    doubts = [doubt for record in records if (doubt := teacher_sampling.doubt(record, teacher))]
+    return [
+        "", f"Its teacher, best in {steps} steps of {sampler}: FID {numbers}.",
+        *(f"{markdown.escaped(doubt)}." for doubt in doubts[:1]),
+    ]  # fmt: skip
 
 
 def _measured(record: Mapping[str, Any]) -> tuple[list[str], str] | None:

@@ -9,7 +9,14 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffkd.runs.reports import fid_chart, page, run_files, sample_strips, training_charts
+from diffkd.runs.reports import (
+    fid_chart,
+    page,
+    run_files,
+    sample_strips,
+    teacher_sampling,
+    training_charts,
+)
 from diffkd.runs.reports.run_files import Measurements, Record, Stages
 
 
@@ -40,6 +47,8 @@ def _summary(measured: Measurements, stages: Stages) -> str:
         compared = "" if ratio is None else f", {page.number(ratio)} times the teacher’s best"
         fid = page.number(last["fid"])
         sentences.append(f"Distilled to {page.steps(last['steps'])}, the student’s FID is {fid}{compared}.")
+        if doubt := teacher_sampling.doubt(last, best):
+            sentences.append(f"{doubt}.")
     if not measured.records():
         sentences.append("No FID has been measured in this run.")
     if stages:
