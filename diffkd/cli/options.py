@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffkd.cli.endings import rank
+
 if TYPE_CHECKING:
     from diffkd.runs.session import ResumeOptions
 
@@ -28,6 +30,18 @@ Allow = Annotated[
 ]
 Quantized = Annotated[
     str | None, typer.Option(help="int8: the model's weights in 8 bits, by torchao (extra quant).")
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(help="Of the weights, such as fp16 or non_ema; default the plain ones, or the only ones."),
+]
+NoiseScheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="In place of the model's own, or of a network that has none: a scheduler_config.json, a folder "
+        "that has one, or a class such as DDPMScheduler.",
+    ),
 ]
 StopAfter = Annotated[
     str | None,
@@ -56,7 +70,8 @@ def duration(text: str) -> float:
     """Seconds: 90s, 50m, 1h30m, 2d. Raises UserError for anything else."""
     from diffkd.errors import UserError
 
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text, re.ASCII)
+    units = (rf"(?:(\d{{1,9}}){unit})?" for unit in "dhms")  # no more digits: a thousand years in each unit
+    parts = re.fullmatch("".join(units), text, re.ASCII)
     if parts is None or not any(parts.groups()):
         raise UserError(f"--stop-after {text!r} is not a time; give one such as 50m, 1h30m or 90s")
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
@@ -66,19 +81,23 @@ def duration(text: str) -> float:
 def resume_options(allow: bool, stop_after: str | None) -> ResumeOptions:
     from diffkd.runs.session import ResumeOptions
 
-    return ResumeOptions(allow, None if stop_after is None else time.time() + duration(stop_after))
+    return ResumeOptions(allow, None if stop_after is None else time.monotonic() + duration(stop_after))
 
 
 def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> None:
-    """Runs it, or prints its config with every default written out."""
+    """Runs it, or prints its config with every default written out. Raises UserError, before any work, where
+    the run's folder cannot be written."""
     import yaml
 
+    from diffkd.io.files import check_writable
     from diffkd.runs.config_files import resolved
 
     if dry_run:
         print(yaml.safe_dump(resolved(settings), sort_keys=False), end="")
-    else:
-        run()
+        return
+    if not rank():
+        check_writable(settings.out, "out", folder=True)
+    run()
 
 
 def prepare_libraries() -> None:
@@ -92,6 +111,9 @@ def prepare_libraries() -> None:
     import psutil
     import torch
 
+    from diffkd.io import naming
+
+    naming.speak("command")
     torch.set_num_threads(min(torch.get_num_threads(), psutil.cpu_count(logical=False) or 1))
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own

@@ -52,6 +52,8 @@ class NpzWriter(ImageWriter):
                 conflict = f"holds {record['images']} images of these settings, and {n} were requested"
         elif parts is not None and not resumable:
             conflict = describe_difference(parts, settings)
+        elif parts is None and len(self.indices()):
+            conflict = f"has parts in {self.folder.name} without a record of their settings"
         elif parts is None and self.grid.exists():
             conflict = f"cannot be written: {self.grid.name} already exists"
         if resumable and (self.indices() >= n).any():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffkd.io.files import read_json
+from diffkd.io.system_errors import explained
 from diffkd.io.text import differences
 
 RECORD = "diffkd.json"  # beside the images: {"drawn": settings, "images": n, "complete": whether all n exist}
@@ -43,11 +44,14 @@ class ResumePlan:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record in a file, None where there is none."""
+    """The record in a file, None where there is none. Raises UserError or Unfinished for one that cannot be
+    read: what it describes is not to be taken for images of unknown making."""
     try:
         return as_record(read_json(path, None))
-    except (OSError, ValueError):
+    except ValueError:
         return None
+    except OSError as error:
+        raise explained(error, f"{path} cannot be read") or error from error
 
 
 def as_record(content: Any) -> dict[str, Any] | None:

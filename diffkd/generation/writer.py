@@ -82,6 +82,10 @@ class ImageWriter(ABC):
 
     def _take_lock(self) -> None:
         """Locks the folder, and deletes what a killed process left half written."""
+        if self.folder != self.out and self.folder.is_symlink():  # --out itself may be one, of the user's
+            raise UserError(
+                f"{self.folder} is a symbolic link, and parts are not written through one; remove it"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(self.folder, self.out, "wait for it")
         lock.take()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,37 +20,62 @@ from typing import Any
 from filelock import FileLock
 
 from diffkd.errors import UserError
-from diffkd.io.text import from_json
+from diffkd.io.system_errors import NO_ROOM, explained, system_error
+from diffkd.io.text import from_json, quoted, reason
 
+# Bytes of a name for what makes it that of its temporary sibling; of a path for the names below it.
+RESERVED, INNER, MAX_PATH = 32, 200, 4096
 LEFTOVER = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
+UNWRITTEN = b"unwritten"  # what a new temporary file holds
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path`, synced and renamed to it at the end, or removed on an error."""
+    """Yields a temporary sibling of `path`, synced and renamed to it at the end, or removed on an error.
+
+    Its permissions are those of any new file, whatever a library gave it. It is locked while it is written,
+    so that siblings which a killed process left are told from those of a living one, and removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        descriptor = _create_locked(temporary)
+    except OSError as error:
+        _complete(error, path, temporary)
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
         yield temporary
+        with temporary.open("rb") as stream:
+            assert stream.read(len(UNWRITTEN) + 1) != UNWRITTEN, f"{temporary} was not written"
+        _set_mode(temporary, mode)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except Exception as error:
+        _complete(error, path, temporary)
+        raise
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """`new_file` for a folder. An existing one is replaced by two renames; `remove_leftovers` restores it if
-    the process ends between them."""
+    """`new_file` for a folder and all files in it. An existing one is replaced by two renames;
+    `remove_leftovers` restores it if the process ends between them."""
     path = path.resolve()  # a symbolic link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir()
     try:
+        mode = _mode_of_new_files(temporary)
         yield temporary
         for inner in temporary.rglob("*"):
+            if inner.is_file():
+                _set_mode(inner, mode)
             sync(inner)
         sync(temporary)
         if path.exists():
@@ -57,8 +86,97 @@ def new_folder(path: Path) -> Iterator[Path]:
         else:
             os.rename(temporary, path)
         sync(path.parent)
+    except Exception as error:
+        _complete(error, path, temporary)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _complete(error: Exception, path: Path, temporary: Path) -> None:
+    """Gives an error of writing the system's number, which some libraries tell in their message only, and the
+    name of `path`, which a stream does not know."""
+    number = system_error(error)
+    if isinstance(error, OSError):
+        if number is not None and (error.filename is None or temporary.name in str(error.filename)):
+            error.errno, error.strerror, error.filename = number, os.strerror(number), str(path)
+    elif number in NO_ROOM:
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _create_locked(path: Path) -> int:
+    """A descriptor of a new file that this process alone has locked, where the file system has locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # never through a link
+        try:
+            os.write(descriptor, UNWRITTEN)
+            _lock(descriptor, wait=True)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(descriptor)  # before it was locked, another process took it for one that was left behind
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes temporary siblings of this file which no living process has locked."""
+    for name in os.listdir(path.parent):
+        left = LEFTOVER.fullmatch(name)
+        if left is None or left[1] != path.name or left[2] != "tmp":
+            continue
+        sibling = path.with_name(name)
+        with contextlib.suppress(OSError):  # of another user, or just now renamed
+            if sibling.is_symlink():
+                sibling.unlink()
+                continue
+            descriptor = os.open(sibling, os.O_RDWR)
+            try:
+                if _lock(descriptor, wait=False):
+                    sibling.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Whether the file is locked now; never where another process has it, or the file system has no locks."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that the umask, or the folder's access list, gives to a new file."""
+    probe = folder / ".mode"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Libraries that write to a temporary file of their own leave one that only its owner can read."""
+    if path.stat().st_mode != mode:
+        with contextlib.suppress(PermissionError):  # of a file system that has none
+            path.chmod(stat.S_IMODE(mode))
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -70,21 +188,85 @@ def read_json(path: Path, default: Any) -> Any:
     return from_json(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Raises UserError, before any work is done, where no file can be written at `path`."""
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file's name")
-    parent = next((p for p in path.absolute().parents if p.exists()), None)
-    if parent is not None and not parent.is_dir():
-        raise UserError(f"{option} {path} is inside {parent}, which is a file; use another place")
-    if parent is not None and not os.access(parent, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written in {parent}; use another place")
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~user replaced where there is such a home; else as it is, as a shell leaves it."""
+    return Path(os.path.expanduser(path))
+
+
+def check_writable(path: Path, option: str, *, folder: bool = False) -> None:
+    """Raises UserError, before any work is done, where nothing can be written at `path`.
+
+    option: what named the path, for the message. folder: whether it is to be a folder, new or existing,
+    rather than a file. The proof is a temporary file in the nearest folder that exists.
+    """
+    named = f"{option} {path}"
+    if "\0" in str(path) or not is_text(str(path)):
+        raise UserError(f"{option} {quoted(str(path))} is not a name in plain UTF-8; use another")
+    place = path.absolute()
+    try:
+        parts = (place, *place.parents)
+        if links := [p for p in parts if p.is_symlink() and not p.exists()]:
+            raise UserError(f"{named}: {links[0]} is a symbolic link that leads nowhere; use another place")
+        if place.exists() and place.is_dir() != folder:
+            given, wanted = ("a file", "a folder") if folder else ("a folder", "a file's name")
+            raise UserError(f"{named} is {given}; give {wanted}")
+        parent = next(p for p in parts if p.exists() and (folder or p != place))
+        if not parent.is_dir():
+            raise UserError(f"{named} is inside {parent}, which is a file; use another place")
+        _check_lengths(place, parent)
+        named = f"{named} cannot be written in {parent}"
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise explained(error, named) or error from error
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written to a file of text: it holds no bytes that were not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_lengths(place: Path, parent: Path) -> None:
+    """Raises OSError where names below `parent`, which exists, are too long, or would be with RESERVED."""
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    new = [len(os.fsencode(part)) for part in place.relative_to(parent).parts]
+    if max(new, default=0) + RESERVED > longest or len(os.fsencode(place)) + INNER > MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def append_json(path: Path, record: Any) -> None:
-    """Appends to a JSON list in a file that other processes may append to at the same time."""
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
-        write_json(path, [*read_json(path, []), record])
+    """Appends to a JSON list in a file that other processes may append to at the same time.
+
+    Raises UserError where the file holds anything else.
+    """
+    with file_lock(path.with_name(f".{path.name}.lock"), timeout=30):
+        write_json(path, [*read_records(path), record])
+
+
+def read_records(path: Path) -> list[Any]:
+    """The JSON list in a file, [] if there is none. Raises UserError where the file holds anything else."""
+    try:
+        content = read_json(path, [])
+        if not isinstance(content, list):
+            raise ValueError("it holds no list")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a list of records ({reason(error)}); repair it, or move it away: what it held is "
+            "then measured again"
+        ) from error
+    return content
+
+
+def file_lock(path: Path, timeout: float = 0) -> FileLock:
+    """A lock for a `with` statement or `acquire`. Raises UserError where the file is a link: it would be made
+    wherever that leads."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, and locks are not made through links; remove it")
+    return FileLock(path, timeout=timeout)
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -96,10 +278,8 @@ def remove_leftovers(*folders: Path) -> None:
                 continue
             if name[2] == "old" and not (folder / name[1]).exists():
                 left.rename(folder / name[1])  # the new folder had not taken its place yet
-            elif left.is_dir():
-                shutil.rmtree(left)
             else:
-                left.unlink()
+                _remove(left)
 
 
 def sha256(path: Path) -> str:
@@ -112,11 +292,8 @@ def sha256(path: Path) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk or the user's quota is full. Libraries that are not written in
-    Python give the error number in their message only."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    """Whether a write failed because the disk or the user's quota is full."""
+    return system_error(error) in NO_ROOM
 
 
 def format_bytes(size: float) -> str:

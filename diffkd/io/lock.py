@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import socket
 import time
@@ -13,6 +13,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from diffkd.errors import UserError
+from diffkd.io.files import file_lock, write_json
+from diffkd.io.system_errors import explained
 from diffkd.io.text import from_json, log
 
 FILES = (".lock", ".owner.json")
@@ -29,12 +31,13 @@ class Lock:
     def __init__(self, folder: Path, name: Path, remedy: str) -> None:
         """name, remedy: how an error message calls the folder, and what it tells the user to do."""
         self.folder, self.name, self.remedy = folder, name, remedy
-        lock, self._owner = (folder / file for file in FILES)
-        self._lock: FileLock | None = FileLock(lock)
+        self._file, self._owner = (folder / file for file in FILES)
+        self._lock: FileLock | None = None
 
     def take(self) -> None:
-        """Raises UserError where another process holds the lock, naming that process."""
-        assert self._lock is not None
+        """Raises UserError where another process holds the lock, naming that process, and where the folder
+        cannot be locked, as one of another user's."""
+        self._lock = file_lock(self._file)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -43,6 +46,8 @@ class Lock:
             ) from None
         except NotImplementedError:
             self._lock = None
+        except OSError as error:
+            raise explained(error, f"{self.name} cannot be locked by {self._file}") or error from error
         previous = self._read()
         if previous is not None:
             if self._lock is None and not _has_ended(previous):
@@ -55,19 +60,23 @@ class Lock:
             )
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
         try:
-            self._owner.write_text(json.dumps(owner), encoding="utf-8")
-        except OSError:
+            write_json(self._owner, owner)
+        except OSError as error:
             self.release()
-            raise
+            raise explained(error, f"{self.name} cannot be locked by {self._owner}") or error from error
 
     def release(self) -> None:
-        self._owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become read-only; the lock itself is free
+            self._owner.unlink(missing_ok=True)
         if self._lock is not None:
-            (self.folder / FILES[0]).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
             self._lock.release()
 
     def _read(self) -> dict[str, Any] | None:
         try:
+            if self._owner.is_symlink():
+                raise ValueError("a link is never ours, and may lead anywhere")
             owner = from_json(self._owner.read_text(encoding="utf-8"))
             return {key: owner[key] for key in ("host", "process", "since")}
         except FileNotFoundError:
@@ -84,5 +93,6 @@ class Lock:
 
 def _has_ended(owner: dict[str, Any]) -> bool:
     """Whether the owner is known to have ended; on another host that cannot be known."""
-    here = owner["host"] == socket.gethostname() and isinstance(owner["process"], int)
-    return here and not psutil.pid_exists(owner["process"])
+    process = owner["process"]
+    here = owner["host"] == socket.gethostname() and isinstance(process, int)
+    return here and not (0 < process < 1 << 31 and psutil.pid_exists(process))

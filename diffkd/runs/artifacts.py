@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from diffkd.data.images import Images
 from diffkd.generation import grids
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Stage
+from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, sizes
+from diffkd.runs import announcement
 from diffkd.runs.config import Distill, Teacher, Train
 from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
-from diffkd.runs.reports import model_card, run_report, tables
+from diffkd.runs.reports import model_card, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
+
+ROLES, NUMBERS = ("teacher", "student"), ("steps", "nfe", "fid")  # of a run's own records
 
 
 class RunArtifacts:
@@ -35,7 +40,9 @@ class RunArtifacts:
         guidance: float = 1.0,
     ) -> None:
         self.session, self.settings = session, settings
-        self.teacher, self.guidance = teacher, guidance
+        self.images, self.teacher, self.guidance = images, teacher, guidance
+        if session.main:
+            session.run.check_records(ROLES, NUMBERS)
         self._evaluate = (
             ModelEvaluator(session, settings, images, teacher, guidance) if settings.evaluation else None
         )
@@ -63,15 +70,28 @@ class RunArtifacts:
         record = self._measured(name, role, denoiser, steps, str(folder))
         if record is not None and self.session.main:
             card = loading.card(folder)
+            best = self._teacher_best() if role == "student" else None
+            beside = {} if best is None else {"teacher_measured": best}
             if record not in card.get("metrics", []):
-                model_card.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
+                model_card.write(folder, {**card, **beside, "metrics": [*card.get("metrics", []), record]})
 
-    def teacher_curve(self, denoiser: Denoiser, student_steps: list[int]) -> None:
-        """The FID of a distillation's teacher at its own step counts and at the students'; pictures at the
-        most and at the fewest."""
+    def announce_measuring(self, teacher: Denoiser) -> None:
+        """What will be measured, of the teacher and of the students of a distillation."""
+        steps, students = self.teacher_steps(teacher), self.teacher is not None
+        self.session.say(
+            announcement.measured(self.settings.evaluation, steps, len(self.images), students=students)
+        )
+
+    def forecast(self, stages: Sequence[Stage]) -> None:
+        """Tells the session's forecast what follows the updates of the first of these stages."""
+        self.session.forecast.later = sum(stage.updates for stage in stages[1:])
+        self.session.forecast.measuring = self._evaluate.seconds(stages) if self._evaluate else None
+
+    def teacher_curve(self, denoiser: Denoiser) -> None:
+        """The FID of a distillation's teacher at its step counts; pictures at the most and at the fewest."""
         assert self.teacher is not None
         own = self.teacher_steps(denoiser)
-        every = sorted({*own, *student_steps}, reverse=True)
+        every = sorted({*own}, reverse=True)
         for steps in every:
             self._measured(
                 "teacher", "teacher", denoiser, steps, str(self.teacher.path),
@@ -102,13 +122,14 @@ class RunArtifacts:
         size = sizes.denoiser_size(denoiser).recorded()
         values = self._evaluate(name, denoiser, steps, path, null_label=null_label, guidance=guidance)
         record = {"model": name, "role": role, **size, **values}
-        self.session.add_record(record)
+        numbers = ", ".join(f"{title} {number}" for title, number in formatted(record).items())
+        self.session.add_record(record, f"{name} in {steps} step{'s' * (steps != 1)}: {numbers}")
         return record
 
     def _record(self, name: str, steps: int) -> dict[str, Any] | None:
         """This run's own; `diffkd evaluate` may have added others."""
         for record in self.session.records():
-            if (record["model"], record["steps"]) == (name, steps) and record["role"] != "evaluated":
+            if (record["model"], record.get("steps")) == (name, steps) and record["role"] in ROLES:
                 return record
         return None
 
@@ -123,43 +144,53 @@ class RunArtifacts:
         if count == 0 or path.exists() or not self.session.main:
             return
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        batches = generate(denoiser, count, steps=steps, batch_size=64, **options)
-        grids.save(grids.grid(np.concatenate([batch.cpu().numpy() for batch in batches])), path)
+        drawn = []
+        with self.session.bar(f"pictures of {name}", count) as advance:
+            for batch in generate(denoiser, count, steps=steps, batch_size=64, **options):
+                drawn.append(batch.cpu().numpy())
+                advance(sum(map(len, drawn)), "")
+        grids.save(grids.grid(np.concatenate(drawn)), path)
 
     def announce_stage(self, stage: Stage, steps: int) -> None:
         text = f"{stage.name}: {stage.updates} updates"
-        record = self._record(stage.name, steps)
+        record, best = self._record(stage.name, steps), self._teacher_best()
         if record:
-            best = min(r["fid"] for r in self.session.records() if r["role"] == "teacher")
-            text += f", FID {record['fid']:.2f} ({record['fid'] / best:.2f} of the teacher's best)"
+            ratio = f" ({record['fid'] / best['fid']:.2f} of the teacher's best)" if best else ""
+            text += f", FID {record['fid']:.2f}{ratio}"
         self.session.say(text)
+        if record and (doubt := teacher_sampling.doubt(record, best)):
+            self.session.say(doubt)
+
+    def _teacher_best(self) -> dict[str, Any] | None:
+        """Its record of the lowest FID, above 0."""
+        measured = [r for r in self.session.records() if r["role"] == "teacher" and r["fid"] > 0]
+        return min(measured, key=lambda r: r["fid"], default=None)
 
     def finish(self) -> None:
         """The report, the table of FIDs, and where to look."""
         if not self.session.main:
             return
-        page = run_report.write(self.session.run.folder)
-        records = self.session.records()
+        records = [record for record in self.session.records() if record["role"] in ROLES]
         if records:
             self._show(records)
-            name = records[0]["protocol"]["features"]["name"]
-            if name != "inception":
+            features = self.settings.evaluation.features if self.settings.evaluation else "inception"
+            if features != "inception":
                 self.session.say(
-                    f"FID by the features {name!r}: not comparable with FID by Inception features."
+                    f"FID by the features {features!r}: not comparable with FID by Inception features."
                 )
         self.session.say(f"pictures: {self.session.run.folder / 'samples'}")
-        self.session.say_report(page)
+        self.session.say_report(run_report.write(self.session.run.folder))
 
     def _show(self, records: list[dict[str, Any]]) -> None:
         """FID by steps, teacher and students side by side."""
-        by_role = [{r["steps"]: r for r in records if r["role"] == role} for role in ("teacher", "student")]
+        by_role = [{r["steps"]: r for r in records if r["role"] == role} for role in ROLES]
         teacher, students = by_role
-        best = min((r["fid"] for r in teacher.values()), default=None)
+        best = self._teacher_best()
         rows = []
         for steps in sorted(teacher.keys() | students.keys(), reverse=True):
             pair = [role.get(steps) for role in by_role]
             cells = [cell for r in pair for cell in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
-            ratio = f"{students[steps]['fid'] / best:.2f}" if steps in students and best else ""
+            ratio = f"{students[steps]['fid'] / best['fid']:.2f}" if steps in students and best else ""
             rows.append([str(steps), *cells, ratio])
         self.session.say("FID by sampling steps (nfe: network evaluations)")
         titles = ["steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"]

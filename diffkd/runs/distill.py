@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 
 from rich.console import Console
@@ -14,10 +15,10 @@ from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
-from diffkd.runs import config_files
+from diffkd.runs import announcement, config_files
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.config import Distill, Train
-from diffkd.runs.session import ResumeOptions, Session, identity, open_run
+from diffkd.runs.config import Distill, Train, method_name
+from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
@@ -39,6 +40,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     plan = _plan(config, teacher)
     config.check(accelerator)
     if teacher_run is not None:
+        check_run(config, accelerator, options)
         train(teacher_run, console, options)
         teacher = source.load()
     inputs = {"teacher": identity(teacher)}
@@ -46,19 +48,26 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         artifacts = RunArtifacts(session, config, images, source, guidance)
-        artifacts.teacher_curve(teacher, [stage.steps for _, stage in plan if stage.steps])
+        session.say(announcement.data(images))
+        session.say(announcement.teacher(teacher, str(source.path), images))
+        session.say(announcement.students([(method_name(method), stage) for method, stage in plan]))
+        artifacts.announce_measuring(teacher)
+        artifacts.teacher_curve(teacher)
+        folders = [config.out / "students" / stage.name for _, stage in plan]
+        _check_exported(folders)
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
-        for index, (method, stage) in enumerate(plan):
-            folder = config.out / "students" / stage.name
+        for index, ((method, stage), folder) in enumerate(zip(plan, folders, strict=True)):
             if not folder.exists():
                 student = students.copy_of(current) if index else _first_student(config, current, images)
                 artifacts.announce_size(current, student)
+                artifacts.forecast([stage for _, stage in plan[index:]])
                 _train(session, method, stage, {"teacher": current, "student": student}, images, index)
                 artifacts.export(
                     student, folder, teacher=str(source.path), method=type(method).__name__,
                     config=config_files.resolved(config), stage=stage.name, classes=images.classes,
                     class_counts=images.class_counts, guidance_baked_in=guidance,
+                    teacher_sampler=stage.sampler,
                 )  # fmt: skip
                 del student
             current = loading.load(folder, device=accelerator.device)
@@ -68,6 +77,14 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             artifacts.announce_stage(stage, steps)
         artifacts.finish()
     return folder
+
+
+def _check_exported(folders: Sequence[Path]) -> None:
+    """Raises UserError where a student beyond the first that is to be trained cannot be loaded: one that was
+    made before, and changed since."""
+    for folder in dropwhile(Path.exists, folders):
+        if folder.exists():
+            loading.load(folder)
 
 
 def _first_student(config: Distill, teacher: Denoiser, images: Images) -> Denoiser:

@@ -22,16 +22,17 @@ from diffkd.core.digest import digest
 from diffkd.data.images import Images
 from diffkd.errors import Interrupted, Unfinished, UserError
 from diffkd.io import progress
-from diffkd.io.files import append_json, format_bytes, free_bytes, is_disk_full, new_folder, read_json
+from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder
 from diffkd.methods.base import Method, Stage
 from diffkd.runs.config import TrainingRun
 from diffkd.runs.config_files import resolved
+from diffkd.runs.forecast import Forecast
 from diffkd.training.config import Training
 from diffkd.training.launch import is_lost_peer
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
 
-CLOCK_TOLERANCE = 10.0  # seconds by which processes may differ in their clocks and in how far they are
+TOLERANCE = 10.0  # seconds by which processes may differ in how far they are
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ResumeOptions:
     """How to continue a run; not part of its config.
 
     allow: accept a config that differs where that does not change the students. until: when to stop, in the
-    time of time.time.
+    time of time.monotonic, which does not jump when the clock is set.
     """
 
     allow: bool = False
@@ -48,14 +49,14 @@ class ResumeOptions:
 
 @dataclass
 class StopRequest:
-    """Whether a run should stop. until: when its time is up; signals: those received so far."""
+    """Whether a run should stop. until: when its time is up, by time.monotonic; signals: received so far."""
 
     until: float | None = None
     signals: list[int] = field(default_factory=list)
 
     def overdue(self, early: float = 0.0) -> bool:
         """Whether the time is up, or will be in `early` seconds."""
-        return self.until is not None and time.time() > self.until - early
+        return self.until is not None and time.monotonic() > self.until - early
 
 
 class Session:
@@ -73,7 +74,7 @@ class Session:
         self.seed, self.training = seed, training
         self.accelerator, self.run, self.console, self.stop = accelerator, run, console, stop
         self.main = accelerator.is_main_process
-        self.metrics_file = run.folder / "metrics.json"
+        self.forecast = Forecast(self.say)
 
     def should_stop(self) -> bool:
         return bool(self.stop.signals) or self.stop.overdue()
@@ -90,13 +91,15 @@ class Session:
     ) -> None:
         """Trains one stage, from its last checkpoint if there is one. index: among the run's. seed: default
         the run's."""
-        with self.bar(stage.name, stage.updates) as advance:
-            rate = 0.0
+        with self.bar(stage.name, stage.updates, unit="updates") as advance:
+            rate, pace = 0.0, progress.Pace()
 
             def on_update(done: int, record: dict[str, Any]) -> None:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
-                advance(done, f"loss {record['loss']:.4f}  {rate:.0f} images/s" if record else "")
+                advance(done, f"loss {record['loss']:.4f}, {rate:.0f} images/s" if record else "")
+                pace.reached(done)
+                self.forecast.say(pace, stage.updates)
 
             run_stage(
                 self.accelerator, method, stage, nets, images, self.training, self.run,
@@ -114,12 +117,16 @@ class Session:
 
     def records(self) -> list[dict[str, Any]]:
         """What was measured so far."""
-        found: list[dict[str, Any]] = read_json(self.metrics_file, [])
-        return found
+        return self.run.records()
 
-    def add_record(self, record: dict[str, Any]) -> None:
+    def add_record(self, record: dict[str, Any], said: str) -> None:
+        """said: the record in a line, which is on the screen before the record is in metrics.json: neither a
+        full disk nor a closed terminal loses it."""
         if self.main:
-            append_json(self.metrics_file, record)
+            try:
+                self.say(said)
+            finally:
+                self.run.add_record(record)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -131,8 +138,8 @@ class Session:
             f"report: {page}" if page else "no report: it needs matplotlib (pip install 'diffkd[report]')"
         )
 
-    def bar(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]:
-        return progress.bar(self.console, title, total, shown=self.main)
+    def bar(self, title: str, total: int, *, unit: str = "images") -> AbstractContextManager[progress.Advance]:
+        return progress.bar(self.console, title, total, unit=unit, shown=self.main)
 
     @contextmanager
     def image_bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -164,9 +171,9 @@ def open_run(
     Interrupted for signals and when the time is up, Unfinished when the disk is full.
     """
     config.check(accelerator)
-    until = [options.until]
-    broadcast_object_list(until)
-    stop = StopRequest(until[0])
+    left = [None if options.until is None else options.until - time.monotonic()]
+    broadcast_object_list(left)  # not the time itself: that of another host began at another moment
+    stop = StopRequest(None if left[0] is None else time.monotonic() + left[0])
 
     def handler(number: int, frame: Any) -> None:
         if number == signal.SIGINT and number in stop.signals:
@@ -177,10 +184,7 @@ def open_run(
     previous = {number: signal.signal(number, handler) for number in handled}
     run: RunFolder | None = None
     try:
-        run = RunFolder(
-            config.out, resolved(config), owner=accelerator.is_main_process, keep=config.training.keep,
-            allow=options.allow,
-        )  # fmt: skip
+        run = _run_folder(config, accelerator, options)
         parts = [config.training.parts(accelerator.num_processes)]
         if accelerator.is_main_process:
             run.check_inputs({"data": images.digest(), **(inputs or {})})
@@ -189,13 +193,13 @@ def open_run(
         broadcast_object_list(parts)
         training = config.training.model_copy(update={"micro_batches": parts[0]})
         yield Session(config.seed, training, accelerator, run, console, stop)
-    except Interrupted as error:  # perhaps because another process received the signal, or its clock is ahead
-        due = not stop.signals and stop.overdue(early=CLOCK_TOLERANCE)
+    except Interrupted as error:  # perhaps because another process received the signal, or is ahead
+        due = not stop.signals and stop.overdue(early=TOLERANCE)
         raise Interrupted(error.saved, due=due) from None
     except (UserError, Unfinished):
         raise
     except Exception as error:
-        if is_lost_peer(error) and (stop.signals or stop.overdue(early=CLOCK_TOLERANCE)):  # it stopped first
+        if is_lost_peer(error) and (stop.signals or stop.overdue(early=TOLERANCE)):  # it stopped first
             raise Interrupted(due=not stop.signals) from error
         if is_disk_full(error):
             raise Unfinished(
@@ -208,6 +212,19 @@ def open_run(
             signal.signal(number, action)
         if run is not None:
             run.close()
+
+
+def check_run(config: TrainingRun, accelerator: Accelerator, options: ResumeOptions) -> None:
+    """Raises UserError where a run that has begun cannot be resumed: for before another one is trained."""
+    if accelerator.is_main_process and config.out.exists():
+        _run_folder(config, accelerator, options).close()
+
+
+def _run_folder(config: TrainingRun, accelerator: Accelerator, options: ResumeOptions) -> RunFolder:
+    return RunFolder(
+        config.out, resolved(config), owner=accelerator.is_main_process, keep=config.training.keep,
+        allow=options.allow,
+    )  # fmt: skip
 
 
 def identity(teacher: Denoiser) -> str:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from diffkd.errors import Unfinished, UserError
 from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, sha256
-from diffkd.io.text import changes, from_json, log
+from diffkd.io.system_errors import explained
+from diffkd.io.text import changes, from_json, log, reason
 
 SCHEMA = 2
 MANIFEST = "checkpoint.json"
 NAME = re.compile(r"stage-(\d+)-update-(\d+)")
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
-
 
 # Config keys that do not change a run's result: they may change half way, if the user allows it.
 RESUMABLE_CHANGES = (
@@ -43,9 +43,15 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class Damaged(Exception):
+    """A checkpoint that is not what was written, proven by its digests; the message says how."""
+
+
 class Checkpoints:
     """A run's checkpoints, `stage-<index>-update-<number>/` each: safetensors files, and a manifest with the
     size and sha256 of every file, the run's config, and its own digest. The last `keep` are kept.
+
+    Saving one deletes those before it but the last, and of those after it only what is damaged.
 
     before_rename: called before a checkpoint becomes valid, to put on the disk what must be there by then.
     """
@@ -62,6 +68,7 @@ class Checkpoints:
         self.config = json.loads(json.dumps(config))
         self.keep = keep
         self._before_rename = before_rename
+        self._damaged: set[Path] = set()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -115,47 +122,63 @@ class Checkpoints:
                 self._before_rename()
         except (OSError, SafetensorError) as error:
             size = sum(value.nbytes for values in tensors.values() for value in values.values())
-            reason = (
-                f"the disk is full ({format_bytes(free_bytes(self.folder))} free)"
-                if is_disk_full(error)
-                else str(error)
-            )
+            full = is_disk_full(error)
+            room = f"the disk is full ({format_bytes(free_bytes(self.folder))} free)"
+            why = room if full else getattr(error, "strerror", None) or reason(error)
             raise Unfinished(
-                f"checkpoint {path} needs {format_bytes(size)} and could not be written: {reason}; the last "
-                "good one is kept: make room, and the same command resumes from it"
+                f"checkpoint {path} needs {format_bytes(size)} and could not be written: {why}; the last "
+                f"good one is kept: {'make room' if full else 'mend that'}, and the same command resumes "
+                "from it"
             ) from error
         checkpoints = self._all()
-        after = checkpoints.index(path) + 1  # later ones were unusable, or belong to updates that were redone
-        for old in [*checkpoints[: max(0, after - self.keep)], *checkpoints[after:]]:
-            shutil.rmtree(old)
+        after = checkpoints.index(path) + 1
+        later = [old for old in checkpoints[after:] if old in self._damaged]
+        for old in [*checkpoints[: max(0, after - self.keep)], *later]:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # of another user's
+                log.warning("checkpoint %s is superseded and cannot be deleted (%s)", old, reason(error))
 
     def load(self, stage_index: int) -> Checkpoint | None:
         """The newest intact checkpoint of a stage; None if there is none.
 
-        A damaged one gets a warning, and the one before it is tried. Raises UserError for one with another
-        config or by another version: these are intact, and must not be ignored.
+        A damaged one gets a warning, and the one before it is tried. Whatever else is wrong with one ends
+        the run, as going back would lose work: raises UserError for one that cannot be read, was renamed, or
+        is of another config or another version, Unfinished where the disk fails.
         """
-        for path in reversed(self._all()):
-            try:
-                content = _manifest(path)
-                if content["stage_index"] != stage_index:
-                    continue
-                self._check_config(path, content["config"])
-                tensors = {}
-                for name, file in content["files"].items():
-                    if (path / name).stat().st_size != file["bytes"]:
-                        raise ValueError(f"{name} is torn")
-                    if sha256(path / name) != file["sha256"]:
-                        raise ValueError(f"{name} was altered")
-                    tensors[name.removesuffix(".safetensors")] = load_file(path / name)
-                return Checkpoint(content["update"], tensors, content["state"])
-            except UserError:
-                raise
-            except (OSError, ValueError, SafetensorError) as error:
-                log.warning(
-                    "checkpoint %s cannot be used (%s); falling back to the one before", path.name, error
-                )
+        found = self.folder
+        try:
+            for found in reversed(self._all()):
+                if _numbers(found)[0] == stage_index:
+                    try:
+                        return self._read(found)
+                    except Damaged as error:
+                        self._damaged.add(found)
+                        log.warning(
+                            "checkpoint %s cannot be used (%s); falling back to the one before",
+                            found.name, error,
+                        )  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            raise explained(error, f"checkpoint {found} cannot be read") or UserError(
+                f"checkpoint {found} cannot be read ({reason(error)}); repair it, or move it elsewhere to go "
+                "back to the one before"
+            ) from error
         return None
+
+    def _read(self, path: Path) -> Checkpoint:
+        content = _manifest(path)
+        self._check_config(path, content["config"])
+        tensors = {}
+        for name, file in content["files"].items():
+            try:
+                if (path / name).stat().st_size != file["bytes"]:
+                    raise Damaged(f"{name} is torn")
+                if sha256(path / name) != file["sha256"]:
+                    raise Damaged(f"{name} was altered")
+            except FileNotFoundError:
+                raise Damaged(f"{name} is missing") from None
+            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        return Checkpoint(content["update"], tensors, content["state"])
 
     def _check_config(self, path: Path, config: Any) -> None:
         wrong = [key for key in changes(config, self.config) if not is_resumable(key)]
@@ -167,10 +190,12 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """From the oldest to the newest; anything else in the folder is ignored."""
-        folders = [p for p in self.folder.glob("stage-*-update-*") if p.is_dir() and not p.is_symlink()]
-        names = {path: NAME.fullmatch(path.name) for path in folders}
-        numbers = {path: (int(name[1]), int(name[2])) for path, name in names.items() if name}
-        return sorted(numbers, key=numbers.__getitem__)
+        try:
+            paths = list(self.folder.iterdir())  # not glob, which passes over a folder that cannot be read
+        except FileNotFoundError:
+            return []
+        found = [p for p in paths if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+        return sorted(found, key=_numbers)
 
 
 def is_resumable(key: str) -> bool:
@@ -182,11 +207,22 @@ def _name(stage_index: int, update: int) -> str:
     return f"stage-{stage_index:02d}-update-{update:07d}"
 
 
+def _numbers(path: Path) -> tuple[int, int]:
+    """Stage and update, from a checkpoint's name."""
+    stage, update = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+    return int(stage), int(update)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError if it is not what was written, UserError if another version wrote it."""
-    content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
+    """Raises Damaged if it is not what was written, UserError if it is of another version or was renamed."""
+    try:
+        content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{MANIFEST} is missing") from None
+    except ValueError as error:
+        raise Damaged(f"{MANIFEST} is no JSON: {reason(error)}") from error
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise ValueError(f"{MANIFEST} was altered")
+        raise Damaged(f"{MANIFEST} was altered")
     if content["schema"] != SCHEMA:  # after the digest, which is the same in every version
         which, remedy = (
             ("a newer", "update diffkd") if content["schema"] > SCHEMA else ("an older", "delete it")
@@ -195,8 +231,11 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} was written by {which} diffkd (schema {content['schema']}, this one reads "
             f"{SCHEMA}); {remedy}, or use the diffkd that wrote it"
         )
-    if path.name != _name(content["stage_index"], content["update"]):
-        raise ValueError(f"{MANIFEST} belongs to {_name(content['stage_index'], content['update'])}")
+    own = _name(content["stage_index"], content["update"])
+    if path.name != own:
+        raise UserError(
+            f"checkpoint {path} is {own} by its {MANIFEST}; give it that name again, or move it out"
+        )
     return content
 
 

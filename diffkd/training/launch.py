@@ -7,24 +7,49 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
 
 from diffkd.errors import UserError
+from diffkd.io.processes import usable_device
+from diffkd.io.text import log
+from diffkd.training import surroundings
 from diffkd.training.config import Training
+
+DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def make_accelerator(training: Training) -> Accelerator:
-    """The Accelerator as a launcher configured it. Raises UserError if this machine cannot run that."""
+    """The Accelerator of a launcher's processes and devices, and of nothing else that it may be told to do.
+
+    Raises UserError if this machine cannot run that, or the environment would change the training.
+    """
+    surroundings.check()
+    if os.environ.get(DEVICE):
+        try:
+            usable_device(os.environ[DEVICE])
+        except UserError as error:
+            raise UserError(f"{DEVICE}: {error}") from error
     AcceleratorState._reset_state()  # the teacher may just have been trained in another precision
     # Without `cpu=True`, accelerate ignores the launcher on CPU and each process runs alone.
-    cpu = not torch.accelerator.is_available()
+    cpu = not torch.accelerator.is_available() or _is_set("ACCELERATE_USE_CPU")
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
     precision = training.precision.replace("float32", "no")
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=precision, dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )  # fmt: skip
     except (ImportError, ValueError) as error:  # not installed, or not supported by this machine
         raise UserError(f"accelerate cannot start as it is configured: {error}") from error
+    if accelerator.is_main_process:
+        for line in surroundings.overruled(precision):
+            log.warning("%s", line)
     if accelerator.num_processes == 1:
         return accelerator
     if cpu:

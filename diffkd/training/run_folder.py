@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,35 @@ import yaml
 
 from diffkd.errors import UserError, masked
 from diffkd.io.environment import commit, versions
-from diffkd.io.files import new_file, read_json, remove_leftovers, sync, write_json
+from diffkd.io.files import (
+    append_json,
+    new_file,
+    read_json,
+    read_records,
+    remove_leftovers,
+    sync,
+    write_json,
+)
 from diffkd.io.lock import Lock
-from diffkd.io.text import changes, differences, from_json, log, reason
+from diffkd.io.strict_yaml import read_yaml
+from diffkd.io.system_errors import explained
+from diffkd.io.text import changes, differences, from_json, log, quoted
+from diffkd.training import surroundings
 from diffkd.training.checkpoints import MOVABLE, Checkpoints, is_resumable
 
 FORMER_DEFAULTS = {
     "evaluation.sampler": "ddim"
 }  # recorded by older runs; the default is None now, which means the same for them
-SAME_BITS = ("versions", "device", "processes", "threads")  # what the last bits of a result depend on
+LOG, RECORDS = "log.jsonl", "metrics.json"
+FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
+FOLDERS = ("checkpoints", "samples", "students", "teacher", "teachers")  # that it writes into
+SAME_BITS = (
+    "versions",
+    "device",
+    "processes",
+    "threads",
+    "variables",
+)  # what the last bits of a result depend on
 
 
 class RunFolder:
@@ -67,9 +89,11 @@ class RunFolder:
         """Writes the config, once the folder is locked: another process may just have begun a run in it."""
         folder = self.folder
         changed = self._check(config, allow)
+        self._check_places()
+        self.records()
         if changed:
             log.warning("%s resumes with another config: %s", folder, changed)
-        measured = folder / "metrics.json"
+        measured = folder / RECORDS
         if "evaluation" in changed and measured.exists():  # numbers by different protocols are not comparable
             number = len(list(folder.glob("metrics-before-*.json"))) + 1
             measured.rename(folder / f"metrics-before-{number}.json")
@@ -106,10 +130,43 @@ class RunFolder:
             )
         if differ and not allow:
             raise UserError(
-                f"{self.folder} belongs to a run with another config ({text}); use --allow to resume with "
-                "the new values, which do not change the students, or use another out"
+                f"{self.folder} belongs to a run with another config ({text}); "
+                + ("" if allow is None else "use --allow to resume with the new values, which do not change the students, or ")
+                + "use another out"
             )
         return "; ".join(described)
+
+    def _check_places(self) -> None:
+        """Raises UserError, before anything is trained, for what would stop the run later: a file of its own
+        that cannot be read, a folder that takes no files, and links, through which nothing is written."""
+        for path in (self.folder / name for name in FILES):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link, and a run writes through none; put the file there"
+                )
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is not a file; move it away, or use another out")
+            if path.exists():
+                with _explained(f"{path} cannot be {'written' if path.name == LOG else 'read'}"):
+                    path.open("r+b" if path.name == LOG else "rb").close()
+        for place in (self.folder, *(self.folder / name for name in FOLDERS)):
+            if place != self.folder:
+                self._check_link(place)
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is not a folder; move it away, or use another out")
+            if place.exists():
+                with _explained(f"{place} cannot be written into"), tempfile.TemporaryFile(dir=place):
+                    inner = [] if place == self.folder else list(place.iterdir())
+                for path in inner:
+                    self._check_link(path)
+
+    def _check_link(self, path: Path) -> None:
+        """Raises UserError for a link out of the run folder. That itself may be one: it is the user's own."""
+        if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(
+                f"{path} is a symbolic link out of the run folder, and a run writes through none; put the "
+                "folder itself there, or make the whole run folder a link"
+            )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -118,7 +175,7 @@ class RunFolder:
     def describe(self, device: str, processes: int = 1, threads: int | None = None) -> None:
         """Writes environment.json, once; in a resumed run, warns of what has changed since."""
         path = self.folder / "environment.json"
-        content = {
+        content: dict[str, Any] = {
             "command": [masked(word) for word in sys.argv],
             "commit": commit(),
             "versions": versions(),
@@ -129,11 +186,13 @@ class RunFolder:
             "micro_batches": self._parts,
             "cores": os.cpu_count(),
         }
+        if rounding := surroundings.rounding():
+            content["variables"] = rounding
         if not path.exists():
             write_json(path, content)
             return
         before = self._read(path.name)
-        changed = [d for key in SAME_BITS for d in differences(before.get(key), content[key], key)]
+        changed = [d for key in SAME_BITS for d in differences(before.get(key), content.get(key), key)]
         if changed:
             log.warning(
                 "%s resumes in another environment, so the last bits of its numbers may differ: %s",
@@ -146,7 +205,7 @@ class RunFolder:
         wanted: what the config says now, or else the number of processes.
         """
         before = self._read("environment.json").get("micro_batches", wanted)
-        if isinstance(before, int) and before >= 1 and before % processes == 0:
+        if type(before) is int and before >= 1 and before % processes == 0:
             self._parts = before
             return before
         log.warning(
@@ -158,10 +217,10 @@ class RunFolder:
         return wanted
 
     def _read(self, name: str) -> dict[str, Any]:
-        """One of the run's own JSON files; {} if it does not exist or cannot be read."""
+        """One of the run's own JSON files; {} if it does not exist or is not one."""
         try:
             content = read_json(self.folder / name, {})
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s cannot be read (%s); it is ignored", self.folder / name, error)
             return {}
         return content if isinstance(content, dict) else {}
@@ -181,15 +240,38 @@ class RunFolder:
                 "out"
             )
 
+    # what was measured
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records in metrics.json. Raises UserError where it is not a list; notes of the user's are left
+        out, and left alone."""
+        content = read_records(self.folder / RECORDS)
+        named = ("model", "role")
+        return [r for r in content if isinstance(r, dict) and all(isinstance(r.get(k), str) for k in named)]
+
+    def add_record(self, record: Mapping[str, Any]) -> None:
+        append_json(self.folder / RECORDS, record)
+
+    def check_records(self, roles: Collection[str], numbers: Collection[str]) -> None:
+        """Raises UserError where a record in one of these roles has anything but numbers for `numbers`."""
+        for record in self.records():
+            for key in numbers if record["role"] in roles else ():
+                value = record.get(key)
+                if type(value) not in (int, float) or not abs(value) < 1e300:
+                    raise UserError(
+                        f"{self.folder / RECORDS}: the record of {quoted(record['model'])} has {key} "
+                        f"{quoted(value)}, which is not a number; remove the record, and it is measured again"
+                    )
+
     # log
 
     def append(self, record: Mapping[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
     def rewind_log(self, stage_index: int, update: int) -> None:
         """Drops what was logged after this update: those updates will be done, and logged, again."""
-        path = self.folder / "log.jsonl"
+        path = self.folder / LOG
         if not path.is_file():
             return
         kept = []
@@ -206,18 +288,25 @@ class RunFolder:
 
     def sync_log(self) -> None:
         """Puts the log on the disk before a checkpoint becomes valid: it must cover the updates before."""
-        path = self.folder / "log.jsonl"
+        path = self.folder / LOG
         if path.is_file():
             sync(path)
 
 
-def _yaml(path: Path) -> Any:
+@contextmanager
+def _explained(thing: str) -> Iterator[None]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({reason(error)}); put it back, or use another out"
-        ) from error
+        yield
+    except OSError as error:
+        raise explained(error, thing) or error from error
+
+
+def _yaml(path: Path) -> Any:
+    """Raises UserError for anything but a config."""
+    try:
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{error}; put it back, or use another out") from error
 
 
 def _plain(config: Mapping[str, Any]) -> Any:

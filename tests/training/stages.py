@@ -18,7 +18,17 @@ from tests.tiny import student
 COSINE = Schedule.cosine(64)
 
 
-def run_one(folder, *, updates=12, training=None, method=None, stop_at=None, seed=0, learning_rate=1e-3):
+def run_one(
+    folder,
+    *,
+    updates=12,
+    training=None,
+    method=None,
+    stop_at=None,
+    seed=0,
+    learning_rate=1e-3,
+    accelerator=None,
+):
     """Trains one stage on random images; returns the student, the teacher and the log."""
     method = method or Progressive(steps=[4], updates=updates, learning_rate=learning_rate)
     training = training or Training(batch_size=8, log_every=1, checkpoint_every=5)
@@ -28,7 +38,7 @@ def run_one(folder, *, updates=12, training=None, method=None, stop_at=None, see
     done = []
     try:
         run_stage(
-            Accelerator(),
+            accelerator or Accelerator(),
             method,
             method.stages(teacher)[0],
             {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
 import threading
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -280,11 +283,88 @@ def test_a_number_that_changed_in_the_manifest_is_seen(store, caplog, old, new):
     assert "stage-00-update-0000020" in caplog.text
 
 
-def test_a_renamed_checkpoint_is_not_used(store, caplog):
+# what cannot be read is not damaged ---------------------------------------------------------------------
+
+
+READS = ["iterdir", "is_dir", "read_text", "stat", "open", "load_file"]
+REASONS = [
+    (PermissionError(errno.EACCES, "Permission denied"), UserError, "permission denied"),
+    (OSError(errno.EIO, "Input/output error"), Unfinished, "the disk failed"),
+    (OSError(errno.ESTALE, "Stale file handle"), Unfinished, "the network file system lost it"),
+    (OSError(errno.ENODEV, "No such device"), Unfinished, "No such device"),
+    (OSError(errno.EMFILE, "Too many open files"), Unfinished, "too many files are open"),
+    (SafetensorError("I/O error: Input/output error (os error 5)"), Unfinished, "the disk failed"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "says"), REASONS, ids=lambda value: getattr(value, "errno", None))
+@pytest.mark.parametrize("read", READS)
+def test_one_that_cannot_be_read_ends_the_run(store, monkeypatch, caplog, read, error, kind, says):
+    """Whatever part of the newest one it is: it is not passed over, and nothing is lost."""
+    saved(store, 0, 10, weights(10))
+    saved(store, 0, 20, weights(20))
+    before = tree(store.folder)
+    newest = store.folder if read == "iterdir" else store.folder / "stage-00-update-0000020"
+    place, name = (checkpoints, read) if read == "load_file" else (Path, read)
+    real = getattr(place, name)
+
+    def failing(path, *args, **options):
+        if Path(path) == newest or Path(path).parent == newest:
+            raise error
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, failing)
+        with pytest.raises(kind, match=says) as caught:
+            store.load(0)
+    assert str(caught.value).startswith(f"checkpoint {store.folder}")
+    assert "cannot be read: " in str(caught.value)
+    assert not caplog.records and tree(store.folder) == before
+
+
+def test_tensors_that_match_their_digest_and_cannot_be_opened(store, monkeypatch):
+    saved(store, 0, 10, weights(10))
+    monkeypatch.setattr(checkpoints, "load_file", Mock(side_effect=SafetensorError("InvalidHeader")))
+    with pytest.raises(UserError, match="cannot be read .InvalidHeader.; repair it, or move it elsewhere"):
+        store.load(0)
+
+
+def test_good_checkpoints_that_were_passed_over_stay(store):
+    """A stage that is done again, its student deleted: those of the stages after it are as good as before."""
+    for stage, update in ((0, 10), (1, 10), (1, 20)):
+        saved(store, stage, update, weights(update))
+    shutil.rmtree(store.folder / "stage-00-update-0000010", ignore_errors=True)
+    again = Checkpoints(store.folder, CONFIG)
+    assert again.load(0) is None
+    for update in (5, 10, 15):
+        saved(again, 0, update, weights(update))
+    kept = ["stage-00-update-0000010", "stage-00-update-0000015"]
+    assert names(again) == [*kept, "stage-01-update-0000010", "stage-01-update-0000020"]
+    assert again.load(1).update == 20
+
+
+def test_a_superseded_one_that_cannot_be_deleted(store, monkeypatch, caplog):
+    saved(store, 0, 10, weights(10))
+    saved(store, 0, 20, weights(20))
+    real = shutil.rmtree
+
+    def rmtree(path, *args, **options):
+        if Path(path).name.startswith("stage"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    saved(store, 0, 30, weights(30))
+    assert "update-0000010 is superseded and cannot be deleted" in caplog.text
+    assert store.load(0).update == 30
+
+
+def test_a_renamed_checkpoint_ends_the_run(store):
+    """It is whole, and may be all there is."""
     saved(store, 0, 10, weights(10))
     (store.folder / "stage-00-update-0000010").rename(store.folder / "stage-00-update-0000030")
-    assert store.load(0) is None
-    assert "checkpoint.json belongs to stage-00-update-0000010" in caplog.text
+    with pytest.raises(UserError, match="0000030 is stage-00-update-0000010 by its checkpoint.json; give it"):
+        store.load(0)
 
 
 def test_if_all_are_damaged_the_stage_starts_again(store, caplog):

@@ -12,16 +12,23 @@ import torch
 from diffkd.core.classifier import Classifier
 from diffkd.core.noise import add_noise
 from diffkd.data.images import Images
+from diffkd.errors import UserError
+from diffkd.io.text import quoted
 from diffkd.models import sizes
-from diffkd.models.loading import card
+from diffkd.models.loading import CARD, card
 from diffkd.runs.classification import networks
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
 from diffkd.runs.config_files import resolved
 from diffkd.runs.session import Session
+from diffkd.training.run_folder import RECORDS
 
 BATCH_SIZE = 256
 WARM_UP_CALLS, TIMED_CALLS = 20, 100  # a latency is the median of the timed ones
+
+
+ROLES = ("teacher", "labels", "distilled")
+NUMBERS = ("accuracy", "parameters", "macs", "milliseconds")  # of a run's own records
 
 
 class ClassifierArtifacts:
@@ -29,6 +36,8 @@ class ClassifierArtifacts:
 
     def __init__(self, session: Session, config: DistillClassifier, held_out: Images) -> None:
         self.session, self.config, self.held_out = session, config, held_out
+        if session.main:
+            session.run.check_records(ROLES, NUMBERS)
 
     def export(
         self, classifier: Classifier, network: Network, folder: Path, training: dict[str, Any]
@@ -36,31 +45,45 @@ class ClassifierArtifacts:
         """The classifier's folder, whose card has its record. training: what the record says of that."""
 
         def write(place: Path) -> None:
+            record = {**training, **self._measured(classifier)}
+            self.session.say(_line(record))  # before it is written: a full disk does not lose it
             networks.save(
                 classifier, network, place, classes=self.held_out.classes, data=self.held_out.name,
-                record={**training, **self._measured(classifier)}, config=resolved(self.config),
+                record=record, config=resolved(self.config),
             )  # fmt: skip
 
         self.session.export(folder, write)
 
     def add(self, folder: Path) -> None:
-        """Copies an exported classifier's record into metrics.json, once."""
-        if self.session.main:
-            self._add(card(folder)["record"])
+        """Copies an exported classifier's record into metrics.json, once. Raises UserError where its card has
+        lost it, or metrics.json has another one."""
+        if not self.session.main:
+            return
+        record = card(folder).get("record")
+        texts = [record.get(key) for key in ("name", "model", "role")] if isinstance(record, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{folder / CARD} has lost the record of its accuracy; delete {folder}, and it is trained "
+                "again"
+            )
+        known = self._known(record["name"])
+        if known is None:
+            self.session.run.add_record(record)
+        elif known != record:
+            raise UserError(
+                f"{self.session.run.folder / RECORDS} and {folder / CARD} have different records of "
+                f"{quoted(record['name'])}; remove the one in {RECORDS}"
+            )
 
     def add_teacher(self, teacher: Classifier) -> None:
         """The same for the teacher that another run trained, which is measured here."""
         named = {"name": "teacher", "model": "teacher", "role": "teacher"}
-        if self.session.main and not self._has("teacher"):
-            self._add({**named, **self._measured(teacher.to(self.session.accelerator.device))})
+        if self.session.main and self._known("teacher") is None:
+            record = {**named, **self._measured(teacher.to(self.session.accelerator.device))}
+            self.session.add_record(record, _line(record))
 
-    def _add(self, record: dict[str, Any]) -> None:
-        if not self._has(record["name"]):
-            self.session.add_record(record)
-            self.session.say(f"{record['name']}: {100 * record['accuracy']:.2f}%")
-
-    def _has(self, name: str) -> bool:
-        return any(record["name"] == name for record in self.session.records())
+    def _known(self, name: str) -> dict[str, Any] | None:
+        return next((record for record in self.session.records() if record.get("name") == name), None)
 
     def _measured(self, classifier: Classifier) -> dict[str, Any]:
         """Accuracy over the images held out, size, and milliseconds for one image alone."""
@@ -72,6 +95,10 @@ class ClassifierArtifacts:
             "accuracy": correct / len(self.held_out), "correct": correct, "held_out": len(self.held_out),
             **size.recorded(), "milliseconds": round(latency(classifier.network, *inputs), 4),
         }  # fmt: skip
+
+
+def _line(record: dict[str, Any]) -> str:
+    return f"{record['name']}: {100 * record['accuracy']:.2f}%"
 
 
 @torch.no_grad()

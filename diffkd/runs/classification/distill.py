@@ -124,12 +124,15 @@ def distill(config: DistillClassifier, console: Console, options: ResumeOptions 
         artifacts = ClassifierArtifacts(session, config, data.held_out)
         if saved is not None:
             artifacts.add_teacher(saved)
+        for folder in (job.folder(config.out) for job in jobs):
+            if folder.exists():
+                artifacts.add(folder)  # or refuses what was changed, before anything is trained
         for index, job in enumerate(jobs):
             folder = job.folder(config.out)
             if not folder.exists():
                 student = _train(session, data, job, index)
                 artifacts.export(student, job.network, folder, job.describe())
-            artifacts.add(folder)
+                artifacts.add(folder)
         if session.main:
             report.write(session, config, len(data.held_out))
     return config.out

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from diffkd.io.files import new_file
+from diffkd.runs.classification.artifacts import ROLES
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.config import method_config
 from diffkd.runs.reports import markdown, page, plots, tables
@@ -71,7 +72,7 @@ def mean_accuracy(records: Iterable[Record]) -> Mean:
 def _select(config: DistillClassifier, records: Iterable[Record], model: str, role: str) -> list[Record]:
     """A model's records in that role; distilled ones by the config's own method, not those of the sweep."""
     found = [r for r in records if (r["model"], r["role"]) == (model, role)]
-    return [r for r in found if role != "distilled" or r["method"] == method_config(config.method)]
+    return [r for r in found if role != "distilled" or r.get("method") == method_config(config.method)]
 
 
 def table_rows(config: DistillClassifier, records: Sequence[Record]) -> list[list[str]]:
@@ -79,7 +80,7 @@ def table_rows(config: DistillClassifier, records: Sequence[Record]) -> list[lis
     rows = []
     for model in ("teacher", *config.students):
         # the latency of one network does not depend on its training
-        latencies = [r["milliseconds"] for r in records if r["model"] == model]
+        latencies = [r["milliseconds"] for r in records if r["model"] == model and r["role"] in ROLES]
         for role, suffix in (("teacher", ""), ("labels", ", labels alone"), ("distilled", ", distilled")):
             if found := _select(config, records, model, role):
                 size = [_short(found[0]["parameters"]), _short(found[0]["macs"])]
@@ -104,11 +105,13 @@ def _draw_sweep(
     assert config.sweep is not None
     temperatures, alphas = sorted(config.sweep.temperature), config.sweep.alpha
     student = [r for r in records if r["model"] == config.sweep.student]
-    distilled = [r for r in student if r["role"] == "distilled"]
+    distilled = [r for r in student if r["role"] == "distilled" and isinstance(r.get("method"), dict)]
     for i, alpha in enumerate(alphas):
         means = [
             mean_accuracy(
-                r for r in distilled if (r["method"]["alpha"], r["method"]["temperature"]) == (alpha, T)
+                r
+                for r in distilled
+                if (r["method"].get("alpha"), r["method"].get("temperature")) == (alpha, T)
             )
             for T in temperatures
         ]
