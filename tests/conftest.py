@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffkd.cli import main
 from diffkd.cli.endings import UNFORESEEN
-from diffkd.io import plugins
+from diffkd.io import naming, plugins
 from diffkd.metrics import sampling_error
 from tests.waiting import ONE_THREAD
 
@@ -42,6 +42,7 @@ def _user_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What one test imports is not another's; and user modules of many tests are announced once per process,
     in whichever test came first."""
     monkeypatch.setattr(plugins, "announced", {"toy", "wide", "json"})
+    naming.speak("python")
     for known in (plugins.homes, plugins.looked):
         known.clear()
     before = {*sys.modules}

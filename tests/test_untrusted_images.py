@@ -144,6 +144,9 @@ EXACT = {
     "first frame of an apng": (saved(FRAMES[0], "PNG", **MANY), np.asarray(FRAMES[0])),
     "first frame of a webp": (saved(FRAMES[0], "WEBP", lossless=True, **MANY), np.asarray(FRAMES[0])),
     "first page of a tiff": (saved(FRAMES[0], "TIFF", **MANY), np.asarray(FRAMES[0])),
+    "gif": (saved(Image.fromarray(GREY), "GIF"), grey3(GREY)),
+    "first frame of a gif": (saved(FRAMES[0], "GIF", **MANY), np.asarray(FRAMES[0])),
+    "jpeg 2000": (saved(Image.fromarray(NOISE), "JPEG2000"), NOISE),
     "turned by exif": (saved(Image.fromarray(NOISE), "PNG", exif=ROTATED), np.rot90(NOISE, -1)),
     "turned tiff": (saved(Image.fromarray(NOISE), "TIFF", exif=ROTATED), np.rot90(NOISE, -1)),
     "one pixel wide": (saved(Image.fromarray(NOISE[:, :1]), "PNG"), NOISE[:, :1]),
@@ -224,7 +227,8 @@ def test_lab_tiff(tmp_path):
 BOMB = b"P5 12000 8000 255\n"  # a header that promises 96 million pixels
 REFUSED = {
     "zero bytes": (b"", "not a complete PNG"),
-    "gif": (saved(Image.fromarray(GREY), "GIF"), "not a complete PNG"),
+    "truncated gif": (saved(Image.fromarray(GREY), "GIF")[:-12], "truncated|image file"),
+    "tga": (saved(Image.fromarray(NOISE), "TGA"), "not a complete PNG"),  # it has no signature
     "postscript": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
         "not a complete PNG",
@@ -302,16 +306,16 @@ def test_thin_images_are_fitted(tmp_path, shape):
     assert trained.shape == (8, 8, 3)
     if len(middle) == 1:
         np.testing.assert_array_equal(trained, np.broadcast_to(middle[0], (8, 8, 3)))
-    with pytest.raises(UserError, match="smaller than data.size"):
+    with pytest.raises(UserError, match="smaller than size"):
         folder.Folder(kind="folder", path=root, size=8).load()
 
 
 def test_dataset_rows_are_decoded_like_files(tmp_path):
     datasets = pytest.importorskip("datasets")
-    gif = {"bytes": REFUSED["gif"][0], "path": None}
+    other = {"bytes": REFUSED["tga"][0], "path": None}
     rows = [{"bytes": EXACT[name][0], "path": "../../evil.png"} for name in ("rgb", "rgba", "16-bit rgb")]
     table = datasets.Dataset.from_dict(
-        {"image": [*rows, gif]}, features=datasets.Features(image=datasets.Image())
+        {"image": [*rows, other]}, features=datasets.Features(image=datasets.Image())
     )
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match="1 of 4 images"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 
 StockSampler = Literal["ddim", "renoise"]  # those that a stock pipeline draws with, to the bit
 
@@ -72,6 +73,7 @@ class Denoiser(nn.Module):
         self.sampler: StockSampler = sampler
         self.guidance_baked_in = guidance_baked_in
         self.name = "the model"
+        self.opened_with: dict[str, str] = {}  # options of `loading.load`, without which it is another model
         self.misused = False  # whether a line has said that it is drawn otherwise than it was made for
 
     @property
@@ -131,7 +133,8 @@ class Denoiser(nn.Module):
         if self.null_label is None:
             raise UserError(
                 "guidance needs a label that means no class, and this model has none; "
-                "use guidance 1, or name it as null_label where the model was trained with one"
+                f"use {called('guidance')} 1, or name it as {called('null_label')} where the model was "
+                "trained with one"
             )
 
 

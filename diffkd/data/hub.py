@@ -17,6 +17,7 @@ from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
+from diffkd.io.naming import option
 from diffkd.io.text import reason
 
 
@@ -52,7 +53,8 @@ class HubDataset(ResizedDataset):
         if min(values) < 0:
             raise UserError(
                 f"dataset {self.path} has label {min(values)} in row {values.index(min(values))}, "
-                "which is not a class; use a split with labels, or set data.labelled: false"
+                "which is not a class; use a split with labels"
+                f"{option(', or set {}: false', 'data.labelled')}"
             )
         classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
         return Images(self.path, pixels, torch.tensor([values[i] for i in readable]), classes, self.flip)

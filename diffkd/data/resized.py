@@ -15,6 +15,7 @@ from pydantic import Field
 from diffkd.data.decoding import fitted, upright
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
+from diffkd.io.naming import called, option
 from diffkd.io.text import log, reason
 
 MAX_UNREADABLE = 0.01  # a larger share of unreadable files stops the run
@@ -37,8 +38,8 @@ class ResizedDataset(Strict):
         image = upright(opened, self.channels)
         if min(image.size) < self.size and not self.upscale:
             raise UserError(
-                f"{name} is {image.width}x{image.height}, smaller than data.size {self.size}; "
-                "use a smaller size, or set data.upscale: true"
+                f"{name} is {image.width}x{image.height}, smaller than {called('data.size')} {self.size}; "
+                f"use a smaller size{option(', or set {}: true', 'data.upscale')}"
             )
         pixels = np.asarray(fitted(image, self.size))
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.generation.pixels import check_finite
+from diffkd.io.naming import called
 from diffkd.io.text import reason
 
 
@@ -46,7 +47,7 @@ def generate_stock(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever its files make it do
-            remedy = "use other --steps" if isinstance(error, ValueError) else "is it complete?"
+            remedy = f"use other {called('steps')}" if isinstance(error, ValueError) else "is it complete?"
             raise UserError(f"the pipeline cannot generate ({reason(error)}); {remedy}") from error
         images = torch.from_numpy(np.ascontiguousarray(output))
         check_finite(images.isfinite().all())

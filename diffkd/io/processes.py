@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import reason
 
 
@@ -19,7 +20,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name!r} cannot be used ({reason(error)}); try cpu") from error
+        raise UserError(f"{called('device')} {name!r} cannot be used ({reason(error)}); try cpu") from error
     return device
 
 
@@ -35,7 +36,8 @@ class Processes:
         self.rank, self.world = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         if self.world > 1 and self.device.type != state.device.type:
-            raise UserError(f"--device {device} is for one process; the launcher gives each its own")
+            name = called("device")
+            raise UserError(f"{name} {device} is for one process; the launcher gives each its own")
         if self.world > 1:
             self.device = state.device
         if self.device.type == "mps":

@@ -46,7 +46,8 @@ def teacher(denoiser: Denoiser, path: str, images: Images) -> str:
     if denoiser.num_classes is not None:
         said.append(f"{denoiser.num_classes} classes")
     else:
-        said.append("unconditional" + ("; the data's labels are ignored" if images.labels is not None else ""))
+        ignored = "; the data's labels are ignored" if images.labels is not None else ""
+        said.append(f"unconditional{ignored}")
     return ", ".join(said)
 
 

@@ -30,7 +30,7 @@ def run(settings: config.Benchmark, console: Console) -> Path:
     wanted = _wanted(settings, _rows(place))
     if wanted:
         _check(settings.evaluation, wanted, processes)
-    folder = RunFolder(settings.out, config_files.resolved(settings), owner=processes.main)
+    folder = RunFolder(settings.out, config_files.resolved(settings), owner=processes.main, allow=None)
     try:
         if processes.main:
             folder.describe(str(processes.device), processes.world)
@@ -71,10 +71,11 @@ def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Target]
         if left or (not model.steps and model.title not in names):
             wanted.append(Target(
                 model.path, name=model.title, steps=left, guidance=model.guidance, stock=model.stock,
-                null_label=model.null_label, quantize=model.quantize,
+                null_label=model.null_label, quantize=model.quantize, opening=model.opening,
                 teacher=teacher.path if teacher else None,
                 teacher_steps=teacher.steps[0] if teacher and teacher.steps else AGREEMENT_STEPS,
                 teacher_guidance=teacher.guidance if teacher else 1.0,
+                teacher_opening=teacher.opening if teacher else {},
             ))  # fmt: skip
     return wanted
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from diffkd import methods
 from diffkd.core.classifier import Classifier
 from diffkd.errors import UserError
-from diffkd.io import plugins
+from diffkd.io import naming, plugins
 from diffkd.io.config import Strict, validation_message
 from diffkd.io.strict_yaml import read_yaml
 from diffkd.io.text import quoted, reason
@@ -49,6 +49,7 @@ def resolved(config: Strict) -> dict[str, Any]:
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The file's content, its teacher's config named by a path that holds from any folder."""
+    naming.speak("config")
     content = read_yaml(path, overrides)
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):

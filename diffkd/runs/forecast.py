@@ -27,6 +27,6 @@ class Forecast:
         of_stage = " of this stage" if self.later is None else ""
         measuring = f", and {duration(self.measuring)} for measuring" if self.measuring else ""
         self._say(
-            f"about {duration(left / pace.rate)} for the {left:,} updates{of_stage} that are left, at the rate "
-            f"so far ({pace.rate:.3g} a second){measuring}"
+            f"about {duration(left / pace.rate)} for the {left:,} updates{of_stage} that are left, at the "
+            f"rate so far ({pace.rate:.3g} a second){measuring}"
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.generation.timing import Timer
 from diffkd.io.environment import commit, versions
+from diffkd.io.naming import called
 from diffkd.io.processes import Processes
 from diffkd.metrics.base import MAIN, Inputs
 from diffkd.metrics.evaluation import networks
@@ -65,7 +66,8 @@ class Evaluator:
         if comparing is None:
             teacher = None
         elif teacher is None:
-            raise UserError(f"{comparing} is with a teacher from the same noise; name it (--teacher)")
+            name = called("teacher")
+            raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
         stored = networks.stored_of_images(self.metrics)
         collection = Collection(self.metrics, self.networks, stream.count, device, stored)
         pixels = Pixels(stream.count)

@@ -14,6 +14,7 @@ from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
+from diffkd.io.naming import in_config
 from diffkd.io.npz import PICKLES, read_npz
 from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
 
@@ -57,7 +58,8 @@ def parse(
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
         raise UserError(f"{text} does not exist; give digits, an .npz, a folder, or a data set (owner/name)")
     if resize is None:
-        raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: add --resize")
+        remedy = f"give it as {{kind: datasets, path: {text}, size: ...}}" if in_config() else "add --resize"
+        raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: {remedy}")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
 
 

@@ -15,6 +15,7 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.generator import generate
 from diffkd.generation.labels import labels_for
+from diffkd.io.naming import called
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import Source, batches, spread, thinned
 from diffkd.metrics.evaluation.reference import Reference
@@ -40,7 +41,8 @@ def stored_images(source: Source, count: int | None, batch_size: int) -> ImageSt
     """Images of a set; `count` of them, a fixed random choice where it has more."""
     if count is not None and count > len(source):
         raise UserError(
-            f"{source.name} has {len(source)} images and {count} are asked for; use fewer --samples"
+            f"{source.name} has {len(source)} images and {count} are asked for; use fewer "
+            f"({called('evaluation.samples')})"
         )
     chosen = thinned(source, count or len(source))
     return ImageStream(
@@ -108,7 +110,7 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
     """What a protocol says of a model, enough to open it again. null_label: where it had to be named."""
     place = Path(path).expanduser()
     where = {"kind": "model", "path": str(place.resolve()) if place.exists() else path}
-    more = {} if null_label is None else {"null_label": null_label}
+    more = denoiser.opened_with | ({} if null_label is None else {"null_label": null_label})
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}
 
 

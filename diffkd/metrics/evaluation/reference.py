@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.io import files
+from diffkd.io import files, naming
+from diffkd.io.naming import called
 from diffkd.io.npz import read_npz
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, reason
@@ -42,7 +43,8 @@ class Reference:
         if source is None and isinstance(spec, File):
             self._read(spec.path)
         elif source is None:
-            self.source = images_of(spec)
+            with naming.reference():
+                self.source = images_of(spec)
         if self.source is not None:
             self.labels = self.source.labels
             self.name = self.source.name
@@ -175,7 +177,7 @@ class Reference:
         if differ and not allow_mismatch:
             raise UserError(
                 f"{self.name} was made with other features ({'; '.join(differ)}); use the same, "
-                "or --allow-mismatch for a number that cannot be compared"
+                f"or {called('evaluation.allow_mismatch')} for a number that cannot be compared"
             )
 
     def describe(self) -> dict[str, Any]:

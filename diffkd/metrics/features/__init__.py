@@ -15,6 +15,7 @@ from torch import nn
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.io import plugins
+from diffkd.io.naming import called
 from diffkd.metrics.features.clip import CLIP
 from diffkd.metrics.features.digits import DigitsFeatures
 from diffkd.metrics.features.dinov2 import DINOv2
@@ -35,15 +36,18 @@ def load(
     """
     if name == "inception":
         if dtype not in (None, "float32", "float64"):
-            raise UserError(f"dtype {dtype!r} is not one of inception's; use float32 or float64")
+            key = called("evaluation.dtype")
+            raise UserError(f"{key} {dtype!r} is not one of inception's; use float32 or float64")
         return InceptionV3(weights, resize=resize or "tf1", dtype=getattr(torch, dtype or "float32"))
-    for option, value in (("resize", resize), ("dtype", dtype)):
+    for key, value in (("resize", resize), ("dtype", dtype)):
         if value is not None:
+            option = called(f"evaluation.{key}")
             raise UserError(f"{option} {value!r} is for inception features, and the features are {name}")
     if name in ("dinov2", "clip"):
         return (DINOv2 if name == "dinov2" else CLIP)(weights)
     if weights is not None:
-        raise UserError(f"weights {weights!r} are for inception, dinov2 and clip; the features are {name}")
+        option = called("evaluation.weights")
+        raise UserError(f"{option} {weights!r} is for inception, dinov2 and clip; the features are {name}")
     return DigitsFeatures() if name == "digits" else _own(name)
 
 
@@ -58,7 +62,7 @@ def check_named(name: str, where: object) -> None:
     if name not in NAMES:
         raise UserError(
             f"{where} is by the features {name!r}, code that a file may not run; "
-            f"if it is yours, name it: --features {name}"
+            f"if it is yours, name it: {called('evaluation.features')} {name}"
         )
 
 

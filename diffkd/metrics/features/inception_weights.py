@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called, in_config
 
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # the same file
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAMES[0]}"
@@ -46,9 +47,11 @@ def find_weights(given: str | Path | None = None) -> Path:
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash is wrong
         raise UserError(
-            f"the Inception weights {NAMES[0]} are not in {folder}, neither --weights nor {VARIABLE} names "
-            f"them, and their download failed ({_line(error)}); get {URL} on a machine that can, and copy it "
-            f"into that folder, or point --weights or {VARIABLE} at it"
+            f"the Inception weights {NAMES[0]} are not in {folder}, neither {called('evaluation.weights')} "
+            f"nor {VARIABLE} names them, and their download failed ({_line(error)}); get {URL} on a machine "
+            f"that can, and copy it into that folder or name it there; or use other "
+            f"{called('evaluation.features')}, your own or, for handwritten digits, digits"
+            f"{', or evaluation: null to measure nothing' if in_config() else ''}"
         ) from error
     return path
 

@@ -24,6 +24,6 @@ def doubt(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
     others = ", ".join(name for name in SAMPLERS if name not in (used, UNSUITED))
     return (
         f"A student so much better than its teacher means that the teacher was drawn badly, by {used} in "
-        f"{teacher.get('steps')} steps; measure it by another sampler (diffkd evaluate TEACHER --sampler, one of "
-        f"{others}) before comparing the two"
+        f"{teacher.get('steps')} steps; measure it by another sampler (diffkd evaluate TEACHER --sampler, "
+        f"one of {others}) before comparing the two"
     )
