@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 # Formats are recognised by content, whatever a file is called. No others: Pillow supports formats that run
-# other programs (PostScript) or read other files.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
+# other programs (PostScript) or read other files, and some that have no signature (TGA), so that any file
+# could be one.
+_SUFFIXES = {
+    "PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "WEBP": (".webp",),
+    "BMP": (".bmp",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"), "AVIF": (".avif",), "QOI": (".qoi",),
+}  # fmt: skip
+_LIBRARIES = {"JPEG2000": "jpg_2000", "AVIF": "avif"}  # without which Pillow may have been built
+Image.init()  # loads its plugins
+FORMATS = tuple(
+    name
+    for name in _SUFFIXES
+    if name in Image.OPEN and (name not in _LIBRARIES or features.check(_LIBRARIES[name]))
+)
+SUFFIXES = tuple(suffix for name in FORMATS for suffix in _SUFFIXES[name])
 # Decoding threads would print these over each other. `upright` refuses what the first one warns of; the
 # others are about metadata that is not used. Appended, so that a user's own filters take precedence.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
@@ -68,8 +79,3 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The image files in a folder and its subfolders, in no particular order."""
-    return (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())

@@ -1,4 +1,4 @@
-"""A folder of image files, with classes by subfolder."""
+"""A folder of image files, with classes by subfolder or by metadata files."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from diffkd.data.decoding import SUFFIXES, image_files, open_image
+from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
+from diffkd.data.listing import ClassOrder, list_folder
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
+from diffkd.io.naming import called
+from diffkd.io.text import log
 
 
 class Folder(ResizedDataset):
-    """A folder of images (PNG, JPEG, WebP, ...); its subfolders, if it has any, are the classes."""
+    """A folder of images (PNG, JPEG, WebP, ...); its subfolders, if it has any, are the classes.
+
+    A metadata.jsonl or metadata.csv as of Hugging Face's imagefolder may give classes and captions instead.
+    """
 
     kind: Literal["folder"]
     path: Path = Field(description="the folder")
+    class_order: ClassOrder | None = Field(
+        None, description="how class names are sorted: name (default), or number where they are numbers"
+    )
 
     def load(self) -> Images:
         root = self.path.expanduser()
         if not os.path.isdir(root):
-            raise UserError(f"data.path {root} is not a folder; give a folder of images")
-        classes = sorted(
-            d.name for d in root.iterdir() if d.is_dir() and next(image_files(d), None) is not None
-        )
-        loose = [p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()]
-        if classes and loose:
+            raise UserError(f"{called('data.path')} {root} is not a folder; give a folder of images")
+        found = list_folder(root, self.class_order or "name", labelled=self.labelled)
+        if found.loose and len(found.loose) < len(found.paths) and found.labels is None:
+            inside = next(path for path in found.paths if path.parent != root).relative_to(root).parts[0]
             raise UserError(
-                f"{root} holds both images and class folders ({classes[0]}, ...); keep one of the two"
+                f"{root} holds both images and class folders ({inside}, ...); keep one of the two, or give "
+                "labels in a metadata.jsonl"
             )
-        paths = [p for c in classes for p in sorted(image_files(root / c))] or sorted(loose)
-        if not paths:
-            raise UserError(
-                f"{root} holds no images ({', '.join(SUFFIXES)}), neither in itself nor in subfolders"
-            )
+        if found.passed_over:
+            log.warning("%s", passed_over(root, found.passed_over))
         pixels, readable = self.decode_all(
-            str(root), len(paths), lambda i: open_image(paths[i]), lambda i: str(paths[i])
+            str(root), len(found.paths), lambda i: open_image(found.paths[i]), lambda i: str(found.paths[i])
         )
-        labels = None
-        if classes and self.labelled:
-            index = {name: n for n, name in enumerate(classes)}
-            labels = torch.tensor([index[paths[i].relative_to(root).parts[0]] for i in readable])
-        return Images(str(self.path), pixels, labels, classes if labels is not None else [], self.flip)
+        labels = None if found.labels is None else torch.tensor([found.labels[i] for i in readable])
+        captions = [found.captions[i] for i in readable] if found.captions else []
+        return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
+
+
+def passed_over(root: Path, files: list[Path]) -> str:
+    """The line about files that are not read as images."""
+    some = ", ".join(str(path.relative_to(root)) for path in files[:3]) + ", ..." * (len(files) > 3)
+    count = f"{len(files)} file{'s' * (len(files) > 1)}"
+    return f"{root}: {count} passed over, which no suffix says to be an image ({some})"

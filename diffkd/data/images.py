@@ -15,13 +15,14 @@ DIGESTED = 20_000
 @dataclass(frozen=True)
 class Images:
     """pixels: (N, C, H, W) uint8. labels: (N,) int64 or None. classes: their names. flip: mirror half of the
-    images of a batch, at random."""
+    images of a batch, at random. captions: one for each image, or none."""
 
     name: str
     pixels: np.ndarray
     labels: Tensor | None = None
     classes: list[str] = field(default_factory=list)
     flip: bool = False
+    captions: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.pixels)

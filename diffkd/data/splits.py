@@ -83,4 +83,9 @@ def few_labels(images: Images, count: int | None, seed: int) -> tuple[Images, Im
 
 def _part(images: Images, indices: Tensor) -> Images:
     assert images.labels is not None
-    return replace(images, pixels=images.pixels[indices.numpy()], labels=images.labels[indices])
+    return replace(
+        images,
+        pixels=images.pixels[indices.numpy()],
+        labels=images.labels[indices],
+        captions=[images.captions[i] for i in indices] if images.captions else [],
+    )

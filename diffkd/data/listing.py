@@ -1,0 +1,198 @@
+"""What a folder of images holds: its image files; classes by subfolder, or with captions by metadata."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from diffkd.data.decoding import SUFFIXES
+from diffkd.errors import UserError
+from diffkd.io.text import from_json, log, quoted, reason
+
+METADATA = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's imagefolder names them
+CAPTIONS = ("text", "caption")  # their keys for a caption; the first that is there
+MAX_CLASSES = 100_000  # of labels that are numbers
+ClassOrder = Literal["name", "number"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """paths: the image files, sorted. labels: of each, by metadata or else by subfolder; None where some have
+    none. classes: their names. captions: of each, "" for none; [] without metadata. loose: images that lie
+    in the folder itself. passed_over: files that are no images by their suffix."""
+
+    paths: list[Path]
+    labels: list[int] | None = None
+    classes: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    loose: list[Path] = field(default_factory=list)
+    passed_over: list[Path] = field(default_factory=list)
+
+
+def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool = True) -> Listing:
+    """The images below a folder.
+
+    Hidden files and folders (.name) are not data. Links to folders are followed, each folder once in a class.
+    Raises UserError for a folder or a metadata file that cannot be read, and for one without images.
+    """
+    files = list(_files(root))
+    metadata = [path for path in files if path.name in METADATA]
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(
+            f"{root} holds no images ({', '.join(SUFFIXES)}), neither in itself nor in subfolders"
+        )
+    about = _metadata(metadata, paths)
+    loose = [path for path in paths if path.parent == root]
+    labels: list[int] | None = None
+    classes: list[str] = []
+    if not labelled:
+        pass
+    elif any("label" in row for row in about.values()):
+        labels, classes = _numbered(paths, about, class_order)
+    elif not loose:
+        of_path = [path.relative_to(root).parts[0] for path in paths]
+        classes = sorted_classes(set(of_path), class_order, root)
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[name] for name in of_path]
+    key = next((key for key in CAPTIONS if any(key in row for row in about.values())), None)
+    captions = [str(about.get(path, {}).get(key) or "") for path in paths] if key else []
+    passed_over = sorted(set(files).difference(paths, metadata))
+    return Listing(paths, labels, classes, captions, loose, passed_over)
+
+
+def sorted_classes(names: set[str], order: ClassOrder, where: object) -> list[str]:
+    """By name, or by the number that each name is. Raises UserError for names that are none."""
+    if order == "name":
+        return sorted(names)
+    wrong = next((name for name in sorted(names) if not (name.isascii() and name.isdigit())), None)
+    if wrong is not None:
+        raise UserError(
+            f"class_order number is for classes named by numbers, and {where} has {quoted(wrong)}; use name"
+        )
+    return sorted(names, key=lambda name: (int(name), name))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The visible files below a folder."""
+    for entry in _entries(root):
+        if _is_folder(entry):
+            yield from _below(Path(entry.path), {_identity(root)})
+        elif _is_file(entry):
+            yield Path(entry.path)
+
+
+def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """seen: folders not to be read again: links may lead around in a circle."""
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        if _identity(folder) in seen:
+            continue
+        seen.add(_identity(folder))
+        for entry in _entries(folder):
+            if _is_folder(entry):
+                waiting.append(Path(entry.path))
+            elif _is_file(entry):
+                yield Path(entry.path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({reason(error)}); make it readable") from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Links that lead nowhere too: whoever reads an image by that name says so."""
+    return entry.is_symlink() or entry.is_file()
+
+
+def _metadata(files: list[Path], paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """What metadata files say of each image: {path: row}. They name images relative to themselves."""
+    known, about, absent = set(paths), dict[Path, dict[str, Any]](), list[str]()
+    for file in sorted(files):
+        for line, row in _rows(file):
+            name = row.get("file_name")
+            if not isinstance(name, str) or not name:
+                raise UserError(f"{file}, line {line}: it has no file_name; every row names an image by it")
+            path = file.parent / name
+            if path not in known:
+                absent.append(name)
+            elif path in about:
+                raise UserError(f"{file}, line {line}: {quoted(name)} is there twice; keep one of the two")
+            else:
+                about[path] = row
+    if absent:
+        log.warning("%d images that %s names are not there (%s, ...)", len(absent), files[0], absent[0])
+    return about
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a metadata file. Labels of a .csv that are digits are numbers."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); repair it, or move it away") from error
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                named: dict[str, Any] = {k: v for k, v in row.items() if isinstance(k, str) and v is not None}
+                label = named.get("label", "")
+                yield reader.line_num, named | ({"label": int(label)} if _is_number(label) else {})
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: it is not CSV ({reason(error)})") from error
+        return
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                row = from_json(content)
+            except ValueError as error:
+                raise UserError(f"{file}, line {line}: it is not JSON ({reason(error)})") from error
+            if not isinstance(row, dict):
+                raise UserError(f'{file}, line {line}: it is not an object such as {{"file_name": ...}}')
+            yield line, row
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _numbered(
+    paths: list[Path], about: dict[Path, dict[str, Any]], order: ClassOrder
+) -> tuple[list[int], list[str]]:
+    """Labels and class names from metadata: numbers as they are, or names, which are numbered in order."""
+    given = [about.get(path, {}).get("label") for path in paths]
+    names = isinstance(given[0], str)
+    for path, label in zip(paths, given, strict=True):
+        fits = isinstance(label, str) and label if names else type(label) is int and 0 <= label < MAX_CLASSES
+        if not fits:
+            raise UserError(
+                f"{path}: its label in the metadata is {quoted(label)}; give every image a name, or every "
+                f"one a number from 0 to {MAX_CLASSES - 1}"
+            )
+    if not names:
+        return given, [str(i) for i in range(max(given) + 1)]
+    classes = sorted_classes(set(given), order, "the metadata")
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[label] for label in given], classes

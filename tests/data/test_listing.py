@@ -1,0 +1,204 @@
+"""What a folder holds: hidden files, links, classes in order, metadata files, files passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffkd.data.decoding import SUFFIXES
+from diffkd.data.listing import list_folder
+from diffkd.errors import UserError
+from diffkd.metrics.evaluation.image_sources import FolderSource
+from tests.data.helpers import folder, noise
+
+
+def both(root: Path) -> int:
+    """The number of images that training and evaluation read, which must agree."""
+    count = len(FolderSource(root, None))
+    assert len(folder(root)) == count
+    return count
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_data(tmp_path, suffix):
+    Image.fromarray(noise(8, 8)).save(tmp_path / f"a{suffix}", format="PNG")  # told by content
+    Image.fromarray(noise(8, 8)).save(tmp_path / f"b{suffix.upper()}", format="PNG")
+    assert both(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "hidden", [".a.png", "._000.png", ".DS_Store", ".ipynb_checkpoints/0.png", "a/.deep/er/0.png", ".git/x"]
+)
+def test_hidden_files_are_not_data(tmp_path, image_folder, hidden):
+    root = image_folder(tmp_path, classes=["a", "b"], count=3)
+    place = root / hidden
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"\0\5\x16\7")  # not an image, whatever its suffix
+    assert both(root) == 6 and folder(root).classes == ["a", "b"]
+    assert list_folder(root).passed_over == []
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path, image_folder):
+    assert both(image_folder(tmp_path, name=".cache")) == 4
+
+
+def test_linked_class_folders_and_files_are_followed(tmp_path, image_folder):
+    real = image_folder(tmp_path, name="real", classes=["x", "y"], count=3)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "1").symlink_to(real / "x")
+    (root / "0").symlink_to(real / "y")
+    (root / "2").mkdir()
+    (root / "2" / "a.png").symlink_to(real / "x" / "000.png")
+    assert both(root) == 7
+    images = folder(root)
+    assert images.classes == ["0", "1", "2"] and images.class_counts == [3, 3, 1]
+    assert np.array_equal(images.pixels[:3], folder(real / "y").pixels)
+    assert FolderSource(root, None).labels.tolist() == images.labels.tolist()
+
+
+def test_links_around_in_a_circle(tmp_path, image_folder):
+    """Of two folders, of one to itself and to its parent, and of many to each other: each is read once."""
+    root = image_folder(tmp_path, classes=[str(i) for i in range(9)], count=1)
+    for i in range(9):
+        for j in range(9):
+            (root / str(i) / f"to{j}").symlink_to(root / str(j))
+        (root / str(i) / "up").symlink_to(root)
+        (root / str(i) / "self.png").symlink_to("self.png")
+    found = list_folder(root)
+    images = [path for path in found.paths if path.name != "self.png"]
+    assert len(images) == 9 * 9 and found.classes == [str(i) for i in range(9)]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, image_folder, monkeypatch):
+    root = image_folder(tmp_path, classes=["a", "b"])
+    import os
+
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for read in (lambda: folder(root), lambda: FolderSource(root, None)):
+        with pytest.raises(UserError, match=r"folder .*/b cannot be read .*Permission"):
+            read()
+
+
+def test_files_passed_over_are_said(tmp_path, image_folder, caplog):
+    root = image_folder(tmp_path, classes=["a"])
+    for name in ("notes.txt", "a/image.tga", "a/b.psd", "Thumbs.db"):
+        (root / name).write_bytes(b"x")
+    with caplog.at_level(logging.WARNING, "diffkd"):
+        folder(root)
+    [note] = FolderSource(root, None).notes
+    assert caplog.messages == [note]
+    assert note.startswith(f"{root}: 4 files passed over") and "Thumbs.db, a/b.psd, a/image.tga, ..." in note
+
+
+def test_classes_in_the_order_of_their_numbers(tmp_path, image_folder):
+    root = image_folder(tmp_path, classes=["10", "2", "1", "01"], count=2)
+    by_name, by_number = folder(root), folder(root, class_order="number")
+    assert by_name.classes == ["01", "1", "10", "2"] and by_number.classes == ["01", "1", "2", "10"]
+    assert np.array_equal(by_name.pixels, by_number.pixels)
+    named = [[images.classes[label] for label in images.labels] for images in (by_name, by_number)]
+    assert named[0] == named[1]
+    image_folder(tmp_path, classes=["cat"], count=1)
+    with pytest.raises(UserError, match="class_order number .* 'cat'"):
+        folder(root, class_order="number")
+
+
+# metadata
+
+
+def write(root: Path, rows: list[dict], kind: str = "jsonl") -> Path:
+    path = root / f"metadata.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        keys = list(rows[0])
+        lines = [",".join(keys), *(",".join(f'"{row[key]}"' for key in keys) for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8-sig")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_labels_and_captions_by_metadata(tmp_path, image_folder, kind):
+    root = image_folder(tmp_path, count=4)
+    names = ["zebra", "ant", "zebra", "bee"]
+    texts = ["a, b", "", 'ä "c"' if kind == "jsonl" else "ä", "d"]
+    rows = [{"file_name": f"{i:03d}.png", "text": texts[i], "label": names[i]} for i in (2, 0, 3, 1)]
+    write(root, rows, kind)
+    images = folder(root)
+    assert images.classes == ["ant", "bee", "zebra"] and images.labels.tolist() == [2, 0, 2, 1]
+    assert images.captions == texts
+    assert FolderSource(root, None).labels.tolist() == [2, 0, 2, 1]
+    assert folder(root, labelled=False).labels is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_labels_that_are_numbers_stay(tmp_path, image_folder, kind):
+    root = image_folder(tmp_path, count=3)
+    write(root, [{"file_name": f"{i:03d}.png", "label": label} for i, label in enumerate((3, 0, 3))], kind)
+    images = folder(root)
+    assert images.labels.tolist() == [3, 0, 3] and images.classes == ["0", "1", "2", "3"]
+
+
+def test_metadata_in_subfolders_and_without_labels(tmp_path, image_folder):
+    """Names are relative to the metadata file; without labels, subfolders are the classes."""
+    root = image_folder(tmp_path, classes=["a", "b"], count=2)
+    write(root / "b", [{"file_name": "001.png", "caption": "one"}])
+    images = folder(root)
+    assert images.captions == ["", "", "", "one"] and images.classes == ["a", "b"]
+
+
+def test_images_that_are_not_there_are_said(tmp_path, image_folder, caplog):
+    root = image_folder(tmp_path, count=2)
+    write(root, [{"file_name": name, "text": "t"} for name in ("000.png", "gone.png", "../x.png")])
+    with caplog.at_level(logging.WARNING, "diffkd"):
+        assert folder(root).captions == ["t", ""]
+    assert "2 images" in caplog.text and "gone.png" in caplog.text
+
+
+FINE = {"file_name": "000.png", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"label": 1}], "line 1: it has no file_name"),
+        ([{"file_name": 3}], "line 1: it has no file_name"),
+        ([FINE, FINE], "line 2: '000.png' is there twice"),
+        ([FINE], "001.png: its label in the metadata is None"),
+        ([FINE, {"file_name": "001.png", "label": "b"}], "001.png: its label in the metadata is 'b'"),
+        ([FINE, {"file_name": "001.png", "label": -1}], "001.png: its label in the metadata is -1"),
+        ([FINE, {"file_name": "001.png", "label": True}], "001.png: its label in the metadata is True"),
+        (
+            [FINE, {"file_name": "001.png", "label": 10**9}],
+            "001.png: its label in the metadata is 1000000000",
+        ),
+        ([{"file_name": "000.png", "label": 0.5}], "000.png: its label in the metadata is 0.5"),
+    ],
+)
+def test_metadata_that_is_refused(tmp_path, image_folder, rows, says):
+    root = image_folder(tmp_path, count=2)
+    write(root, rows)
+    for read in (lambda: folder(root), lambda: FolderSource(root, None)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert says in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"file_name": "000.png"}\n' + b"[" * 9999])
+def test_metadata_that_is_broken(tmp_path, image_folder, content):
+    root = image_folder(tmp_path, count=2)
+    (root / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"metadata\.jsonl"):
+        folder(root)
