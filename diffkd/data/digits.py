@@ -22,7 +22,7 @@ class Digits(Strict):
             from sklearn.datasets import load_digits
         except ModuleNotFoundError as error:
             raise UserError(
-                "data kind digits needs scikit-learn; install it with pip install 'diffkd[digits]'"
+                "data kind digits needs scikit-learn; install it with pip install scikit-learn"
             ) from error
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]

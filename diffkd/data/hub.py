@@ -85,7 +85,7 @@ class HubDataset(ResizedDataset):
             import datasets
         except ModuleNotFoundError as error:
             raise UserError(
-                "data kind datasets needs the datasets package; pip install 'diffkd[datasets]'"
+                "data kind datasets needs the datasets package; install it with pip install datasets"
             ) from error
         try:
             if os.path.isfile(Path(self.path) / "dataset_dict.json"):

@@ -28,7 +28,7 @@ def quantized(denoiser: Denoiser, scheme: str = "int8") -> Denoiser:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerAxis
     except ImportError as error:
-        raise UserError("int8 weights need torchao; install it with pip install 'diffkd[quant]'") from error
+        raise UserError("int8 weights need torchao; install it with pip install torchao") from error
     network = denoiser.network.requires_grad_(False)
     quantize_(network, Int8WeightOnlyConfig())
     # torchao's int8 tensor does not support convolutions; its intx tensor does

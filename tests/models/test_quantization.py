@@ -107,4 +107,4 @@ def test_refused(tmp_path, cli, monkeypatch):
     with pytest.raises(ValueError, match="save the model loaded without quantize"):
         loading.save(diffkd.load(tmp_path / "plain", quantize="int8"), tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    refuse(cli, tmp_path, *draw, "--quantize", "int8", says="pip install 'diffkd[quant]'")
+    refuse(cli, tmp_path, *draw, "--quantize", "int8", says="pip install torchao")

@@ -130,7 +130,8 @@ def _transformers(kind: Kind) -> ModuleType:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UserError(
-            f"feature network {kind.name} needs transformers ({reason(error)}); pip install 'diffkd[dino]'"
+            f"feature network {kind.name} needs transformers ({reason(error)}); "
+            "install it with pip install transformers"
         ) from error
 
 
