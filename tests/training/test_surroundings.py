@@ -19,8 +19,8 @@ from tests.training.stages import run_one, untimed, weights
 
 TRAINING = Training(batch_size=8, log_every=1, checkpoint_every=5)
 
-# Every variable that accelerate reads and REFUSED and OVERRULED have not: what becomes of it. Of one with a value,
-# a run of one process is compared with a run without it.
+# Every variable that accelerate reads and REFUSED and OVERRULED have not: what becomes of it. With all those
+# that have a value here, a run of one process is compared with one without them.
 PLACES = {  # how many processes there are, where, and how they find each other: the launcher's to say
     **dict.fromkeys([
         "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_RANK",
