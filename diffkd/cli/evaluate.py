@@ -13,8 +13,10 @@ from diffkd.cli.options import (
     FeatureResize,
     Features,
     ImageSize,
+    NoiseScheduler,
     Quantized,
     Split,
+    Variant,
     Weights,
     prepare_libraries,
 )
@@ -62,6 +64,8 @@ def evaluate(
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
     ] = None,
     quantize: Quantized = None,
+    variant: Variant = None,
+    scheduler: NoiseScheduler = None,
     teacher: Annotated[
         str | None, typer.Option(help="Of agreement: the model to draw the same noise with.")
     ] = None,
@@ -73,6 +77,12 @@ def evaluate(
         int | None,
         typer.Option(min=0, help="Resamplings for a 95% interval of FID; default none, 200 is usual."),
     ] = None,
+    kid_subsets: Annotated[int | None, typer.Option(min=1, help="Of kid; default 100.")] = None,
+    kid_subset_size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Images in each; default 1000, or a whole set, which has no spread."),
+    ] = None,
+    is_splits: Annotated[int | None, typer.Option(min=1, help="Of is; default 10.")] = None,
     dino_weights: Annotated[
         str | None, typer.Option(help="Of fd_dino; default facebook/dinov2-large.")
     ] = None,
@@ -104,8 +114,9 @@ def evaluate(
 
     options = job.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
-        guidance, null_label, quantize, teacher, teacher_steps, teacher_guidance, bootstrap, dino_weights,
-        clip_weights, seed, batch_size, allow_mismatch,
+        guidance, null_label, quantize, variant, scheduler, teacher, teacher_steps, teacher_guidance,
+        bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights, seed, batch_size,
+        allow_mismatch,
     )  # fmt: skip
     if repeat is not None:
         also = {"the target": target, "--reference": reference, "--out": out, "--json": json or None}

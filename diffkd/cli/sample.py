@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffkd.cli.options import Quantized, prepare_libraries
+from diffkd.cli.options import NoiseScheduler, Quantized, Variant, prepare_libraries
 
 
 def sample(
@@ -50,6 +50,8 @@ def sample(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other images at --out.")] = False,
     quantize: Quantized = None,
+    variant: Variant = None,
+    scheduler: NoiseScheduler = None,
 ) -> None:
     """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
 
@@ -66,5 +68,6 @@ def sample(
     sample_to(
         model, out, Console(), n=n, classes=classes, seed=seed, steps=steps, sampler=sampler,
         batch_size=batch_size, dtype=dtype, mode=mode, image_format=image_format, workers=workers,
-        device=device, overwrite=overwrite, quantize=quantize, options=options,
+        device=device, overwrite=overwrite, quantize=quantize, variant=variant, scheduler=scheduler,
+        options=options,
     )  # fmt: skip

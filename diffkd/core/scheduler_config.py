@@ -82,8 +82,8 @@ def check_scheduler(scheduler: Any) -> None:
         if allowed is not None and value not in allowed:
             raise UserError(
                 f"scheduler {kind} has {key} {quoted(value)}, which diffkd's samplers do not do; set it to "
-                f"{allowed[0]} in scheduler_config.json to draw without it, or measure the pipeline as it is "
-                "by --sampler stock"
+                f"{allowed[0]} in scheduler_config.json to draw without it; diffkd evaluate --sampler stock "
+                "measures the pipeline as it is"
             )
         if key not in FIELDS and value != parameter.default:
             raise UserError(

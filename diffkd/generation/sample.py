@@ -52,6 +52,8 @@ def sample_to(
     device: str | None = None,
     overwrite: bool = False,
     quantize: str | None = None,
+    variant: str | None = None,
+    scheduler: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Generates n images, or those of them that are missing; all processes of a launcher share the work.
@@ -65,7 +67,10 @@ def sample_to(
     check_writable(writer.grid, f"the grid of --out {out},")
     processes = Processes(None if device == "mps" else device)
     place = processes.device if processes.world > 1 else _device(device)
-    denoiser = loading.load(model, device=place, dtype=_dtype(dtype, place), quantize=quantize)
+    denoiser = loading.load(
+        model, device=place, dtype=_dtype(dtype, place), quantize=quantize, variant=variant,
+        scheduler=scheduler,
+    )  # fmt: skip
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is not a student); give --steps")
     labels = requested_labels(requested, denoiser, model, n)
@@ -78,6 +83,7 @@ def sample_to(
         "sampler": generator.sampler, **(options or {}), "seed": seed, "clip": denoiser.clip,
         "labels": requested if denoiser.num_classes is not None else None,
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": writer.format,
+        **denoiser.opened_with,
     }  # fmt: skip
     plan: ResumePlan = processes.agree(writer.plan(settings, n, overwrite) if processes.main else None)
     if plan.complete:

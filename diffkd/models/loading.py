@@ -42,6 +42,8 @@ def load(
     found = source.find(path_or_hub_id, variant, scheduler)
     denoiser = _family_of(found).load(found)
     denoiser.name = found.name
+    options = {"variant": variant, "scheduler": scheduler}
+    denoiser.opened_with = {key: value for key, value in options.items() if value is not None}
     denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
     denoiser = denoiser.to(device=device, dtype=dtype).eval()
     if quantize:
@@ -52,20 +54,19 @@ def load(
 
 def _family_of(found: Source) -> Family:
     """Raises UserError where there is none."""
-    if found.network is not None:
-        name = str(read_object(found.network / "config.json").get("_class_name"))
-        supported = {family.NETWORK.__name__: family for family in families()}
-        what, others = "network", ""
-    else:
-        name = str(found.index.get("_class_name"))
-        supported = {pipeline: family for family in families() for pipeline in family.PIPELINES}
-        what, others = "pipeline", " (diffkd evaluate --sampler stock measures others)"
-    if name not in supported:
-        raise UserError(
-            f"{found.name} is a {name}, which is not a supported {what}; supported are "
-            f"{', '.join(supported)}{others}"
-        )
-    return supported[name]
+    alone = found.network is not None
+    config = read_object(found.network / "config.json") if found.network is not None else found.index
+    name, supported = str(config.get("_class_name")), list[str]()
+    for family in families():
+        names = (family.NETWORK.__name__,) if alone else family.PIPELINES
+        if name in names:
+            return family
+        supported += names
+    raise UserError(
+        f"{found.name} is a {name}, which is not a supported {'network' if alone else 'pipeline'}; supported "
+        f"are {', '.join(supported)}"
+        + ("" if alone else " (diffkd evaluate --sampler stock measures others)")
+    )
 
 
 @torch.no_grad()  # not inference_mode: the schedule keeps what it computes, for training too
@@ -76,7 +77,8 @@ def _try(denoiser: Denoiser) -> None:
     """
     if denoiser.shape is None:  # says so where it is drawn
         return
-    x, t, cond = denoiser.example_inputs()
+    inputs: tuple[Any, ...] = denoiser.example_inputs()
+    x, t, cond = inputs
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
     size = "x".join(map(str, denoiser.shape))
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import from_json, quoted, reason
 
 INDEX = "model_index.json"
@@ -48,7 +49,7 @@ def weights_of(place: Path, name: str, variant: str | None = None) -> tuple[str 
         there = ", ".join(sorted("the plain one" if key is None else key for key in found))
         raise UserError(
             f"{name} has no {f'variant {variant}' if variant else 'plain weights'} in {place}, only {there}; "
-            "name a variant that it has (variant, or --variant)"
+            f"name one of these as {called('variant')}"
         )
     pickled = sorted(p.name for p in place.glob("*") if p.suffix in PICKLE_SUFFIXES)
     there = f", only {pickled[0]}" if pickled else ""

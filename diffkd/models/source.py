@@ -9,6 +9,7 @@ from typing import Any
 
 from diffkd.core.scheduler_config import SCHEDULERS
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, read_object
 
@@ -64,9 +65,9 @@ class Source:
         if self.network is None:
             raise UserError(f"{self.name} has no {SCHEDULER}; save the pipeline with save_pretrained")
         raise UserError(
-            f"{self.name} is a network without its noise scheduler; name the one that it was trained with: "
-            f"--scheduler, or scheduler: beside its path in a config, takes a {SCHEDULER}, a pipeline's "
-            "folder, or a class such as DDPMScheduler with its default settings"
+            f"{self.name} is a network without its noise scheduler; name the one that it was trained with as "
+            f"{called('scheduler')}: a {SCHEDULER}, a pipeline's folder, or a class with its default "
+            "settings, such as DDPMScheduler"
         )
 
     def _named_scheduler(self, named: str) -> tuple[str, dict[str, Any]]:
@@ -78,8 +79,8 @@ class Source:
         if named in SCHEDULERS:
             return named, {"_class_name": named}
         raise UserError(
-            f"scheduler {quoted(named)} is neither a {SCHEDULER}, nor a folder that has one, nor a class of "
-            f"diffusers that is supported ({', '.join(SCHEDULERS[:3])}, ...)"
+            f"{called('scheduler')} {quoted(named)} is neither a {SCHEDULER}, nor a folder that has one, nor "
+            f"a class of diffusers that is supported ({', '.join(SCHEDULERS[:3])}, ...)"
         )
 
 

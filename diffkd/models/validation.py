@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import log, quoted
 from diffkd.models.pipeline_files import MAX_NUMBER, read_object, tensor_sizes, variants_of, weights_of
 
@@ -36,8 +37,8 @@ def check_network(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"{name}: the weights in {place} are quantized by {quoted(method)}, and are not opened; take the "
-            "weights that they were made of (quantize: int8 makes 8 bits of them again), or open the network "
-            "in diffusers, and network.dequantize().save_pretrained(folder)"
+            f"weights that they were made of ({called('quantize')} int8 makes 8 bits of them again), or open "
+            "the network in diffusers, and network.dequantize().save_pretrained(folder)"
         )
     _say_unknown(config.keys() - known.keys() - EMA_STATE, config, place / "config.json")
     config = {key: value for key, value in config.items() if key in known}
@@ -124,7 +125,9 @@ def check_components(
         elif (place / "scheduler_config.json").is_file():
             check_scheduler(read_object(place / "scheduler_config.json"), name)
     if variant is not None and variant not in read:
-        raise UserError(f"{name} has no weights of variant {variant}; leave it out, or name one that it has")
+        raise UserError(
+            f"{name} has no weights of {called('variant')} {variant}; leave it out, or name one that it has"
+        )
     return variant or next((found for found in read if found), None)
 
 

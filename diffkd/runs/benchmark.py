@@ -49,7 +49,7 @@ def run(settings: config.Benchmark, console: Console) -> Path:
             drawn = plots.tradeoffs(settings.out, found)
             progress.say(console, f"table: {settings.out / 'benchmark.md'}")
             said = f"plots: {', '.join(map(str, drawn))}"
-            missing = "no plots: they need matplotlib (pip install 'diffkd[report]') and rows with FID"
+            missing = "no plots: they need matplotlib (pip install matplotlib) and rows with FID"
             progress.say(console, said if drawn else missing)
     finally:
         folder.close()

@@ -160,8 +160,25 @@ class Train(TrainingRun):
         _check_evaluation(self.evaluation)
 
 
-class Teacher(Strict):
-    """Where the teacher comes from: one of the two."""
+class Opened(Strict):
+    """How a pipeline is opened, where its own files leave a choice."""
+
+    variant: str | None = Field(
+        None, description="of the weights, such as fp16; default the plain ones, or the only ones"
+    )
+    scheduler: str | None = Field(
+        None, description="the noise scheduler: a scheduler_config.json, a folder or a class; default its own"
+    )
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What is given, for `loading.load`."""
+        options = {"variant": self.variant, "scheduler": self.scheduler}
+        return {key: value for key, value in options.items() if value is not None}
+
+
+class Teacher(Opened):
+    """Where the teacher comes from: one of the two, path or train."""
 
     path: str | None = Field(None, description="a diffusers pipeline, folder or hub id")
     train: Path | None = Field(
@@ -175,12 +192,14 @@ class Teacher(Strict):
     def _one(self) -> Teacher:
         if (self.path is None) == (self.train is None):
             raise ValueError("teacher needs either path (a pipeline) or train (a config to train one from)")
+        if self.path is None and self.opening:
+            raise ValueError(f"teacher.{next(iter(self.opening))} is for teacher.path; leave it out")
         return self
 
     def load(self, device: str | torch.device = "cpu") -> Denoiser:
         """The pipeline at `path`."""
         assert self.path is not None
-        teacher = loading.load(self.path, device=device)
+        teacher = loading.load(self.path, device=device, **self.opening)
         if self.null_label is not None:
             loading.set_null_label(teacher, self.null_label)
         return teacher
@@ -208,7 +227,7 @@ class Distill(TrainingRun):
             _check_evaluation(self.evaluation)
 
 
-class BenchmarkEntry(Strict):
+class BenchmarkEntry(Opened):
     """One model of a benchmark, or the teacher that the others are compared with."""
 
     path: str = Field(description="a diffusers pipeline, folder or hub id")

@@ -47,10 +47,15 @@ class Options:
     guidance: float | None = None
     null_label: int | None = None
     quantize: str | None = None
+    variant: str | None = None
+    scheduler: str | None = None
     teacher: str | None = None
     teacher_steps: int | None = None
     teacher_guidance: float | None = None
     bootstrap: int | None = None
+    kid_subsets: int | None = None
+    kid_subset_size: int | None = None
+    is_splits: int | None = None
     dino_weights: str | None = None
     clip_weights: str | None = None
     seed: int | None = None
@@ -63,8 +68,8 @@ class Options:
 
 
 # Options that mean something for a model only; and the config's names of those that are called otherwise.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "seed", "teacher",
-             "teacher_steps", "teacher_guidance")  # fmt: skip
+OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "variant", "scheduler",
+             "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
 KEYS = {"feature_resize": "resize", "classes": "labels", "dino_weights": "dinov2_weights"}
 OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 
@@ -158,7 +163,7 @@ def target_of(path: str, options: Options) -> Target:
         stock=options.sampler == "stock", resize=options.resize, teacher=options.teacher,
         teacher_steps=_or(options.teacher_steps, AGREEMENT_STEPS),
         teacher_guidance=_or(options.teacher_guidance, 1.0), null_label=options.null_label,
-        quantize=options.quantize,
+        quantize=options.quantize, opening=_given(variant=options.variant, scheduler=options.scheduler),
     )  # fmt: skip
 
 
@@ -175,6 +180,8 @@ def config_of(options: Options, reference: Reference) -> Evaluation:
         "bootstrap": _or(options.bootstrap, 0), "dinov2_weights": options.dino_weights,
         "clip_weights": options.clip_weights, "allow_mismatch": options.allow_mismatch,
     }  # fmt: skip
+    keys = ("kid_subsets", "kid_subset_size", "is_splits")
+    values |= {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     try:
         return Evaluation.model_validate(values)
     except ValidationError as error:
@@ -208,6 +215,10 @@ def parse_labels(text: str) -> str | list[int]:
     if text in ("data", "balanced"):
         return text
     return parse_classes(text) or "balanced"
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -78,6 +78,10 @@ def _report(old: Record, new: Record, console: Console) -> bool:
     return same
 
 
+def _opening(where: dict[str, Any]) -> dict[str, str]:
+    return {key: where[key] for key in ("variant", "scheduler") if where.get(key) is not None}
+
+
 def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, Any]:
     """What was measured, how, and the reference's spec."""
     target, teacher = protocol["target"], protocol.get("teacher") or {}
@@ -101,5 +105,7 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, An
         teacher_guidance=teacher.get("guidance", 1.0),
         null_label=target.get("null_label"),
         quantize=target.get("quantize"),
+        opening=_opening(target),
+        teacher_opening=_opening(teacher),
     )
     return again, config, spec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ Batches = Callable[[int, int], Numbered]  # those that fall to process `rank` of
 @dataclass
 class ImageStream:
     """`count` images by batches. protocol: how they came about. there: whether they are stored somewhere, so
-    that their sha256 identifies them."""
+    that their sha256 identifies them. notes: what a reader of their numbers must know."""
 
     count: int
     batches: Batches
     protocol: dict[str, Any] = field(default_factory=dict)
     there: bool = False
+    notes: Sequence[str] = ()
 
 
 def stored_images(source: Source, count: int | None, batch_size: int) -> ImageStream:
@@ -46,8 +47,9 @@ def stored_images(source: Source, count: int | None, batch_size: int) -> ImageSt
         )
     chosen = thinned(source, count or len(source))
     return ImageStream(
-        len(chosen), lambda rank, world: batches(chosen, len(chosen), batch_size, rank, world), there=True
-    )
+        len(chosen), lambda rank, world: batches(chosen, len(chosen), batch_size, rank, world),
+        there=True, notes=source.notes,
+    )  # fmt: skip
 
 
 def sampled_images(
@@ -103,7 +105,7 @@ def cached(stream: ImageStream) -> ImageStream:
         if drawn is not None:
             kept[rank, world] = drawn
 
-    return ImageStream(stream.count, replayed, stream.protocol, stream.there)
+    return replace(stream, batches=replayed)
 
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class _Where(_Known):
     spec: _Spec = _Spec()
     null_label: int | None = Field(None, ge=0)
     quantize: Quantize | None = None
+    variant: str | None = None
+    scheduler: str | None = None
     steps: Positive | None = None
     guidance: float = Field(1.0, ge=0)
 
@@ -119,6 +121,7 @@ class _Record(_Known):
     parameters: Positive | None = None
     macs: int | None = Field(None, ge=0)
     bytes: int | None = Field(None, ge=0)
+    notes: list[str] = []
     protocol: _Protocol
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.stock import generate_stock, scalars, stock_defaults
+from diffkd.io.naming import called, in_config
+from diffkd.io.text import log
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import spread
 from diffkd.metrics.evaluation.image_stream import ImageStream, Numbered, default_count, numbered
@@ -20,12 +22,19 @@ from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.models import loading
 
 
+def stock_option() -> str:
+    """How the user at hand asks for a pipeline's own code."""
+    return "stock: true" if in_config() else f"{called('evaluation.sampler')} stock"
+
+
 class StockPipeline:
     """A pipeline as diffusers opens it. Its card, where diffkd saved it, knows its steps and classes."""
 
-    def __init__(self, path: str, null_label: int | None, device: torch.device) -> None:
-        self.path, self.null_label = path, null_label
-        self.pipeline = loading.open_stock(path).to(device)
+    def __init__(
+        self, path: str, null_label: int | None, device: torch.device, variant: str | None = None
+    ) -> None:
+        self.path, self.null_label, self.variant = path, null_label, variant
+        self.pipeline = loading.open_stock(path, variant).to(device)
         self.network = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
         self.card = loading.card(Path(path).expanduser())
 
@@ -47,12 +56,16 @@ class StockPipeline:
             where["sha256"] = digest(self.network.state_dict())
         if self.null_label is not None:
             where["null_label"] = self.null_label
+        if self.variant is not None:
+            where["variant"] = self.variant
         return where
 
     def stream(self, config: Evaluation, reference: Reference, steps: int | None) -> ImageStream:
         """The images of so many steps, None for the pipeline's own default."""
         if not 0 <= config.seed < 2**63 - STANDARD_SAMPLES:
             raise UserError(f"seed {config.seed} is out of range; use 0 to {2**63 - STANDARD_SAMPLES - 1}")
+        if steps and self.steps not in (None, steps):
+            log.warning("%s was made for %d steps, and is drawn in %d", self.path, self.steps, steps)
         pipeline, count = self.pipeline, default_count(config, reference)
         said, labels = self._labels(config, reference, count)
 
@@ -84,7 +97,7 @@ class StockPipeline:
         if "class_labels" not in inspect.signature(self.pipeline.__call__).parameters:
             raise UserError(
                 f"{self.path} has {classes} classes, and a {type(self.pipeline).__name__} takes no class "
-                "labels; leave out --sampler stock"
+                f"labels; leave out {stock_option()}"
             )
         said: Any = config.labels
         if isinstance(config.labels, list):

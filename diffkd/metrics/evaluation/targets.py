@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.npz import PICKLES
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.config import Evaluation
@@ -24,8 +25,9 @@ from diffkd.metrics.evaluation.image_stream import (
     stored_images,
 )
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.metrics.evaluation.stock_images import StockPipeline
+from diffkd.metrics.evaluation.stock_images import StockPipeline, stock_option
 from diffkd.models import loading, sizes
+from diffkd.models.source import holds_model
 
 AGREEMENT_STEPS = 64  # of the teacher that a student is compared with image by image
 
@@ -40,11 +42,13 @@ class Target:
     guidance: float = 1.0
     null_label: int | None = None
     quantize: str | None = None
+    opening: Mapping[str, str] = field(default_factory=dict)  # variant and scheduler, for `loading.load`
     stock: bool = False  # drawn by the pipeline's own code
     resize: int | None = None  # of a folder of images
     teacher: str | None = None
     teacher_steps: int = AGREEMENT_STEPS
     teacher_guidance: float = 1.0
+    teacher_opening: Mapping[str, str] = field(default_factory=dict)
 
 
 class OpenedTarget(NamedTuple):
@@ -60,7 +64,7 @@ def is_model(path: str) -> bool:
     """Whether it is a pipeline: a folder with a model_index.json, or a name that only a hub can have."""
     place = Path(path).expanduser()
     if os.path.isdir(place):  # pathlib fails for a name that is too long
-        return (place / "model_index.json").is_file()
+        return holds_model(place)
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
     a_file = place.suffix.lower() in (".npz", ".json", ".yaml", *PICKLES, *SUFFIXES)
     return not local and not a_file and not os.path.exists(place)
@@ -76,7 +80,7 @@ def teacher_of(
     """What the target is compared with image by image, drawn once however often it is used."""
     if target.teacher is None:
         return None
-    denoiser = _load(target.teacher, device, target.null_label)
+    denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
     stream = sampled_images(
         denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance
     )
@@ -117,9 +121,10 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
 def _model(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
-    denoiser = _load(target.path, device, target.null_label, target.quantize)
+    denoiser = _load(target.path, device, target.null_label, quantize=target.quantize, **target.opening)
     if not target.steps and denoiser.steps is None:
-        raise UserError(f"{target.path} has no step count of its own (it is not a student); say --steps")
+        name = called("steps")
+        raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
     where = identity(denoiser, target.path, target.null_label)
     if target.quantize:
         where["quantize"] = target.quantize
@@ -129,8 +134,8 @@ def _model(
         yield OpenedTarget(f"{steps} steps", stream, where, size)
 
 
-def _load(path: str, device: torch.device, null_label: int | None, quantize: str | None = None) -> Denoiser:
-    denoiser = loading.load(path, device=device, quantize=quantize)
+def _load(path: str, device: torch.device, null_label: int | None, **options: Any) -> Denoiser:
+    denoiser = loading.load(path, device=device, **options)
     if null_label is not None and denoiser.null_label is None:
         loading.set_null_label(denoiser, null_label)
     return denoiser
@@ -140,10 +145,12 @@ def _stock(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
     if target.guidance != 1:
-        raise UserError("--sampler stock draws as the pipeline does; leave out --guidance")
+        raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
     if target.quantize:
-        raise UserError("--sampler stock draws as the pipeline does; leave out --quantize")
-    pipeline = StockPipeline(target.path, target.null_label, device)
+        raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
+    if "scheduler" in target.opening:
+        raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('scheduler')}")
+    pipeline = StockPipeline(target.path, target.null_label, device, target.opening.get("variant"))
     where = pipeline.identity(_absolute(target.path))
     for steps in target.steps or (pipeline.steps,):
         stream = pipeline.stream(config, reference, steps)
