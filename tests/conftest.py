@@ -22,8 +22,9 @@ from PIL import Image
 from diffkd.cli import main
 from diffkd.cli.endings import UNFORESEEN
 from diffkd.io import naming, plugins
-from diffkd.metrics import sampling_error
 from tests.waiting import ONE_THREAD
+
+os.environ["DIFFKD_CACHE"] = "off"  # no test depends on what an earlier one left, nor leaves anything
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -81,17 +82,6 @@ class Outcome(NamedTuple):
     stderr: str
 
 
-_simulate, _simulations = sampling_error._simulated, dict[Any, float]()
-
-
-def _simulate_once(spectrum: torch.Tensor, counts: list[int]) -> float:
-    """The distance to expect of few samples takes a second, and hundreds of commands ask for the same one."""
-    key = (spectrum.cpu().numpy().tobytes(), *counts)
-    if key not in _simulations:
-        _simulations[key] = _simulate(spectrum, counts)
-    return _simulations[key]
-
-
 @pytest.fixture
 def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -99,7 +89,6 @@ def cli(
     """cli(*args) -> (code, stdout, stderr): the `diffkd` command, in this process. No test that asks for
     errors of a known kind gets one that nobody foresaw."""
 
-    monkeypatch.setattr(sampling_error, "_simulated", _simulate_once)
     monkeypatch.setenv("DIFFKD_TRACEBACK", "")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -113,7 +113,10 @@ class Metric(Strict, ABC):
         """Raises UserError where the main feature network, called `name`, does not give what it needs."""
 
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
-        """What its numbers depend on beside the features, for records. samples, reference: image counts."""
+        """What its numbers depend on beside the features, for records. samples, reference: image counts.
+
+        Raises UserError where they are too few: it is asked before any image is measured.
+        """
         return {}
 
     def running(self, network: Any, count: int, device: torch.device) -> Running | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.metrics.base import Inputs, Metric, Value
-from diffkd.metrics.frechet import Gaussian, distance
-from diffkd.metrics.sampling_error import gaussian_of
+from diffkd.metrics.frechet import Gaussian
+from diffkd.metrics.sampling_error import Subsets
 
 
 class Infinity(NamedTuple):
@@ -30,15 +30,19 @@ def frechet_infinity(
     """
     total = len(features)
     sizes = torch.linspace(max(smallest * total, 2), total, points).round().long().tolist()
-    if total < 2 * points:
-        raise UserError(f"fd_inf draws a line through {points} sample counts, too many for {total} images")
+    _check_count(total, points)
     rng = torch.Generator().manual_seed(seed)
-    values = []
+    subsets, values = Subsets(features, reference), []
     for size in sizes:
         chosen = torch.randperm(total, generator=rng)[:size]
-        values.append(distance(gaussian_of(features[chosen.to(features.device)]), reference))
+        values.append(subsets.distance(chosen))
     line = linear_regression([1 / size for size in sizes], values)
     return Infinity(line.intercept, line.slope)
+
+
+def _check_count(total: int, points: int) -> None:
+    if total < 2 * points:
+        raise UserError(f"fd_inf draws a line through {points} sample counts, too many for {total} images")
 
 
 class FdInfinity(Metric):
@@ -50,6 +54,7 @@ class FdInfinity(Metric):
     stores_images: ClassVar[bool] = True
 
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        _check_count(samples, 15)
         return {"points": 15, "smallest": 0.1, "seed": 0}
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:

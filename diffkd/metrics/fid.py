@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from diffkd.metrics.base import FeatureSet, Inputs, Metric, Value
 from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.metrics.frechet import distance
-from diffkd.metrics.sampling_error import bootstrap, floor
+from diffkd.metrics.sampling_error import LEAST_DRAWS, bootstrap, floor
+
+
+def _resamplings(count: int) -> int:
+    if 0 < count < LEAST_DRAWS:
+        raise ValueError(f"bootstrap is {count}: one resampling has no spread; use 0 for none, 200 is usual")
+    return count
 
 
 class Fid(Metric):
@@ -19,7 +25,9 @@ class Fid(Metric):
     values: ClassVar[tuple[Value, ...]] = (Value("fid", "FID", ".3f", ("fid_low", "fid_high")),)
     more: ClassVar[tuple[str, ...]] = ("fid_std",)
 
-    bootstrap: int = Field(0, ge=0, description="resamplings for FID's 95% interval; 0 for none")
+    bootstrap: Annotated[int, AfterValidator(_resamplings)] = Field(
+        0, ge=0, description="resamplings for FID's 95% interval; 0 for none"
+    )
 
     @property
     def stores_images(self) -> bool:

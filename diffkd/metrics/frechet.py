@@ -11,6 +11,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 
 SYMMETRY = 1e-6  # of the largest entry or eigenvalue: beyond it a matrix is not a covariance
+LOW = 4  # features for each rank of a matrix whose rank is low
 WELL_CONDITIONED = 1e-10  # ratio of Cholesky pivots above which that factor is as exact as the eigenvectors
 
 
@@ -62,9 +63,12 @@ def checked(mu: Any, sigma: Any, name: str = "the statistics") -> tuple[Tensor, 
             f"{name}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit; "
             "they must be (d,) and (d, d)"
         )
-    if not (mu.isfinite().all() and sigma.isfinite().all()):
+    ends = torch.stack(sigma.aminmax())
+    if not (mu.isfinite().all() and ends.isfinite().all()):
         raise UserError(f"{name}: mu or sigma has values that are not finite; compute them again")
-    if (sigma - sigma.T).abs().max() > SYMMETRY * sigma.abs().max():
+    if torch.equal(sigma, sigma.T):
+        return mu, sigma
+    if (sigma - sigma.T).abs().max() > SYMMETRY * ends.abs().max():
         raise UserError(f"{name}: sigma is not symmetric, so it is not a covariance; compute it again")
     return mu, (sigma + sigma.T) / 2
 
@@ -79,7 +83,7 @@ def _float64(values: Any, name: str) -> Tensor:
 
 
 def _factor(sigma: Tensor, name: str) -> Tensor:
-    """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned, else from the eigenvectors.
+    """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned or of low rank, else from the eigenvectors.
 
     Eigenvalues that are rounding errors are dropped: their roots would not be.
     """
@@ -88,6 +92,9 @@ def _factor(sigma: Tensor, name: str) -> Tensor:
         pivots = lower.diagonal().square()
         if pivots.min() > WELL_CONDITIONED * pivots.max():
             return lower
+    narrow = _low_rank(sigma)
+    if narrow is not None:
+        return narrow
     values, vectors = torch.linalg.eigh(sigma)
     if values[0] < -SYMMETRY * values.abs().max():
         raise UserError(
@@ -95,3 +102,26 @@ def _factor(sigma: Tensor, name: str) -> Tensor:
         )
     kept = values > values.abs().max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _low_rank(sigma: Tensor) -> Tensor | None:
+    """F (d, r) by Cholesky's factorisation with pivots, d r² operations instead of the eigenvectors' d³.
+
+    None for a matrix that has no such factor within rounding, or whose rank is above d / LOW.
+    """
+    left = sigma.diagonal().clone()  # of sigma - F Fᵀ
+    rows = sigma.new_zeros(len(sigma) // LOW, len(sigma))
+    rounding = len(sigma) * torch.finfo(torch.float64).eps * left.max()
+    rank = 0
+    while left.max() > rounding:
+        if rank == len(rows):
+            return None
+        pivot = left.argmax()
+        rows[rank] = (sigma[pivot] - rows[:rank, pivot] @ rows[:rank]) / left[pivot].sqrt()
+        left -= rows[rank].square()
+        left[pivot] = 0
+        rank += 1
+    factor = rows[:rank].T
+    probe = torch.linspace(-1, 1, 4 * len(sigma), dtype=sigma.dtype, device=sigma.device).cos().view(-1, 4)
+    missed = sigma @ probe - factor @ (factor.T @ probe)  # what is left off the diagonal
+    return factor if missed.abs().max() <= 1e3 * rounding else None

@@ -15,10 +15,13 @@ from diffkd.metrics.distances import pair
 
 
 class KernelDistance(NamedTuple):
-    """mean, std: over the subsets; std is that of one subset, not of the mean."""
+    """mean, std: over the subsets; std is that of one subset, not of the mean.
+
+    std is None where subsets say nothing of the spread: there is one, or each is the whole of a set.
+    """
 
     mean: float
-    std: float
+    std: float | None
 
 
 def kernel_distance(
@@ -56,7 +59,8 @@ def kernel_distance(
         within = (_off_diagonal(kernel(a, a)) + _off_diagonal(kernel(b, b))) / (size * (size - 1))
         values.append(within - 2 * kernel(a, b).mean())
     distances = torch.stack(values)
-    return KernelDistance(float(distances.mean()), float(distances.std(unbiased=False)))
+    spread = subsets > 1 and size < min(len(x), len(y))
+    return KernelDistance(float(distances.mean()), float(distances.std(unbiased=False)) if spread else None)
 
 
 def _off_diagonal(kernel: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def _off_diagonal(kernel: Tensor) -> Tensor:
 
 
 class Kid(Metric):
-    """Unbiased kernel distance, mean and spread over subsets."""
+    """Unbiased kernel distance, mean and spread over subsets; no spread where a subset is a whole set."""
 
     name: ClassVar[str] = "kid"
     values: ClassVar[tuple[Value, ...]] = (Value("kid", "KID", ".5f", ("kid_std",)),)
@@ -72,7 +76,9 @@ class Kid(Metric):
     stores_images: ClassVar[bool] = True
 
     kid_subsets: int = Field(100, ge=1, description="subsets that KID is the mean over")
-    kid_subset_size: int = Field(1000, ge=2, description="images in each")
+    kid_subset_size: int = Field(
+        1000, ge=2, description="images in each subset; below both sets for a spread"
+    )
 
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
         size = min(self.kid_subset_size, samples, reference or samples)
@@ -80,4 +86,4 @@ class Kid(Metric):
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:
         found = kernel_distance(inputs.images.features, inputs.reference.features, **inputs.options)
-        return {"kid": found.mean, "kid_std": found.std}
+        return {"kid": found.mean} | ({} if found.std is None else {"kid_std": found.std})

@@ -62,14 +62,17 @@ def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
 
 def _prepared(real: Any, fake: Any, k: int) -> tuple[Tensor, Tensor]:
     real, fake = pair(real, fake, 0)
-    if min(len(real), len(fake)) <= k:
-        raise UserError(
-            f"the {k}-th nearest neighbour needs more than {k} images of each; "
-            f"there are {len(real)} and {len(fake)}"
-        )
+    _check_counts(len(real), len(fake), k)
     real, fake = real.double(), fake.double()
     centre = real.mean(0)  # distances are differences: small numbers keep their digits
     return real - centre, fake - centre
+
+
+def _check_counts(real: int, fake: int, k: int) -> None:
+    if min(real, fake) <= k:
+        raise UserError(
+            f"the {k}-th nearest neighbour needs more than {k} images of each; there are {real} and {fake}"
+        )
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
@@ -103,6 +106,8 @@ class Prdc(Metric):
     density_k: int = Field(5, ge=1, description="nearest neighbour that density and coverage reach to")
 
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        for k in (self.precision_k, self.density_k):
+            _check_counts(samples if reference is None else reference, samples, k)
         return {"precision_k": self.precision_k, "density_k": self.density_k}
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:

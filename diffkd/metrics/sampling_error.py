@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.metrics import spectrum
 from diffkd.metrics.frechet import Gaussian, distance
 from diffkd.metrics.statistics import Statistics
 
-EXPANDED = 4  # samples per feature beyond which the second-order formula holds to a few percent
+LEAST_DRAWS = 2  # resamples that have a spread
+NEGLIGIBLE = 1e-6  # of the trace: what a covariance of few samples may have beyond their rank
 
 
 def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> float:
-    """The distance to expect between samples of one and the same distribution, of covariance sigma (d, d).
+    """The distance to expect of fresh samples from a reference of the same distribution.
 
-    num_reference: samples that the reference was computed from; None for a reference without error.
-    With many samples, by the expansion of the distance to second order in the errors of mean and covariance:
-    (1/N1 + 1/N2) (tr + ½ sum_ij l_i l_j / (l_i + l_j) + ¼ tr) for eigenvalues l, which for the identity is
-    (1/N1 + 1/N2) (d + d (d + 1) / 4). With few, by drawing Gaussian samples of this spectrum.
+    sigma: (d, d), the covariance of the reference's num_reference samples, or of the distribution itself where
+    that is None: of a reference that was computed from unknown samples it is a lower bound. The distribution's
+    spectrum is found from the sample's, and the expected distance is that of Gaussian samples:
+
+        tr (2 + 1/N1 + 1/N2) - 2 E tr (S1 S2)^½ + tr (1/n1 + 1/n2) / 4
+
+    with n = N - 1. The last term is what the expectation of `spectrum`, of many dimensions, leaves out: all of
+    it together is, for many samples, (1/N1 + 1/N2) (5/4 tr + 1/2 sum_ij l_i l_j / (l_i + l_j)).
     """
     if min(num_samples, num_reference or 2) < 2:
         raise UserError(f"a covariance needs at least 2 samples, and {num_samples} were given")
-    spectrum = torch.linalg.eigvalsh(sigma.double()).clamp(min=0)
-    spectrum = spectrum[spectrum > spectrum.max() * len(spectrum) * torch.finfo(torch.float64).eps]
-    counts = [num_samples] + ([] if num_reference is None else [num_reference])
-    if min(counts) >= EXPANDED * len(spectrum):
-        products = spectrum[:, None] * spectrum / (spectrum[:, None] + spectrum)
-        return sum(1 / n for n in counts) * float(1.25 * spectrum.sum() + products.sum() / 2)
-    return _simulated(spectrum, counts)
-
-
-def _simulated(spectrum: Tensor, counts: list[int]) -> float:
-    rng = torch.Generator(spectrum.device).manual_seed(0)
-    exact = Gaussian(torch.zeros_like(spectrum), spectrum.sqrt().diag(), spectrum.sum())
-    draws = max(8, 4096 // len(spectrum))
-
-    def drawn(count: int) -> Gaussian:
-        x = torch.randn(count, len(spectrum), dtype=torch.float64, device=spectrum.device, generator=rng)
-        mu = (x * spectrum.sqrt()).mean(0)
-        factor = ((x * spectrum.sqrt() - mu) / (count - 1) ** 0.5).T
-        if count > len(spectrum):  # the same covariance from a smaller factor
-            factor = torch.linalg.qr(factor.T, mode="r").R.T
-        return Gaussian(exact.mu, factor, factor.square().sum())
-
-    values = [
-        distance(drawn(counts[0]), drawn(counts[1]) if len(counts) > 1 else exact) for _ in range(draws)
-    ]
-    return sum(values) / draws + sum(1 / n for n in counts) * float(spectrum.sum())  # the means' part
+    values = torch.linalg.eigvalsh(sigma.double()).clamp(min=0).flip(0)
+    values = values[values > values[0] * len(values) * torch.finfo(torch.float64).eps]
+    freedom = (num_reference or 0) - 1
+    if len(values) == 0:
+        return 0.0
+    if num_reference is not None and values[freedom:].sum() <= NEGLIGIBLE * values.sum():
+        curve = spectrum.of_sample(values[:freedom].cpu().numpy(), freedom)
+    else:  # of unknown samples, or of more than are named: a covariance that was smoothed
+        curve = spectrum.of_population(values.cpu().numpy())
+    counts = [float(num_samples), math.inf if num_reference is None else float(num_reference)]
+    root = spectrum.expected_root(curve, *(n - 1 for n in counts))
+    few = sum(1 / n + 0.25 / (n - 1) for n in counts)
+    return curve.trace * (2 + few) - 2 * root
 
 
 class Interval(NamedTuple):
@@ -72,14 +65,15 @@ def bootstrap(
     """An interval for the distance at this number of samples, by resampling the features (N, d).
 
     A resample holds fewer distinct samples, so its distance is larger: the deviations from the resamples'
-    mean are put around the distance of the sample itself.
+    mean are put around the distance of the sample itself. Raises UserError for fewer than 2 draws.
     """
-    value = distance(gaussian_of(features), reference)
+    if draws < LEAST_DRAWS:
+        raise UserError(f"{draws} resamplings have no spread; use at least {LEAST_DRAWS}, 200 is usual")
+    subsets = Subsets(features, reference)
+    count = len(features)
+    value = subsets.distance(torch.arange(count))
     rng = torch.Generator().manual_seed(seed)
-    resampled = []
-    for _ in range(draws):
-        chosen = torch.randint(len(features), (len(features),), generator=rng)
-        resampled.append(distance(gaussian_of(features[chosen.to(features.device)]), reference))
+    resampled = [subsets.distance(torch.randint(count, (count,), generator=rng)) for _ in range(draws)]
     values = torch.tensor(resampled, dtype=torch.float64)
     deviations = values - values.mean()
     tail = (1 - level) / 2
@@ -87,13 +81,50 @@ def bootstrap(
     return Interval(max(value + low, 0.0), value + high, float(values.std()))
 
 
+class Subsets:
+    """Distances of many choices from the same features (N, d) to one reference.
+
+    Of no more samples than features, what all choices share is computed once: with x = U V, where V are the
+    rows of the reference's factor as the samples see it, a choice takes the singular values of rows of U, which
+    is (N, N) and not (N, d).
+    """
+
+    def __init__(self, features: Tensor, reference: Gaussian) -> None:
+        self.features, self.reference = features, reference
+        self.few = 1 < len(features) <= features.shape[1]
+        if self.few:
+            x = features.double()
+            self.mean = x.mean(0)
+            self.x = x - self.mean
+            self.seen = self.x @ reference.factor.to(x.device)
+            if self.seen.shape[1] > len(x):
+                self.seen = torch.linalg.qr(self.seen.T, mode="r").R.T
+
+    def distance(self, chosen: Tensor) -> float:
+        """chosen: (n,), indices, any of them as often as wanted. Raises UserError for fewer than 2."""
+        chosen = chosen.to(self.features.device)
+        if not self.few or len(chosen) < 2:
+            return distance(gaussian_of(self.features[chosen]), self.reference)
+        index, times = chosen.unique(return_counts=True)
+        count, x, seen = len(chosen), self.x[index], self.seen[index]
+        share = times.double() / count
+        shift = share @ x
+        weight = (share * count / (count - 1)).sqrt()[:, None]
+        trace = ((x - shift) * weight).square().sum()
+        cross = torch.linalg.svdvals((seen - share @ seen) * weight).sum()
+        apart = (self.mean + shift - self.reference.mu.to(x.device)).square().sum()
+        return max(float(apart + trace + self.reference.trace.to(x.device) - 2 * cross), 0.0)
+
+
 def gaussian_of(features: Tensor) -> Gaussian:
-    """The Gaussian of features (N, d), which are summed in parts."""
+    """The Gaussian of features (N, d), by its centred samples where there are no more of them than features."""
+    count, wide = features.shape
+    if 1 < count <= wide:
+        x = features.double()
+        mu = x.mean(0)
+        factor = ((x - mu) / (count - 1) ** 0.5).T
+        return Gaussian(mu, factor, factor.square().sum())
     statistics = Statistics()
-    for batch in _batches(features):
+    for batch in features.split(8192):
         statistics.update(batch)
     return statistics.gaussian()
-
-
-def _batches(features: Tensor, size: int = 8192) -> Iterator[Tensor]:
-    yield from features.split(size)

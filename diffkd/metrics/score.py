@@ -10,16 +10,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.metrics.base import Add, Batch, Inputs, Metric, Running, Value
 
 SPLIT_SEED = 0
 
 
 class InceptionScore(NamedTuple):
-    """mean, std: over the splits."""
+    """mean, std: over the splits; std is None for one split."""
 
     mean: float
-    std: float
+    std: float | None
 
 
 def inception_score(probs: Tensor | np.ndarray, splits: int = 10) -> InceptionScore:
@@ -37,8 +38,11 @@ class ScoreSums:
 
     def __init__(self, count: int, splits: int = 10, order: Tensor | None = None) -> None:
         """order: (count,), the place of each image in the order that is split; default their own."""
-        if not 1 <= splits <= count:
-            raise UserError(f"the Inception Score of {splits} splits needs as many images; there are {count}")
+        if not 1 <= splits <= count // 2:  # a split of one image has a score of 1, whatever the image
+            raise UserError(
+                f"the Inception Score of {splits} splits needs 2 images in each; there are {count}; "
+                f"use more images, or fewer splits ({called('evaluation.is_splits')})"
+            )
         self.bounds = torch.tensor([i * count // splits for i in range(splits + 1)])
         place = torch.arange(count) if order is None else order
         self.split_of = torch.searchsorted(self.bounds, place, right=True) - 1
@@ -68,7 +72,8 @@ class ScoreSums:
         mean = self.p / count[:, None]
         divergence = self.p_log_p / count - torch.special.xlogy(mean, mean).sum(1)
         scores = divergence.exp()
-        return InceptionScore(float(scores.mean()), float(scores.std(unbiased=False)))
+        spread = float(scores.std(unbiased=False)) if len(scores) > 1 else None
+        return InceptionScore(float(scores.mean()), spread)
 
 
 def split_order(count: int) -> Tensor:
@@ -105,6 +110,7 @@ class Score(Metric):
             raise UserError(f"the Inception Score needs class probabilities, which {name} does not give")
 
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        ScoreSums(samples, self.is_splits)  # refuses too few
         return {"splits": self.is_splits, "seed": SPLIT_SEED}
 
     def running(self, network: Any, count: int, device: torch.device) -> Running:
@@ -112,4 +118,4 @@ class Score(Metric):
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:
         found = inputs.running.sums.score()
-        return {"is": found.mean, "is_std": found.std}
+        return {"is": found.mean} | ({} if found.std is None else {"is_std": found.std})

@@ -55,7 +55,7 @@ class Statistics:
         mu, sigma = checked(mu, sigma, name)
         made = cls()
         made._set(mu, sigma * ((num_samples or 2) - 1), num_samples)
-        made._given = sigma
+        made._given = sigma.clone()
         return made
 
     def update(self, features: Tensor | np.ndarray) -> None:

@@ -65,15 +65,16 @@ def notes(found: Sequence[Record]) -> list[str]:
     labels = f", labels: {protocol['labels'] or 'none'}" if "labels" in protocol else ""
     lines = [f"{count:,} images, {name} features{labels}"]
     if "fid_floor" in record:
+        about = "at least" if protocol["reference"].get("count") is None else "about"  # of unknown error
         lines.append(
-            f"{count:,} images are few: fresh data would have an FID of about {record['fid_floor']:.3g} "
+            f"{count:,} images are few: fresh data would have an FID of {about} {record['fid_floor']:.3g} "
             "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
         )
     if "fid" in record and name != "inception":
         lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
     if protocol["evaluation"]["allow_mismatch"]:
         lines.append("a mismatch of features was allowed: these numbers compare with no others")
-    return lines
+    return lines + list(dict.fromkeys(note for each in found for note in each.get("notes", [])))
 
 
 def compare(one: Path, two: Path, console: Console) -> bool:
@@ -104,6 +105,9 @@ def compare(one: Path, two: Path, console: Console) -> bool:
         console, titles, [[name, *(records.formatted(record)[name] for _, record in found)] for name in names]
     )
     left = sorted({n for _, r in found for n in records.formatted(r)} - set(names))
+    for path, record in found:
+        for note in record.get("notes", []):
+            progress.say(console, f"{path}: {note}")
     if left:
         progress.say(console, f"not in all of them, or not by the same protocol: {', '.join(left)}")
     return True
