@@ -15,7 +15,7 @@ def sample(
     out: Annotated[
         Path, typer.Option("--out", help="A folder of PNGs, or one .npz file (arr_0, uint8, NHWC).")
     ],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    n: Annotated[int, typer.Option("-n", min=1, max=100_000_000, help="How many images.")] = 64,
     classes: Annotated[
         str, typer.Option(help="Labels: balanced, data (as often as there), or in turn, as 0-9 or 3,5,7.")
     ] = "balanced",

@@ -14,6 +14,7 @@ from diffkd.data.images import Images
 from diffkd.data.listing import ClassOrder, list_folder
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
+from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.io.text import log
 
@@ -31,7 +32,7 @@ class Folder(ResizedDataset):
     )
 
     def load(self) -> Images:
-        root = self.path.expanduser()
+        root = expanded(self.path)
         if not os.path.isdir(root):
             raise UserError(f"{called('data.path')} {root} is not a folder; give a folder of images")
         found = list_folder(root, self.class_order or "name", labelled=self.labelled)

@@ -52,7 +52,9 @@ def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffi
             to_image(image).save(encoded, kind, **options)
             written.append((temporary, f"{folder}/{name}"))
             with open(temporary, "wb", buffering=0) as stream:
-                stream.write(encoded.getbuffer())
+                left = encoded.getbuffer()
+                while left:  # an unbuffered write may end early, without an error, as the disk fills up
+                    left = left[stream.write(left) :]
         _sync(folder, [temporary for temporary, _ in written])
         for temporary, path in written:
             os.replace(temporary, path)

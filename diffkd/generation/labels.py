@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
+from diffkd.io.text import is_number
 from diffkd.models import loading
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -23,7 +24,7 @@ def parse_classes(text: str) -> list[int] | str:
     labels: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (_is_number(first) and (_is_number(last) or not dash)) or int(last or first) < int(first):
+        if not (is_number(first) and (is_number(last) or not dash)) or int(last or first) < int(first):
             raise UserError(
                 f"--classes {text!r} is not understood; use balanced, data, or labels such as 0-9 or 3,5,7"
             )
@@ -31,10 +32,6 @@ def parse_classes(text: str) -> list[int] | str:
             raise UserError(f"--classes {text!r} is out of range; no model has that many classes")
         labels += range(int(first), int(last or first) + 1)
     return labels
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
 
 
 def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None) -> Tensor | None:

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from diffkd.errors import UserError
+from diffkd.io.files import expanded
 from diffkd.io.text import log, quoted, reason
 
 announced: set[str] = set()
@@ -72,7 +73,7 @@ def locate(name: str, builtin: Collection[str] = ()) -> str:
 
 
 def _located_file(name: str, builtin: Collection[str]) -> str:
-    tried = [(place / Path(name).expanduser()).absolute() for place in _places()]
+    tried = [(place / expanded(name)).absolute() for place in _places()]
     file = next((path for path in tried if os.path.isfile(path)), None)
     if file is None:
         raise UserError(f"there is no file {' or '.join(map(str, dict.fromkeys(tried)))}; give another name")
@@ -98,7 +99,7 @@ def import_own(name: str, base: type[Any], what: str, builtin: Sequence[str]) ->
         return getattr(module, attribute)
     if len(defined) == 1:
         return next(iter(defined.values()))
-    many = f"several ({', '.join(defined)}); name one, as {module.__name__}.{next(iter(defined), '')}"
+    many = f"several ({', '.join(defined)}); name one, as {module.__name__}.{next(reversed(defined), '')}"
     none = f"none, a subclass of {base.__module__}.{base.__qualname__}; add one"
     raise UserError(f"{what} {name!r}: {_where(module)} defines {many if defined else none}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from diffkd.errors import UserError
-from diffkd.io.text import reason
+from diffkd.io.text import is_number, reason
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 20, 100_000, 50  # of a config, which usually fills a page
 
@@ -102,7 +102,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     place: Any = content
     *parents, last = key.split(".")
     for parent in parents:
-        if isinstance(place, list) and _is_index(parent) and int(parent) < len(place):
+        if isinstance(place, list) and is_number(parent) and int(parent) < len(place):
             place = place[int(parent)]
             continue
         if not isinstance(place, dict):
@@ -116,14 +116,10 @@ def _override(content: dict[str, Any], override: str) -> None:
         why = " ".join(str(error).split())
         raise UserError(f"override {override!r} has a value that is not valid YAML ({why})") from error
     if isinstance(place, list):
-        if not _is_index(last) or int(last) >= len(place):
+        if not is_number(last) or int(last) >= len(place):
             raise UserError(f"override {override!r}: a list is indexed by 0 to {len(place) - 1}")
         place[int(last)] = parsed
     elif isinstance(place, dict):
         place[last] = parsed
     else:
         raise UserError(f"override {override!r}: {key} is inside a value that has no keys")
-
-
-def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit()

@@ -26,6 +26,11 @@ def quoted(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def is_number(text: str) -> bool:
+    """Whether it is a whole number in ASCII digits, and no longer than a number of 64 bits."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 def from_json(text: str) -> Any:
     """Parses JSON. Raises ValueError for anything else, and where it is nested too deeply."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffkd.core.scheduler_config import SCHEDULERS
 from diffkd.errors import UserError
+from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, read_object
@@ -71,7 +72,7 @@ class Source:
         )
 
     def _named_scheduler(self, named: str) -> tuple[str, dict[str, Any]]:
-        path = Path(named).expanduser()
+        path = expanded(named)
         for place in (path, path / SCHEDULER, path / "scheduler" / SCHEDULER):
             if os.path.isfile(place):
                 config = read_object(place)

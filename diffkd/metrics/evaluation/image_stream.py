@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.generator import generate
 from diffkd.generation.labels import labels_for
+from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import Source, batches, spread, thinned
@@ -110,7 +110,7 @@ def cached(stream: ImageStream) -> ImageStream:
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:
     """What a protocol says of a model, enough to open it again. null_label: where it had to be named."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     where = {"kind": "model", "path": str(place.resolve()) if place.exists() else path}
     more = denoiser.opened_with | ({} if null_label is None else {"null_label": null_label})
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.stock import generate_stock, scalars, stock_defaults
+from diffkd.io.files import expanded
 from diffkd.io.naming import called, in_config
 from diffkd.io.text import log
 from diffkd.metrics.evaluation.config import Evaluation
@@ -36,7 +36,7 @@ class StockPipeline:
         self.path, self.null_label, self.variant = path, null_label, variant
         self.pipeline = loading.open_stock(path, variant).to(device)
         self.network = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
-        self.card = loading.card(Path(path).expanduser())
+        self.card = loading.card(expanded(path))
 
     @property
     def steps(self) -> int | None:

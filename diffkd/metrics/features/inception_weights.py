@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.files import expanded
 from diffkd.io.naming import called, in_config
 
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # the same file
@@ -29,7 +30,7 @@ def find_weights(given: str | Path | None = None) -> Path:
     """
     source, named = ("", given) if given is not None else (f"{VARIABLE}=", os.environ.get(VARIABLE) or None)
     if named is not None:
-        path = Path(named).expanduser()
+        path = expanded(named)
         if not os.path.isfile(path):
             state = "is a folder" if os.path.isdir(path) else "is not there"
             raise UserError(
