@@ -54,9 +54,21 @@ Features = Annotated[
         help="inception, digits, dinov2, clip or an nn.Module's dotted path; default as the reference."
     ),
 ]
-Weights = Annotated[str | None, typer.Option(help="File or folder of the feature network's weights.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the feature network: a file for inception, the published one or a .safetensors of your own "
+        "with the same names; a folder for dinov2 and clip."
+    ),
+]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        " /--no-cache", help="Neither use nor keep features of the reference in the user's cache folder."
+    ),
+]
 FeatureResize = Annotated[
-    str | None, typer.Option(help="How inception resizes: tf1 (default), bilinear, antialias or clean.")
+    str | None, typer.Option(help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
 ImageSize = Annotated[

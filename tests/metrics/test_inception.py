@@ -254,9 +254,12 @@ def test_pixels_are_resized_then_scaled(state, monkeypatch, how, channels):
     images = pictures(2, channels)
     given = network(images)
     assert given.dtype == torch.float32
-    assert torch.equal(given, ((resize(images, 299, how) - 128) / 128).expand(2, 3, 299, 299))
+    scaled = resize(images, 299, how)
+    scaled = scaled / 127.5 - 1 if how == "pytorch-fid" else (scaled - 128) / 128
+    assert torch.equal(given, scaled.expand(2, 3, 299, 299))
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
-    assert torch.allclose(network(black_and_white)[:, 0, 0, 0], torch.tensor([-1.0, 0.9921875]))
+    ends = torch.tensor([-1.0, 1.0 if how == "pytorch-fid" else 0.9921875])
+    assert torch.allclose(network(black_and_white)[:, 0, 0, 0], ends)
 
 
 def test_grey_is_repeated(net):
@@ -429,6 +432,8 @@ def test_describe(state, net):
     assert net.describe() == {**expected, "resize": "tf1", "dtype": "float32"}
     clean = InceptionV3(state, resize="clean", dtype=torch.float64)
     assert clean.describe() == {**expected, "resize": "clean", "dtype": "float64"}
+    for old, now in (("antialias", "torchmetrics"), ("bilinear", "bilinear")):
+        assert InceptionV3(state, resize=old).describe()["resize"] == now
 
 
 def test_an_unknown_resize_is_told_before_weights_are_sought(monkeypatch):

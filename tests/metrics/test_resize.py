@@ -1,4 +1,4 @@
-"""Four ways to 299x299, each beside a second implementation: loops, formulas, Pillow."""
+"""Ways to 299x299, each beside a second implementation: loops, formulas, Pillow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.metrics.features.resize import RESIZES, resize
+from diffkd.metrics.features.resize import OLD, RESIZES, prepare, renamed, resize
 
 SIZES = [(8, 8, 21), (32, 32, 299), (11, 17, 13), (40, 23, 12), (23, 64, 64), (1, 5, 4), (50, 50, 1)]
 
@@ -46,7 +46,7 @@ def pillow(picture: np.ndarray, size: int, way: Image.Resampling) -> np.ndarray:
 def reference(picture: np.ndarray, size: int, how: str) -> np.ndarray:
     if how == "clean":
         return pillow(picture, size, Image.Resampling.BICUBIC).clip(0, 255)
-    if how == "antialias":
+    if how == "torchmetrics":
         return pillow(picture, size, Image.Resampling.BILINEAR)
     return loops(picture.astype(np.float64), size, 0.0 if how == "tf1" else 0.5)
 
@@ -62,7 +62,7 @@ def test_beside_a_second_implementation(how, height, width, size):
     for n, picture in enumerate(images.numpy()):
         for c, channel in enumerate(picture):
             expected = reference(channel, size, how)
-            near = 4e-5 if how in ("antialias", "clean") else 1e-11
+            near = 4e-5 if how in ("torchmetrics", "clean") else 1e-11
             np.testing.assert_allclose(double[n, c], expected, rtol=0, atol=near)
             np.testing.assert_allclose(single[n, c], expected, rtol=0, atol=6e-5 if how == "tf1" else 1e-3)
 
@@ -126,6 +126,48 @@ def test_the_ways_differ():
 
 def test_an_unknown_way():
     with pytest.raises(
-        UserError, match="resize 'lanczos' is unknown; use one of tf1, bilinear, antialias, clean"
+        UserError, match="resize 'lanczos' is unknown; use one of tf1, clean, pytorch-fid, torchmetrics$"
     ):
         resize(pictures(4, 4), 8, "lanczos")
+
+
+# normalised as the tool does it
+
+
+@pytest.mark.parametrize("how", RESIZES)
+def test_a_mode_is_resize_and_normalisation(how):
+    """On images of the right size nothing is resized, and the modes differ nevertheless."""
+    images = pictures(9, 9)
+    values = images.double()
+    expected = 2 * values / 255 - 1 if how == "pytorch-fid" else (values - 128) / 128
+    assert torch.allclose(prepare(images, 9, how, dtype=torch.float64), expected, rtol=1e-14, atol=1e-14)
+    resized = resize(images, 20, how, dtype=torch.float64)
+    expected = 2 * resized / 255 - 1 if how == "pytorch-fid" else (resized - 128) / 128
+    assert torch.allclose(prepare(images, 20, how, dtype=torch.float64), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("old", "same"), [("bilinear", "pytorch-fid"), ("antialias", "torchmetrics")])
+def test_names_of_older_versions_mean_what_they_were(old, same):
+    """bilinear resized as pytorch-fid, but normalised otherwise: no mode of today is the same."""
+    images = pictures(9, 9)
+    assert torch.equal(resize(images, 20, old), resize(images, 20, same))
+    before = (resize(images, 20, old) - 128) / 128
+    assert torch.equal(prepare(images, 20, old), before)
+    assert torch.equal(prepare(images, 20, same), before) == (OLD[old] == same)
+
+
+@pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        ({"name": "inception", "resize": "antialias"}, "torchmetrics"),
+        ({"name": "inception", "resize": "bilinear"}, "bilinear"),
+        ({"name": "inception", "resize": "tf1"}, "tf1"),
+        ({"name": "somebody's", "resize": "antialias"}, "antialias"),
+        ({"name": "inception", "resize": ["antialias"]}, ["antialias"]),
+        ({"name": "inception"}, None),
+    ],
+)
+def test_descriptions_of_older_versions(given, now):
+    renamed(given)
+    assert given.get("resize") == now
+    renamed(None)

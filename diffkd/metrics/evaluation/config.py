@@ -28,7 +28,9 @@ class _Common(Strict):
         "digits", description="digits, inception, dinov2, clip, or your own: a module, or module.Class"
     )
     weights: str | None = Field(None, description="file or folder of the feature network's weights")
-    resize: Resize | None = Field(None, description="of inception features; default tf1, as the original")
+    resize: Resize | None = Field(
+        None, description="how inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics"
+    )
     dtype: Literal["float32", "float64"] | None = Field(
         None, description="of inception features; default float32"
     )

@@ -19,8 +19,8 @@ from diffkd.errors import UserError
 from diffkd.metrics.features.inception_network import BLOCKS, STEM, add_network, run_chain
 from diffkd.metrics.features.inception_weights import URL, find_weights, read_weights
 from diffkd.metrics.features.precision import full_float32
+from diffkd.metrics.features.resize import OLD, prepare
 from diffkd.metrics.features.resize import check as check_resize
-from diffkd.metrics.features.resize import resize as resized
 
 SIZE = 299
 PART = 16  # images at a time on a CPU: as fast as more, and in half the memory
@@ -36,7 +36,8 @@ class InceptionV3(nn.Module):
     gradients or autocast.
 
     weights: a file (see read_weights), None for what find_weights finds, or a state dict.
-    resize: how images come to 299x299, one of diffkd.metrics.resize.RESIZES. dtype: of the arithmetic.
+    resize: how images come to 299x299 and are normalised, by the name of the tool that does it so: tf1
+    (torch-fidelity and the original), clean (clean-fid), pytorch-fid, torchmetrics. dtype: of the arithmetic.
     weights_sha256: of the weights as float32, whatever kind of file they came in.
     """
 
@@ -90,12 +91,12 @@ class InceptionV3(nn.Module):
             parts = [self(images[i : i + PART]) for i in range(0, len(images) - PART + 1, PART)]
             rest = len(images) % PART  # in a part as large, since a smaller one is rounded otherwise
             return torch.cat([*parts, self(images[-PART:])[-rest:]] if rest else parts)
-        x = resized(images, SIZE, self.resize, dtype=self.fc.weight.dtype)
-        return self.trunk(x.sub_(128).div_(128).expand(-1, 3, -1, -1))
+        x = prepare(images, SIZE, self.resize, dtype=self.fc.weight.dtype)
+        return self.trunk(x.expand(-1, 3, -1, -1))
 
     @torch.no_grad()
     def trunk(self, x: Tensor) -> Tensor:
-        """The network itself: pixels after (value - 128) / 128, (B, 3, 299, 299) -> (B, 2048)."""
+        """The network itself: normalised pixels, (B, 3, 299, 299) -> (B, 2048)."""
         with full_float32(x.device.type):
             x = run_chain(self, STEM, x.contiguous(memory_format=torch.channels_last))
             for name in BLOCKS:
@@ -118,7 +119,7 @@ class InceptionV3(nn.Module):
         dtype = str(self.fc.weight.dtype).removeprefix("torch.")
         return {
             "name": "inception", "sha256": self.weights_sha256, "num_features": self.num_features,
-            "resize": self.resize, "dtype": dtype,
+            "resize": OLD.get(self.resize, self.resize), "dtype": dtype,
         }  # fmt: skip
 
 
