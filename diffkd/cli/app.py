@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffkd import __version__
-from diffkd.cli import benchmark, compare, distill, evaluate, methods, sample, stats, train
+from diffkd.cli import benchmark, compare, distill, evaluate, fid, methods, sample, stats, train
 from diffkd.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ EXAMPLES = {
     distill.distill: "diffkd distill configs/digits/progressive.yaml",
     sample.sample: "diffkd sample runs/digits-progressive/students/4-steps --out images",
     evaluate.evaluate: "diffkd evaluate images --reference digits",
+    fid.fid: "diffkd fid images digits",
     compare.compare: "diffkd compare one.json two.json",
     stats.stats: "diffkd stats digits --out digits.npz",
     benchmark.benchmark: "diffkd benchmark configs/digits/benchmark.yaml",

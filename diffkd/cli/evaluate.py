@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from diffkd.cli.options import (
+    Cache,
     Device,
     Dtype,
     FeatureResize,
@@ -26,6 +27,9 @@ def evaluate(
     target: Annotated[
         str | None, typer.Argument(help="A model (folder or hub id), a folder of images, or an image .npz.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Argument(help="What to compare with, as --reference names it.")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="digits, a folder of images, an .npz of images or statistics, or a data set."),
@@ -35,7 +39,12 @@ def evaluate(
         str, typer.Option(help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, agreement; comma-separated.")
     ] = "fid",
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Images; default as many as the reference has, or 50000.")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Images of a model, default as many as the reference has, at most 50000; of a folder or an "
+            ".npz, default all, else a fixed random choice.",
+        ),
     ] = None,
     features: Features = None,
     weights: Weights = None,
@@ -97,6 +106,7 @@ def evaluate(
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Use reference statistics that other features made.")
     ] = False,
+    cache: Cache = True,
     out: Annotated[Path | None, typer.Option("--out", help="Write the records to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
     repeat: Annotated[
@@ -110,25 +120,38 @@ def evaluate(
     from diffkd.errors import UserError
     from diffkd.runs import evaluate as job
     from diffkd.runs import repeat as repetition
+    from diffkd.runs.record_file import RecordFile
     from diffkd.runs.reports import tables
 
     options = job.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
         guidance, null_label, quantize, variant, scheduler, teacher, teacher_steps, teacher_guidance,
         bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights, seed, batch_size,
-        allow_mismatch,
+        allow_mismatch, cache,
     )  # fmt: skip
+    reference = one_reference(against, reference)
     if repeat is not None:
-        also = {"the target": target, "--reference": reference, "--out": out, "--json": json or None}
+        also = {"the target": target, "the reference": reference, "--out": out, "--json": json or None}
         more = [name for name, value in also.items() if value is not None]
-        more += [job.option(name) for name in options.given() if name != "features"]
+        more += [job.option(name) for name in options.given() if name not in ("features", "cache")]
         if more:
             raise UserError(f"--repeat takes all from the record; leave out {more[0]}")
         same = repetition.repeat(repeat, Console(), device=device, features_name=features)
         return 0 if same else 1
     if target is None or reference is None:
-        raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REF")
+        raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REFERENCE")
     console = Console(stderr=True, quiet=True) if json else Console()
-    records = job.measure(target, reference, options, console, device=device, out=out)
-    tables.show_evaluation(records, target, console, as_json=json, out=out)
+    file = RecordFile(out)
+    records = job.measure(target, reference, options, console, device=device, file=file)
+    tables.show_evaluation(records, target, console, as_json=json, out=None if file.failure else out)
+    file.check()
     return 0
+
+
+def one_reference(argument: str | None, option: str | None) -> str | None:
+    """The reference, named in one of two ways."""
+    from diffkd.errors import UserError
+
+    if argument is not None and option is not None:
+        raise UserError(f"the reference is {argument}, or --reference {option}; leave out one of the two")
+    return option if argument is None else argument

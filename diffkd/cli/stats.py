@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from diffkd.cli.options import (
+    Cache,
     Device,
     Dtype,
     FeatureResize,
@@ -34,6 +35,7 @@ def stats(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    cache: Cache = True,
 ) -> None:
     """Compute reference statistics of images once, in the format that other FID tools read."""
     from rich.console import Console
@@ -44,5 +46,5 @@ def stats(
     job.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
         dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
-        overwrite=overwrite,
+        overwrite=overwrite, cache=cache,
     )  # fmt: skip

@@ -14,18 +14,20 @@ from rich.console import Console
 from diffkd import metrics
 from diffkd.errors import UserError
 from diffkd.generation.labels import parse_classes
+from diffkd.io import progress
 from diffkd.io.config import validation_message
-from diffkd.io.files import append_json, check_writable, read_json, write_json
+from diffkd.io.files import append_json, expanded, read_json
 from diffkd.io.processes import Processes
-from diffkd.io.text import from_json, log, reason
+from diffkd.io.text import from_json, is_number, log, reason
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.records import Record
+from diffkd.metrics.evaluation.records import Record, formatted
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
 from diffkd.models import loading
 from diffkd.runs.measurement import Measurement
+from diffkd.runs.record_file import RecordFile
 from diffkd.runs.reports import model_card
 
 
@@ -61,6 +63,7 @@ class Options:
     seed: int | None = None
     batch_size: int | None = None
     allow_mismatch: bool = False
+    cache: bool = True  # whether features of the reference are kept between commands
 
     def given(self) -> list[str]:
         """Names of the options whose values are not the defaults."""
@@ -93,7 +96,10 @@ def evaluate(
     """
     counts = (steps,) if isinstance(steps, int) else steps
     asked = Options(",".join(metrics), None if counts is None else ",".join(map(str, counts)), **options)
-    found = measure(str(target), str(reference), asked, Console(quiet=True), device=device, out=out)
+    file = RecordFile(out)
+    found = measure(str(target), str(reference), asked, Console(quiet=True), device=device, file=file)
+    if file.failure is not None:
+        log.warning("%s", file.failure)  # and not an error, with which the numbers would be lost
     return found[0] if len(found) == 1 else found
 
 
@@ -104,19 +110,18 @@ def measure(
     console: Console,
     *,
     device: str | None = None,
-    out: Path | None = None,
+    file: RecordFile | None = None,
 ) -> list[Record]:
     """A record for each step count of a model, or one for images: what the command `diffkd evaluate` does.
 
     target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
-    statistics of images. out: a JSON file that takes the records as they come. A model inside a run folder
-    also gets them into the run's metrics.json and its own card. All processes of a launcher work together;
-    only the main one returns records. Raises UserError for whatever cannot be measured.
+    statistics of images. file: takes the records as they come; whether it could is for the caller to ask. A
+    model inside a run folder also gets them into the run's metrics.json and its own card. All processes of a
+    launcher work together; only the main one returns records. Raises UserError for whatever cannot be
+    measured; for all that can be known without a feature network, before one is used.
     """
-    if out is not None:
-        check_writable(out, "--out")
     _check(target, options)
-    against = open_reference(reference, resize=options.resize, split=options.split)
+    against = open_reference(reference, resize=options.resize, split=options.split, cached=options.cache)
     measured, config = target_of(target, options), config_of(options, against)
     run = _run_of(target)
     processes = Processes(device)
@@ -125,10 +130,15 @@ def measure(
         if not processes.main:
             continue
         found.append(record)
-        if out is not None:
-            write_json(out, found[0] if len(found) == 1 else found)
-        if run is not None:
-            _keep(record, run)
+        try:
+            if len(measured.steps) > 1:
+                numbers = ", ".join(" ".join(pair) for pair in formatted(record).items())
+                progress.say(console, f"{record['steps']} steps: {numbers}")
+        finally:  # even where nobody reads any more
+            if file is not None:
+                file.write(found)
+            if run is not None:
+                _keep(record, run)
     return found
 
 
@@ -150,11 +160,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def open_reference(text: str, *, resize: int | None = None, split: str | None = None) -> Reference:
+def open_reference(
+    text: str, *, resize: int | None = None, split: str | None = None, cached: bool = True
+) -> Reference:
     """What a user names as the reference. Raises UserError for a model."""
     if is_model(text) and Path(text).is_dir():
         raise UserError(f"--reference {text} is a model; give images, or statistics of images")
-    return Reference(image_sets.parse(text, resize=resize, split=split or "train"))
+    return Reference(image_sets.parse(text, resize=resize, split=split or "train"), cached=cached)
 
 
 def target_of(path: str, options: Options) -> Target:
@@ -205,7 +217,7 @@ def default_features(reference: Reference) -> str:
 def parse_steps(text: str | None) -> tuple[int, ...]:
     """Step counts from text such as 1,2,4; none for the model's own."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    if not all(is_number(part) and int(part) > 0 for part in parts):
         raise UserError(f"--steps {text!r} is not understood; use step counts such as 1,2,4,8,64")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -235,7 +247,7 @@ def _run_of(target: str) -> Path | None:
     """
     if not is_model(target):
         return None
-    folder = Path(target).expanduser().resolve()
+    folder = expanded(target).resolve()
     run = folder.parent.parent if folder.parent.name == "students" else folder.parent
     if not (run / "config.yaml").is_file():
         return None
@@ -260,5 +272,5 @@ def _keep(record: Record, run: Path) -> None:
             card = loading.card(folder)
             if card:
                 model_card.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
-    except (OSError, Timeout) as error:
+    except (OSError, ValueError, Timeout) as error:
         log.warning("%s does not take the record (%s); --out keeps it", run / "metrics.json", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from diffkd.errors import UserError, printable
 from diffkd.io import progress
+from diffkd.io.naming import called
 from diffkd.io.processes import Processes
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
@@ -20,17 +22,25 @@ from diffkd.metrics.evaluation.targets import Target, opened, teacher_of
 
 
 class Measurement:
-    """Measures targets against one reference, whose features are computed first."""
+    """Measures targets against one reference, whose features are computed once."""
 
     def __init__(
         self, config: Evaluation, reference: Reference, processes: Processes, console: Console
     ) -> None:
+        self.config, self.reference = config, reference
         self.console, self.processes = console, processes
         self._teachers: dict[Any, ImageStream | None] = {}  # the last one, which may hold its images
-        total = reference.count or 0
-        with progress.bar(console, "reference", total, shown=processes.main) as advance:
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """When it is first asked for, the reference's images go through the feature networks."""
+        total, processes = self.reference.count or 0, self.processes
+        with progress.bar(self.console, "reference", total, shown=processes.main) as advance:
             counter = progress.counter(advance, processes.world)
-            self.evaluator = Evaluator(config, reference, processes, counter)
+            made = Evaluator(self.config, self.reference, processes, counter)
+        if self.reference.from_cache and processes.main:
+            progress.say(self.console, "features of the reference: kept from an earlier command")
+        return made
 
     def records(
         self, target: Target, *, warm_up: bool = False, expected: str | None = None
@@ -38,13 +48,16 @@ class Measurement:
         """A record for each of the target's step counts, or for its images.
 
         warm_up: draws a batch before, so that the cost of the first is not in "seconds". expected: the sha256
-        that a model's weights, or the images, must have. Raises UserError, naming the target.
+        that a model's weights, or the images, must have. Raises UserError, naming the target; whatever can be
+        known without the feature networks, before they are used.
         """
-        processes, evaluator = self.processes, self.evaluator
-        place = target, evaluator.config, evaluator.reference, processes.device
+        processes = self.processes
+        place = target, self.config, self.reference, processes.device
         for title, stream, where, size in opened(*place):
             check_sha256(expected, where.get("sha256"), target.path)
             teacher = self._teacher(*place)
+            self._check(stream, teacher)
+            evaluator = self.evaluator
             with progress.bar(self.console, printable(title), stream.count, shown=processes.main) as advance:
                 try:
                     if warm_up:
@@ -58,6 +71,15 @@ class Measurement:
             check_sha256(expected, found["protocol"]["target"].get("sha256"), target.path)
             name = printable(target.name or Path(target.path).name or target.path)
             yield {"model": name, "role": "evaluated", **size, **found}
+
+    def _check(self, stream: ImageStream, teacher: ImageStream | None) -> None:
+        """Raises UserError for metrics that have too few images, or no teacher to compare with."""
+        for metric in self.config.chosen():
+            metric.options(stream.count, self.reference.count)
+            if metric.with_teacher and teacher is None:
+                raise UserError(
+                    f"{metric.name} is with a teacher from the same noise; name it ({called('teacher')})"
+                )
 
     def _teacher(self, target: Target, *place: Any) -> ImageStream | None:
         key = target.teacher, target.teacher_steps, target.teacher_guidance, target.null_label

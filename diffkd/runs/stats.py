@@ -10,11 +10,10 @@ from rich.console import Console
 from diffkd.errors import UserError, printable
 from diffkd.io import progress
 from diffkd.io.environment import commit, versions
-from diffkd.io.files import check_writable
+from diffkd.io.files import check_writable, format_bytes, free_bytes
 from diffkd.io.processes import Processes
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import image_sets, image_sources
-from diffkd.metrics.evaluation.collector import Collector, Pixels
+from diffkd.metrics.evaluation import feature_cache, image_sets
 from diffkd.metrics.evaluation.targets import is_model
 
 
@@ -33,6 +32,7 @@ def stats(
     batch_size: int = 64,
     device: str | None = None,
     overwrite: bool = False,
+    cache: bool = True,
 ) -> Path:
     """Writes the statistics of a set of images, with their protocol, to an .npz. Raises UserError."""
     if out.suffix != ".npz":
@@ -46,27 +46,38 @@ def stats(
     source = image_sets.images_of(spec)
     name = features_name or ("digits" if source.name == "digits" else "inception")
     processes = Processes(device)
-    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype)
-    collector = Collector(network.to(processes.device), len(source), processes.device, store=store)
-    pixels = Pixels(len(source))
+    network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype).to(processes.device)
+    described = features.describe(name, network)
+    _check_room(out, described["num_features"], len(source) if store else 0)
     title = printable(f"{name} features of {source.name}")
     with progress.bar(console, title, len(source), shown=processes.main) as advance:
-        count = progress.counter(advance, processes.world)
-        for first, images in image_sources.batches(
-            source, len(source), batch_size, processes.rank, processes.world
-        ):
-            pixels.update(first, images)
-            collector.update(first, images.to(processes.device))
-            count(len(images))
-    collector.merge_across(processes.add)
+        found, pixels, kept = feature_cache.features_of(
+            source, {name: network}, {name: described}, {name} if store else set(), processes,
+            batch_size=batch_size, cached=cache, on_images=progress.counter(advance, processes.world),
+        )  # fmt: skip
     protocol = {
-        "features": features.describe(name, network), "samples": len(source), "name": source.name,
-        "spec": spec.model_dump(mode="json"), "sha256": pixels.sha256(processes.add),
+        "features": described, "samples": len(source), "name": source.name, "size": list(source.size),
+        "spec": spec.model_dump(mode="json"), "sha256": pixels.sha256,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip
     if processes.main:
-        collector.statistics.save(
-            out, protocol=protocol, labels=source.labels, features=collector.features if store else None
+        for note in source.notes:
+            progress.say(console, note)
+        if pixels.copies:
+            progress.say(console, f"{pixels.copies:,} of the images are copies of others among them")
+        found[name].statistics.save(
+            out, protocol=protocol, labels=source.labels, features=found[name].stored if store else None
         )
-        progress.say(console, f"{len(source):,} images, {name} features: {out}")
+        from_cache = ", kept from an earlier command" if kept else ""
+        progress.say(console, f"{len(source):,} images, {name} features{from_cache}: {out}")
     return out
+
+
+def _check_room(out: Path, wide: int, stored: int) -> None:
+    """Raises UserError where the disk is too full for statistics, and `stored` features, of that width."""
+    size, free = 8 * wide * (wide + 1) + 4 * wide * stored, free_bytes(out)
+    if size > free:
+        raise UserError(
+            f"--out {out} takes {format_bytes(size)}, and its disk has {format_bytes(free)} left; make room, "
+            "or use another place"
+        )

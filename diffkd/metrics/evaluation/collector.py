@@ -112,10 +112,11 @@ class Collection:
 
 
 class Pixels:
-    """sha256 of a set of images: of the digests of the images in order, whatever process read which."""
+    """The sha256 of each of a set's images, (count, 32) of 0 to 255, whatever process read which."""
 
-    def __init__(self, count: int) -> None:
-        self.digests = torch.zeros(count, 32, dtype=torch.int64)
+    def __init__(self, digests: int | Tensor) -> None:
+        """digests: those that are known, or their count."""
+        self.digests = torch.zeros(digests, 32, dtype=torch.int64) if isinstance(digests, int) else digests
 
     def update(self, first: int, images: Tensor) -> None:
         """images: (B, H, W, C) uint8 on the CPU."""
@@ -123,5 +124,24 @@ class Pixels:
             digest = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
             self.digests[first + i] = torch.tensor(list(digest))
 
-    def sha256(self, add: Add) -> str:
-        return hashlib.sha256(bytes(add(self.digests).flatten().tolist())).hexdigest()
+    def merge_across(self, add: Add) -> None:
+        """Adds up all processes, each of which must call it, with images or without."""
+        self.digests = add(self.digests)
+
+    @property
+    def sha256(self) -> str:
+        """Of the set: of the digests in order."""
+        return hashlib.sha256(bytes(self.digests.flatten().tolist())).hexdigest()
+
+    @property
+    def copies(self) -> int:
+        """Images that are the same as an earlier one."""
+        return len(self.digests) - len(set(self._rows()))
+
+    def in_common(self, other: Pixels) -> int:
+        """Images that are also in another set."""
+        theirs = set(other._rows())
+        return sum(digest in theirs for digest in self._rows())
+
+    def _rows(self) -> list[bytes]:
+        return [bytes(digest) for digest in self.digests.byte().numpy()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.generation.timing import Timer
 from diffkd.io.environment import commit, versions
+from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.io.processes import Processes
 from diffkd.metrics.base import MAIN, Inputs
@@ -20,6 +20,7 @@ from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.collector import Collection, Pixels
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import ImageStream
+from diffkd.metrics.evaluation.notes import notes
 from diffkd.metrics.evaluation.reference import Reference
 
 
@@ -60,7 +61,10 @@ class Evaluator:
         teacher: ImageStream | None = None,
         on_images: Callable[[int], None] = ignore,
     ) -> dict[str, Any]:
-        """{"steps", "nfe", the values, "seconds", "protocol"}. teacher: what draws from the same noise."""
+        """{"steps", "nfe", the values, "seconds", "notes", "protocol"}.
+
+        teacher: what draws from the same noise.
+        """
         device, add = self.processes.device, self.processes.add
         comparing = next((metric.name for metric in self.metrics if metric.with_teacher), None)
         if comparing is None:
@@ -70,9 +74,10 @@ class Evaluator:
             raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
         stored = networks.stored_of_images(self.metrics)
         collection = Collection(self.metrics, self.networks, stream.count, device, stored)
-        pixels = Pixels(stream.count)
+        pixels, size = Pixels(stream.count), None
         timer = Timer(device)
         for first, images, by_teacher in self._pairs(stream, teacher, timer):
+            size = images.shape[2], images.shape[1]
             if stream.there:
                 pixels.update(first, images)
             if teacher is not None and by_teacher is not None:
@@ -82,11 +87,17 @@ class Evaluator:
             on_images(len(images))
         collection.merge_across(add)
         if stream.there:
-            stream.protocol["pixels"] = pixels.sha256(add)
+            pixels.merge_across(add)
+            stream.protocol["pixels"] = pixels.sha256
         made: dict[str, Any] = {k: stream.protocol[k] for k in ("steps", "nfe") if k in stream.protocol}
         values = self._values(collection, stream.count) if self.processes.main else {}
+        found = notes(
+            self.reference, self.descriptions[MAIN], values, stream.count, size,
+            pixels if stream.there else None,
+        )  # fmt: skip
         return {
             **made, **values, "seconds": timer.seconds()["images"],
+            "notes": [*self.reference.notes, *stream.notes, *found],
             "protocol": self._protocol(stream, teacher),
         }  # fmt: skip
 
@@ -133,8 +144,8 @@ class Evaluator:
         """The config, with absolute paths, so that the record can be used from anywhere."""
         content = self.config.model_dump(mode="json")
         for key, value in content.items():
-            if key.endswith("weights") and value is not None and Path(value).expanduser().exists():
-                content[key] = str(Path(value).expanduser().resolve())
+            if key.endswith("weights") and value is not None and expanded(value).exists():
+                content[key] = str(expanded(value).resolve())
         return content | {"reference": None}  # it is in the protocol already
 
 

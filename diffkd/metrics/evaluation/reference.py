@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from diffkd.io.npz import read_npz
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, reason
 from diffkd.metrics.base import FeatureSet
-from diffkd.metrics.evaluation.collector import Collector, Pixels
+from diffkd.metrics.evaluation.collector import Pixels
+from diffkd.metrics.evaluation.feature_cache import features_of
 from diffkd.metrics.evaluation.image_sets import File, images_of
-from diffkd.metrics.evaluation.image_sources import Source, batches, labels_in
+from diffkd.metrics.evaluation.image_sources import Source, labels_in
+from diffkd.metrics.features.resize import renamed
 from diffkd.metrics.statistics import Statistics
 
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
@@ -28,17 +30,20 @@ MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network:
 class Reference:
     """Images, or statistics, or both.
 
-    name, count, sha256 (of the pixels), labels (N,): where they are known.
+    name, count, size (width and height), sha256 (of the pixels), labels (N,): where they are known.
     """
 
-    def __init__(self, spec: Any, source: Source | None = None) -> None:
-        """spec: of `image_sets.parse` or a config. source: its images, where they are open already."""
-        self.spec = spec
+    def __init__(self, spec: Any, source: Source | None = None, *, cached: bool = True) -> None:
+        """spec: of `image_sets.parse` or a config. source: its images, where they are open already. cached:
+        whether features that an earlier command kept are used, and new ones kept."""
+        self.spec, self.cached = spec, cached
         self.statistics: Statistics | None = None
         self.stored_features: Tensor | None = None
         self.protocol: dict[str, Any] = {}
         self.sha256: str | None = None
         self.labels: Tensor | None = None
+        self.pixels: Pixels | None = None  # once its images were read
+        self.from_cache = False
         self.source = source
         if source is None and isinstance(spec, File):
             self._read(spec.path)
@@ -97,11 +102,14 @@ class Reference:
         known: dict[str, FeatureSet] = {}
         if self.statistics is not None:
             known[next(iter(networks))] = FeatureSet(self.statistics, self.stored_features)
-        passed = (
-            self._pass({n: networks[n] for n in missing}, store, processes, batch_size, on_images)
-            if missing
-            else {}
-        )
+        passed: dict[str, FeatureSet] = {}
+        if missing:
+            assert self.source is not None
+            passed, self.pixels, self.from_cache = features_of(
+                self.source, {n: networks[n] for n in missing}, descriptions, store, processes,
+                batch_size=batch_size, cached=self.cached, on_images=on_images,
+            )  # fmt: skip
+            self.sha256 = self.sha256 or self.pixels.sha256
         return {
             name: FeatureSet(
                 (known if name in known else passed)[name].statistics,
@@ -135,32 +143,6 @@ class Reference:
             )
         return missing
 
-    def _pass(
-        self,
-        networks: Mapping[str, nn.Module],
-        store: set[str],
-        processes: Processes,
-        batch_size: int,
-        on_images: Callable[[int], None],
-    ) -> dict[str, FeatureSet]:
-        assert self.source is not None
-        count = len(self.source)
-        collectors = {
-            name: Collector(network, count, processes.device, store=name in store)
-            for name, network in networks.items()
-        }
-        pixels = Pixels(count)
-        for first, images in batches(self.source, count, batch_size, processes.rank, processes.world):
-            pixels.update(first, images)
-            on_device = images.to(processes.device)
-            for collector in collectors.values():
-                collector.update(first, on_device)
-            on_images(len(images))
-        for collector in collectors.values():
-            collector.merge_across(processes.add)
-        self.sha256 = self.sha256 or pixels.sha256(processes.add)
-        return {name: collector.collected() for name, collector in collectors.items()}
-
     def _check(self, statistics: Statistics, description: Mapping[str, Any], allow_mismatch: bool) -> None:
         wide = description["num_features"]
         if statistics.num_features != wide:
@@ -179,6 +161,17 @@ class Reference:
                 f"{self.name} was made with other features ({'; '.join(differ)}); use the same, "
                 f"or {called('evaluation.allow_mismatch')} for a number that cannot be compared"
             )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        if self.source is not None:
+            return self.source.size
+        width, height = self.protocol.get("size") or (None, None)
+        return None if width is None else (width, height)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return () if self.source is None else self.source.notes
 
     def describe(self) -> dict[str, Any]:
         """What a protocol says of it, after its images were collected."""
@@ -204,6 +197,12 @@ def _protocol(array: np.ndarray, path: Path) -> dict[str, Any]:
         and isinstance(content.get("features", {}), dict)
         and isinstance(content.get("features", {}).get("name", ""), str)
         and isinstance(content.get("sha256"), str | None)
+        and (content.get("size") is None or _is_size(content["size"]))
     ):
         raise UserError(f"{path}: its protocol was not written by diffkd; write it with diffkd stats")
+    renamed(content.get("features"))
     return content
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value)
