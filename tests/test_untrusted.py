@@ -457,7 +457,7 @@ def test_a_record_cannot_name_code(measured, own, exploded):
     record = json.loads(measured.read_text())
     record["protocol"]["evaluation"]["features"] = f"{name}.Mine"
     measured.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=rf"r.json.*--features {name}.Mine"):
+    with pytest.raises(UserError, match=rf"r.json.*name it: features {name}.Mine"):
         repeat(measured, quiet())
     assert not exploded.exists() and name not in sys.modules
 

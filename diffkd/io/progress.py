@@ -133,6 +133,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def rounded(rate: float) -> str:
+    """A rate in two digits or more: 0.44, 6.1, 350."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def counter(advance: Advance, processes: int = 1) -> Callable[[int], None]:
     """A function that moves a bar on by so many items of this process, of each of `processes` alike."""
     done = 0

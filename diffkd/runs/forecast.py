@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from diffkd.io.progress import Pace, duration
+from diffkd.io.progress import Pace, duration, rounded
 
 AFTER = 20.0  # seconds of training; what is over by then needs no forecast
 
@@ -28,5 +28,5 @@ class Forecast:
         measuring = f", and {duration(self.measuring)} for measuring" if self.measuring else ""
         self._say(
             f"about {duration(left / pace.rate)} for the {left:,} updates{of_stage} that are left, at the "
-            f"rate so far ({pace.rate:.3g} a second){measuring}"
+            f"rate so far ({rounded(pace.rate)} a second){measuring}"
         )

@@ -97,7 +97,8 @@ class Session:
             def on_update(done: int, record: dict[str, Any]) -> None:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
-                advance(done, f"loss {record['loss']:.4f}, {rate:.0f} images/s" if record else "")
+                loss = f"loss {record['loss']:.4f}, {progress.rounded(rate)} images/s" if record else ""
+                advance(done, loss)
                 pace.reached(done)
                 self.forecast.say(pace, stage.updates)
 
@@ -135,10 +136,12 @@ class Session:
     def say_report(self, page: Path | None) -> None:
         """Where the report is; without one, why."""
         self.say(
-            f"report: {page}" if page else "no report: it needs matplotlib (pip install 'diffkd[report]')"
+            f"report: {page}" if page else "no report: it needs matplotlib (pip install matplotlib)"
         )
 
-    def bar(self, title: str, total: int, *, unit: str = "images") -> AbstractContextManager[progress.Advance]:
+    def bar(
+        self, title: str, total: int, *, unit: str = "images"
+    ) -> AbstractContextManager[progress.Advance]:
         return progress.bar(self.console, title, total, unit=unit, shown=self.main)
 
     @contextmanager

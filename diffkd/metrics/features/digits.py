@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffkd.core.digest import digest
+from diffkd.io.naming import called
+from diffkd.io.text import log
 
+MAX_SIDE = 32  # of images that may be digits: MNIST's, and those of datasets that pad them
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_features.safetensors")
 
 
@@ -54,11 +57,15 @@ class DigitsFeatures(nn.Module):
         self.network.load_state_dict(load_file(DIGITS_WEIGHTS))
         self.double().requires_grad_(False)
         super().train(False)
+        self._seen = False
 
     def train(self, mode: bool = True) -> DigitsFeatures:
         return self  # locked: a metric that is put in train mode keeps its features
 
     def forward(self, images: Tensor) -> Tensor:
+        if not self._seen:
+            self._seen = True
+            _warn_of_others(images)
         x = images.double().mean(1, keepdim=True) / 127.5 - 1
         return self.network.features(F.adaptive_avg_pool2d(x, 8))
 
@@ -72,3 +79,14 @@ class DigitsFeatures(nn.Module):
             "sha256": digest(self.network.state_dict()),
             "num_features": self.num_features,
         }
+
+
+def _warn_of_others(images: Tensor) -> None:
+    """Where they cannot be small grey digits, which is all that the network knows."""
+    height, width = images.shape[2:]
+    if max(height, width) > MAX_SIDE or not bool((images == images[:, :1]).all()):
+        log.warning(
+            "digits features know small grey digits and nothing else, and these are images of %dx%d%s: "
+            "numbers by them say little; %s: inception, or your own",
+            width, height, "" if images.shape[1] == 1 else " in colour", called("evaluation.features"),
+        )  # fmt: skip
