@@ -14,18 +14,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffkd.generation.grids import COLUMNS
+from diffkd.generation import grids
 
 TILES = 10  # one of each class, as labels come in turn
 TEACHER, STUDENT = "#6b7787", "#0c7d74"
 
 
 def tiles(path: Path) -> list[np.ndarray]:
-    """The first square tiles of a grid of samples."""
-    grid = np.asarray(Image.open(path))
-    size = grid.shape[1] // COLUMNS
-    places = [(i // COLUMNS * size, i % COLUMNS * size) for i in range(TILES)]
-    return [grid[y : y + size, x : x + size] for y, x in places]
+    """The first tiles of a grid of samples."""
+    with Image.open(path) as grid:
+        return [np.asarray(tile) for tile in grids.tiles(grid, TILES)]
 
 
 def rows(run: Path) -> list[tuple[str, str, list[np.ndarray]]]:

@@ -216,14 +216,16 @@ def test_formats_hold_the_same_pixels(cli, tmp_path, make_pipeline, shape):
 def test_the_grid_is_of_the_first_64(cli, here, out, n):
     assert cli("sample", "plain", "-n", n, "--steps", 1, "--batch-size", 9, "--out", out).code == 0
     path = here / ("drawn-grid.png" if out == "drawn" else "drawn.v2.grid.png")
-    picture = np.asarray(Image.open(path))
-    factor = picture.shape[1] // (8 * 8)
-    assert np.array_equal(picture, picture[::factor, ::factor].repeat(factor, 0).repeat(factor, 1))
-    small = picture[::factor, ::factor]
-    tiles = [small[8 * (i // 8) :, 8 * (i % 8) :][:8, :8] for i in range(min(n, 64))]
+    picture, shown, factor = np.asarray(Image.open(path)), min(n, 64), 4
+    step = 8 * factor + 2  # with a gap
+    large = [picture[step * (i // 8) :, step * (i % 8) :][: step - 2, : step - 2] for i in range(shown)]
+    tiles = [tile[::factor, ::factor] for tile in large]
+    for tile, enlarged in zip(tiles, large, strict=True):
+        assert np.array_equal(enlarged, tile.repeat(factor, 0).repeat(factor, 1))
+    assert all((picture[:, step * i - 2 : step * i] == 128).all() for i in range(1, 8))
     whole = pixels(here / "drawn") if out == "drawn" else np.load(out)["arr_0"]
     assert len(whole) == n and np.array_equal(np.stack(tiles), whole[:64])
-    assert small.shape[0] == 8 * -(-min(n, 64) // 8)
+    assert picture.shape[:2] == (step * -(-shown // 8) - 2, step * 8 - 2)
 
 
 def test_an_npz_is_what_generate_gives(cli, here):

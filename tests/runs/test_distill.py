@@ -69,7 +69,7 @@ def test_images_to_students_in_one_command(here, cli):
         card = json.loads((run / f"students/{n}-steps/diffkd.json").read_text())
         assert card["steps"] == n and card["metrics"] == [r for r in measured if r["model"] == f"{n}-steps"]
         with Image.open(run / f"samples/{n}-steps.png") as grid:
-            assert grid.size == (256, 256)
+            assert grid.size == (270, 270)  # 8 tiles of 32 and the gaps between them
     stages = {r["stage"]: r for r in log(run)}
     assert {name: r["updates"] for name, r in stages.items()} == {"4-steps": 3, "2-steps": 6, "1-steps": 6}
     assert "not comparable with FID by Inception" in out and "report.html" in out

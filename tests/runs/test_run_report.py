@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffkd.generation import grids
 from diffkd.runs.reports import run_report
 
 pytest.importorskip("matplotlib")
@@ -264,6 +265,19 @@ def test_colours_stay_and_large_tiles_are_reduced(run: Path) -> None:
         strips["student, 4 steps"], first_tiles(np.asarray(palette.convert("RGB")), 10)
     )
     assert strips["student, 1 step"].shape == (128, 1280, 3)
+
+
+def test_grids_with_gaps_and_of_oblong_images_are_cut_right(run: Path) -> None:
+    for path in (run / "samples").glob("*.png"):
+        path.unlink()
+    for steps, shape in ((4, (40, 64)), (2, (64, 40)), (1, (150, 300))):
+        images = np.random.default_rng(steps).integers(0, 256, (12, *shape, 3), dtype=np.uint8)
+        grids.save(grids.grid(images), run / "samples" / f"{steps}-steps.png")
+        strip = page(run).strips()[f"student, {steps} step{'s' * (steps > 1)}"]
+        if steps > 1:
+            np.testing.assert_array_equal(strip, np.concatenate(images[:10], axis=1))
+        else:
+            assert strip.shape == (64, 1280, 3)
 
 
 def test_curves_are_the_log(run: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffkd.data.decoding import open_image
-from diffkd.generation.grids import COLUMNS
+from diffkd.generation import grids
 from diffkd.runs.reports import page
 from diffkd.runs.reports.run_files import Measurements
 
@@ -43,28 +43,26 @@ def section(folder: Path, measured: Measurements) -> str:
 
 
 def _tiles(path: Path) -> list[Image.Image]:
-    """The first square tiles of a grid; none of a picture that cannot be read."""
+    """The first tiles of a grid; none of a picture that cannot be read."""
     try:
         with open_image(path) as file:
-            grid = file if file.mode in ("L", "RGB") else file.convert("RGB")
-            size = grid.width // COLUMNS
-            corners = [(i % COLUMNS * size, i // COLUMNS * size) for i in range(TILES)]
-            return [grid.crop((x, y, x + size, y + size)) for x, y in corners if y + size <= grid.height]
+            return grids.tiles(file if file.mode in ("L", "RGB") else file.convert("RGB"), TILES)
     except Exception:  # Pillow raises many kinds
         return []
 
 
 def _strip(tiles: Sequence[Image.Image], title: str) -> str:
-    size = tiles[0].width
-    strip = Image.new(tiles[0].mode, (size * len(tiles), size))
+    width, height = tiles[0].size
+    strip = Image.new(tiles[0].mode, (width * len(tiles), height))
     for i, tile in enumerate(tiles):
-        strip.paste(tile, (i * size, 0))
-    if size > TILE_SIZE:
-        strip = strip.resize((TILE_SIZE * len(tiles), TILE_SIZE), Image.Resampling.LANCZOS)
+        strip.paste(tile, (i * width, 0))
+    if width > TILE_SIZE:
+        size = TILE_SIZE * len(tiles), max(round(height * TILE_SIZE / width), 1)
+        strip = strip.resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     strip.save(stream, format="PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-    rendering = "pixelated" if size <= 64 else "auto"  # larger ones are shown reduced, where it would alias
+    rendering = "pixelated" if width <= 64 else "auto"  # larger ones are shown reduced, where it would alias
     style = f"--tiles:{len(tiles)};image-rendering:{rendering}"
     shape = f'width="{strip.width}" height="{strip.height}" style="{style}"'
     return f'<img alt="{page.escaped(title)}" {shape} src="{source}">'
