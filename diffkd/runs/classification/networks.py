@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from diffusers import DDIMScheduler
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,10 +17,10 @@ from torch import nn
 from diffkd.core.classifier import Classifier
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
+from diffkd.io import plugins
 from diffkd.io.config import Strict, validation_message
-from diffkd.io.plugins import import_user_module
 from diffkd.io.text import quoted, reason
-from diffkd.models import validation
+from diffkd.models import pipeline_files, validation
 from diffkd.models.loading import CARD
 from diffkd.runs.classification import cnn
 from diffkd.runs.reports import model_card
@@ -33,8 +33,8 @@ Side = Annotated[int, Field(ge=1, le=validation.MAX_SIDE)]
 class Network(Strict):
     """A classifier's network: one of diffkd's, or an nn.Module of the user's own."""
 
-    name: str = Field(
-        "cnn", description="cnn, or the dotted path of your own class or function that makes an nn.Module"
+    name: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, BUILTIN_NETWORKS))] = Field(
+        "cnn", description="cnn, or your own: a module with one nn.Module, or module.Class or module.function"
     )
     arguments: dict[str, Any] = Field({}, description="what it is made with; for cnn: channels")
 
@@ -64,18 +64,12 @@ class Network(Strict):
 
     def _imported(self) -> nn.Module:
         """The user's own code, which only a config may name."""
-        module_name, dot, attribute = self.name.rpartition(".")
-        builtin = ", ".join(BUILTIN_NETWORKS)
-        if not dot:
-            raise UserError(
-                f"network {self.name!r} is unknown; use {builtin}, or the dotted path of your own"
-            )
+        make = plugins.import_own(self.name, nn.Module, "network", list(BUILTIN_NETWORKS))
         try:
-            made = getattr(import_user_module(module_name), attribute)(**self.arguments)
-        except Exception as error:  # whatever the user's module raises
+            made = make(**self.arguments)
+        except Exception as error:  # whatever the user's code raises
             raise UserError(
-                f"network {self.name!r} cannot be made ({reason(error)}); "
-                f"use {builtin}, or the dotted path and the arguments of your own"
+                f"network {self.name!r} cannot be made: {plugins.failure(error)}; see its arguments"
             ) from error
         if not isinstance(made, nn.Module):
             raise UserError(f"network {self.name!r} makes a {type(made).__name__}; it must make an nn.Module")
@@ -111,7 +105,7 @@ class SavedClassifier(Strict):
 
     network: Network
     shape: tuple[Side, Side, Side] = Field(description="(C, H, W) of an image")
-    num_classes: int = Field(ge=1, le=validation.MAX_NUMBER, description="K")
+    num_classes: int = Field(ge=1, le=pipeline_files.MAX_NUMBER, description="K")
     schedule: dict[str, Any] | None = Field(
         description="of a noise-conditional one, as a diffusers scheduler has it"
     )
@@ -145,7 +139,7 @@ def load(
         raise UserError(
             f"{folder} is not a classifier's folder: it has no {CARD}; give the folder that has it"
         )
-    content = validation.read_object(folder / CARD)
+    content = pipeline_files.read_object(folder / CARD)
     if content.get("kind") != "classifier":
         raise UserError(f"{folder / CARD} does not describe a classifier; give the folder of one")
     fields = {key: content[key] for key in SavedClassifier.model_fields if key in content}
@@ -171,7 +165,7 @@ def _empty_network(saved: SavedClassifier, folder: Path) -> nn.Module:
     arguments = saved.network.parsed(f"{folder / CARD}: arguments")
     with torch.device("meta"):
         network = arguments.build(saved.shape[0], saved.num_classes, timed=saved.schedule is not None)
-    sizes = sum(validation.tensor_sizes(folder))
+    sizes = sum(count for _, count in pipeline_files.tensor_sizes(folder / WEIGHTS))
     needed = sum(p.numel() for p in network.parameters())
     if needed != sizes:
         raise UserError(
