@@ -28,8 +28,8 @@ def images(classes=(), channels=3):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (images(NUMBERS), "data: 24 images of 8x16, RGB (images); 12 classes: 0, 1, 10, 11, 2, 3, 4, 5, 6, 7, "
-                          "8, 9 (data.class_order: number sorts them as numbers)"),
+        (images(NUMBERS), "data: 24 images of 8x16, RGB (images); 12 classes: 0, 1, 10, 11, 2, 3, 4, 5, 6, "
+                          "7, 8, 9 (data.class_order: number sorts them as numbers)"),
         (images(sorted(NUMBERS, key=int)), "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"),
         (images(["cat"], 1), "data: 24 images of 8x16, grey (images); 1 class: cat"),
         (images([f"{n:03}" for n in range(20)]), "012, 013, 014, ..., 019"),
@@ -63,19 +63,19 @@ def test_students():
     assert announcement.students(stages) == (
         "students: 4-steps (progressive, 1,000), output (output, 20); 1,020 updates in all"
     )
-    measured = announcement.measured(
-        Evaluation(samples=5000, metrics=["fid", "kid"]), [100], 24, students=True
+
+
+def test_what_is_measured():
+    def said(evaluation, students=False):
+        return announcement.measured(evaluation, [100], 24, students=students)
+
+    assert said(Evaluation(samples=5000, metrics=["fid", "kid"]), students=True) == (
+        "measured: fid, kid by digits features, 5,000 images of each: the teacher at 100 steps, each "
+        "student at its own steps"
     )
-    assert measured == (
-        "measured: fid, kid by digits features, 5,000 images of each: the teacher at 100 steps, each student at "
-        "its own steps"
-    )
-    assert "24 images of each" in announcement.measured(Evaluation(), [64], 24, students=False)
-    named = Evaluation(reference="digits")
-    assert "as many images of each as the reference has" in announcement.measured(
-        named, [64], 24, students=False
-    )
-    assert announcement.measured(None, [64], 24, students=True) == "measured: nothing (evaluation: null)"
+    assert said(Evaluation()).endswith(", 24 images of each: the teacher at 100 steps")
+    assert "as many images of each as the reference has" in said(Evaluation(reference="digits"))
+    assert said(None, students=True) == "measured: nothing (evaluation: null)"
 
 
 def forecast(monkeypatch, seconds, later, measuring):

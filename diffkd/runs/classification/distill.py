@@ -21,6 +21,7 @@ from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.methods.logits import Logits
+from diffkd.runs import announcement
 from diffkd.runs.classification import networks, report
 from diffkd.runs.classification.artifacts import ClassifierArtifacts
 from diffkd.runs.classification.config import DistillClassifier
@@ -122,6 +123,9 @@ def distill(config: DistillClassifier, console: Console, options: ResumeOptions 
     inputs = {} if saved is None else {"teacher": digest(saved.network.state_dict())}
     with open_run(config, accelerator, images, console, options, inputs) as session:
         artifacts = ClassifierArtifacts(session, config, data.held_out)
+        session.say(announcement.data(images))
+        left = [job for job in jobs if not job.folder(config.out).exists()]
+        session.say(f"to train: {len(left)} of {len(jobs)} classifiers, on {len(data.rest):,} images")
         if saved is not None:
             artifacts.add_teacher(saved)
         for folder in (job.folder(config.out) for job in jobs):
@@ -130,6 +134,8 @@ def distill(config: DistillClassifier, console: Console, options: ResumeOptions 
         for index, job in enumerate(jobs):
             folder = job.folder(config.out)
             if not folder.exists():
+                left.remove(job)
+                session.forecast.later = sum(getattr(other.method, "updates", 0) for other in left)
                 student = _train(session, data, job, index)
                 artifacts.export(student, job.network, folder, job.describe())
                 artifacts.add(folder)
