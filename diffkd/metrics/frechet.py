@@ -83,7 +83,7 @@ def _float64(values: Any, name: str) -> Tensor:
 
 
 def _factor(sigma: Tensor, name: str) -> Tensor:
-    """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned or of low rank, else from the eigenvectors.
+    """F with F Fᵀ = sigma: Cholesky's where sigma is well conditioned or of low rank, else by eigenvectors.
 
     Eigenvalues that are rounding errors are dropped: their roots would not be.
     """

@@ -20,14 +20,14 @@ NEGLIGIBLE = 1e-6  # of the trace: what a covariance of few samples may have bey
 def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> float:
     """The distance to expect of fresh samples from a reference of the same distribution.
 
-    sigma: (d, d), the covariance of the reference's num_reference samples, or of the distribution itself where
-    that is None: of a reference that was computed from unknown samples it is a lower bound. The distribution's
-    spectrum is found from the sample's, and the expected distance is that of Gaussian samples:
+    sigma: (d, d), the covariance of the reference's num_reference samples, or of the distribution itself
+    where that is None: of a reference that was computed from unknown samples this is a lower bound. The
+    distribution's spectrum is found from the sample's, and the distance is that of Gaussian samples,
 
         tr (2 + 1/N1 + 1/N2) - 2 E tr (S1 S2)^½ + tr (1/n1 + 1/n2) / 4
 
-    with n = N - 1. The last term is what the expectation of `spectrum`, of many dimensions, leaves out: all of
-    it together is, for many samples, (1/N1 + 1/N2) (5/4 tr + 1/2 sum_ij l_i l_j / (l_i + l_j)).
+    with n = N - 1. The last term is what the expectation of `spectrum`, of many dimensions, leaves out. For
+    many samples it is together (1/N1 + 1/N2) (5/4 tr + 1/2 sum_ij l_i l_j / (l_i + l_j)).
     """
     if min(num_samples, num_reference or 2) < 2:
         raise UserError(f"a covariance needs at least 2 samples, and {num_samples} were given")
@@ -84,9 +84,8 @@ def bootstrap(
 class Subsets:
     """Distances of many choices from the same features (N, d) to one reference.
 
-    Of no more samples than features, what all choices share is computed once: with x = U V, where V are the
-    rows of the reference's factor as the samples see it, a choice takes the singular values of rows of U, which
-    is (N, N) and not (N, d).
+    Of no more samples than features, what all choices share is computed once: the samples times the
+    reference's factor, turned to a square matrix (N, N), of whose rows a choice takes the singular values.
     """
 
     def __init__(self, features: Tensor, reference: Gaussian) -> None:
@@ -117,7 +116,7 @@ class Subsets:
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
-    """The Gaussian of features (N, d), by its centred samples where there are no more of them than features."""
+    """The Gaussian of features (N, d); where N is at most d, its factor is the centred samples."""
     count, wide = features.shape
     if 1 < count <= wide:
         x = features.double()

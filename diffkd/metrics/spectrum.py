@@ -1,12 +1,12 @@
 """What the eigenvalues of a sample's covariance say of the population's: the expected root of a product.
 
 Write R(y) = sum_i (y t_i)² / (1 + (y t_i)²) for the eigenvalues t of a covariance: about how many of them are
-above 1 / y. For the covariances S1 and S2 of two samples of one distribution, with n1 and n2 degrees of freedom,
+above 1 / y. For the covariances S1 and S2 of two samples of one distribution, with n1 and n2 degrees of
+freedom,
 
-    E tr (S1 S2)^½ = 2/pi ∫ ((1 - R / n1)₊ (1 - R / n2)₊)^½ R'(y) / y dy,
+    E tr (S1 S2)^½ = 2/pi ∫ ((1 - R / n1)₊ (1 - R / n2)₊)^½ R'(y) / y dy
 
-the large-dimension limit: S1 S2 has the spectrum of the free product of the squared covariance with two Wishart
-matrices, whose S-transforms multiply, and x^½ = 1/pi ∫ x / (x + s) s^-½ ds. docs/decisions/0018 derives it.
+in the limit of many dimensions. docs/decisions/0018-the-floor-of-few-images.md derives it.
 """
 
 from __future__ import annotations
@@ -39,36 +39,44 @@ def of_population(eigenvalues: np.ndarray) -> Curve:
 
 
 def of_sample(eigenvalues: np.ndarray, freedom: int) -> Curve:
-    """The population's, from the eigenvalues (r,) > 0 of a sample's covariance with that many degrees of freedom.
+    """The population's, from the eigenvalues (r,) > 0 of a sample's covariance. freedom: degrees, r or more.
 
-    The eigenvalues of a sample are spread wider than the population's, and with fewer samples than features
-    most are missing. Silverstein's equation z = -1/v + 1/n sum_i t_i / (1 + t_i v) ties the Stieltjes transform
-    v(z) of the sample to the eigenvalues t of the population. Its sum is n w at v = iy, where z = i/y + w, and
-    R(y) = -n y Im w: solved for w it gives R without the t, as far as the sample tells, which is up to n, beyond
-    which the integral above has no weight. Silverstein 1995, "Strong convergence of the empirical distribution
-    of eigenvalues".
+    A sample's eigenvalues are spread wider than the population's, and with fewer samples than features most
+    are missing. Silverstein's equation z = -1/v + 1/n sum_i t_i / (1 + t_i v) ties their Stieltjes transform
+    v(z) to the population's eigenvalues t. At v = iy, where z = i/y + w, the sum is n w and R(y) = -n y Im w:
+    solved for w, it gives R without the t, as far as the sample tells. That is up to R = n, beyond which the
+    integral above has no weight. Silverstein 1995, "Strong convergence of the empirical distribution of
+    eigenvalues of large dimensional random matrices".
     """
-    zeros = freedom - len(eigenvalues)
-    assert zeros >= 0
-    found, w, most = [], complex(eigenvalues.sum() / freedom), eigenvalues.sum()
+    assert freedom >= len(eigenvalues)
+    found, w = [], complex(eigenvalues.sum() / freedom)
     for y in _points(eigenvalues):
-        w = complex(w.real, w.imag / math.exp(STEP))  # keeps R, which must stay below n
-        for _ in range(ITERATIONS):
-            p, p0 = 1 / (1 + 1j * y * (eigenvalues - w)), 1 / (1 - 1j * y * w)
-            q, q0 = (eigenvalues - w) * p, -w * p0
-            squares = (p * p).sum() + zeros * p0**2
-            move = (q.sum() + zeros * q0) / squares
-            while (w + move).imag <= -1 / y or abs(w + move) > most:
-                move /= 2
-            w += move
-            if abs(move) < 1e-13 * abs(w):
-                break
-        else:
+        near = complex(w.real, w.imag / math.exp(STEP))  # where R is the same
+        solved = _solve(eigenvalues, freedom, y, near)
+        if solved is None:
             break  # at the end of what the sample tells
-        turn = -1j * ((q * q).sum() + zeros * q0**2) / squares  # dw / dy
+        w, turn = solved
         found.append((y, -freedom * y * w.imag, -freedom * y * (w.imag + y * turn.imag)))
     y, rank, slope = np.array(found).T
     return Curve(y, rank, slope, float(eigenvalues.sum()))
+
+
+def _solve(eigenvalues: np.ndarray, freedom: int, y: float, w: complex) -> tuple[complex, complex] | None:
+    """(w, dw/dy) by Newton's method, from a w nearby; None where it finds none."""
+    zeros, most = freedom - len(eigenvalues), eigenvalues.sum()
+    for _ in range(ITERATIONS):
+        p, p0 = 1 / (1 + 1j * y * (eigenvalues - w)), 1 / (1 - 1j * y * w)
+        q, q0 = (eigenvalues - w) * p, -w * p0
+        slope = complex((p * p).sum() + zeros * p0**2)
+        if not slope:
+            return None
+        move = complex(q.sum() + zeros * q0) / slope
+        while (w + move).imag <= -1 / y or abs(w + move) > most:  # R is below n
+            move /= 2
+        w += move
+        if abs(move) < 1e-13 * abs(w):
+            return w, -1j * complex((q * q).sum() + zeros * q0**2) / slope
+    return None
 
 
 def expected_root(curve: Curve, *freedoms: float) -> float:

@@ -95,8 +95,8 @@ def test_of_any_covariance_by_the_formula_for_many_samples():
 
 
 def beside_draws(sigma: np.ndarray, n: int, m: int | None, repeats: int, slack: float, *seed: int) -> None:
-    """floor() of references of m samples is in the mean that of distances of fresh samples from references, within
-    3 standard errors of either and `slack`, its own error, relative. It sees the reference's covariance alone."""
+    """floor() of references of m samples is in the mean that of distances of fresh samples from references,
+    within 3 standard errors and `slack`, its own error, relative. It sees the references' covariances."""
     rng = rng_of(2, len(sigma), n, m or 0, *seed)
     reals = None if m is None else draws(rng, repeats, m, sigma)
     found = distances(draws(rng, repeats, n, sigma), reals, sigma)
@@ -129,7 +129,7 @@ INVERSE = {
 
 
 def of_one_reference(spectrum: np.ndarray, n: int, m: int, references: int) -> list[float]:
-    """What floor() says from each of some references, over the mean distance of fresh samples from all of them.
+    """What floor() says from each of some references, over the mean distance of fresh samples from them.
 
     The means' part of a distance varies most, and its expectation is known: (1/N1 + 1/N2) of the trace.
     """
@@ -152,7 +152,7 @@ def of_one_reference(spectrum: np.ndarray, n: int, m: int, references: int) -> l
 def test_within_a_fifth_from_any_reference(name, n, m):
     """Of fewer samples than features and of more: the eigenvalues of a sample are not those of its source."""
     ratios = of_one_reference(INVERSE[name](160), n, m, 6)
-    assert 0.8 < min(ratios) and max(ratios) < 1.25
+    assert min(ratios) > 0.8 and max(ratios) < 1.25
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_within_a_fifth_from_any_reference(name, n, m):
 @pytest.mark.parametrize(("n", "m"), [(75, 75), (75, 1000), (300, 300), (1000, 1000)])
 def test_within_a_fifth_for_as_many_features_as_inceptions(name, n, m):
     ratios = of_one_reference(INVERSE[name](2048), n, m, 3)
-    assert 0.8 < min(ratios) and max(ratios) < 1.25
+    assert min(ratios) > 0.8 and max(ratios) < 1.25
 
 
 def test_as_cheap_for_a_reference_of_any_size():

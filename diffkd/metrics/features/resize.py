@@ -11,7 +11,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 
 Resize = Literal["tf1", "clean", "pytorch-fid", "torchmetrics", "bilinear", "antialias"]
-OLD = {"bilinear": "bilinear", "antialias": "torchmetrics"}  # of configs and records before; what they are now
+OLD = {"bilinear": "bilinear", "antialias": "torchmetrics"}  # names of older versions: what they are now
 RESIZES: tuple[str, ...] = tuple(name for name in get_args(Resize) if name not in OLD)
 
 
@@ -31,8 +31,8 @@ def check(how: str) -> None:
 def prepare(images: Tensor, size: int, how: str, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, C, H, W) in 0..255 -> (B, C, size, size) as Inception takes it, normalised, on the same device.
 
-    how: a whole protocol, by the name of the tool that has it. All but pytorch-fid, which feeds 2 v / 255 - 1,
-    normalise as the original, (v - 128) / 128.
+    how: a whole protocol, by the name of the tool that has it. pytorch-fid feeds 2 v / 255 - 1, all others
+    (v - 128) / 128, as the original.
     """
     x = resize(images, size, how, dtype=dtype)
     return x.div_(127.5).sub_(1) if how == "pytorch-fid" else x.sub_(128).div_(128)
