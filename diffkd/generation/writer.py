@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -63,7 +64,7 @@ class ImageWriter(ABC):
     @property
     def grid(self) -> Path:
         """The path of the grid: beside the images, not among them, as other tools may read the folder."""
-        out = self.out.resolve()
+        out = Path(os.path.realpath(self.out))
         return out.with_suffix(".grid.png") if out.suffix == ".npz" else out.with_name(f"{out.name}-grid.png")
 
     def _refusal(self, why: str) -> UserError:
@@ -92,7 +93,7 @@ class ImageWriter(ABC):
         self._lock = lock
         names = "|".join(re.escape(path.name) for path in (self.out, self.grid))
         beside = re.compile(rf"\.({names})\.\d+\.tmp")
-        for path in [*self.folder.iterdir(), *self.out.resolve().parent.iterdir()]:
+        for path in [*self.folder.iterdir(), *self.grid.parent.iterdir()]:
             within = path.parent == self.folder and LEFTOVER.fullmatch(path.name)
             if within or beside.fullmatch(path.name):
                 path.unlink()

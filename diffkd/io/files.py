@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from filelock import FileLock
 
 from diffkd.errors import UserError
 from diffkd.io.system_errors import NO_ROOM, explained, system_error
-from diffkd.io.text import from_json, quoted, reason
+from diffkd.io.text import from_json, quoted, read_text, reason
 
 # Bytes of a name for what makes it that of its temporary sibling; of a path for the names below it.
 RESERVED, INNER, MAX_PATH = 32, 200, 4096
@@ -65,7 +66,7 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """`new_file` for a folder and all files in it. An existing one is replaced by two renames;
     `remove_leftovers` restores it if the process ends between them."""
-    path = path.resolve()  # a symbolic link stays one
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(temporary)
@@ -185,7 +186,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    return from_json(path.read_text(encoding="utf-8")) if path.is_file() else default
+    return from_json(read_text(path)) if path.is_file() else default
 
 
 def expanded(path: str | Path) -> Path:
@@ -305,6 +306,14 @@ def format_bytes(size: float) -> str:
 def free_bytes(path: Path) -> int:
     """Free space, in bytes, of the disk where `path` is or would be."""
     return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free
+
+
+def free_files(path: Path) -> float:
+    """How many more files fit on the disk where `path` is or would be; infinite where there is no limit."""
+    if not hasattr(os, "statvfs"):
+        return math.inf
+    disk = os.statvfs(next(p for p in [path, *path.absolute().parents] if p.exists()))
+    return disk.f_favail if disk.f_files else math.inf
 
 
 def sync(path: Path) -> None:

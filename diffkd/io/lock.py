@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from diffkd.errors import UserError
 from diffkd.io.files import file_lock, write_json
 from diffkd.io.system_errors import explained
-from diffkd.io.text import from_json, log
+from diffkd.io.text import from_json, log, read_text
 
 FILES = (".lock", ".owner.json")
 
@@ -77,7 +77,7 @@ class Lock:
         try:
             if self._owner.is_symlink():
                 raise ValueError("a link is never ours, and may lead anywhere")
-            owner = from_json(self._owner.read_text(encoding="utf-8"))
+            owner = from_json(read_text(self._owner))
             return {key: owner[key] for key in ("host", "process", "since")}
         except FileNotFoundError:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.text import reason
+
+DEVICE = "ACCELERATE_TORCH_DEVICE"  # names the device of every process
 
 
 def usable_device(name: str) -> torch.device:
@@ -24,6 +27,27 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def launched(cpu: bool) -> PartialState:
+    """The process among those of a launcher. cpu: whether they have no accelerator, or shall not use it.
+
+    Raises UserError where environment variables name a device or a place that does not exist.
+    """
+    named = os.environ.get(DEVICE)
+    try:
+        if named:
+            torch.empty(0, device=torch.device(named)).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{DEVICE}={named} cannot be used ({reason(error)}); unset it") from error
+    try:
+        return PartialState(cpu=cpu)
+    except ValueError as error:
+        PartialState._reset_state()
+        raise UserError(
+            f"the environment variables of a launcher do not fit together ({reason(error)}); unset RANK, "
+            "LOCAL_RANK and WORLD_SIZE, or start several processes by torchrun or accelerate launch"
+        ) from error
+
+
 class Processes:
     """This process is `rank` of `world`. device: its own, by default accelerate's choice."""
 
@@ -32,7 +56,7 @@ class Processes:
         if device is not None:
             device = usable_device(str(device))
         # Without cpu=True, accelerate ignores the launcher on a CPU, and each process would run alone.
-        state = PartialState(cpu=str(device) == "cpu" or not torch.accelerator.is_available())
+        state = launched(cpu=str(device) == "cpu" or not torch.accelerator.is_available())
         self.rank, self.world = state.process_index, state.num_processes
         self.device = torch.device(device or state.device)
         if self.world > 1 and self.device.type != state.device.type:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from diffkd.errors import one_line
 
 log = logging.getLogger("diffkd")
+MAX_TEXT = 1 << 28  # bytes
 
 
 def reason(error: BaseException) -> str:
@@ -29,6 +33,19 @@ def quoted(value: object, longest: int = 200) -> str:
 def is_number(text: str) -> bool:
     """Whether it is a whole number in ASCII digits, and no longer than a number of 64 bits."""
     return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises OSError, and ValueError for a pipe or a device, which might never
+    end, and for a file that is too long to be text."""
+    flags = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for somebody to write into it
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as stream:
+        info = os.fstat(stream.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is a pipe, a socket or a device, not a file")
+        if info.st_size > MAX_TEXT:
+            raise ValueError(f"it is {info.st_size >> 20} MiB long, and text is at most {MAX_TEXT >> 20}")
+        return stream.read().decode()
 
 
 def from_json(text: str) -> Any:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffkd.errors import UserError
 from diffkd.io.naming import called
-from diffkd.io.text import from_json, quoted, reason
+from diffkd.io.text import from_json, quoted, read_text, reason
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -23,7 +23,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError for anything else."""
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({reason(error)}); is the pipeline complete?"
@@ -102,6 +102,8 @@ def shards(index: Path) -> list[Path]:
 def tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:
     """Every tensor of a safetensors file: name, number of elements. Raises UserError for another file."""
     try:
+        if not file.is_file():  # a pipe would never end
+            raise OSError("it is a pipe or a device" if file.exists() else "it is not there")
         with safe_open(file, "pt") as tensors:
             names: list[str] = tensors.keys()
             for key in names:

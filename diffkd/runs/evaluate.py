@@ -18,7 +18,7 @@ from diffkd.io import progress
 from diffkd.io.config import validation_message
 from diffkd.io.files import append_json, expanded, read_json
 from diffkd.io.processes import Processes
-from diffkd.io.text import from_json, is_number, log, reason
+from diffkd.io.text import from_json, is_number, log, read_text, reason
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.config import Evaluation
@@ -254,7 +254,7 @@ def _run_of(target: str) -> Path | None:
     kept = run / "metrics.json"
     if kept.exists():
         try:
-            content = from_json(kept.read_text(encoding="utf-8"))
+            content = from_json(read_text(kept))
         except (OSError, ValueError) as error:
             raise UserError(f"{kept} cannot be read ({reason(error)}); repair it, or move it away") from error
         if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):

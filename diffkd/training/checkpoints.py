@@ -19,7 +19,7 @@ from torch import Tensor
 from diffkd.errors import Unfinished, UserError
 from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, sha256
 from diffkd.io.system_errors import explained
-from diffkd.io.text import changes, from_json, log, reason
+from diffkd.io.text import changes, from_json, log, read_text, reason
 
 SCHEMA = 2
 MANIFEST = "checkpoint.json"
@@ -216,7 +216,7 @@ def _numbers(path: Path) -> tuple[int, int]:
 def _manifest(path: Path) -> dict[str, Any]:
     """Raises Damaged if it is not what was written, UserError if it is of another version or was renamed."""
     try:
-        content = from_json((path / MANIFEST).read_text(encoding="utf-8"))
+        content = from_json(read_text(path / MANIFEST))
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
     except ValueError as error:

@@ -15,12 +15,10 @@ from accelerate.utils import (
 )
 
 from diffkd.errors import UserError
-from diffkd.io.processes import usable_device
+from diffkd.io.processes import launched
 from diffkd.io.text import log
 from diffkd.training import surroundings
 from diffkd.training.config import Training
-
-DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def make_accelerator(training: Training) -> Accelerator:
@@ -29,14 +27,10 @@ def make_accelerator(training: Training) -> Accelerator:
     Raises UserError if this machine cannot run that, or the environment would change the training.
     """
     surroundings.check()
-    if os.environ.get(DEVICE):
-        try:
-            usable_device(os.environ[DEVICE])
-        except UserError as error:
-            raise UserError(f"{DEVICE}: {error}") from error
     AcceleratorState._reset_state()  # the teacher may just have been trained in another precision
     # Without `cpu=True`, accelerate ignores the launcher on CPU and each process runs alone.
     cpu = not torch.accelerator.is_available() or _is_set("ACCELERATE_USE_CPU")
+    launched(cpu)
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions are already
     precision = training.precision.replace("float32", "no")

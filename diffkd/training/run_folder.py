@@ -52,8 +52,8 @@ class RunFolder:
 
     Raises UserError for a folder that belongs to another run, holds something else, or is locked by another
     process. config: the resolved config; it must equal the folder's, if that has one. allow: whether they may
-    differ in what does not change the run's result. owner: whether this process locks and writes the folder;
-    of several processes in a run only the main one does.
+    differ in what does not change the run's result; None where nobody can ask for that. owner: whether this
+    process locks and writes the folder; of several processes in a run only the main one does.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RunFolder:
         *,
         owner: bool = True,
         keep: int = 2,
-        allow: bool = False,
+        allow: bool | None = False,
     ) -> None:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints", config, keep=keep, before_rename=self.sync_log)
@@ -85,7 +85,7 @@ class RunFolder:
             self.close()
             raise
 
-    def _begin(self, config: Mapping[str, Any], allow: bool) -> None:
+    def _begin(self, config: Mapping[str, Any], allow: bool | None) -> None:
         """Writes the config, once the folder is locked: another process may just have begun a run in it."""
         folder = self.folder
         changed = self._check(config, allow)
@@ -104,7 +104,7 @@ class RunFolder:
             with new_file(known) as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
 
-    def _check(self, config: Mapping[str, Any], allow: bool) -> str:
+    def _check(self, config: Mapping[str, Any], allow: bool | None) -> str:
         """The differences between the configs, all allowed. Raises UserError for others."""
         if not self.folder.exists():
             return ""
@@ -129,10 +129,10 @@ class RunFolder:
                 "the folder"
             )
         if differ and not allow:
+            resume = "use --allow to resume with the new values, which do not change the students, or "
             raise UserError(
                 f"{self.folder} belongs to a run with another config ({text}); "
-                + ("" if allow is None else "use --allow to resume with the new values, which do not change the students, or ")
-                + "use another out"
+                f"{'' if allow is None else resume}use another out"
             )
         return "; ".join(described)
 
@@ -162,10 +162,12 @@ class RunFolder:
 
     def _check_link(self, path: Path) -> None:
         """Raises UserError for a link out of the run folder. That itself may be one: it is the user's own."""
-        if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
+        real = os.path.realpath  # Path.resolve raises for a link to itself
+        inside = path.exists() and Path(real(path)).is_relative_to(real(self.folder))
+        if path.is_symlink() and not inside:
             raise UserError(
-                f"{path} is a symbolic link out of the run folder, and a run writes through none; put the "
-                "folder itself there, or make the whole run folder a link"
+                f"{path} is a symbolic link that leads out of the run folder, or nowhere, and a run writes "
+                "through none; put the folder itself there, or make the whole run folder a link"
             )
 
     def close(self) -> None:

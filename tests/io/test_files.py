@@ -23,6 +23,7 @@ from diffkd.errors import Unfinished, UserError
 from diffkd.io import files
 from diffkd.io.files import append_json, new_file, new_folder, read_json, write_json
 from diffkd.io.lock import Lock
+from diffkd.io.text import read_text
 from tests.refusals import tree
 
 
@@ -352,3 +353,22 @@ def test_an_owner_that_was_edited(tmp_path, monkeypatch, process):
     write_json(tmp_path / ".owner.json", owner)
     with contextlib.suppress(UserError):  # or it is taken over
         Lock(tmp_path, tmp_path, "wait").take()
+
+
+# what is no text --------------------------------------------------------------------------------------
+
+
+def test_text_is_read_from_files_that_end(tmp_path):
+    """A pipe would wait for ever, a device never ends, and a file of nothing but holes fills the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as stream:
+        stream.truncate(1 << 36)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", "huge"):
+        with pytest.raises(ValueError, match="it is a pipe, a socket or a device|it is 65536 MiB long"):
+            read_text(tmp_path / name)
+    for name, error in (("nothing", FileNotFoundError), (".", IsADirectoryError)):
+        with pytest.raises(error):
+            read_text(tmp_path / name)
+    (tmp_path / "text").write_text("\u00fc\n")
+    assert read_text(tmp_path / "text") == "\u00fc\n"

@@ -305,7 +305,7 @@ def test_one_that_cannot_be_read_ends_the_run(store, monkeypatch, caplog, read, 
     saved(store, 0, 20, weights(20))
     before = tree(store.folder)
     newest = store.folder if read == "iterdir" else store.folder / "stage-00-update-0000020"
-    place, name = (checkpoints, read) if read == "load_file" else (Path, read)
+    place, name = (checkpoints if hasattr(checkpoints, read) else Path), read
     real = getattr(place, name)
 
     def failing(path, *args, **options):

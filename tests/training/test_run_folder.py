@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from diffkd.errors import UserError
-from diffkd.training.run_folder import RunFolder
+from diffkd.errors import Unfinished, UserError
+from diffkd.training.run_folder import FILES, FOLDERS, RunFolder
 from tests.refusals import tree
 
 CONFIG = {
@@ -319,3 +322,110 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     RunFolder(tmp_path / "run", {}).close()
     left = [p.name for p in (tmp_path / "run").rglob(".*") if p.suffix in (".tmp", ".old")]
     assert left == [".mine.tmp"]
+
+
+# what would stop the run later ------------------------------------------------------------------------
+
+
+def to_itself(path, elsewhere):
+    path.symlink_to(path.name)
+
+
+def out_of_the_run(path, elsewhere):
+    elsewhere.mkdir()
+    path.symlink_to(elsewhere)
+
+
+def to_nothing(path, elsewhere):
+    path.symlink_to(elsewhere)
+
+
+def of_the_other_kind(path, elsewhere):
+    path.mkdir() if path.name in FILES else path.write_text("")
+
+
+def a_pipe(path, elsewhere):
+    os.mkfifo(path)
+
+
+PLACES = [name for name in FILES if name != "config.yaml"] + [*FOLDERS, "students/4-steps"]
+
+
+@pytest.mark.parametrize("made", [to_itself, out_of_the_run, to_nothing, of_the_other_kind, a_pipe])
+@pytest.mark.parametrize("name", PLACES)
+def test_places_that_are_not_what_they_should_be(tmp_path, name, made):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    made(path, tmp_path / "elsewhere")
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    if name == "students/4-steps" and made in (of_the_other_kind, a_pipe):
+        RunFolder(tmp_path / "run", CONFIG).close()  # a file of the user's beside the students
+        return
+    with pytest.raises(UserError, match=rf"{name} is (a symbolic link|not a f)"):
+        RunFolder(tmp_path / "run", CONFIG)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_links_inside_the_run_are_the_users_own(tmp_path):
+    """Such as one to the best student."""
+    (tmp_path / "disk" / "students" / "4-steps").mkdir(parents=True)
+    (tmp_path / "disk" / "config.yaml").write_text("{a: 1}")
+    (tmp_path / "disk" / "students" / "best").symlink_to("4-steps")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    RunFolder(tmp_path / "run", {"a": 1}).close()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("name", ["log.jsonl", "metrics.json", "inputs.json", "checkpoints", "students"])
+def test_places_that_cannot_be_used(tmp_path, monkeypatch, name, number):
+    """As those of another user: found before anything is trained, whatever the permissions of this one."""
+    RunFolder(tmp_path, CONFIG).close()
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir()
+    for file in ("log.jsonl", "metrics.json", "inputs.json"):
+        (tmp_path / file).write_text("[]")
+
+    def refused(error):
+        raise OSError(number, os.strerror(number), name)
+
+    real_open, real_temporary = Path.open, tempfile.TemporaryFile
+    monkeypatch.setattr(
+        Path, "open", lambda p, *a, **k: refused(p) if p.name == name else real_open(p, *a, **k)
+    )
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda dir: refused(dir) if dir.name == name else real_temporary(dir=dir)
+    )
+    with pytest.raises(UserError if number != errno.EIO else Unfinished, match=f"{name} cannot be "):
+        RunFolder(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", ["", "[1,]", "{}", '{"model": "a"}', "null", "[" * 5000, "\ufeff[]"])
+def test_records_that_are_none_stop_the_run_before_it_trains(tmp_path, content):
+    RunFolder(tmp_path, CONFIG).close()
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"metrics\.json is not a list of records .*; repair it, or move it away"
+    ):
+        RunFolder(tmp_path, CONFIG)
+    assert (tmp_path / "metrics.json").read_text() == content
+
+
+def test_notes_are_no_records(run):
+    notes = ["mine", {"note": "mine"}, {"model": 3, "role": "teacher"}, {"model": "x"}, 1, None]
+    own = {"model": "a", "role": "teacher", "fid": 1.0}
+    (run.folder / "metrics.json").write_text(json.dumps([*notes, own]))
+    assert run.records() == [own]
+    run.check_records(["teacher"], ["fid"])
+    run.add_record({"model": "b", "role": "student", "fid": 2})
+    assert json.loads((run.folder / "metrics.json").read_text())[:7] == [*notes, own]
+
+
+@pytest.mark.parametrize("value", [None, "1", True, [], float("nan"), float("inf"), 10**400])
+def test_a_record_whose_number_is_none(run, value):
+    records = [{"model": "a", "role": role, "fid": value} for role in ("evaluated", "student")]
+    (run.folder / "metrics.json").write_text(json.dumps(records[:1]))
+    run.check_records(["student"], ["fid"])  # by another command: not this run's own
+    (run.folder / "metrics.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="the record of 'a' has fid .*, which is not a number; remove"):
+        run.check_records(["student"], ["fid"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import accelerate
 import pytest
@@ -12,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diffkd.errors import UserError
+from diffkd.io import processes
+from diffkd.io.processes import Processes
 from diffkd.training import surroundings
 from diffkd.training.config import Training
 from diffkd.training.launch import make_accelerator
@@ -175,8 +178,18 @@ def test_what_a_launcher_sets_by_itself_is_not_worth_a_word(monkeypatch, caplog)
 @pytest.mark.parametrize("device", ["meta", "cuda:77", "toaster"])
 def test_a_device_that_is_none(monkeypatch, device):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", device)
-    with pytest.raises(UserError, match=f"ACCELERATE_TORCH_DEVICE: .*{device}"):
-        make_accelerator(TRAINING)
+    for use in (Processes, lambda: make_accelerator(TRAINING)):
+        with pytest.raises(UserError, match=f"ACCELERATE_TORCH_DEVICE={device} cannot be used .*; unset it"):
+            use()
+
+
+def test_a_place_among_processes_that_is_none(monkeypatch):
+    """As LOCAL_RANK that is left over from another command."""
+    expected = "environment variable MASTER_ADDR expected, but not set"
+    monkeypatch.setattr(processes, "PartialState", Mock(side_effect=ValueError(expected)))
+    for use in (Processes, lambda: make_accelerator(TRAINING)):
+        with pytest.raises(UserError, match=f"do not fit together .{expected}.; unset RANK, LOCAL_RANK"):
+            use()
 
 
 def test_what_changes_the_last_bits_is_recorded(monkeypatch):

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffkd import metrics
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
-from diffkd.io.text import from_json, quoted, reason
+from diffkd.io.text import from_json, quoted, read_text, reason
 from diffkd.metrics.base import Value
+from diffkd.metrics.features.resize import renamed
 from diffkd.models.quantization import Quantize
 
 Record = dict[str, Any]
@@ -152,7 +153,7 @@ def load(path: Path) -> list[Record]:
     Raises UserError for anything else.
     """
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a record ({reason(error)}); give a file of --out"
@@ -172,6 +173,8 @@ def load(path: Path) -> list[Record]:
                 "of diffkd, or changed: measure again"
             )
         check(record, path)
+        for described in (protocol["features"], protocol["reference"].get("features")):
+            renamed(described)
     if not records:
         raise UserError(f"{path} holds no record")
     return records

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.io.text import from_json, quoted, reason
+from diffkd.io.text import from_json, quoted, read_text, reason
 from diffkd.models.pipeline_files import check_index
 
 
@@ -159,7 +159,7 @@ def _check(kind: Kind, weights: str, folder: Path) -> None:
     """Raises UserError for what from_pretrained would accept, guess, or refuse without naming a remedy."""
 
     try:
-        config = from_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = from_json(read_text(folder / "config.json"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{weights} has no config.json that can be read ({reason(error)}); "
