@@ -12,7 +12,7 @@ from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
-from diffkd.generation.generator import generate
+from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.labels import labels_for
 from diffkd.io.files import expanded
 from diffkd.io.naming import called
@@ -61,12 +61,13 @@ def sampled_images(
     labels = labels_for(denoiser, count, given)
     options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
     sampler = config.sampler or denoiser.sampler
+    generator = ImageGenerator(  # now, so that what does not fit the model is refused early
+        denoiser, count, steps=steps, seed=config.seed, labels=labels, batch_size=config.batch_size,
+        sampler=sampler, **options,
+    )  # fmt: skip
 
     def drawn(rank: int, world: int) -> Numbered:
-        images = generate(
-            denoiser, count, steps=steps, seed=config.seed, labels=labels, batch_size=config.batch_size,
-            sampler=sampler, share=(rank, world), **options,
-        )  # fmt: skip
+        images = generator.batches(range(rank, generator.num_batches, world))
         return numbered(images, config.batch_size, rank, world)
 
     return ImageStream(count, drawn, {
