@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ def load(
     Raises UserError for anything but a model of a supported family that can be called.
     """
     found = source.find(path_or_hub_id, variant, scheduler)
-    denoiser = _family_of(found).load(found)
+    family = _family_of(found)
+    with _quiet():
+        denoiser = family.load(found)
     denoiser.name = found.name
     options = {"variant": variant, "scheduler": scheduler}
     denoiser.opened_with = {key: value for key, value in options.items() if value is not None}
@@ -128,12 +132,13 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
             f"a {name} needs more than noise and class labels (it takes "
             f"{', '.join(required or ['prompt'])}); save its images to a folder, and evaluate that"
         )
-    diffusers.utils.logging.disable_progress_bar()  # of loading components
     try:
         variant = validation.check_components(folder, index, str(path_or_hub_id), variant)
-        pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
-            folder, use_safetensors=True, local_files_only=True, variant=variant
-        )
+        with _quiet():
+            pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
+                folder, use_safetensors=True, local_files_only=True, variant=variant
+            )
+        _check_filled(pipeline)
     except UserError:
         raise
     except Exception as error:  # diffusers raises many types for an incomplete pipeline
@@ -142,6 +147,30 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_filled(pipeline: Any) -> None:
+    """Raises ValueError where a network has a tensor that no file holds: diffusers leaves it unmade."""
+    for part in pipeline.components.values():
+        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            if tensor.is_meta:
+                raise ValueError(f"its weights lack {key}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and log of diffusers: what goes wrong is said in one line of ours."""
+    from diffusers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:

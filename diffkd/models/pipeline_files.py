@@ -14,7 +14,8 @@ from diffkd.io.naming import called
 from diffkd.io.text import from_json, quoted, read_text, reason
 
 INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 SHARD = "-of-"  # in the names of sharded weights
 MAX_NUMBER = 1 << 20  # in a config, other than T and the sides of an image
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -62,9 +63,9 @@ def weights_of(place: Path, name: str, variant: str | None = None) -> tuple[str 
 
 def variants_of(place: Path) -> dict[str | None, Path]:
     """By variant, None for the plain weights: their file, or their index, which diffusers reads first."""
-    stem, found = WEIGHTS.removesuffix(".safetensors"), dict[str | None, Path]()
-    for file in sorted(place.glob(f"{stem}.*safetensors")):  # shards have more than the stem before the dot
-        middle = file.name.removeprefix(stem).removesuffix(".safetensors")
+    found = dict[str | None, Path]()
+    for file in sorted(place.glob(f"{STEM}.*safetensors")):  # shards have more than the stem before the dot
+        middle = file.name.removeprefix(STEM).removesuffix(".safetensors")
         if SHARD not in middle:
             found[middle[1:] or None] = file
     for file in place.glob(f"{WEIGHTS}.index.*json"):

@@ -12,7 +12,7 @@ from diffkd.errors import UserError
 from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.io.text import log, quoted, reason
-from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, read_object
+from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
 
 CARD = "diffkd.json"
 SCHEDULER = "scheduler_config.json"
@@ -59,7 +59,7 @@ class Source:
             for parent in [*root.absolute().parents][:2]:
                 places += [parent / "scheduler", parent]
         for place in places:
-            if (place / SCHEDULER).is_file():
+            if os.path.lexists(place / SCHEDULER):
                 config = read_object(place / SCHEDULER)
                 entry = self.index.get("scheduler")  # diffusers builds the class that the index names
                 return str(entry[-1] if isinstance(entry, list) else _class_of(config)), config
@@ -92,7 +92,7 @@ def _class_of(config: dict[str, Any]) -> str:
 def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str | None = None) -> Source:
     """The source of a model. Raises UserError where there is none."""
     folder, name = folder_of(path_or_hub_id), str(path_or_hub_id)
-    if (folder / INDEX).is_file():
+    if os.path.lexists(folder / INDEX):
         index = read_object(folder / INDEX)
         return Source(folder, name, index, card(folder), None, variant, scheduler)
     network = _network_in(folder)
@@ -107,14 +107,13 @@ def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder is a pipeline, or has a network alone."""
-    return (folder / INDEX).is_file() or _network_in(folder) is not None
+    return os.path.lexists(folder / INDEX) or _network_in(folder) is not None
 
 
 def _network_in(folder: Path) -> Path | None:
     """The folder of a network that has no pipeline around it: this one, or the first of `NETWORKS` in it."""
     for place in (folder, *(folder / name for name in NETWORKS)):
-        config = place / "config.json"
-        if config.is_file() and "_class_name" in read_object(config):
+        if os.path.lexists(place / "config.json") and any(place.glob(f"{STEM}*")):
             return place
     return None
 
@@ -122,7 +121,7 @@ def _network_in(folder: Path) -> Path | None:
 def card(folder: Path) -> dict[str, Any]:
     """The content of diffkd.json, which diffkd writes beside its pipelines; {} for other pipelines."""
     path = folder / CARD
-    content = read_object(path) if path.is_file() else {}
+    content = read_object(path) if os.path.lexists(path) else {}
     for key, least in {"steps": 1, "num_classes": 1, "null_label": 0, "num_train_timesteps": 1}.items():
         value = content.get(key)
         if value is not None and (type(value) is not int or not least <= value <= MAX_NUMBER):

@@ -61,7 +61,7 @@ def test_the_table_says_one_thing_of_a_field():
 
 @pytest.mark.parametrize("kind", INSTALLED, ids=lambda kind: kind.__name__)
 def test_those_that_bound_x0_are_those_that_say_so(kind):
-    """By the source of diffusers: a scheduler reads config.clip_sample in its step, or does nothing with it."""
+    """By the source of diffusers: a scheduler reads the field in its step, or does nothing with it."""
     reads = "config.clip_sample_range" in inspect.getsource(kind)
     assert reads == (kind.__name__ in CLIPPING)
 

@@ -1,8 +1,9 @@
-"""The files that people have: variants and shards of weights, checkpoints of training scripts, networks alone."""
+"""The files that people have: variants and shards of weights, training checkpoints, networks alone."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_every_shard_is_checked(how, variant, tmp_path, make_pipeline):
 
 @pytest.fixture
 def output(tmp_path, make_pipeline) -> Path:
-    """What diffusers' unconditional training script leaves: a pipeline, and a checkpoint with both networks."""
+    """What diffusers' unconditional training script leaves: a pipeline, a checkpoint with both networks."""
     from diffusers.training_utils import EMAModel
 
     folder = make_pipeline(tmp_path, name="output", pipeline="DDPMPipeline")
@@ -203,6 +204,7 @@ def test_folders_that_are_no_model_say_what_to_give(output, tmp_path):
 
 def test_another_network_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (tmp_path / PLAIN).touch()
     with pytest.raises(
         UserError, match="a FluxTransformer2DModel, which is not a supported network; .*UNet2DM"
     ):
@@ -217,6 +219,51 @@ def test_quantized_weights_are_refused_with_a_way_on(method, tmp_path, make_pipe
     for way in (loading.load, loading.open_stock):
         with pytest.raises(UserError, match=f"quantized by '{method}', and are not opened; take the weights"):
             way(folder)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a broken link"])
+@pytest.mark.parametrize(
+    "name",
+    ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "diffkd.json",
+     f"unet/{PLAIN}"],
+)  # fmt: skip
+def test_what_is_no_file_is_neither_waited_for_nor_passed_over(name, kind, tmp_path, make_pipeline):
+    folder = make_pipeline(tmp_path)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else tmp_path / "nowhere")
+    with pytest.raises(UserError, match=path.name if kind != "a broken link" else "complete|no safetensors"):
+        loading.load(folder)
+    if name != "diffkd.json":
+        with pytest.raises(UserError):
+            loading.open_stock(folder)
+
+
+@pytest.mark.parametrize("way", [loading.load, loading.open_stock])
+def test_a_tensor_of_another_name(way, tmp_path, make_pipeline):
+    """As many numbers as there should be, and one tensor that the network has no place for."""
+    folder = make_pipeline(tmp_path)
+    tensors = load_file(folder / "unet" / PLAIN)
+    tensors["conv_in.wait"] = tensors.pop("conv_in.weight")
+    save_file(tensors, folder / "unet" / PLAIN, {"format": "pt"})
+    with pytest.raises(UserError, match="lack conv_in.weight"):
+        way(folder)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_nothing_of_diffusers_own_is_on_the_screen(variant, cli, tmp_path, make_pipeline, monkeypatch):
+    folder = make_pipeline(tmp_path)
+    resaved(folder, variant, max_shard_size="10KB")
+    (folder / "unet" / PLAIN).unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("sample", folder, "--steps", 1, "-n", 2, "--out", "o.npz")
+    assert (code, err) == (0, "")
+    args = ["--steps", 1, "--samples", 8, "--reference", "digits", "--sampler", "stock"]
+    code, _, err = cli("evaluate", folder, *args)
+    assert (code, err) == (0, "")
 
 
 # the commands ---------------------------------------------------------------------------------------------

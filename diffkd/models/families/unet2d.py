@@ -100,11 +100,11 @@ def _check_classes(embeddings: int | None, source: Source) -> None:
 
 def _check_config(config: Any, name: str) -> None:
     """Raises UserError for a network that `Denoiser` does not describe."""
-    if config.time_embedding_type != "positional":
-        raise UserError(
-            f"{name} has time_embedding_type {config.time_embedding_type!r}, which is not supported; "
-            "supported is positional"
-        )
+    for key, supported in (("time_embedding_type", "positional"), ("class_embed_type", None)):
+        if config[key] != supported:
+            raise UserError(
+                f"{name} has {key} {quoted(config[key])}, which is not supported; supported is {supported}"
+            )
     if config.out_channels != config.in_channels:
         raise UserError(
             f"{name} has out_channels {config.out_channels} and in_channels {config.in_channels}, perhaps "
