@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +22,7 @@ from diffkd.cli.options import (
     Split,
     Variant,
     Weights,
+    among,
     prepare_libraries,
 )
 
@@ -36,7 +40,11 @@ def evaluate(
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Such as 1,2,4,8,64; default the student's own.")] = None,
     metrics: Annotated[
-        str, typer.Option(help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, agreement; comma-separated.")
+        str,
+        typer.Option(
+            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, agreement; comma-separated.",
+            autocompletion=among("fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "agreement"),
+        ),
     ] = "fid",
     samples: Annotated[
         int | None,
@@ -142,10 +150,23 @@ def evaluate(
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REFERENCE")
     console = Console(stderr=True, quiet=True) if json else Console()
     file = RecordFile(out)
-    records = job.measure(target, reference, options, console, device=device, file=file)
+    with no_warnings() if json else nullcontext():
+        records = job.measure(target, reference, options, console, device=device, file=file)
     tables.show_evaluation(records, target, console, as_json=json, out=None if file.failure else out)
     file.check()
     return 0
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Where records are printed and nothing else: their notes say what one must know. Errors are told."""
+    logger = logging.getLogger("diffkd")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def one_reference(argument: str | None, option: str | None) -> str | None:

@@ -57,5 +57,5 @@ def fid(
         value, notes = found
         print(f"FID: {value}")
         for note in notes:
-            print(printable(note), file=sys.stderr)
+            print(f"diffkd: {printable(note)}", file=sys.stderr)
     return 0

@@ -29,6 +29,8 @@ def read_npz(path: Path | str, only: Container[str] | None = None) -> dict[str, 
             "load it with pickle.load and save it with numpy.savez('ref.npz', mu=..., sigma=...)"
         )
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is a folder, a pipe or a device, not a file")
         with path.open("rb") as stream:
             if stream.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it is a single array; numpy.savez writes named ones")

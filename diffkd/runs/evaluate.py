@@ -273,4 +273,4 @@ def _keep(record: Record, run: Path) -> None:
             if card:
                 model_card.write(folder, {**card, "metrics": [*card.get("metrics", []), record]})
     except (OSError, ValueError, Timeout) as error:
-        log.warning("%s does not take the record (%s); --out keeps it", run / "metrics.json", error)
+        log.error("%s does not take the record (%s); --out keeps it", run / "metrics.json", error)

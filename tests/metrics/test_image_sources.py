@@ -196,14 +196,14 @@ def test_on_its_side_is_another_size(tmp_path):
     exif[0x0112] = 6
     save(tmp_path / "0.png", noise(6, 9), exif=exif)
     save(tmp_path / "1.png", noise(6, 9))
-    refused(tmp_path, "0.png is 6x9", "1.png", "9x6", "--resize")
+    refused(tmp_path, "0.png is 6x9", "1.png", "9x6", "say resize")
 
 
 def test_mixed_sizes(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.png", noise(8, 8, i))
     save(tmp_path / "sub" / "odd.png", noise(8, 9))
-    message = refused(tmp_path, "0.png", "odd.png", "8x8", "9x8", "--resize")
+    message = refused(tmp_path, "0.png", "odd.png", "8x8", "9x8", "say resize")
     assert str(tmp_path) in message
     source = images_of(parse(str(tmp_path), resize=8))
     assert source.read(0, 6).shape == (6, 8, 8, 3)

@@ -14,6 +14,7 @@ from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
+from diffkd.io.files import expanded
 from diffkd.io.naming import in_config
 from diffkd.io.npz import PICKLES, read_npz
 from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
@@ -44,7 +45,7 @@ def parse(
     """What a user names on the command line: digits, an .npz, a folder, or a Hugging Face data set."""
     if not text:
         raise UserError("an empty name does not name images; give digits, an .npz, a folder, or a data set")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if text == "digits":
         return Digits(kind="digits")
     if path.suffix.lower() == ".npz" or path.suffix.lower() in PICKLES:

@@ -32,11 +32,13 @@ SUBSET_SEED = 0
 class Source(Protocol):
     """Images 0 to len - 1 in a fixed order, uint8 (H, W, C), with class labels (N,) where there are any.
 
-    size: width and height. notes: what a reader of the numbers must know of how they were found.
+    classes: their names, where they are known. size: width and height. notes: what a reader of the numbers
+    must know of how the images were found.
     """
 
     name: str
     labels: Tensor | None
+    classes: Sequence[str]
     size: tuple[int, int]
     notes: Sequence[str]
 
@@ -54,7 +56,7 @@ class DataSource:
 
     def __init__(self, images: Images) -> None:
         self.images = images
-        self.name, self.labels = images.name, images.labels
+        self.name, self.labels, self.classes = images.name, images.labels, images.classes
         self.size, self.notes = (images.shape[2], images.shape[1]), ()
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ class ArraySource:
                 f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
                 "images are uint8 of shape (N, H, W, 1 or 3)"
             )
-        self.labels = labels_in(arrays, len(images), path)
+        self.labels, self.classes = labels_in(arrays, len(images), path), ()
         self.images = images
         self.size, self.notes = (images.shape[2], images.shape[1]), ()
 
@@ -123,6 +125,7 @@ class FolderSource:
         found = list_folder(root)
         self.paths = found.paths
         self.labels = None if found.labels is None else torch.tensor(found.labels)
+        self.classes = found.classes
         self.notes = [passed_over(root, found.passed_over)] if found.passed_over else []
         self.pool = ThreadPoolExecutor(WORKERS)
         sizes: dict[tuple[int, int], Path] = {}

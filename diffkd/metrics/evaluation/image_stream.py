@@ -53,11 +53,18 @@ def stored_images(source: Source, count: int | None, batch_size: int) -> ImageSt
 
 
 def sampled_images(
-    denoiser: Denoiser, config: Evaluation, reference: Reference, steps: int, *, guidance: float = 1.0
+    denoiser: Denoiser,
+    config: Evaluation,
+    reference: Reference,
+    steps: int,
+    *,
+    guidance: float = 1.0,
+    classes: Sequence[str] = (),
 ) -> ImageStream:
-    """Images that a model draws, as many as the config says or the reference has."""
+    """Images that a model draws, as many as the config says or the reference has. classes: names of the
+    model's, where they are known."""
     count = default_count(config, reference)
-    chosen, given = _labels(denoiser, config, reference, count)
+    chosen, given = _labels(denoiser, config, reference, count, classes)
     labels = labels_for(denoiser, count, given)
     options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
     sampler = config.sampler or denoiser.sampler
@@ -117,12 +124,15 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}
 
 
-def _labels(denoiser: Denoiser, config: Evaluation, reference: Reference, count: int) -> tuple[Any, Any]:
+def _labels(
+    denoiser: Denoiser, config: Evaluation, reference: Reference, count: int, classes: Sequence[str]
+) -> tuple[Any, Any]:
     """(what the protocol says of the labels, the labels): the reference's own, by `image_sources.spread`."""
     if isinstance(config.labels, list):
         return config.labels, config.labels
     if denoiser.num_classes is None:
         return None, None
-    if config.labels == "data" and reference.labels is not None:
-        return "data", reference.labels[spread(len(reference.labels), count)]
+    labels = reference.labels_of(classes)
+    if config.labels == "data" and labels is not None:
+        return "data", labels[spread(len(labels), count)]
     return "balanced", None

@@ -173,6 +173,14 @@ class Reference:
     def notes(self) -> Sequence[str]:
         return () if self.source is None else self.source.notes
 
+    def labels_of(self, classes: Sequence[str]) -> Tensor | None:
+        """Its labels as a model numbers its `classes`, which may be in another order, or more; as they are
+        where the names are not those."""
+        own = () if self.source is None else self.source.classes
+        if self.labels is None or not own or not set(own) <= set(classes):
+            return self.labels
+        return torch.tensor([classes.index(name) for name in own])[self.labels]
+
     def describe(self) -> dict[str, Any]:
         """What a protocol says of it, after its images were collected."""
         spec = self.spec.model_dump(mode="json") if self.spec is not None else {}

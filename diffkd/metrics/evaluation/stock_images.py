@@ -100,10 +100,11 @@ class StockPipeline:
                 f"labels; leave out {stock_option()}"
             )
         said: Any = config.labels
+        names = self.card.get("classes") if isinstance(self.card.get("classes"), list) else []
         if isinstance(config.labels, list):
             every = torch.tensor(config.labels)[torch.arange(count) % len(config.labels)]
-        elif config.labels == "data" and reference.labels is not None:
-            every = reference.labels[spread(len(reference.labels), count)]
+        elif config.labels == "data" and (known := reference.labels_of(names)) is not None:
+            every = known[spread(len(known), count)]
         else:
             said, every = "balanced", torch.arange(count) % classes
         if not 0 <= int(every.min()) <= int(every.max()) < classes:

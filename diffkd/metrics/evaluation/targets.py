@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
+from diffkd.io.files import expanded
 from diffkd.io.naming import called
 from diffkd.io.npz import PICKLES
 from diffkd.metrics.evaluation import image_sets
@@ -62,7 +62,7 @@ class OpenedTarget(NamedTuple):
 
 def is_model(path: str) -> bool:
     """Whether it is a pipeline: a folder with a model_index.json, or a name that only a hub can have."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if os.path.isdir(place):  # pathlib fails for a name that is too long
         return holds_model(place)
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
@@ -71,7 +71,7 @@ def is_model(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    return path == "digits" or os.path.exists(Path(path).expanduser())
+    return path == "digits" or os.path.exists(expanded(path))
 
 
 def teacher_of(
@@ -82,8 +82,9 @@ def teacher_of(
         return None
     denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
     stream = sampled_images(
-        denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance
-    )
+        denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance,
+        classes=class_names(target.teacher),
+    )  # fmt: skip
     stream.protocol |= identity(denoiser, target.teacher, target.null_label)
     return cached(stream)
 
@@ -101,7 +102,7 @@ def opened(
 
 
 def _images(target: Target, config: Evaluation) -> OpenedTarget:
-    place = Path(target.path).expanduser()
+    place = expanded(target.path)
     spec = image_sets.parse(target.path, resize=target.resize)
     if not exists(target.path) and place.suffix.lower() not in PICKLES:
         raise UserError(f"{target.path} does not exist; give a model, a folder of images, or an image .npz")
@@ -130,7 +131,9 @@ def _model(
         where["quantize"] = target.quantize
     size = sizes.denoiser_size(denoiser).recorded()
     for steps in target.steps or (denoiser.steps or 0,):
-        stream = sampled_images(denoiser, config, reference, steps, guidance=target.guidance)
+        stream = sampled_images(
+            denoiser, config, reference, steps, guidance=target.guidance, classes=class_names(target.path)
+        )
         yield OpenedTarget(f"{steps} steps", stream, where, size)
 
 
@@ -157,6 +160,12 @@ def _stock(
         yield OpenedTarget(f"{steps or 'its own'} steps", stream, where, pipeline.size)
 
 
+def class_names(path: str) -> list[str]:
+    """Of the classes of a model that diffkd made, by its card; none where it does not say."""
+    names = loading.card(expanded(path)).get("classes")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
 def _absolute(path: str) -> str:
-    place = Path(path).expanduser()
+    place = expanded(path)
     return str(place.resolve()) if os.path.exists(place) else path
