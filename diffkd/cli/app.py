@@ -69,9 +69,6 @@ def parse() -> Callable[[], int | None]:
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help was shown
             return lambda: 2
-        if type(error).__name__ == "ShellDetectionFailure":
-            shells = "bash, zsh, fish and PowerShell"
-            raise UserError(f"the shell cannot be told; completion is for {shells}, run it in one") from error
         if hasattr(error, "format_message"):
             raise UserError(f"{error.format_message()} (see diffkd --help)") from error
         raise

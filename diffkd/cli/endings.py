@@ -34,7 +34,7 @@ def rank() -> int | None:
 
 
 def say(line: str) -> None:
-    print(f"diffkd: {' '.join(one_line(line).split())}", file=sys.stderr)
+    print(f"diffkd: {one_line(' '.join(line.split()))}", file=sys.stderr)
 
 
 def end(error: BaseException) -> int:

@@ -68,7 +68,8 @@ Cache = Annotated[
     ),
 ]
 FeatureResize = Annotated[
-    str | None, typer.Option(help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics.")
+    str | None,
+    typer.Option(help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
 ImageSize = Annotated[
@@ -76,6 +77,16 @@ ImageSize = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Of a Hugging Face data set; default train.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+
+
+def among(*words: str) -> Callable[[str], list[str]]:
+    """What completes an option that takes one of these words, or several with commas between them."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+    return complete
 
 
 def duration(text: str) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffkd.cli.options import NoiseScheduler, Quantized, Variant, prepare_libraries
+from diffkd.cli.options import NoiseScheduler, Quantized, Variant, among, prepare_libraries
 
 
 def sample(
@@ -23,7 +23,10 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Default: the student's own.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, heun, dpmpp_2m, ancestral or renoise. Default: the model's own."),
+        typer.Option(
+            help="ddim, heun, dpmpp_2m, ancestral or renoise. Default: the model's own.",
+            autocompletion=among("ddim", "heun", "dpmpp_2m", "ancestral", "renoise"),
+        ),
     ] = None,
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
     guidance: Annotated[
@@ -32,14 +35,25 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere."),
+        typer.Option(
+            help="float32, bfloat16 or float16; default bfloat16 on CUDA, float32 elsewhere.",
+            autocompletion=among("float32", "bfloat16", "float16"),
+        ),
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="auto, eager, graph (a CUDA graph of all steps) or compile.")
+        str,
+        typer.Option(
+            help="auto, eager, graph (a CUDA graph of all steps) or compile.",
+            autocompletion=among("auto", "eager", "graph", "compile"),
+        ),
     ] = "auto",
     image_format: Annotated[
         str | None,
-        typer.Option("--format", help="Of a folder's files: png (default) or webp, both lossless."),
+        typer.Option(
+            "--format",
+            help="Of a folder's files: png (default) or webp, both lossless.",
+            autocompletion=among("png", "webp"),
+        ),
     ] = None,
     workers: Annotated[
         int | None,

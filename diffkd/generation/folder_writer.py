@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -15,6 +16,7 @@ from diffkd.generation.encoding import FORMATS, file_name, read_image, write_ima
 from diffkd.generation.resume import RECORD, ResumePlan, describe_difference, read_record
 from diffkd.generation.writer import LEFTOVER, ImageWriter
 from diffkd.io import lock
+from diffkd.io.text import reason
 
 IMAGE = re.compile(rf"(\d{{6,}})\.({'|'.join(FORMATS)})")
 
@@ -34,7 +36,7 @@ class FolderWriter(ImageWriter):
         if read_record(self.folder / RECORD) is not None:
             ours.add(RECORD)
         foreign = sorted(names - ours)
-        if foreign or (self.out.exists() and self.out.resolve() == Path.cwd()):
+        if foreign or (self.out.exists() and os.path.realpath(self.out) == os.getcwd()):
             raise UserError(
                 f"--out {self.out} holds other files than images ({', '.join(foreign[:2])}); use another "
                 "--out"
@@ -70,7 +72,16 @@ class FolderWriter(ImageWriter):
         self._waiting.append(task)
 
     def first(self, count: int) -> np.ndarray:
-        return np.stack([read_image(self.folder / file_name(i, self.format)) for i in range(count)])
+        return np.stack([self._read(self.folder / file_name(i, self.format)) for i in range(count)])
+
+    @staticmethod
+    def _read(path: Path) -> np.ndarray:
+        try:
+            return read_image(path)
+        except (OSError, ValueError, SyntaxError) as error:  # as Pillow does for broken files
+            raise UserError(
+                f"{path} cannot be read ({reason(error)}); delete it, and the same command draws it again"
+            ) from error
 
     def finish(self, settings: Mapping[str, Any], n: int, labels: np.ndarray | None) -> None:
         self._write_record(settings, n, complete=True)

@@ -72,10 +72,11 @@ class NpzWriter(ImageWriter):
         return np.concatenate([np.arange(start, stop) for start, stop, _ in self._parts()] or [np.arange(0)])
 
     def _parts(self) -> list[tuple[int, int, Path]]:
-        """(first image, one after the last, file) of every part, ascending."""
+        """(first image, one after the last, file) of every whole part, ascending."""
         paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
         matches = [(match, path) for path in paths if (match := self.PART.fullmatch(path.name))]
-        return sorted((int(match[1]), int(match[2]), path) for match, path in matches)
+        parts = ((int(match[1]), int(match[2]), path) for match, path in matches)
+        return sorted((start, stop, path) for start, stop, path in parts if _holds(path, stop - start))
 
     def _holds_images(self, name: str) -> bool:
         return self.PART.fullmatch(name) is not None
@@ -107,6 +108,14 @@ class NpzWriter(ImageWriter):
         for path in self.folder.iterdir():
             if self._holds_images(path.name) or path.name == RECORD:
                 path.unlink()
+
+
+def _holds(path: Path, count: int) -> bool:
+    """Whether a part has all of its images; what a failing machine cut short is drawn again."""
+    try:
+        return len(np.load(path, mmap_mode="r")) == count
+    except (ValueError, EOFError, TypeError):  # TypeError: an array without a length
+        return False
 
 
 def _arrays(parts: list[tuple[int, int, Path]]) -> Iterator[np.ndarray]:

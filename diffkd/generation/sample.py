@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -23,9 +24,10 @@ from diffkd.generation.npz_writer import NpzWriter
 from diffkd.generation.resume import ResumePlan
 from diffkd.generation.timing import Timer
 from diffkd.generation.writer import ImageWriter
-from diffkd.io.files import check_writable
+from diffkd.io.files import check_writable, format_bytes, free_bytes, free_files
 from diffkd.io.processes import Processes, usable_device
 from diffkd.io.progress import bar, say
+from diffkd.io.system_errors import CAUSES, system_error
 from diffkd.io.text import log, reason
 from diffkd.models import loading
 
@@ -91,6 +93,8 @@ def sample_to(
             writer.tidy()
             say(console, f"all {n} images exist already: {out}")
         return
+    if processes.main:
+        _check_room(writer, plan, denoiser.shape)
     _generate(generator, writer, plan, settings, overwrite, console, processes)
 
 
@@ -139,9 +143,9 @@ def _generate(
     except BrokenProcessPool as error:
         raise Unfinished(f"{writer.out}: a worker process died; {_progress(writer, generator.n)}") from error
     except OSError as error:
-        raise Unfinished(
-            f"{writer.out}: {error.strerror or error}; {_progress(writer, generator.n)}"
-        ) from error
+        number = system_error(error)
+        why = CAUSES[number].why if number in CAUSES else reason(error)
+        raise Unfinished(f"{writer.out}: {why}; {_progress(writer, generator.n)}") from error
     except KeyboardInterrupt:
         log.warning("interrupted; %s", _progress(writer, generator.n))
         raise
@@ -152,6 +156,19 @@ def _generate(
         say(console, f"{generator.n} images of {steps} steps (nfe {nfe}): {writer.out}")
         if missing.any():
             say(console, _speed(int(missing.sum()), seconds, generator, runner, processes))
+
+
+def _check_room(writer: ImageWriter, plan: ResumePlan, shape: tuple[int, int, int] | None) -> None:
+    """Raises Unfinished, before anything is drawn, where the disk surely has no room for what is missing."""
+    where, missing = writer.out.absolute().parent, int(plan.missing.sum())
+    if writer.format == "npz":  # the parts, and then all of it
+        size, free = (missing + len(plan.missing)) * math.prod(shape or (0,)), free_bytes(where)
+        if size > free:
+            needs = f"{format_bytes(size)}, and the disk has {format_bytes(free)}"
+            raise Unfinished(f"--out {writer.out} needs {needs}; make room, or use another place")
+    elif missing > (free := free_files(where)):
+        needs = f"{missing} files, and the disk has room for {free} more"
+        raise Unfinished(f"--out {writer.out} needs {needs}; use one .npz")
 
 
 def _progress(writer: ImageWriter, n: int) -> str:

@@ -52,7 +52,9 @@ _CAUSES = {
 }
 CAUSES = {getattr(errno, name): cause for name, cause in _CAUSES.items() if hasattr(errno, name)}
 NO_ROOM = tuple(number for number, cause in CAUSES.items() if cause.remedy == _ROOM)
-_TOLD = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")  # by Rust, and by libraries that quote Python
+_TOLD = re.compile(  # by Rust, in its two forms, and by libraries that quote Python
+    r"(?:\(os error |\bOs \{ code: |\[Errno )(\d+)"
+)
 _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's, which hides the number
 _NO_NAME = re.compile("embedded null|surrogates not allowed")
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -88,7 +90,7 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     text = str(error)
     if told := _TOLD.search(text):
-        return int(told[1] or told[2])
+        return int(told[1])
     return errno.ENOSPC if isinstance(error, OSError) and _SHORT_WRITE.match(text) else None
 
 

@@ -40,12 +40,13 @@ def run(settings: config.Benchmark, console: Console) -> Path:
             for target in wanted:
                 for record in measurement.records(target, warm_up=True):
                     if processes.main:
+                        progress.say(console, _line(record))  # before it is written: no full disk loses it
                         append_json(place, {**record, "role": "benchmark"})
         if processes.main:
             order = [model.title for model in settings.models]
             found = sorted(_rows(place), key=lambda r: (order.index(r["model"]), -r.get("steps", 0)))
-            _write(settings.out, found)
             _show(console, found)
+            _write(settings.out, found)
             drawn = plots.tradeoffs(settings.out, found)
             progress.say(console, f"table: {settings.out / 'benchmark.md'}")
             said = f"plots: {', '.join(map(str, drawn))}"
@@ -87,6 +88,13 @@ def _check(evaluation: Evaluation, wanted: Sequence[Target], processes: Processe
     for target in wanted:
         next(opened(target, evaluation, reference, processes.device))
     teacher_of(wanted[0], evaluation, reference, processes.device)
+
+
+def _line(record: Record) -> str:
+    """A row as it comes."""
+    steps = f", {record['steps']} steps" if "steps" in record else ""
+    numbers = ", ".join(f"{title} {value}" for title, value in records.formatted(record).items())
+    return f"{record['model']}{steps}: {numbers}"
 
 
 def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
