@@ -178,7 +178,9 @@ class RunArtifacts:
                 self.session.say(
                     f"FID by the features {features!r}: not comparable with FID by Inception features."
                 )
-        self.session.say(f"pictures: {self.session.run.folder / 'samples'}")
+        samples = self.session.run.folder / "samples"
+        if samples.is_dir():
+            self.session.say(f"pictures: {samples}")
         self.session.say_report(run_report.write(self.session.run.folder))
 
     def _show(self, records: list[dict[str, Any]]) -> None:
