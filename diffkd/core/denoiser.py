@@ -83,7 +83,9 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The network's dtype; float64 for a network without weights, such as a closed form."""
-        return next((p.dtype for p in self.network.parameters()), torch.float64)
+        for parameter in self.network.parameters():  # torch.compile takes no default of next() before 2.7
+            return parameter.dtype
+        return torch.float64
 
     def forward(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
         """Prediction of x0, (B, C, H, W). t: (B,) in (0, 1], or one for the whole batch."""

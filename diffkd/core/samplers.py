@@ -244,5 +244,5 @@ def sample(
     def from_generator(x: Tensor) -> Tensor:
         return randn(x.shape, generator, x)
 
-    source = fresh or from_generator
+    source = from_generator if fresh is None else fresh
     return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=source, **cond)
