@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from diffkd.io import plugins
 from tests.io.test_plugins import METHOD, NETWORK
 from tests.runs import tiny
 
@@ -39,6 +40,8 @@ def forget():
     """As a new process does."""
     for name in ("own_method", "own_features"):
         sys.modules.pop(name, None)
+    plugins.homes.clear()
+    plugins.looked.clear()
 
 
 def test_a_run_and_the_same_command_again(config, cli):
