@@ -1,0 +1,204 @@
+"""Odd surroundings of a right command: environment, folders, limits, permissions, signals, company."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attacks.base import Attack, Place
+from attacks.disks import NEEDED, known_commands
+from attacks.run import bound_by_permissions, diffkd, stream, written
+
+ENVIRONMENTS: dict[str, dict[str, str | None]] = {
+    "no HOME": {"HOME": None, "XDG_CACHE_HOME": None}, "HOME is nowhere": {"HOME": "/nonexistent",
+        "XDG_CACHE_HOME": None}, "HOME is a file": {"HOME": "/etc/passwd", "XDG_CACHE_HOME": None},
+    "HOME is empty": {"HOME": "", "XDG_CACHE_HOME": ""}, "no TMPDIR": {"TMPDIR": None},
+    "TMPDIR is nowhere": {"TMPDIR": "/nonexistent"}, "TMPDIR is relative": {"TMPDIR": "here"},
+    "cache is a file": {"XDG_CACHE_HOME": "/etc/passwd"},
+    "cache is relative": {"XDG_CACHE_HOME": "x"}, "C": {"LANG": "C", "LC_ALL": "C"},
+    "an unknown locale": {"LC_ALL": "xx_XX.UTF-8"}, "a time zone": {"TZ": "Asia/Kathmandu"},
+    "no time zone": {"TZ": "nowhere"},
+    "dumb": {"TERM": "dumb"}, "no TERM": {"TERM": None}, "one column": {"COLUMNS": "1", "LINES": "1"},
+    "odd columns": {"COLUMNS": "x", "LINES": "-1"}, "no columns": {"COLUMNS": "0"},
+    "many columns": {"COLUMNS": "100000000"},
+    "colours": {"FORCE_COLOR": "1"}, "no colours": {"NO_COLOR": "1"},
+    "tty": {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}, "threads": {"OMP_NUM_THREADS": "x"},
+    "many threads": {"OMP_NUM_THREADS": "100000"},
+    "a rank": {"RANK": "x"}, "half a launcher": {"RANK": "0", "WORLD_SIZE": "2"},
+    "a world": {"WORLD_SIZE": "x"}, "a local rank": {"LOCAL_RANK": "5"},
+    "accelerate": {"ACCELERATE_MIXED_PRECISION": "x"},
+    "accelerate on CPU": {"ACCELERATE_USE_CPU": "x"},
+    "accumulation": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    "dynamo": {"ACCELERATE_DYNAMO_BACKEND": "x"}, "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true"}, "debug": {"ACCELERATE_DEBUG_MODE": "1"},
+    "a device": {"ACCELERATE_TORCH_DEVICE": "x"}, "matplotlib": {"MPLBACKEND": "x"}, "pager": {"PAGER": "x"},
+    "token": {"HF_TOKEN": "\n"}, "proxy": {"HTTPS_PROXY": "x"}, "no PATH": {"PATH": None},
+    "no git": {"PATH": "/nonexistent"}, "git elsewhere": {"GIT_DIR": "/nonexistent"},
+    "user": {"USER": "\x1b[31m", "LOGNAME": "é"},
+    "traceback": {"DIFFKD_TRACEBACK": ""}, "hub off": {"HF_HUB_OFFLINE": "x"},
+    "rich": {"JUPYTER_COLUMNS": "x"}, "python warnings": {"PYTHONWARNINGS": "error"},
+}  # fmt: skip
+LIMITS = {  # of a process, and their values
+    "files": (resource.RLIMIT_NOFILE, [3, 6, 10, 16, 32]), "stack": (resource.RLIMIT_STACK, [1 << 17]),
+    "file size": (resource.RLIMIT_FSIZE, [0, 100, 5000, 40_000]), "processes": (resource.RLIMIT_NPROC, [1]),
+    "memory": (resource.RLIMIT_AS, [1 << 20, 20 << 20, 100 << 20, 300 << 20]),
+}  # fmt: skip
+
+# each of these changes an attack that would be right -------------------------------------------------------
+
+
+def _environment(rng: random.Random, attack: Attack, place: Place) -> None:
+    attack.what = rng.choice(list(ENVIRONMENTS))
+    attack.environment = ENVIRONMENTS[attack.what]
+    attack.may, attack.named = (0, 1, 2), ("/etc/passwd", "/nonexistent")
+
+
+def _limit(rng: random.Random, attack: Attack, place: Place) -> None:
+    name = rng.choice(list(LIMITS))
+    which, values = LIMITS[name]
+    value = rng.choice(values)
+
+    def begin() -> None:
+        most = value
+        if which == resource.RLIMIT_AS:
+            most += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(which, (most, resource.getrlimit(which)[1]))
+
+    attack.what, attack.inside, attack.may = f"a limit of {name}: {value}", begin, (0, 1, 2)
+
+
+def _umask(rng: random.Random, attack: Attack, place: Place) -> None:
+    mask = rng.choice([0o077, 0o777, 0o000, 0o222, 0o300])
+    attack.what, attack.inside, attack.may = f"umask {mask:o}", partial(os.umask, mask), (0, 2)
+
+
+def _gone(rng: random.Random, attack: Attack, place: Place) -> None:
+    gone = place.here / "gone"
+    gone.mkdir()
+
+    def begin() -> None:
+        os.chdir(gone)
+        gone.rmdir()
+
+    attack.what, attack.inside, attack.may = "the current folder is removed", begin, (0, 1, 2)
+
+
+def _signal(rng: random.Random, attack: Attack, place: Place) -> None:
+    """Sent as the at-th change to the disk is made. Afterwards the same command must succeed."""
+    sent, at = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]), int(2 ** rng.uniform(0, 6.5))
+    inside = f"{place.here.resolve()}/"
+
+    def begin() -> None:
+        count = 0
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal count
+            if any(os.path.realpath(path).startswith(inside) for path in written(event, args)):
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), sent)
+
+        sys.addaudithook(hook)
+
+    attack.what, attack.inside, attack.may = f"{sent.name} at write {at}", begin, (0, 1, 130)
+    attack.again = lambda: None
+
+
+def _clock(rng: random.Random, attack: Attack, place: Place) -> None:
+    """The wall clock jumps forth and back; the monotonic one does not."""
+    jump = rng.choice([3600.0, 1e9, 1.5e9])
+
+    def begin() -> None:
+        real, signs = time.time, itertools.cycle([jump, -jump])
+        time.time = lambda: real() + next(signs)
+
+    attack.what, attack.inside = f"a clock that jumps by {jump:g} s", begin
+
+
+def _closed(rng: random.Random, attack: Attack, place: Place) -> None:
+    numbers = rng.choice([(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+
+    def begin() -> None:
+        for number in numbers:
+            os.close(number)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            if number in numbers:
+                setattr(sys, name, None)
+
+    attack.what, attack.inside, attack.may = f"closed: {numbers}", begin, (0, 1)
+    attack.stderr = str(place.root / "stderr") if 2 in numbers else None
+
+
+def _reader_gone(rng: random.Random, attack: Attack, place: Place) -> None:
+    def begin() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+        sys.stdout = stream(1, "utf-8", "strict")
+
+    attack.what, attack.inside = "stdout is a pipe that nobody reads", begin
+
+
+def _encoding(rng: random.Random, attack: Attack, place: Place) -> None:
+    attack.encoding = rng.choice(["ascii", "latin-1"])
+    attack.what = f"streams in {attack.encoding}"
+
+
+def _user(rng: random.Random, attack: Attack, place: Place) -> None:
+    attack.what, attack.may = f"another user's folder: {owned(rng, place)}", (0, 1, 2)
+    attack.inside = bound_by_permissions
+
+
+def _company(rng: random.Random, attack: Attack, place: Place) -> None:
+    def begin() -> None:
+        if os.fork() == 0:
+            null = os.open("/dev/null", os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            try:
+                diffkd(attack.arguments)
+            finally:
+                os._exit(0)
+
+    attack.what, attack.inside, attack.may = "the same command at the same time", begin, (0, 1, 2)
+
+
+CHANGES = [
+    *[_environment] * 6, _limit, _umask, _gone, _signal, _signal, _clock, _closed, _reader_gone, _encoding,
+    _user,
+    _company,
+]  # fmt: skip
+
+
+def owned(rng: random.Random, place: Place) -> str:
+    """Gives the working folder, or parts of it, to another user, with some permissions for the rest."""
+    folders, files = rng.choice(
+        [(0o755, 0o644), (0o777, 0o644), (0o777, 0o666), (0o777, 0o600), (0o711, 0o644), (0o555, 0o444)]
+    )
+    found = [place.here, *place.here.rglob("*")]
+    if rng.random() < 0.4:
+        found = [place.here, *rng.sample(found[1:], min(len(found) - 1, 3))]
+    for path in found:
+        if not path.is_symlink():
+            path.chmod(folders if path.is_dir() else files)
+            if os.getuid() == 0:
+                os.chown(path, 65534, 65534)
+    return f"folders {folders:o}, files {files:o}, {len(found)} of them"
+
+
+def attack(rng: random.Random, number: int, place: Place, scene: Path) -> Attack:
+    commands = known_commands()
+    arguments = [word.replace("disk/", "") for word in commands[number % len(commands)]]
+    place.bring(scene, *NEEDED)
+    silent = arguments[0] == "compare"
+    made = Attack(arguments, "", may=(0, 1) if silent else (0,), silent=silent)
+    rng.choice(CHANGES)(rng, made, place)
+    return made
