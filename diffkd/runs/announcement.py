@@ -43,6 +43,8 @@ def teacher(denoiser: Denoiser, path: str, images: Images) -> str:
     said += [f"T = {denoiser.schedule.num_train_timesteps}", f"drawn by {denoiser.sampler}"]
     if denoiser.steps:
         said.append(f"a student of {denoiser.steps} steps itself")
+    if denoiser.guidance_baked_in != 1:
+        said.append(f"guidance {denoiser.guidance_baked_in:g} baked in")
     if denoiser.num_classes is not None:
         said.append(f"{denoiser.num_classes} classes")
     else:
