@@ -47,6 +47,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     with open_run(config, accelerator, images, console, options, inputs) as session:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
+        baked_in = teacher.guidance_baked_in if guidance == 1 else guidance  # of the teacher's own
         artifacts = RunArtifacts(session, config, images, source, guidance)
         session.say(announcement.data(images))
         session.say(announcement.teacher(teacher, str(source.path), images))
@@ -66,7 +67,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                 artifacts.export(
                     student, folder, teacher=str(source.path), method=type(method).__name__,
                     config=config_files.resolved(config), stage=stage.name, classes=images.classes,
-                    class_counts=images.class_counts, guidance_baked_in=guidance,
+                    class_counts=images.class_counts, guidance_baked_in=baked_in,
                     teacher_sampler=stage.sampler,
                 )  # fmt: skip
                 del student
