@@ -11,6 +11,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Images
 from diffkd.io.processes import Processes
 from diffkd.methods.base import Stage
+from diffkd.metrics import features
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
 from diffkd.metrics.evaluation.image_sources import DataSource
@@ -46,6 +47,8 @@ class ModelEvaluator:
         assert settings.evaluation is not None
         self.session, self.config, self.data = session, settings.evaluation, settings.data
         self.images, self.teacher, self.guidance = images, teacher, guidance
+        if self.config.features not in features.NAMES:  # the user's own fails now, and not after training
+            features.load(self.config.features)(images.uint8(slice(2)))
         self._cost: tuple[float, float] | None = None  # seconds of a network evaluation, and of the rest
 
     def __call__(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from diffkd import methods
@@ -193,8 +194,6 @@ def test_own_code_imports_what_lies_beside_it_whenever(beside):
     late = NETWORK.replace("return images", "import helper_of_own; return helper_of_own.VALUE * images")
     (beside / "config" / "own_code.py").write_text(late)
     network = features.load("own_code")
-    import torch
-
     assert network(torch.ones(1, 1, 2, 2, dtype=torch.uint8)).tolist() == [[3, 3, 3]]
 
 
@@ -224,6 +223,22 @@ def test_a_config_names_a_method_in_one_way(tmp_path, monkeypatch, name):
 def test_a_method_of_a_module_that_holds_several_keeps_its_class(beside):
     (beside / "config" / "two.py").write_text(METHOD + METHOD.replace("Mine", "Other"))
     assert method_name(methods.find("two.Other")()) == "two.Other"
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        ("images @ images.new_zeros(7)", "fails on images of shape (2, 1, 8, 8): RuntimeError: "),
+        ("images.float().mean((2, 3))", "gives (2, 1) for images of shape (2, 1, 8, 8); it must give"),
+        ("(images, images)", "gives tuple for images"),
+    ],
+)
+def test_features_that_fail_when_they_are_called(beside, gives, says):
+    source = NETWORK.replace("return images.float().mean((2, 3)).expand(-1, 3)", f"return {gives}")
+    (beside / "config" / "own_code.py").write_text(source)
+    with pytest.raises(UserError) as error:
+        features.load("own_code")(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["own_code", "./own_code.py", "own_code.Pooled"])

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
@@ -76,7 +76,34 @@ def _own(name: str) -> nn.Module:
         raise UserError(
             f"feature network {name!r} is not an nn.Module with an integer num_features; give it one"
         )
+    _guard(name, network)
     return network.eval().requires_grad_(False)
+
+
+def _guard(name: str, network: Any) -> None:
+    """Its forward fails in one line: with whatever it raises, and where it gives no (B, num_features)."""
+    forward = network.forward
+
+    def guarded(images: Tensor) -> Tensor:
+        try:
+            features = forward(images)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(
+                f"feature network {name!r} fails on images of shape {tuple(images.shape)}: "
+                f"{plugins.failure(error)}"
+            ) from error
+        expected = len(images), network.num_features
+        if not isinstance(features, Tensor) or features.shape != expected:
+            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(
+                f"feature network {name!r} gives {given} for images of shape {tuple(images.shape)}; it must "
+                f"give a tensor (B, num_features), here {expected}"
+            )
+        return features
+
+    network.forward = guarded
 
 
 def describe(name: str, network: nn.Module) -> dict[str, Any]:
