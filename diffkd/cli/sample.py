@@ -32,7 +32,7 @@ def sample(
     guidance: Annotated[
         float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")
     ] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images at a time.")] = 64,
     dtype: Annotated[
         str | None,
         typer.Option(

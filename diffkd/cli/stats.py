@@ -32,7 +32,7 @@ def stats(
     store_features: Annotated[
         bool, typer.Option("--store-features", help="Keep every feature, for kid, prdc and cmmd.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images at a time.")] = 64,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     cache: Cache = True,

@@ -28,6 +28,8 @@ class Strict(BaseModel):
             types = _value_types(cls.model_fields[name].annotation)
             if types & {int, float} and bool not in types:
                 checked[name] = _bools_as_strings(given[name])
+            if _is_beyond(given[name]):
+                raise ValueError(f"config key {name} holds a number of more than 64 bits; use a smaller one")
         return checked
 
 
@@ -39,6 +41,13 @@ def _value_types(annotation: Any) -> set[Any]:
     return {annotation if isinstance(annotation, type) else type(annotation)}
 
 
+def _is_beyond(value: Any) -> bool:
+    """Whether a whole number in it has more than 64 bits, which no array or generator can be given."""
+    if isinstance(value, list):
+        return any(map(_is_beyond, value))
+    return type(value) is int and not -(2**63) <= value < 2**63
+
+
 def _bools_as_strings(value: Any) -> Any:
     if isinstance(value, list):
         return [_bools_as_strings(item) for item in value]
@@ -46,6 +55,7 @@ def _bools_as_strings(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(ge=1)]
+MOST_IMAGES, LARGEST_BATCH = 100_000_000, 1 << 20  # beyond these a slip, which memory or hours would show
 
 
 def validation_message(error: ValidationError, kind: type[Strict], prefix: str = "") -> str:

@@ -11,6 +11,8 @@ from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.metrics.frechet import distance
 from diffkd.metrics.sampling_error import LEAST_DRAWS, bootstrap, floor
 
+MOST_DRAWS = 100_000  # of an interval; beyond, a slip
+
 
 def _resamplings(count: int) -> int:
     if 0 < count < LEAST_DRAWS:
@@ -26,7 +28,7 @@ class Fid(Metric):
     more: ClassVar[tuple[str, ...]] = ("fid_std",)
 
     bootstrap: Annotated[int, AfterValidator(_resamplings)] = Field(
-        0, ge=0, description="resamplings for FID's 95% interval; 0 for none"
+        0, ge=0, le=MOST_DRAWS, description="resamplings for FID's 95% interval; 0 for none"
     )
 
     @property

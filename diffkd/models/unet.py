@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DModel
 from pydantic import Field
 
 from diffkd.errors import UserError
-from diffkd.io.config import Positive, Strict
+from diffkd.io.config import Strict
 
 
 class FastUNet2DModel(UNet2DModel):
@@ -50,12 +50,12 @@ def reinitialized_like(network: UNet2DModel, **changes: Any) -> UNet2DModel:
 class UNet2D(Strict):
     """The config of a new UNet2DModel."""
 
-    channels: list[Positive] = Field(
+    channels: list[Annotated[int, Field(ge=1, le=1 << 14)]] = Field(
         [32, 64],
         min_length=1,
         description="channels at each resolution, each half the size of the one before",
     )
-    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
+    layers: int = Field(1, ge=1, le=100, description="residual blocks at each resolution")
     attention: list[bool] | None = Field(None, description="self-attention at each resolution; default none")
     mid_attention: bool = Field(True, description="self-attention in the innermost block")
     attention_head_dim: int = Field(8, ge=1, description="channels of an attention head")

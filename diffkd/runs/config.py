@@ -146,7 +146,7 @@ class Train(TrainingRun):
     )
     denoising: Denoising = Denoising()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
-    pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
+    pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
 
     def check(self, accelerator: Accelerator) -> None:
         super().check(accelerator)
@@ -214,7 +214,7 @@ class Distill(TrainingRun):
         list[DenoiserMethod], BeforeValidator(lambda given: given if isinstance(given, list) else [given])
     ] = Field(min_length=1, description="one method or several, whose stages run one after another")
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
-    pictures: int = Field(64, ge=0, description="images of each model in samples/; 0 for none")
+    pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
 
     def check(self, accelerator: Accelerator) -> None:
         super().check(accelerator)

@@ -197,6 +197,8 @@ def config_of(options: Options, reference: Reference) -> Evaluation:
     try:
         return Evaluation.model_validate(values)
     except ValidationError as error:
+        if not error.errors()[0]["loc"]:  # of a value that is wrong in any field
+            raise UserError(validation_message(error, Evaluation)) from error
         key = str(error.errors()[0]["loc"][0])
         name = option(next((name for name, other in KEYS.items() if other == key), key))
         line = validation_message(error, Evaluation).partition(" is ")[2]

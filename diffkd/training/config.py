@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffkd.errors import UserError
-from diffkd.io.config import Strict
+from diffkd.io.config import LARGEST_BATCH, Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -16,7 +16,7 @@ class Training(Strict):
     """How a run's networks are trained, whatever the method."""
 
     batch_size: int = Field(
-        128, ge=1, description="images in one update, over all processes and micro-batches"
+        128, ge=1, le=LARGEST_BATCH, description="images in one update, over all processes and micro-batches"
     )
     micro_batches: int | None = Field(
         None,

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, create_model
 from diffkd import metrics
 from diffkd.core import samplers
 from diffkd.io import plugins
-from diffkd.io.config import Positive, Strict
+from diffkd.io.config import LARGEST_BATCH, MOST_IMAGES, Positive, Strict
 from diffkd.metrics.base import Metric
 from diffkd.metrics.evaluation.image_sets import Spec
 from diffkd.metrics.features import NAMES
@@ -37,7 +37,7 @@ class _Common(Strict):
     metrics: list[MetricName] = Field(["fid"], min_length=1, description="what to compute")
     reference: Spec | None = Field(None, description="what to compare with; default the data of the run")
     samples: int | None = Field(
-        None, ge=2, description="generated images; default as many as the reference has"
+        None, ge=2, le=MOST_IMAGES, description="generated images; default as many as the reference has"
     )
     labels: Literal["data", "balanced"] | list[int] = Field(
         "data",
@@ -49,7 +49,7 @@ class _Common(Strict):
     sampler: samplers.SamplerName | None = Field(
         None, description="of teacher and students; default each model's own"
     )
-    batch_size: int = Field(256, ge=1, description="images sampled at a time")
+    batch_size: int = Field(256, ge=1, le=LARGEST_BATCH, description="images sampled at a time")
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
     allow_mismatch: bool = Field(False, description="whether reference statistics by other features are used")
 
