@@ -51,7 +51,8 @@ StopAfter = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="inception, digits, dinov2, clip or an nn.Module's dotted path; default as the reference."
+        help="inception, digits, dinov2, clip, or your own: a module, module.Class or file; default as the "
+        "reference."
     ),
 ]
 Weights = Annotated[

@@ -37,7 +37,7 @@ _beside: ContextVar[Path | None] = ContextVar("beside", default=None)
 @contextmanager
 def beside(folder: Path) -> Iterator[None]:
     """While a config in `folder` is read: its names mean modules there first."""
-    token = _beside.set(folder.resolve())
+    token = _beside.set(Path(os.path.realpath(folder)))
     try:
         yield
     finally:

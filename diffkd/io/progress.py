@@ -81,7 +81,11 @@ def _repeated(call: Callable[[], None], seconds: float) -> Iterator[None]:
                 return
 
     thread = threading.Thread(target=loop, name="progress", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a limit on threads: what is worked on matters more than how far it is
+        yield
+        return
     try:
         yield
     finally:

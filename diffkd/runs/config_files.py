@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
         try:
-            teacher["train"] = str((path.parent / teacher["train"]).resolve())
+            teacher["train"] = os.path.realpath(path.parent / teacher["train"])
         except ValueError as error:
             raise UserError(
                 f"config key teacher.train is {quoted(teacher['train'])}, not a valid path ({reason(error)})"

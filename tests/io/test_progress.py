@@ -111,6 +111,17 @@ def test_a_reader_that_is_gone_ends_the_lines_and_nothing_else(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_without_a_thread_there_are_no_lines_and_the_work_goes_on(monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with progress.bar(console(), "images", 10) as advance:
+        advance(1, "")
+    with pytest.raises(RuntimeError, match="of the work"), progress.bar(console(), "images", 10):
+        raise RuntimeError("of the work")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -110,8 +110,7 @@ def _class_names(card: Mapping[str, Any]) -> list[str]:
 def _teacher_beside(card: Mapping[str, Any]) -> list[str]:
     """What its teacher was measured at, and what that is worth."""
     teacher, records = card.get("teacher_measured"), card.get("metrics", [])
-    found = _measured(teacher) if isinstance(teacher, Mapping) else None
-    if found is None:
+    if not isinstance(teacher, Mapping) or (found := _measured(teacher)) is None:
         return []
     (steps, _, numbers, *_), _ = found
     sampler = markdown.escaped(teacher["protocol"].get("sampler", "ddim"))
