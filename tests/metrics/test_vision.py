@@ -454,7 +454,8 @@ def test_the_default_comes_from_the_hub_as_safetensors(
         "name, or run "
         f'python -c "from transformers import {architecture} as M; '
         f"M.from_pretrained('{hub_id}').save_pretrained('DIR')\" on a machine with a network, "
-        "bring DIR here and give it"
+        "bring DIR here and give it as weights, or for a metric that brings the network along as "
+        f"{'clip' if kind is CLIP else 'dinov2'}_weights"
     )
 
 

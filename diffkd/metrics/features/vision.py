@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import from_json, quoted, read_text, reason
 from diffkd.models.pipeline_files import check_index
 
@@ -151,7 +152,8 @@ def _folder(kind: Kind, weights: str) -> Path:
         raise UserError(
             f"{weights} is not a folder here and could not be downloaded from the hub ({reason(error)}); "
             f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
-            "and give it"
+            f"and give it as {called('evaluation.weights')}, or for a metric that brings the network along as "
+            f"{called(f'evaluation.{kind.name}_weights')}"
         ) from error
 
 
