@@ -75,7 +75,7 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"out {folder} cannot be made ({error.strerror}); use another out") from error
+            raise explained(error, f"out {folder} cannot be made") or error from error
         lock = Lock(folder, folder, "wait for it, or use another out")
         lock.take()
         self._lock = lock

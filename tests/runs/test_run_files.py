@@ -125,7 +125,7 @@ def test_a_file_that_was_edited(cli, here, monkeypatch, name, count):
         shutil.rmtree(here / "run")
         shutil.copytree(here / "before", here / "run")
     print(name, outcomes)
-    assert outcomes["refused"] == 0 or name not in ("log.jsonl", "environment.json", "inputs.json")
+    assert outcomes["refused"] == 0 or name not in ("log.jsonl", "environment.json")
 
 
 def test_notes_in_metrics_json_stay(cli, here):

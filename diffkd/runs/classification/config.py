@@ -60,7 +60,7 @@ class DistillClassifier(TrainingRun):
     seed: int = Field(
         0, ge=0, description="of the images held out and of the first training; repeats add 1, 2, ..."
     )
-    repeats: int = Field(3, ge=1, description="trainings of each model, with consecutive seeds")
+    repeats: int = Field(3, ge=1, le=1000, description="trainings of each model, with consecutive seeds")
     held_out: int = Field(
         ge=1, description="images kept for accuracy: of each class its share, never trained on"
     )
