@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffkd.errors import UserError
-from diffkd.generation.encoding import start_worker
+from diffkd.generation.encoding import start_worker, without_interrupts
 from diffkd.generation.resume import RECORD, ResumePlan
 from diffkd.io.files import write_json
 from diffkd.io.lock import Lock
@@ -134,7 +134,8 @@ class ImageWriter(ABC):
         """Starts the workers ahead of the first images, as that takes a while."""
         if self._pool is None:
             self._pool = self._make_pool()
-            self._waiting.extend(self._pool.submit(_no_work) for _ in range(self.workers))
+            with without_interrupts():
+                self._waiting.extend(self._pool.submit(_no_work) for _ in range(self.workers))
 
     def _submit_buffer(self) -> None:
         """Hands the buffered images to the workers."""

@@ -55,6 +55,10 @@ NO_ROOM = tuple(number for number, cause in CAUSES.items() if cause.remedy == _R
 _TOLD = re.compile(  # by Rust, in its two forms, and by libraries that quote Python
     r"(?:\(os error |\bOs \{ code: |\[Errno )(\d+)"
 )
+_IN_WORDS = {  # of Python, which raises a RuntimeError where the system gave a number
+    "can't start new thread": errno.EAGAIN,
+    "Symlink loop from": errno.ELOOP,
+}
 _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's, which hides the number
 _NO_NAME = re.compile("embedded null|surrogates not allowed")
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -91,6 +95,8 @@ def _number(error: BaseException) -> int | None:
     text = str(error)
     if told := _TOLD.search(text):
         return int(told[1])
+    if isinstance(error, RuntimeError):
+        return next((number for words, number in _IN_WORDS.items() if words in text), None)
     return errno.ENOSPC if isinstance(error, OSError) and _SHORT_WRITE.match(text) else None
 
 

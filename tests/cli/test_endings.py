@@ -172,6 +172,24 @@ def test_threads_and_finalizers_and_warnings_are_one_line_each(monkeypatch, caps
     assert threading.excepthook is threading.__excepthook__
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_encoding_workers_never_see_ctrl_c(tmp_path):
+    """Also while they start, when nothing of theirs could handle it."""
+    from diffkd.generation.folder_writer import FolderWriter
+
+    writer = FolderWriter(tmp_path / "drawn", "png", workers=1)
+    try:
+        writer.warm()
+        assert writer._pool is not None
+        (process,) = writer._pool._processes
+        status = Path(f"/proc/{process}/status").read_text()
+        blocked = re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
+        assert blocked and int(blocked[1], 16) >> (signal.SIGINT - 1) & 1
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        writer.close()
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [*((c, "SIGTERM") for c in ("sample", "sample-npz", "benchmark", "evaluate")), ("stats", "SIGHUP")],

@@ -1,4 +1,4 @@
-"""Numbers beyond memory or use: refused before any work, rather than after hours or by a failed allocation."""
+"""Numbers beyond memory or use: refused before any work, not after hours or by a failed allocation."""
 
 from __future__ import annotations
 

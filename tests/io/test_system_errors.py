@@ -65,6 +65,8 @@ def test_only_a_full_disk_is_found_behind_another_error():
         (ModuleNotFoundError("No module named 'diffusers'"), "No module named 'diffusers'"),
         (OSError("cannot identify image file"), "cannot identify image file"),
         (ValueError("embedded null byte"), "embedded null byte"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("Symlink loop from '/x/circle'"), "round in a circle"),
     ],
 )
 def test_what_libraries_raise(error, says):
