@@ -35,7 +35,7 @@ def fid(
     ] = False,
     cache: Cache = True,
 ) -> int:
-    """The FID of two sets of images and nothing else; what to know of it goes to stderr.
+    """The FID of two sets of images, in one line; what to know of it goes to stderr.
 
     diffkd evaluate gives more numbers, and their protocol.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from diffkd.errors import UserError, printable
+from diffkd.errors import Unfinished, UserError, printable
 from diffkd.io import progress
 from diffkd.io.environment import commit, versions
 from diffkd.io.files import check_writable, format_bytes, free_bytes
@@ -74,10 +74,10 @@ def stats(
 
 
 def _check_room(out: Path, wide: int, stored: int) -> None:
-    """Raises UserError where the disk is too full for statistics, and `stored` features, of that width."""
+    """Raises Unfinished where the disk is too full for statistics, and `stored` features, of that width."""
     size, free = 8 * wide * (wide + 1) + 4 * wide * stored, free_bytes(out)
     if size > free:
-        raise UserError(
+        raise Unfinished(
             f"--out {out} takes {format_bytes(size)}, and its disk has {format_bytes(free)} left; make room, "
             "or use another place"
         )
