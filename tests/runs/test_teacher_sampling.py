@@ -87,3 +87,10 @@ def test_in_the_card(tmp_path, more, present, absent):
     model_card.write(tmp_path, {"steps": 4, "num_train_timesteps": 1000, **more})
     text = (tmp_path / "README.md").read_text()
     assert present in unescape(text) and absent not in text
+
+
+def test_the_classes_of_a_classifier(tmp_path):
+    network = {"name": "cnn", "arguments": {}}
+    card = {"kind": "classifier", "schedule": None, "network": network, "shape": [1, 8, 8], "parameters": 9}
+    model_card.write(tmp_path, {**card, "num_classes": 2, "classes": ["no", "yes"]})
+    assert "Class labels and their names: 0 no, 1 yes." in (tmp_path / "README.md").read_text()

@@ -152,8 +152,8 @@ def _folder(kind: Kind, weights: str) -> Path:
         raise UserError(
             f"{weights} is not a folder here and could not be downloaded from the hub ({reason(error)}); "
             f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
-            f"and give it as {called('evaluation.weights')}, or for a metric that brings the network along as "
-            f"{called(f'evaluation.{kind.name}_weights')}"
+            f"and give it as {called('evaluation.weights')}, or for a metric that brings the network along "
+            f"as {called(f'evaluation.{kind.name}_weights')}"
         ) from error
 
 

@@ -162,4 +162,5 @@ def _classifier(card: Mapping[str, Any]) -> list[str]:
             "logits = classifier(x_t, t)  # t: (B,) float64 in (0, 1]" if timed else "logits = classifier(x)",
         ),
         *markdown.facts({k: v for k, v in facts.items() if v is not None}, CLASSIFIER_FACTS),
+        *_class_names(card),
     ]
