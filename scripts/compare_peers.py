@@ -2,11 +2,11 @@
 
     python scripts/compare_peers.py [--peers DIR] [--images 20] [--kinds png jpeg ...] [--out table.json]
 
-Relative differences from torch-fidelity, clean-fid, pytorch-fid, torchmetrics and prdc, for each kind of file,
-and how fast Inception is beside pytorch-fid's. The tools' wheels are installed into DIR, without what they
-depend on, if they are not there: nothing gets into this Python's own packages. Each tool reads the files, runs
-its own network and computes its own distance; --project lets it do the last in the span of the features, where
-the distance is the same and takes seconds less.
+Relative differences from torch-fidelity, clean-fid, pytorch-fid, torchmetrics and prdc, for each kind of
+file, and how fast Inception is beside pytorch-fid's. The tools' wheels are installed into DIR, without what
+they depend on, if they are not there: nothing gets into this Python's own packages. Each tool reads the
+files, runs its own network and computes its own distance; --project lets it do the last in the span of the
+features, where the distance is the same and takes seconds less.
 """
 
 from __future__ import annotations
@@ -229,22 +229,19 @@ def compare(kind: str, count: int, weights: Path, folder: Path, *, project: bool
     }
     rows = []
     for mode, open_peer in PEERS.items():
-        features, distance = open_peer(weights)
-        fake, real = (features(files[name]) for name in ("fake", "real"))
-        theirs = {
-            "fid": (
-                open_peer.__name__.replace("_", "-"),
-                distance(*span(fake, real) if project else (fake, real)),
-            )
-        }
         first = mode == "tf1" and more
-        if first:
-            theirs |= others(weights, fake, real)
         ours: Any = diffkd.evaluate(
             folder / kind / "fake", folder / kind / "real",
-            ("fid", "kid", "is", "prdc") if first else ("fid",), features="inception", weights=str(weights.with_suffix(".safetensors")), feature_resize=mode,
-            is_splits=1 if first else None, device="cpu", cache=False,
+            ("fid", "kid", "is", "prdc") if first else ("fid",), features="inception", feature_resize=mode,
+            weights=str(weights.with_suffix(".safetensors")), is_splits=1 if first else None, device="cpu",
+            cache=False,
         )  # fmt: skip
+        features, distance = open_peer(weights)
+        fake, real = (features(files[name]) for name in ("fake", "real"))
+        value = distance(*(span(fake, real) if project else (fake, real)))
+        theirs = {"fid": (open_peer.__name__.replace("_", "-"), value)}
+        if first:
+            theirs |= others(weights, fake, real)
         for key, (tool, value) in theirs.items():
             off = abs(ours[key] - value) / max(abs(value), 1e-12) if ours[key] != value else 0.0
             rows.append({"files": kind, "mode": mode, "number": key, "tool": tool, "ours": ours[key],

@@ -87,7 +87,10 @@ def _factor(sigma: Tensor, name: str) -> Tensor:
 
     Eigenvalues that are rounding errors are dropped: their roots would not be.
     """
-    lower, failed = torch.linalg.cholesky_ex(sigma)
+    leading = len(sigma) // LOW + 1  # of a matrix of lower rank this part is singular, and soon tried
+    failed = torch.linalg.cholesky_ex(sigma[:leading, :leading]).info
+    if not failed:
+        lower, failed = torch.linalg.cholesky_ex(sigma)
     if not failed:
         pivots = lower.diagonal().square()
         if pivots.min() > WELL_CONDITIONED * pivots.max():

@@ -40,7 +40,7 @@ def test_a_metric_is_one_final_class_with_its_keys_and_its_row(kind):
 
 def metrics_help() -> str:
     source = (ROOT / "diffkd/cli/evaluate.py").read_text()
-    return re.search(r'metrics: Annotated\[\n\s+str, typer.Option\(help="(.*?)"\)', source)[1]
+    return re.search(r'metrics: Annotated\[\s+str,\s+typer.Option\(\s+help="(.*?)"', source)[1]
 
 
 def test_keys_titles_and_config_keys_are_of_one_metric_each():
