@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-EXAMPLES = {
+EXAMPLES: dict[Callable[..., int | None], str] = {
     train.train: "diffkd train configs/digits/teacher.yaml",
     distill.distill: "diffkd distill configs/digits/progressive.yaml",
     sample.sample: "diffkd sample runs/digits-progressive/students/4-steps --out images",

@@ -130,7 +130,7 @@ def one_line_each() -> Iterator[None]:
         sys.unraisablehook, threading.excepthook, logging.raiseExceptions = hooks
 
 
-def _warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+def _warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     say(f"{category.__name__}: {message}")
 
 

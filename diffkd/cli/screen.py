@@ -77,7 +77,7 @@ def screens() -> Iterator[tuple[Screen, Screen]]:
             Screen(stack.enter_context(open(os.devnull, "w")) if stream is None else stream)
             for stream in before
         )
-        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, err
         try:
             yield out, err
         finally:

@@ -162,12 +162,12 @@ def _check_room(writer: ImageWriter, plan: ResumePlan, shape: tuple[int, int, in
     """Raises Unfinished, before anything is drawn, where the disk surely has no room for what is missing."""
     where, missing = writer.out.absolute().parent, int(plan.missing.sum())
     if writer.format == "npz":  # the parts, and then all of it
-        size, free = (missing + len(plan.missing)) * math.prod(shape or (0,)), free_bytes(where)
-        if size > free:
-            needs = f"{format_bytes(size)}, and the disk has {format_bytes(free)}"
+        size, room = (missing + len(plan.missing)) * math.prod(shape or (0,)), free_bytes(where)
+        if size > room:
+            needs = f"{format_bytes(size)}, and the disk has {format_bytes(room)}"
             raise Unfinished(f"--out {writer.out} needs {needs}; make room, or use another place")
-    elif missing > (free := free_files(where)):
-        needs = f"{missing} files, and the disk has room for {free} more"
+    elif missing > (files := free_files(where)):
+        needs = f"{missing} files, and the disk has room for {files} more"
         raise Unfinished(f"--out {writer.out} needs {needs}; use one .npz")
 
 

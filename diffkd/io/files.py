@@ -101,7 +101,7 @@ def _complete(error: Exception, path: Path, temporary: Path) -> None:
     if isinstance(error, OSError):
         if number is not None and (error.filename is None or temporary.name in str(error.filename)):
             error.errno, error.strerror, error.filename = number, os.strerror(number), str(path)
-    elif number in NO_ROOM:
+    elif number is not None and number in NO_ROOM:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
