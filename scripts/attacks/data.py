@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -34,7 +36,7 @@ OPTIONS: dict[str, list[str]] = {
     "--quantize": ["int4", "int8", "", "x"], "--teacher-steps": ["0", "1", "9" * 30],
     "--teacher-guidance": ["nan", "-1"], "--split": ["x", "", "train[:1%]"],
     "--eta": ["nan", "2", "-0", "0.5"], "-n": ["0", "-1", "9" * 30, "1e3", "x", "1", str(10**12)],
-    "--mode": ["graph", "compile", "x", ""], "--format": ["webp", "jpg", "x", "", "PNG"],
+    "--mode": ["graph", "x", ""], "--format": ["webp", "jpg", "x", "", "PNG"],
     "--workers": ["0", "1", "65", "-1", "x"], "--stop-after": ["", "0s", "x", "1", "-1s", "9" * 30 + "d",
         "1.5h", "1s1m", "\u0663s", "0d", "1H"],
 }  # fmt: skip
@@ -325,6 +327,38 @@ def records(rng: random.Random, place: Place) -> tuple[list[str], str]:
     ), done
 
 
+def cache(rng: random.Random, place: Place) -> tuple[list[str], str]:
+    """Features that the scene's commands kept in the user's cache: harmed, they cost time and no more."""
+    home = place.root / "home"
+    shutil.copytree(place.root.parent / "home", home, dirs_exist_ok=True)
+    features = home / ".cache/diffkd/features"
+    path = rng.choice([features, *sorted(features.glob("*.npz")) * 3])
+    how = rng.choice(
+        ["damaged", "swapped", "pickle", "gone", "file", "loop", "dangling", "fifo", "zero", "outside"]
+    )
+    if how == "damaged" and path.is_file():
+        path.write_bytes(damaged(rng, path.read_bytes())[0])
+    elif how == "swapped" and path.is_file():
+        path.write_bytes(rng.choice(sorted(features.glob("*.npz"))).read_bytes())
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if how == "pickle":
+            path.write_bytes(pickle.dumps(Canary(place.outside / "exploded")))
+        elif how == "file":
+            path.write_text("x")
+        elif how == "fifo":
+            os.mkfifo(path)
+        elif how in ("loop", "dangling", "zero"):
+            path.symlink_to({"loop": path.name, "dangling": "../gone", "zero": "/dev/zero"}[how])
+    arguments = rng.choice([
+        ["stats", "images", "--out", "new.npz", "--features", "digits", "--store-features"],
+        ["evaluate", "images.npz", "--reference", "ref.npz"],
+        ["evaluate", "plain", "--reference", "images.npz", "--features", "digits", "--steps", "1",
+         "--samples", "8"],
+    ])  # fmt: skip
+    return arguments, f"cache: {path.name[:12]} {how}"
+
+
 def attack(rng: random.Random, number: int, place: Place, scene: Path) -> Attack:
     global FID
     from attacks.names import parameters
@@ -342,6 +376,8 @@ def attack(rng: random.Random, number: int, place: Place, scene: Path) -> Attack
         "distill.yaml",
     )
     (place.here / "right.npz").write_bytes((scene / "images.npz").read_bytes())
-    arguments, what = (options, images, arrays, records)[number % 4](rng, place)
+    kinds = (options, images, arrays, records, cache)
+    arguments, what = kinds[number % len(kinds)](rng, place)
     silent = "compare" in arguments or "--repeat" in arguments
-    return Attack(arguments, what, may=(0, 1, 2) if silent else (0, 2), silent=silent)
+    may = (0,) if what.startswith("cache") else (0, 1, 2) if silent else (0, 2)
+    return Attack(arguments, what, may=may, silent=silent)

@@ -415,7 +415,7 @@ def _command(rng: random.Random, number: int, name: str) -> list[str]:
             *more,
         ]
     more = rng.choice([
-        [], ["method.sampler=ancestral"], ["method={name: output, steps: [2], updates: 1}"],
+        [], ["method.sampler=ancestral"], ["method={name: output, updates: 1}"],
         ["method={name: denoising, updates: 1}"], ["method={name: feature, updates: 1}"],
         ["student={kind: narrow, ratio: 0.5}"], ["student={kind: drop_blocks, blocks: [mid_block]}"],
         ["pictures=2"], ["data={kind: folder, path: images, size: 8, channels: 1}"],

@@ -13,39 +13,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attacks.base import Attack, Place
+from attacks.base import Attack, Place, short
 from attacks.disks import NEEDED, known_commands
 from attacks.run import bound_by_permissions, diffkd, stream, written
 
-ENVIRONMENTS: dict[str, dict[str, str | None]] = {
-    "no HOME": {"HOME": None, "XDG_CACHE_HOME": None}, "HOME is nowhere": {"HOME": "/nonexistent",
-        "XDG_CACHE_HOME": None}, "HOME is a file": {"HOME": "/etc/passwd", "XDG_CACHE_HOME": None},
-    "HOME is empty": {"HOME": "", "XDG_CACHE_HOME": ""}, "no TMPDIR": {"TMPDIR": None},
-    "TMPDIR is nowhere": {"TMPDIR": "/nonexistent"}, "TMPDIR is relative": {"TMPDIR": "here"},
-    "cache is a file": {"XDG_CACHE_HOME": "/etc/passwd"},
-    "cache is relative": {"XDG_CACHE_HOME": "x"}, "C": {"LANG": "C", "LC_ALL": "C"},
-    "an unknown locale": {"LC_ALL": "xx_XX.UTF-8"}, "a time zone": {"TZ": "Asia/Kathmandu"},
-    "no time zone": {"TZ": "nowhere"},
-    "dumb": {"TERM": "dumb"}, "no TERM": {"TERM": None}, "one column": {"COLUMNS": "1", "LINES": "1"},
-    "odd columns": {"COLUMNS": "x", "LINES": "-1"}, "no columns": {"COLUMNS": "0"},
-    "many columns": {"COLUMNS": "100000000"},
-    "colours": {"FORCE_COLOR": "1"}, "no colours": {"NO_COLOR": "1"},
-    "tty": {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}, "threads": {"OMP_NUM_THREADS": "x"},
-    "many threads": {"OMP_NUM_THREADS": "100000"},
-    "a rank": {"RANK": "x"}, "half a launcher": {"RANK": "0", "WORLD_SIZE": "2"},
-    "a world": {"WORLD_SIZE": "x"}, "a local rank": {"LOCAL_RANK": "5"},
-    "accelerate": {"ACCELERATE_MIXED_PRECISION": "x"},
-    "accelerate on CPU": {"ACCELERATE_USE_CPU": "x"},
-    "accumulation": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-    "dynamo": {"ACCELERATE_DYNAMO_BACKEND": "x"}, "deepspeed": {"ACCELERATE_USE_DEEPSPEED": "true"},
-    "fsdp": {"ACCELERATE_USE_FSDP": "true"}, "debug": {"ACCELERATE_DEBUG_MODE": "1"},
-    "a device": {"ACCELERATE_TORCH_DEVICE": "x"}, "matplotlib": {"MPLBACKEND": "x"}, "pager": {"PAGER": "x"},
-    "token": {"HF_TOKEN": "\n"}, "proxy": {"HTTPS_PROXY": "x"}, "no PATH": {"PATH": None},
-    "no git": {"PATH": "/nonexistent"}, "git elsewhere": {"GIT_DIR": "/nonexistent"},
-    "user": {"USER": "\x1b[31m", "LOGNAME": "é"},
-    "traceback": {"DIFFKD_TRACEBACK": ""}, "hub off": {"HF_HUB_OFFLINE": "x"},
-    "rich": {"JUPYTER_COLUMNS": "x"}, "python warnings": {"PYTHONWARNINGS": "error"},
-}  # fmt: skip
+ENVIRONMENTS: list[dict[str, str | None]] = [  # None: without it
+    {"DIFFKD_CACHE": "/dev/null"}, {"DIFFKD_CACHE": "images.npz"}, {"DIFFKD_CACHE": "e" * 300},
+    {"DIFFKD_CACHE": "~nosuchuser/x"}, {"DIFFKD_CACHE": "."}, {"DIFFKD_CACHE": "off"},
+    {"DIFFKD_CACHE": "\udcff"}, {"ACCELERATE_TORCH_DEVICE": "x"},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"HOME": None, "XDG_CACHE_HOME": None},
+    {"HOME": "/nonexistent", "XDG_CACHE_HOME": None}, {"HOME": "/etc/passwd", "XDG_CACHE_HOME": None},
+    {"HOME": "", "XDG_CACHE_HOME": ""}, {"TMPDIR": None}, {"TMPDIR": "/nonexistent"}, {"TMPDIR": "here"},
+    {"XDG_CACHE_HOME": "/etc/passwd"}, {"XDG_CACHE_HOME": "x"}, {"LANG": "C", "LC_ALL": "C"},
+    {"LC_ALL": "xx_XX.UTF-8"}, {"TZ": "Asia/Kathmandu"}, {"TZ": "nowhere"}, {"TERM": "dumb"}, {"TERM": None},
+    {"COLUMNS": "1", "LINES": "1"}, {"COLUMNS": "x", "LINES": "-1"}, {"COLUMNS": "0"},
+    {"COLUMNS": "100000000"}, {"FORCE_COLOR": "1"}, {"NO_COLOR": "1"},
+    {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}, {"RANK": "x"}, {"RANK": "0", "WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "x"}, {"LOCAL_RANK": "5"}, {"ACCELERATE_MIXED_PRECISION": "x"},
+    {"ACCELERATE_USE_CPU": "x"}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    {"ACCELERATE_DYNAMO_BACKEND": "x"}, {"ACCELERATE_USE_DEEPSPEED": "true"},
+    {"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_DEBUG_MODE": "1"}, {"MPLBACKEND": "x"}, {"HF_TOKEN": "\n"},
+    {"HTTPS_PROXY": "x"}, {"PATH": None}, {"PATH": "/nonexistent"}, {"GIT_DIR": "/nonexistent"},
+    {"USER": "\x1b[31m", "LOGNAME": "\xe9"}, {"DIFFKD_TRACEBACK": ""}, {"HF_HUB_OFFLINE": "x"},
+    {"JUPYTER_COLUMNS": "x"},
+]  # fmt: skip
 LIMITS = {  # of a process, and their values
     "files": (resource.RLIMIT_NOFILE, [3, 6, 10, 16, 32]), "stack": (resource.RLIMIT_STACK, [1 << 17]),
     "file size": (resource.RLIMIT_FSIZE, [0, 100, 5000, 40_000]), "processes": (resource.RLIMIT_NPROC, [1]),
@@ -56,8 +47,8 @@ LIMITS = {  # of a process, and their values
 
 
 def _environment(rng: random.Random, attack: Attack, place: Place) -> None:
-    attack.what = rng.choice(list(ENVIRONMENTS))
-    attack.environment = ENVIRONMENTS[attack.what]
+    attack.environment = rng.choice(ENVIRONMENTS)
+    attack.what = short(attack.environment)
     attack.may, attack.named = (0, 1, 2), ("/etc/passwd", "/nonexistent")
 
 
