@@ -43,7 +43,7 @@ def test_of_runs_images_statistics_and_records(here, cli, tiny_teacher):
         ["sample", "run/students/1-steps", "-n", 4, "--out", "images"],
         ["sample", "run/students/1-steps", "-n", 4, "--out", "images.npz"],
         ["stats", "images", "--features", "digits", "--store-features", "--out", "ref.npz"],
-        ["evaluate", "run/students/1-steps", "--reference", "digits", "--samples", 32, "--out", "record.json"],
+        ["evaluate", "run/students/1-steps", "--reference", "digits", "--samples", 32, "--out", "r.json"],
         ["benchmark", "bench.yaml"],
     ):  # fmt: skip
         code, _, err = cli(*command)
@@ -52,7 +52,7 @@ def test_of_runs_images_statistics_and_records(here, cli, tiny_teacher):
         "checkpoint.json", "student.safetensors", "ema.safetensors", "diffusion_pytorch_model.safetensors",
         "config.json", "model_index.json", "diffkd.json", "README.md", "config.yaml", "environment.json",
         "inputs.json", "log.jsonl", "metrics.json", "1-steps.png", "000003.png", "images-grid.png",
-        "images.npz", "images.grid.png", "ref.npz", "record.json", "benchmark.md", "report.html",
+        "images.npz", "images.grid.png", "ref.npz", "r.json", "benchmark.md", "report.html",
     ])  # fmt: skip
 
 

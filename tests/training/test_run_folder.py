@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from diffkd.errors import Unfinished, UserError
+from diffkd.training import run_folder
+from diffkd.training.config import Training
 from diffkd.training.run_folder import FILES, FOLDERS, RunFolder
+from tests.edits import edits
 from tests.refusals import tree
 
 CONFIG = {
@@ -119,7 +123,9 @@ def test_another_process_is_kept_out(tmp_path, caplog):
         """
         import sys, json
         from pathlib import Path
-        from diffkd.training.run_folder import RunFolder
+        from diffkd.training import run_folder
+from diffkd.training.config import Training
+from diffkd.training.run_folder import RunFolder
         run = RunFolder(Path(sys.argv[1]), json.loads(sys.argv[2]))
         print("held", flush=True)
         sys.stdin.read()
@@ -429,3 +435,43 @@ def test_a_record_whose_number_is_none(run, value):
     (run.folder / "metrics.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match="the record of 'a' has fid .*, which is not a number; remove"):
         run.check_records(["student"], ["fid"])
+
+
+def use(folder):
+    """What every run does with its files before and while it trains."""
+    run = RunFolder(folder, CONFIG)
+    try:
+        run.check_inputs({"data": "a", "teacher": "b"})
+        parts = run.micro_batches(1, 1)
+        Training(batch_size=16).model_copy(update={"micro_batches": parts}).parts(1)
+        run.describe("cpu", 1, 1)
+        run.check_records(["teacher", "student"], ["steps", "nfe", "fid"])
+        run.rewind_log(0, 1)
+        run.append({"stage_index": 0, "update": 2})
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_edit_is_lived_with_or_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run_folder, "commit", lambda: "0" * 40)  # it asks git each time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    use(tmp_path / "before")
+    numbers = {"steps": 4, "nfe": 4, "fid": 1.5, "protocol": {"features": {"name": "digits"}}}
+    measured = [{"model": role, "role": role, **numbers} for role in ("teacher", "student")]
+    (tmp_path / "before/metrics.json").write_text(json.dumps(measured, indent=2))
+    seen = {True: 0, False: 0}
+    for what, text in edits((tmp_path / "before" / name).read_text()):
+        run = tmp_path / what.encode().hex()[:200]
+        shutil.copytree(tmp_path / "before", run)
+        (run / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+        before = (run / name).read_bytes()
+        try:
+            use(run)
+        except UserError:
+            assert (run / name).read_bytes() == before, what
+            seen[False] += 1
+        else:
+            seen[True] += 1
+        shutil.rmtree(run)
+    assert seen[True] and (name == "log.jsonl" or seen[False])
