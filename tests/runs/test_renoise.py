@@ -12,7 +12,7 @@ def test_a_renoise_student_is_trained_measured_saved_and_sampled(tmp_path, monke
     config = {
         "out": "run", "teacher": {"path": str(make_pipeline(tmp_path))}, "data": {"kind": "digits"},
         "method": {"name": "tests.two_networks", "updates": 3}, "training": {"batch_size": 8}, "pictures": 4,
-        "evaluation": {"samples": 8, "teacher_steps": [8]},
+        "evaluation": {"samples": 8, "teacher_steps": [8, 4]},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     assert cli("distill", "run.yaml").code == 0
