@@ -182,7 +182,7 @@ def _numbered(
     paths: list[Path], about: dict[Path, dict[str, Any]], order: ClassOrder
 ) -> tuple[list[int], list[str]]:
     """Labels and class names from metadata: numbers as they are, or names, which are numbered in order."""
-    given = [about.get(path, {}).get("label") for path in paths]
+    given: list[Any] = [about.get(path, {}).get("label") for path in paths]
     names = isinstance(given[0], str)
     for path, label in zip(paths, given, strict=True):
         fits = isinstance(label, str) and label if names else type(label) is int and 0 <= label < MAX_CLASSES

@@ -56,8 +56,10 @@ class DataSource:
 
     def __init__(self, images: Images) -> None:
         self.images = images
-        self.name, self.labels, self.classes = images.name, images.labels, images.classes
-        self.size, self.notes = (images.shape[2], images.shape[1]), ()
+        self.name, self.labels = images.name, images.labels
+        self.classes: Sequence[str] = images.classes
+        self.size = images.shape[2], images.shape[1]
+        self.notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,9 +91,11 @@ class ArraySource:
                 f"{path}: arr_0 is {images.dtype} of shape {images.shape}; "
                 "images are uint8 of shape (N, H, W, 1 or 3)"
             )
-        self.labels, self.classes = labels_in(arrays, len(images), path), ()
+        self.labels = labels_in(arrays, len(images), path)
+        self.classes: Sequence[str] = ()
         self.images = images
-        self.size, self.notes = (images.shape[2], images.shape[1]), ()
+        self.size = images.shape[2], images.shape[1]
+        self.notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,8 +129,8 @@ class FolderSource:
         found = list_folder(root)
         self.paths = found.paths
         self.labels = None if found.labels is None else torch.tensor(found.labels)
-        self.classes = found.classes
-        self.notes = [passed_over(root, found.passed_over)] if found.passed_over else []
+        self.classes: Sequence[str] = found.classes
+        self.notes: Sequence[str] = [passed_over(root, found.passed_over)] if found.passed_over else []
         self.pool = ThreadPoolExecutor(WORKERS)
         sizes: dict[tuple[int, int], Path] = {}
         for path, size in zip(self.paths, self.pool.map(_size, self.paths), strict=True):
@@ -188,7 +192,7 @@ def _file_digest(path: Path) -> str:
 def _array_digest(array: np.ndarray) -> str:
     total = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     for part in array:
-        total.update(np.ascontiguousarray(part))
+        total.update(part.tobytes())
     return total.hexdigest()
 
 

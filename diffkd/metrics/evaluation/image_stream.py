@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,6 +93,12 @@ def numbered(images: Iterable[Tensor], batch_size: int, rank: int, world: int) -
 def default_count(config: Evaluation, reference: Reference) -> int:
     """How many images are drawn: as many as the reference has, and at most the standard number."""
     return config.samples or min(reference.count or STANDARD_SAMPLES, STANDARD_SAMPLES)
+
+
+def class_names(card: Mapping[str, Any]) -> list[str]:
+    """Of the classes of a model that diffkd made, by its card; none where that does not say."""
+    names = card.get("classes")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def cached(stream: ImageStream) -> ImageStream:

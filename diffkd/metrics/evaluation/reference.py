@@ -166,8 +166,8 @@ class Reference:
     def size(self) -> tuple[int, int] | None:
         if self.source is not None:
             return self.source.size
-        width, height = self.protocol.get("size") or (None, None)
-        return None if width is None else (width, height)
+        size = self.protocol.get("size")
+        return None if size is None else (size[0], size[1])
 
     @property
     def notes(self) -> Sequence[str]:

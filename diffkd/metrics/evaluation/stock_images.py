@@ -16,7 +16,13 @@ from diffkd.io.naming import called, in_config
 from diffkd.io.text import log
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import spread
-from diffkd.metrics.evaluation.image_stream import ImageStream, Numbered, default_count, numbered
+from diffkd.metrics.evaluation.image_stream import (
+    ImageStream,
+    Numbered,
+    class_names,
+    default_count,
+    numbered,
+)
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.models import loading
@@ -100,7 +106,7 @@ class StockPipeline:
                 f"labels; leave out {stock_option()}"
             )
         said: Any = config.labels
-        names = self.card.get("classes") if isinstance(self.card.get("classes"), list) else []
+        names = class_names(self.card)
         if isinstance(config.labels, list):
             every = torch.tensor(config.labels)[torch.arange(count) % len(config.labels)]
         elif config.labels == "data" and (known := reference.labels_of(names)) is not None:

@@ -20,6 +20,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     cached,
+    class_names,
     identity,
     sampled_images,
     stored_images,
@@ -83,7 +84,7 @@ def teacher_of(
     denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
     stream = sampled_images(
         denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance,
-        classes=class_names(target.teacher),
+        classes=class_names(loading.card(expanded(target.teacher))),
     )  # fmt: skip
     stream.protocol |= identity(denoiser, target.teacher, target.null_label)
     return cached(stream)
@@ -132,7 +133,12 @@ def _model(
     size = sizes.denoiser_size(denoiser).recorded()
     for steps in target.steps or (denoiser.steps or 0,):
         stream = sampled_images(
-            denoiser, config, reference, steps, guidance=target.guidance, classes=class_names(target.path)
+            denoiser,
+            config,
+            reference,
+            steps,
+            guidance=target.guidance,
+            classes=class_names(loading.card(expanded(target.path))),
         )
         yield OpenedTarget(f"{steps} steps", stream, where, size)
 
@@ -158,12 +164,6 @@ def _stock(
     for steps in target.steps or (pipeline.steps,):
         stream = pipeline.stream(config, reference, steps)
         yield OpenedTarget(f"{steps or 'its own'} steps", stream, where, pipeline.size)
-
-
-def class_names(path: str) -> list[str]:
-    """Of the classes of a model that diffkd made, by its card; none where it does not say."""
-    names = loading.card(expanded(path)).get("classes")
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def _absolute(path: str) -> str:
