@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -166,7 +166,10 @@ def _where(module: ModuleType) -> str:
 def _places() -> list[Path]:
     """The config's folder, and the current one."""
     config = _beside.get()
-    return list(dict.fromkeys([*([config] if config else []), Path.cwd()]))
+    places = [config] if config else []
+    with suppress(OSError):  # a current folder that was removed
+        places.append(Path.cwd())
+    return list(dict.fromkeys(places))
 
 
 def _bind(top: str, folder: Path, file: Path) -> None:

@@ -197,6 +197,14 @@ def test_own_code_imports_what_lies_beside_it_whenever(beside):
     assert network(torch.ones(1, 1, 2, 2, dtype=torch.uint8)).tolist() == [[3, 3, 3]]
 
 
+def test_in_a_current_folder_that_was_removed(beside):
+    (beside / "config" / "own_code.py").write_text(METHOD)
+    (beside / "current").rmdir()
+    assert methods.find("own_code").__name__ == "Mine"
+    with pytest.raises(UserError, match="there is no file .*/config/other.py; give another name"):
+        methods.find("./other.py")
+
+
 def test_two_configs_with_code_of_the_same_name(tmp_path):
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
