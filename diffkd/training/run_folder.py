@@ -258,7 +258,7 @@ class RunFolder:
         """Raises UserError where a record in one of these roles has anything but numbers for `numbers`."""
         for record in self.records():
             for key in numbers if record["role"] in roles else ():
-                value = record.get(key)
+                value: Any = record.get(key)
                 if type(value) not in (int, float) or not abs(value) < 1e300:
                     raise UserError(
                         f"{self.folder / RECORDS}: the record of {quoted(record['model'])} has {key} "

@@ -59,9 +59,9 @@ class ClassifierArtifacts:
         lost it, or metrics.json has another one."""
         if not self.session.main:
             return
-        record = card(folder).get("record")
-        texts = [record.get(key) for key in ("name", "model", "role")] if isinstance(record, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        record: Any = card(folder).get("record")
+        named = ("name", "model", "role")
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in named):
             raise UserError(
                 f"{folder / CARD} has lost the record of its accuracy; delete {folder}, and it is trained "
                 "again"
