@@ -74,7 +74,6 @@ class Denoiser(nn.Module):
         self.guidance_baked_in = guidance_baked_in
         self.name = "the model"
         self.opened_with: dict[str, str] = {}  # options of `loading.load`, without which it is another model
-        self.misused = False  # whether a line has said that it is drawn otherwise than it was made for
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -198,16 +199,20 @@ class ImageGenerator:
 
 
 def _say_what_it_was_made_for(denoiser: Denoiser, steps: int, sampler: str, guidance: float) -> None:
-    """A line, once for a student, where it is drawn otherwise than it was distilled for."""
-    if denoiser.steps is None or denoiser.misused:
+    """A line where a student is drawn otherwise than it was distilled for."""
+    if denoiser.steps is None:
         return
     drawn, made = f"{_steps(steps)} of {sampler}", f"{_steps(denoiser.steps)} of {denoiser.sampler}"
     if denoiser.guidance_baked_in != 1 and guidance != 1:
         drawn += f" with guidance {guidance:g} on top"
         made += f" with guidance {denoiser.guidance_baked_in:g} baked in"
     if drawn != made:
-        denoiser.misused = True
-        log.warning("%s was made for %s, and is drawn in %s", denoiser.name, made, drawn)
+        _say_once(f"{denoiser.name} was made for {made}, and is drawn in {drawn}")
+
+
+@cache  # of a model that is opened several times, as by a benchmark
+def _say_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def _steps(count: int) -> str:

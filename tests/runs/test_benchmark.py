@@ -152,8 +152,8 @@ def test_the_table(run):
 def test_models_of_one_name_are_rows_of_one_line(run, here):
     """Of several step counts, each another student; MACs and how many times faster, by the first row."""
     models = [
-        {"path": "plain", "name": "both", "steps": [4]},
-        {"path": "student", "name": "both", "steps": [2]},
+        {"path": "student", "name": "both", "steps": [4]},
+        {"path": "plain", "name": "both", "steps": [2]},
     ]
     run(changed(here, out="runs/both", models=models))
     titles, *rows = table("runs/both")
@@ -423,8 +423,9 @@ def test_a_path_that_was_put_right(run, cli, here):
     run()
 
 
-def test_a_model_that_draws_nan(run, cli, here):
+def test_a_model_that_draws_nan(run, cli, here, monkeypatch):
     """What was measured before it is kept, and goes on once the model is repaired."""
+    monkeypatch.setattr(loading, "_try", lambda denoiser: None)  # as if it showed in later steps only
     path = here / "student" / "unet" / "diffusion_pytorch_model.safetensors"
     content = path.read_bytes()
     tensors = load_file(path)
