@@ -31,8 +31,8 @@ def quoted(value: object, longest: int = 200) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether it is a whole number in ASCII digits, and no longer than a number of 64 bits."""
-    return text.isascii() and text.isdigit() and len(text) < 20
+    """Whether it is a whole number in ASCII digits, not too long for int()."""
+    return text.isascii() and text.isdigit() and len(text) < 1000
 
 
 def read_text(path: Path) -> str:

@@ -567,7 +567,7 @@ def test_an_unknown_device(refused, device):
         (["--steps", 2, "--sampler", "eular"], ["'eular'", "ddim, heun, dpmpp_2m, ancestral"]),
         (["--steps", 2, "--eta", 0.5], ["eta", "ancestral"]),
         (["--steps", 2, "--sampler", "heun", "--eta", 0.5], ["eta", "ancestral"]),
-        (["--steps", 2, "-w", 2], ["guidance", "null_label"]),
+        (["--steps", 2, "-w", 2], ["guidance", "--null-label"]),
         (["--steps", 2, "-w", "nan"], ["guidance"]),
         (["--steps", 2, "--seed", 2**64], ["seed", str(2**64)]),
     ],
