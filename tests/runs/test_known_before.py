@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ def here(tmp_path, monkeypatch, image_folder, make_pipeline) -> Path:
     (tmp_path / "broken" / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((9, 8, 8, 1), np.float32))
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8))
+    os.mkfifo(tmp_path / "pipe.npz")  # to open it would wait for ever
     make_pipeline(tmp_path, name="labelled", classes=10)
     make_pipeline(tmp_path, name="plain")
     (tmp_path / "toy.py").write_text(NETWORK)
@@ -82,7 +84,9 @@ def test_refused_before_the_network(cli, here, fault):
     assert not (here / "called").exists()
 
 
-@pytest.mark.parametrize("reference", ["gone", "mixed", "one", "empty", "broken", "floats.npz", "labelled"])
+@pytest.mark.parametrize(
+    "reference", ["gone", "mixed", "one", "empty", "broken", "floats.npz", "labelled", "pipe.npz"]
+)
 def test_a_reference_is_refused_before_the_network(cli, here, reference):
     refuse(cli, here, "evaluate", "images", reference, "--features", "toy.Net")
     refuse(cli, here, "fid", "images", reference, "--features", "toy.Net")
