@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 
 from rich.console import Console
@@ -41,7 +42,7 @@ def fid(
 def _is_statistics(text: str) -> bool:
     """Whether it is a file of statistics without images."""
     path = expanded(text)
-    if path.suffix.lower() != ".npz":
+    if path.suffix.lower() != ".npz" or not os.path.isfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
