@@ -66,7 +66,7 @@ def locate(name: str, builtin: Collection[str] = ()) -> str:
         looked[top] = _places()
     for place in looked[top]:
         spec = PathFinder.find_spec(top, [str(place)])
-        if _has_code(spec) or (spec is not None and dotted and _installed(top) is None):
+        if spec is not None and (_has_code(spec) or (dotted and _installed(top) is None)):
             _bind(top, place, Path(spec.origin or place / top))
             break
     return name
