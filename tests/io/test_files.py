@@ -280,7 +280,7 @@ def test_one_that_a_process_takes_away_before_it_is_locked(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-@pytest.mark.parametrize("name", ["a.json", f".a.json.{os.getpid()}.tmp"])
+@pytest.mark.parametrize("name", ["a.json", f".a.json.{os.getpid()}.tmp"], ids=["the file", "its temporary"])
 def test_a_file_replaces_a_link_and_is_not_written_through_it(tmp_path, name, dangling):
     victim = tmp_path / "elsewhere" / "victim"
     victim.parent.mkdir()
