@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from diffkd.errors import UserError
-from diffkd.metrics.frechet import distance, frechet_distance, gaussian
+from diffkd.metrics.frechet import _low_rank, distance, frechet_distance, gaussian
 
 S1, S2 = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([[3.0, -1.0], [-1.0, 1.0]])
 
@@ -326,3 +326,21 @@ def test_nearly_symmetric_is_rounding():
 def test_a_named_set_is_named():
     with pytest.raises(UserError, match="^ref.npz: "):
         gaussian(np.zeros(2), np.eye(3), "ref.npz")
+
+
+@pytest.mark.parametrize(
+    ("rank", "narrow"), [(0, True), (1, True), (14, True), (15, True), (16, False), (60, False)]
+)
+def test_a_low_rank_is_factored_without_eigenvectors(rank, narrow):
+    """d / 4 at most. Whatever lies off the diagonal is seen: it is not a covariance then."""
+    low = torch.randn(60, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    sigma = low @ low.T
+    found = _low_rank(sigma)
+    assert (found is not None) == narrow
+    if found is not None:
+        assert found.shape == (60, rank) and torch.allclose(found @ found.T, sigma, rtol=0, atol=1e-12)
+    crossed = sigma.diagonal().diag() + 0
+    crossed[0, 1] = crossed[1, 0] = 100 + 2 * crossed.max()
+    assert _low_rank(crossed) is None
+    with pytest.raises(UserError, match="negative eigenvalues"):
+        gaussian(torch.zeros(60), crossed)

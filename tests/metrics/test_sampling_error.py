@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from diffkd.errors import UserError
+from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.fd_infinity import Infinity, frechet_infinity
 from diffkd.metrics.frechet import Gaussian, gaussian
-from diffkd.metrics.sampling_error import bootstrap, floor
+from diffkd.metrics.sampling_error import Subsets, bootstrap, floor
 
 
 def rng_of(*seed: int) -> np.random.Generator:
@@ -383,3 +386,29 @@ def test_half_the_level_holds_it_half_as_often():
     share, spread = coverage(5, 60, 30, 0.5)
     assert 0.8 < spread < 1.4
     assert 0.25 < share < 0.75
+
+
+# of no more samples than features
+
+
+@pytest.mark.parametrize("rank", [3, 40, 300])
+def test_choices_from_few_samples_beside_their_covariances(rank):
+    """From the centred samples as from the covariance of a choice, which may hold one several times."""
+    d, rng = 60, rng_of(22, rank)
+    x = torch.from_numpy(3 + draws(rng, 1, 20, np.diag(spectrum_of("decaying", d, rng)))[0])
+    y = rng.standard_normal((rank + 1, d))
+    reference = gaussian(y.mean(0), np.cov(y.T))
+    subsets = Subsets(x, reference)
+    assert subsets.few
+    for chosen in (rng.integers(0, 20, 20), np.arange(20), np.array([3, 3]), np.array([7, 1, 7, 2])):
+        some = x[chosen]
+        plain = distances(some.numpy()[None], None, np.cov(y.T), y.mean(0))[0]
+        assert subsets.distance(torch.from_numpy(chosen)) == pytest.approx(plain, rel=1e-9)
+
+
+@pytest.mark.parametrize("draws", [1, 0, -1])
+def test_no_interval_of_one_resample(draws):
+    with pytest.raises(UserError, match="no spread"):
+        bootstrap(torch.randn(5, 3).double(), gaussian(np.zeros(3), np.eye(3)), draws=draws)
+    with pytest.raises(ValidationError) if draws else nullcontext():
+        Evaluation(bootstrap=draws)
