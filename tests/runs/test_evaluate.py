@@ -203,9 +203,10 @@ def test_a_folder(here, measure):
 
 def test_from_python(here, measure):
     """diffkd.evaluate gives the record that the command prints."""
-    options = {"features": "toy.Quarters", "metrics": ("fid", "kid")}
+    options = {"features": "toy.Quarters", "metrics": ("fid", "kid"), "kid_subset_size": 20}
     found = diffkd.evaluate("images", here / "real", **options)
-    printed = measure("images", "--reference", "real", "--features", "toy.Quarters", "--metrics", "fid,kid")
+    more = ["--metrics", "fid,kid", "--kid-subset-size", 20]
+    printed = measure("images", "--reference", "real", "--features", "toy.Quarters", *more)
     assert [found[key] for key in ("fid", "kid", "kid_std")] == [
         printed[k] for k in ("fid", "kid", "kid_std")
     ]
@@ -301,7 +302,7 @@ def test_guidance(measure, sampled):
 @pytest.mark.parametrize("target", [["images", "--samples", 41], ["plain", "--steps", 2, "--samples", 41]])
 def test_the_batch_size_does_not_matter(measure, target):
     def found(size: int) -> dict[str, Any]:
-        more = ["--features", "toy.Quarters", "--metrics", ALL, "--batch-size", size]
+        more = ["--features", "toy.Quarters", "--metrics", ALL, "--batch-size", size, "--kid-subset-size", 20]
         return measure(*target, "--reference", "real", *more)
 
     whole = found(64)
@@ -313,11 +314,12 @@ def test_the_batch_size_does_not_matter(measure, target):
 
 
 def test_every_metric(here, measure):
-    found = measure("images", "--reference", "real", "--features", "toy.Quarters", "--metrics", ALL)
+    more = ["--kid-subset-size", 20, "--kid-subsets", 30, "--is-splits", 4]
+    found = measure("images", "--reference", "real", "--features", "toy.Quarters", "--metrics", ALL, *more)
     x, y = (torch.from_numpy(quarters(of_folder(here / name))) for name in ("images", "real"))
-    kid = metrics.kernel_distance(x, y)
+    kid = metrics.kernel_distance(x, y, subsets=30, subset_size=20)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    score = inception_score((10 * x).softmax(1)[order.argsort()])
+    score = inception_score((10 * x).softmax(1)[order.argsort()], 4)
     near, dense = metrics.precision_recall(y, x), metrics.density_coverage(y, x)
     assert (found["kid"], found["kid_std"]) == pytest.approx((kid.mean, kid.std), abs=1e-12)
     assert (found["is"], found["is_std"]) == pytest.approx((score.mean, score.std), abs=1e-12)
@@ -727,7 +729,7 @@ REPEATED = {
     "stock with classes": [
         "labelled", "--reference", "digits.npz", "--samples", 70, "--sampler", "stock", "--steps", 3,
     ],
-    "digits": ["digits", "--reference", "images", "--features", "digits"],
+    "digits": ["digits", "--reference", "real", "--features", "digits"],
 }  # fmt: skip
 
 
