@@ -114,7 +114,7 @@ def prepare(base: Path) -> None:
             (base / name).mkdir(exist_ok=True)
         ended = run.forked(work, base, folder=base / "scene", inside=inside)
         if ended.status != status:
-            raise SystemExit(f"the scene could not be built: {ended.stdout} {ended.stderr}")
+            raise SystemExit(f"the scene could not be built ({ended.status}): {ended.stdout} {ended.stderr}")
 
     scene.build(
         base / "scene",

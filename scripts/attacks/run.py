@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 CPU, WALL, IDLE = 60, 300, 45  # seconds of one command: of processor time, in all, without doing anything
 MEMORY, FILE = 4 << 30, 1 << 30  # bytes: of memory beside what the libraries take, of a file
+company: list[int] = []  # processes that an attack started beside the command, and that end by themselves
 NOT_BEGUN = 99  # exit status where the attack itself failed
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PATHS = {  # audit events that change the disk, and which of their arguments are paths
@@ -102,9 +103,8 @@ def _limits() -> None:
 def _end(status: int) -> NoReturn:
     """As Python ends: threads are waited for, and output that cannot be flushed is an error."""
     threading._shutdown()  # type: ignore[attr-defined]
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.wait()
+    for child in company:
+        os.waitpid(child, 0)
     try:
         sys.stdout.flush()
     except AttributeError:  # it was closed

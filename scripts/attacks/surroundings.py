@@ -15,7 +15,7 @@ from typing import Any
 
 from attacks.base import Attack, Place, short
 from attacks.disks import NEEDED, known_commands
-from attacks.run import bound_by_permissions, diffkd, stream, written
+from attacks.run import bound_by_permissions, company, diffkd, stream, written
 
 ENVIRONMENTS: list[dict[str, str | None]] = [  # None: without it
     {"DIFFKD_CACHE": "/dev/null"}, {"DIFFKD_CACHE": "images.npz"}, {"DIFFKD_CACHE": "e" * 300},
@@ -150,7 +150,10 @@ def _user(rng: random.Random, attack: Attack, place: Place) -> None:
 
 def _company(rng: random.Random, attack: Attack, place: Place) -> None:
     def begin() -> None:
-        if os.fork() == 0:
+        child = os.fork()
+        if child:
+            company.append(child)
+        else:
             null = os.open("/dev/null", os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
