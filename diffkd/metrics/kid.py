@@ -86,4 +86,5 @@ class Kid(Metric):
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:
         found = kernel_distance(inputs.images.features, inputs.reference.features, **inputs.options)
-        return {"kid": found.mean} | ({} if found.std is None else {"kid_std": found.std})
+        values: dict[str, float | None] = {"kid": found.mean}
+        return values if found.std is None else values | {"kid_std": found.std}
