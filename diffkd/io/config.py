@@ -126,7 +126,7 @@ def _tag(kind: type[Strict]) -> Any:
 
 def _models(annotation: Any) -> list[type[Strict]]:
     """The config classes in an annotation."""
-    if (origin := get_origin(annotation)) is not None:  # before isinstance: Python 3.10 calls list[int] a type
+    if (origin := get_origin(annotation)) is not None:  # first: Python 3.10 calls list[int] a type
         within = origin in (Annotated, Union, types.UnionType, list, dict)
         return [model for inner in get_args(annotation) for model in _models(inner)] if within else []
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Strict) else []

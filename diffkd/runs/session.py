@@ -135,9 +135,7 @@ class Session:
 
     def say_report(self, page: Path | None) -> None:
         """Where the report is; without one, why."""
-        self.say(
-            f"report: {page}" if page else "no report: it needs matplotlib (pip install matplotlib)"
-        )
+        self.say(f"report: {page}" if page else "no report: it needs matplotlib (pip install matplotlib)")
 
     def bar(
         self, title: str, total: int, *, unit: str = "images"

@@ -97,7 +97,11 @@ def measure(cli, here) -> Callable[..., dict[str, Any]]:
     """measure(reference, *args, target="images") -> the record."""
 
     def run(
-        reference: str, *args: object, target: str = "images", features: str = "toy.Quarters", may_say: str = "\0"
+        reference: str,
+        *args: object,
+        target: str = "images",
+        features: str = "toy.Quarters",
+        may_say: str = "\0",
     ) -> Any:
         code, out, err = cli(
             "evaluate", target, "--reference", reference, "--features", features, *args, "--json"

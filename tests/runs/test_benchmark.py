@@ -122,8 +122,8 @@ def test_rows_are_models_times_steps(run, cli):
         more = ["--sampler", "stock"] if record["model"] == "its own code" else []
         code, text, _ = cli(
             "evaluate", path, "--reference", "real", "--features", "toy.Quarters", "--metrics", "fid,kid",
-            "--samples", 30, "--batch-size", 16, "--steps", record["steps"], "--json", "--kid-subset-size", 20,
-            *more,
+            "--samples", 30, "--batch-size", 16, "--steps", record["steps"], "--json",
+            "--kid-subset-size", 20, *more,
         )  # fmt: skip
         expected = json.loads(text)
         assert code == 0

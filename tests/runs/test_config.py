@@ -240,7 +240,10 @@ def test_an_unknown_key_of_distilling_names_the_nearest(tmp_path, override, key,
 def test_where_no_key_is_near_the_known_ones_are_listed(tmp_path):
     with pytest.raises(UserError, match=r"data\.size is unknown; known here are kind$"):
         distill(tmp_path, "data.size=8")
-    with pytest.raises(UserError, match=r"teacher\.zzz is unknown; known here are variant, scheduler, path, train, null_label$"):
+    with pytest.raises(
+        UserError,
+        match=r"teacher\.zzz is unknown; known here are variant, scheduler, path, train, null_label$",
+    ):
         distill(tmp_path, "teacher.zzz=8")
 
 
