@@ -77,6 +77,8 @@ class FolderWriter(ImageWriter):
     @staticmethod
     def _read(path: Path) -> np.ndarray:
         try:
+            if not path.is_file():  # opening a pipe would wait for somebody to write into it
+                raise OSError("it is missing, or a pipe or a device")
             return read_image(path)
         except (OSError, ValueError, SyntaxError) as error:  # as Pillow does for broken files
             raise UserError(

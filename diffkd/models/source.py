@@ -62,7 +62,7 @@ class Source:
             if os.path.lexists(place / SCHEDULER):
                 config = read_object(place / SCHEDULER)
                 entry = self.index.get("scheduler")  # diffusers builds the class that the index names
-                return str(entry[-1] if isinstance(entry, list) else _class_of(config)), config
+                return str(entry[-1] if isinstance(entry, list) and entry else _class_of(config)), config
         if self.network is None:
             raise UserError(f"{self.name} has no {SCHEDULER}; save the pipeline with save_pretrained")
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -260,6 +261,18 @@ def test_cards_that_promise_what_the_model_has_not(card, says, tmp_path, make_pi
     folder = make_pipeline(tmp_path, classes=11)
     (folder / "diffkd.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=says):
+        loading.load(folder)
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {}, None, "x", 5, [None], [[]], ["diffusers"], ["diffusers", 5]], ids=repr
+)
+@pytest.mark.parametrize("part", ["scheduler", "unet", "_class_name"])
+def test_an_index_of_any_form_opens_or_is_refused(part, entry, tmp_path, make_pipeline):
+    folder = make_pipeline(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: entry}))
+    with contextlib.suppress(UserError):
         loading.load(folder)
 
 
