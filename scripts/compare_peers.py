@@ -243,7 +243,8 @@ def compare(kind: str, count: int, weights: Path, folder: Path, *, project: bool
         if first:
             theirs |= others(weights, fake, real)
         for key, (tool, value) in theirs.items():
-            off = abs(ours[key] - value) / max(abs(value), 1e-12) if ours[key] != value else 0.0
+            larger = max(abs(ours[key]), abs(value))
+            off = abs(ours[key] - value) / larger if larger else 0.0
             rows.append({"files": kind, "mode": mode, "number": key, "tool": tool, "ours": ours[key],
                          "theirs": value, "difference": off})  # fmt: skip
             print(
