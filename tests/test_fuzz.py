@@ -38,7 +38,6 @@ from diffkd.data.decoding import SUFFIXES
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
-from diffkd.metrics import sampling_error
 from diffkd.metrics.evaluation import image_sets, image_sources, records
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
@@ -603,9 +602,6 @@ def test_edited_records(place, record, data):
         quiet = Console(file=io.StringIO())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", lambda count: None)
-            patch.setattr(
-                sampling_error, "_simulated", lambda spectrum, counts: 0.0
-            )  # takes most of the time
             patch.setattr(HubDataset, "_rows", unreachable_rows)
             tried_quietly(lambda: repeat(path, quiet))
         tried_quietly(lambda: tables.compare(path, place / "record.json", quiet))

@@ -668,13 +668,14 @@ def test_malformed_hub_ids(tmp_path, monkeypatch, name):
 def test_circular_links(tmp_path, image_folder):
     root = image_folder(tmp_path, classes=["a", "b"], count=3)
     (root / "a" / "up").symlink_to(root, target_is_directory=True)
-    (root / "a" / "self.png").symlink_to(root / "a" / "self.png")
-    (root / "b" / "one.png").symlink_to(root / "b" / "two.png")
-    (root / "b" / "two.png").symlink_to(root / "b" / "one.png")
     assert len(image_sources.FolderSource(root, None)) == 6
     assert folder.Folder(kind="folder", path=root, size=8).load().class_counts == [3, 3]
     (root / "loop").symlink_to(root, target_is_directory=True)
     assert folder.Folder(kind="folder", path=root, size=8).load().class_counts[:2] == [3, 3]
+    (root / "b" / "one.png").symlink_to(root / "b" / "two.png")
+    (root / "b" / "two.png").symlink_to(root / "b" / "one.png")
+    with pytest.raises(UserError, match="2 of 8 images in .* cannot be read"):
+        folder.Folder(kind="folder", path=root, size=8).load()
 
 
 # secrets --------------------------------------------------------------------------------------------------

@@ -382,10 +382,16 @@ def pickled_beside_another(folder: Path) -> None:
     pickled(folder)
 
 
+def no_index(folder: Path) -> None:
+    """Nor a network that could be opened alone."""
+    (folder / INDEX).unlink()
+    shutil.rmtree(folder / "unet")
+
+
 INDEX, CONFIG, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
-UNREADABLE = ["the network in plain/unet cannot be read"]
+UNREADABLE = ["plain/unet", "cannot be read"]
 HARMED = {
-    "no index": (remove(INDEX), ["no model_index.json", "give the folder that has it"]),
+    "no index": (no_index, ["no model_index.json"]),
     "torn index": (put(INDEX, '{"_class_name": "DDIM'), [INDEX, "complete?"]),
     "empty index": (put(INDEX, ""), [INDEX, "complete?"]),
     "index is a list": (put(INDEX, "[1]"), [INDEX, "not hold a JSON object"]),
@@ -408,7 +414,7 @@ HARMED = {
     "torn network's config": (put(CONFIG, '{"sample_si'), UNREADABLE),
     "a value that is none": (edit(CONFIG, block_out_channels="x"), UNREADABLE),
     "pickled": (pickled, ["never opened", "convert", "save_pretrained(folder, safe_serialization=True)"]),
-    "pickled, beside others": (pickled_beside_another, UNREADABLE),
+    "pickled, beside others": (pickled_beside_another, ["plain/unet", "never opened", "convert"]),
     "torn weights": (torn, [*UNREADABLE, "complete?"]),
     "empty weights": (put(WEIGHTS, b""), UNREADABLE),
     "weights that are none": (put(WEIGHTS, b"\x80\x04pickle" * 9), UNREADABLE),
@@ -420,9 +426,14 @@ HARMED = {
     ),
     "no scheduler": (remove("scheduler"), ["scheduler_config.json", "save_pretrained"]),
     "torn scheduler": (put(SCHEDULER, '{"beta_'), ["scheduler_config.json"]),
-    "unknown scheduler": (edit(SCHEDULER, _class_name="MyScheduler"), ["'MyScheduler'", "DDIMScheduler"]),
+    "unknown scheduler": (
+        edit(INDEX, scheduler=["diffusers", "MyScheduler"]),
+        ["'MyScheduler'", "DDIMScheduler"],
+    ),
     "flow scheduler": (
-        edit(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        edit(
+            INDEX, _class_name="DDPMPipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        ),
         ["FlowMatchEulerDiscreteScheduler", "supported are"],
     ),
     "unknown betas": (edit(SCHEDULER, beta_schedule="linaer"), ["linaer"]),

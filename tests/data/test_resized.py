@@ -34,7 +34,7 @@ def test_an_image_of_the_right_size_is_unchanged(tmp_path):
 def test_upscaling_only_if_configured(tmp_path):
     pixels = noise(5, 5)
     Image.fromarray(pixels).save(tmp_path / "small.png")
-    with pytest.raises(UserError, match=r"small\.png is 5x5, smaller than data\.size 8; .*upscale"):
+    with pytest.raises(UserError, match=r"small\.png is 5x5, smaller than size 8; .*upscale"):
         folder(tmp_path)
     assert np.abs(folder(tmp_path, upscale=True).pixels[0, 0] - bicubic(pixels, 8)).max() < 1.2
 

@@ -35,7 +35,7 @@ def test_a_metric_is_one_final_class_with_its_keys_and_its_row(kind):
     )
     assert f"| `{kind.name}` |" in (ROOT / "docs/evaluation.md").read_text()
     assert re.search(rf"\b{kind.name}\b", metrics_help())
-    assert json.loads(json.dumps(kind().options(10, 20))) == kind().options(10, 20)
+    assert json.loads(json.dumps(kind().options(100, 200))) == kind().options(100, 200)
 
 
 def metrics_help() -> str:

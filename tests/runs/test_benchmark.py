@@ -219,7 +219,7 @@ def test_a_second_time_nothing_is_measured(run, monkeypatch):
     monkeypatch.setattr(samplers, "sample", drawn)
     again = run()
     after = tree(Path("runs/bench"))
-    assert again == first
+    assert first.endswith(again) and not again.startswith("teacher")  # no row is said as it is measured
     for name in ("metrics.json", "config.yaml", "environment.json", "benchmark.md"):
         assert after[name] == before[name], name
     assert after.keys() == before.keys()
@@ -265,7 +265,7 @@ def test_stopped_on_the_way_and_gone_on(cli, run, monkeypatch):
     assert cli("benchmark", "bench.yaml").code == 130
     assert [(r["model"], r["steps"]) for r in records()] == ROWS[:1]
     monkeypatch.setattr(samplers, "sample", real)
-    assert run().splitlines()[0] == whole.splitlines()[0]
+    assert run().splitlines()[-1] == whole.splitlines()[-1]
     assert [r["fid"] for r in records()] == [r["fid"] for r in expected]
 
 

@@ -123,9 +123,7 @@ def test_another_process_is_kept_out(tmp_path, caplog):
         """
         import sys, json
         from pathlib import Path
-        from diffkd.training import run_folder
-from diffkd.training.config import Training
-from diffkd.training.run_folder import RunFolder
+        from diffkd.training.run_folder import RunFolder
         run = RunFolder(Path(sys.argv[1]), json.loads(sys.argv[2]))
         print("held", flush=True)
         sys.stdin.read()
