@@ -431,9 +431,7 @@ HARMED = {
         ["'MyScheduler'", "DDIMScheduler"],
     ),
     "flow scheduler": (
-        edit(
-            INDEX, _class_name="DDPMPipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
-        ),
+        edit(INDEX, _class_name="DDPMPipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
         ["FlowMatchEulerDiscreteScheduler", "supported are"],
     ),
     "unknown betas": (edit(SCHEDULER, beta_schedule="linaer"), ["linaer"]),
