@@ -88,6 +88,8 @@ def _try(denoiser: Denoiser) -> None:
     try:
         output = denoiser.output(x, t, **cond)
         finite = bool(output.isfinite().all())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever its config makes it do
         raise UserError(
             f"{denoiser.name}: its network fails when it is called with an image of {size} "
