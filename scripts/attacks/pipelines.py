@@ -443,6 +443,8 @@ def attack(rng: random.Random, number: int, place: Place, scene: Path) -> Attack
         canaries(rng, folder, place.outside / "exploded")
     done = [base]
     for harm in rng.sample(HARMS, rng.choice([1, 1, 1, 2])):
+        if os.path.lexists(folder / WEIGHTS) and not (folder / WEIGHTS).is_file():
+            break  # a pipe or a device by now, which would never end
         try:
             done.append(harm(rng, folder))
         except Exception as error:  # after another harm there is nothing left to harm
