@@ -134,8 +134,9 @@ class ImageWriter(ABC):
         """Starts the workers ahead of the first images, as that takes a while."""
         if self._pool is None:
             self._pool = self._make_pool()
-            with without_interrupts():
-                self._waiting.extend(self._pool.submit(_no_work) for _ in range(self.workers))
+            if self.workers:
+                with without_interrupts():
+                    self._waiting.extend(self._pool.submit(_no_work) for _ in range(self.workers))
 
     def _submit_buffer(self) -> None:
         """Hands the buffered images to the workers."""

@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up(here, cli, disk, unstopped):
             stream.write(b"0" * 4096)
             stream.flush()
     code, out, err = cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}")
-    assert code == 1 and len(err.splitlines()) == 1 and "the disk is full (0 B free)" in err, err
+    assert code == 1 and len(err.splitlines()) == 1 and "the disk is full" in err, err
     disk("100m")
     assert cli("distill", "distill.yaml", *overrides, f"out={place / 'run'}").code == 0
     assert_same_runs(unstopped, place / "run")

@@ -65,6 +65,11 @@ def _network(source: Source) -> UNet2DModel:
         raise UserError(
             f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
         )
+    if loading["unexpected_keys"]:
+        raise UserError(
+            f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json knows "
+            "nothing; give the config that they were trained with"
+        )
     _check_config(network.config, name)
     _check_classes(network.config.num_class_embeds, source)
     torch.nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
