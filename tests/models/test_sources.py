@@ -253,6 +253,14 @@ def test_a_tensor_of_another_name(way, tmp_path, make_pipeline):
         way(folder)
 
 
+def test_a_config_of_a_smaller_network_than_the_weights_are_of(tmp_path, make_pipeline):
+    folder = make_pipeline(tmp_path)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**config, "mid_block_type": None}))
+    with pytest.raises(UserError, match=r"hold mid_block\.\S+, of which its config\.json knows nothing"):
+        loading.load(folder)
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_nothing_of_diffusers_own_is_on_the_screen(variant, cli, tmp_path, make_pipeline, monkeypatch):
     folder = make_pipeline(tmp_path)

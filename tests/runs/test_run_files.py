@@ -59,7 +59,7 @@ def attempt(cli) -> str:
 
 
 def weights_and_checkpoints(run: Path) -> dict[str, Any]:
-    """All of them but students' cards, which are written again where they do not say what metrics.json does."""
+    """Without the students' cards, which are written again where metrics.json says otherwise."""
     students = tree(run / "students").items()
     cards = ("README.md", "diffkd.json")
     return {k: v for k, v in students if not k.endswith(cards)} | tree(run / "checkpoints")

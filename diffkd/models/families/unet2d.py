@@ -67,8 +67,8 @@ def _network(source: Source) -> UNet2DModel:
         )
     if loading["unexpected_keys"]:
         raise UserError(
-            f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json knows "
-            "nothing; give the config that they were trained with"
+            f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json "
+            "knows nothing; give the config that they were trained with"
         )
     _check_config(network.config, name)
     _check_classes(network.config.num_class_embeds, source)
