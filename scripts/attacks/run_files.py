@@ -55,8 +55,11 @@ def _shape(path: Path, how: str, outside: Path) -> None:
 def _content(rng: random.Random, path: Path) -> str:
     """The file's content edited in a way that suits its kind."""
     data = path.read_bytes()
-    if path.suffix == ".json" and rng.random() < 0.8:
-        content = json.loads(data)
+    try:
+        content = json.loads(data) if path.suffix == ".json" else None
+    except ValueError:  # edited once already
+        content = None
+    if content is not None and rng.random() < 0.8:
         if rng.random() < 0.5:
             new, done = odd_json(rng, content)
         else:
