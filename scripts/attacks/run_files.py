@@ -78,7 +78,7 @@ def _content(rng: random.Random, path: Path) -> str:
     elif path.suffix == ".yaml" and rng.random() < 0.8:
         new = rng.choice([b"", b"# nothing\n", data + b"mine: 3\n", b"[", b"- 1\n", data + data,
                           b"\xff" + data, data.replace(b":", b": !!x", 1),
-                          b"a: " + b"[" * 5000, data.decode().encode("utf-16"), b"3",
+                          b"a: " + b"[" * 5000, data.decode(errors="replace").encode("utf-16"), b"3",
                           data.replace(b"seed: 0", b"seed: 1"), b"null"])  # fmt: skip
         done = f"{new[:30]!r}..."
     else:
