@@ -91,7 +91,8 @@ def unforeseen(error: BaseException) -> str:
 
 def _places() -> Iterator[Path]:
     """Folders for reports, the first that can be written: never the user's data, nor the current folder."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    home = "" if os.environ.get("HOME") == "" else os.path.expanduser("~/.local/state")
+    state = os.environ.get("XDG_STATE_HOME") or home
     if os.path.isabs(state):
         yield Path(state, "diffkd")
     with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ ENVIRONMENTS: list[dict[str, str | None]] = [  # None: without it
     {"DIFFKD_CACHE": "/dev/null"}, {"DIFFKD_CACHE": "images.npz"}, {"DIFFKD_CACHE": "e" * 300},
     {"DIFFKD_CACHE": "~nosuchuser/x"}, {"DIFFKD_CACHE": "."}, {"DIFFKD_CACHE": "off"},
     {"DIFFKD_CACHE": "\udcff"}, {"ACCELERATE_TORCH_DEVICE": "x"},
-    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"HOME": None, "XDG_CACHE_HOME": None},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"HOME": None},
     {"HOME": "/nonexistent", "XDG_CACHE_HOME": None}, {"HOME": "/etc/passwd", "XDG_CACHE_HOME": None},
     {"HOME": "", "XDG_CACHE_HOME": ""}, {"TMPDIR": None}, {"TMPDIR": "/nonexistent"}, {"TMPDIR": "here"},
     {"XDG_CACHE_HOME": "/etc/passwd"}, {"XDG_CACHE_HOME": "x"}, {"LANG": "C", "LC_ALL": "C"},
@@ -68,7 +68,7 @@ def _limit(rng: random.Random, attack: Attack, place: Place) -> None:
 
 def _umask(rng: random.Random, attack: Attack, place: Place) -> None:
     mask = rng.choice([0o077, 0o777, 0o000, 0o222, 0o300])
-    attack.what, attack.inside, attack.may = f"umask {mask:o}", partial(os.umask, mask), (0, 2)
+    attack.what, attack.inside, attack.may = f"umask {mask:o}", partial(os.umask, mask), (*attack.may, 2)
 
 
 def _gone(rng: random.Random, attack: Attack, place: Place) -> None:

@@ -192,6 +192,9 @@ def test_folders(monkeypatch):
     for name in ("XDG_CACHE_HOME", feature_cache.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     assert feature_cache.folder() == Path("/home/someone/.cache/diffkd/features")
+    monkeypatch.setenv("HOME", "")
+    assert feature_cache.folder() is None
+    monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert feature_cache.folder() == Path("/x/diffkd/features")
     monkeypatch.setenv(feature_cache.VARIABLE, "~/mine")

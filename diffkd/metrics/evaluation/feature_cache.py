@@ -44,6 +44,8 @@ def folder() -> Path | None:
     if named.lower() == "off":
         return None
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "diffkd")
+    if str(base).startswith("~") and os.environ.get("HOME") == "":  # which would make it /.cache
+        return None
     try:
         return expanded(base).absolute() / "features"
     except RuntimeError:  # there is no home
