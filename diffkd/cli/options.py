@@ -74,7 +74,8 @@ FeatureResize = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
 ImageSize = Annotated[
-    int | None, typer.Option("--resize", min=1, help="Bring images of folders and data sets to this size.")
+    int | None,
+    typer.Option("--resize", min=1, max=16_384, help="Bring images of folders and data sets to this size."),
 ]
 Split = Annotated[str | None, typer.Option(help="Of a Hugging Face data set; default train.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]

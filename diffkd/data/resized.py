@@ -22,11 +22,16 @@ MAX_UNREADABLE = 0.01  # a larger share of unreadable files stops the run
 MAX_IN_MEMORY = 4 << 30  # bytes of pixels beyond which they are mapped from a temporary file
 
 
+LARGEST_SIDE = 16_384  # pixels of a height or width that images can be brought to
+
+
 class ResizedDataset(Strict):
     """Config shared by datasets whose images are resized and cropped to one shape."""
 
     size: int = Field(
-        ge=1, description="height and width, by resizing the short side and cropping the centre"
+        ge=1,
+        le=LARGEST_SIDE,
+        description="height and width, by resizing the short side and cropping the centre",
     )
     channels: Literal[1, 3] = Field(3, description="1 is grey, 3 is RGB")
     upscale: bool = Field(False, description="whether smaller images may be enlarged")

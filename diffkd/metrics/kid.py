@@ -75,7 +75,7 @@ class Kid(Metric):
     stores_reference: ClassVar[bool] = True
     stores_images: ClassVar[bool] = True
 
-    kid_subsets: int = Field(100, ge=1, description="subsets that KID is the mean over")
+    kid_subsets: int = Field(100, ge=1, le=100_000, description="subsets that KID is the mean over")
     kid_subset_size: int = Field(
         1000, ge=2, description="images in each subset; below both sets for a spread"
     )

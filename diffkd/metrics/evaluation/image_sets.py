@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
+from diffkd.data.resized import LARGEST_SIDE
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
 from diffkd.io.files import expanded
@@ -28,6 +29,7 @@ class ImageFolder(Strict):
     resize: int | None = Field(
         None,
         ge=1,
+        le=LARGEST_SIDE,
         description="height and width, by resizing the short side (bicubic) and cropping the centre",
     )
 
