@@ -68,8 +68,9 @@ def test_what_cannot_be_compared(cli, here):
     refuse(cli, here, "evaluate", "a", says=["evaluate TARGET --reference REFERENCE"])
 
 
-def test_the_help_says_what_is_so(cli):
+def test_the_help_says_what_is_so(cli, monkeypatch):
     """Samples of models only; weights of one's own."""
+    monkeypatch.setenv("COLUMNS", "300")
     text = " ".join(cli("evaluate", "--help").stdout.replace("│", " ").split())
     assert "Images of a model, default as many as the reference has" in text
     assert ".safetensors of your own" in text
