@@ -19,11 +19,16 @@ DEVICE = "ACCELERATE_TORCH_DEVICE"  # names the device of every process
 
 def usable_device(name: str) -> torch.device:
     """The device called `name` on the command line. Raises UserError where it cannot be used."""
+    return _opened(name, f"{called('device')} {name!r}", "try cpu")
+
+
+def _opened(name: str, given: str, remedy: str) -> torch.device:
+    """The device, once something was on it. given: how the user named it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{called('device')} {name!r} cannot be used ({reason(error)}); try cpu") from error
+        raise UserError(f"{given} cannot be used ({reason(error)}); {remedy}") from error
     return device
 
 
@@ -33,11 +38,8 @@ def launched(cpu: bool) -> PartialState:
     Raises UserError where environment variables name a device or a place that does not exist.
     """
     named = os.environ.get(DEVICE)
-    try:
-        if named:
-            torch.empty(0, device=torch.device(named)).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{DEVICE}={named} cannot be used ({reason(error)}); unset it") from error
+    if named:
+        _opened(named, f"{DEVICE}={named}", "unset it")
     try:
         return PartialState(cpu=cpu)
     except ValueError as error:
