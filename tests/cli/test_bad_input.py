@@ -129,7 +129,7 @@ def test_a_real_process_prints_one_line(here):
         (["sample", "plain", "--out", "drawn", "--seed", "-1"], "seed"),
         (["sample", "plain"], "--out"),
         (["sample", "plain", "--outt", "drawn"], "--outt"),
-        (["train"], "config"),
+        (["train"], "Missing argument"),
         (["trian", "train.yaml"], "trian"),
     ],
 )
