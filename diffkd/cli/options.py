@@ -114,7 +114,7 @@ def run_or_print(settings: Any, dry_run: bool, run: Callable[[], object]) -> Non
     the run's folder cannot be written."""
     import yaml
 
-    from diffkd.io.files import check_writable
+    from diffkd.io.places import check_writable
     from diffkd.runs.config_files import resolved
 
     if dry_run:

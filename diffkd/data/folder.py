@@ -14,8 +14,8 @@ from diffkd.data.images import Images
 from diffkd.data.listing import ClassOrder, list_folder
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
-from diffkd.io.files import expanded
 from diffkd.io.naming import called
+from diffkd.io.places import expanded
 from diffkd.io.text import log
 
 

@@ -24,11 +24,11 @@ from diffkd.generation.npz_writer import NpzWriter
 from diffkd.generation.resume import ResumePlan
 from diffkd.generation.timing import Timer
 from diffkd.generation.writer import ImageWriter
-from diffkd.io.files import check_writable, format_bytes, free_bytes, free_files
+from diffkd.io.places import check_writable, free_bytes, free_files
 from diffkd.io.processes import Processes, usable_device
 from diffkd.io.progress import bar, say
 from diffkd.io.system_errors import CAUSES, system_error
-from diffkd.io.text import log, reason
+from diffkd.io.text import format_bytes, log, reason
 from diffkd.models import loading
 
 GRID_IMAGES = 64

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from diffkd.errors import UserError
-from diffkd.io.files import expanded
+from diffkd.io.places import expanded
 from diffkd.io.text import log, quoted, reason
 
 announced: set[str] = set()

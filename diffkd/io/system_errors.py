@@ -87,6 +87,11 @@ def system_error(error: BaseException) -> int | None:
     return next((found for each in chain(error) if (found := _number(each)) in NO_ROOM), None)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk or the user's quota is full."""
+    return system_error(error) in NO_ROOM
+
+
 def _number(error: BaseException) -> int | None:
     if not isinstance(error, Exception):
         return None

@@ -79,3 +79,9 @@ def changes(before: Any, now: Any, where: str = "") -> dict[str, tuple[Any, Any]
 def differences(before: Any, now: Any, where: str = "") -> list[str]:
     """`changes` in words: "key was x, now y"."""
     return [f"{key} was {was}, now {value}" for key, (was, value) in changes(before, now, where).items()]
+
+
+def format_bytes(size: float) -> str:
+    """Such as 1.23 MB."""
+    power = next((p for p in range(4) if size < 999.5 * 1000**p), 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

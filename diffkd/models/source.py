@@ -9,8 +9,8 @@ from typing import Any
 
 from diffkd.core.scheduler_config import SCHEDULERS
 from diffkd.errors import UserError
-from diffkd.io.files import expanded
 from diffkd.io.naming import called
+from diffkd.io.places import expanded
 from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
 

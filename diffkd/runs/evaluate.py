@@ -16,7 +16,8 @@ from diffkd.errors import UserError
 from diffkd.generation.labels import parse_classes
 from diffkd.io import progress
 from diffkd.io.config import validation_message
-from diffkd.io.files import append_json, expanded, read_json
+from diffkd.io.files import append_json, read_json
+from diffkd.io.places import expanded
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, is_number, log, read_text, reason
 from diffkd.metrics import features

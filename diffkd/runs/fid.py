@@ -7,7 +7,7 @@ import zipfile
 
 from rich.console import Console
 
-from diffkd.io.files import expanded
+from diffkd.io.places import expanded
 from diffkd.metrics.base import MAIN
 from diffkd.metrics.evaluation import image_sets, notes
 from diffkd.metrics.evaluation.reference import Reference

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.io.files import check_writable, write_json
+from diffkd.io.files import write_json
+from diffkd.io.places import check_writable
 from diffkd.io.system_errors import explained
 from diffkd.metrics.evaluation.records import Record
 

@@ -22,7 +22,10 @@ from diffkd.core.digest import digest
 from diffkd.data.images import Images
 from diffkd.errors import Interrupted, Unfinished, UserError
 from diffkd.io import progress
-from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder
+from diffkd.io.files import new_folder
+from diffkd.io.places import free_bytes
+from diffkd.io.system_errors import is_disk_full
+from diffkd.io.text import format_bytes
 from diffkd.methods.base import Method, Stage
 from diffkd.runs.config import TrainingRun
 from diffkd.runs.config_files import resolved

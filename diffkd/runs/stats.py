@@ -10,8 +10,9 @@ from rich.console import Console
 from diffkd.errors import Unfinished, UserError, printable
 from diffkd.io import progress
 from diffkd.io.environment import commit, versions
-from diffkd.io.files import check_writable, format_bytes, free_bytes
+from diffkd.io.places import check_writable, free_bytes
 from diffkd.io.processes import Processes
+from diffkd.io.text import format_bytes
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import feature_cache, image_sets
 from diffkd.metrics.evaluation.targets import is_model

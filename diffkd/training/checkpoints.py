@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.io.files import format_bytes, free_bytes, is_disk_full, new_folder, sha256
-from diffkd.io.system_errors import explained
-from diffkd.io.text import changes, from_json, log, read_text, reason
+from diffkd.io.files import new_folder, sha256
+from diffkd.io.places import free_bytes
+from diffkd.io.system_errors import explained, is_disk_full
+from diffkd.io.text import changes, format_bytes, from_json, log, read_text, reason
 
 SCHEMA = 2
 MANIFEST = "checkpoint.json"

@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +14,15 @@ import yaml
 
 from diffkd.errors import UserError, masked
 from diffkd.io.environment import commit, versions
-from diffkd.io.files import (
-    append_json,
-    new_file,
-    read_json,
-    read_records,
-    remove_leftovers,
-    sync,
-    write_json,
-)
+from diffkd.io.files import append_json, new_file, read_json, read_records, remove_leftovers, sync, write_json
 from diffkd.io.lock import Lock
-from diffkd.io.strict_yaml import read_yaml
 from diffkd.io.system_errors import explained
 from diffkd.io.text import changes, differences, from_json, log, quoted
 from diffkd.training import surroundings
-from diffkd.training.checkpoints import MOVABLE, Checkpoints, is_resumable
+from diffkd.training.checkpoints import Checkpoints
+from diffkd.training.run_files import LOG, RECORDS, check_config, check_places, plain, recorded
 
-FORMER_DEFAULTS = {
-    "evaluation.sampler": "ddim"
-}  # recorded by older runs; the default is None now, which means the same for them
-LOG, RECORDS = "log.jsonl", "metrics.json"
-FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
-FOLDERS = ("checkpoints", "samples", "students", "teacher", "teachers")  # that it writes into
-SAME_BITS = (
-    "versions",
-    "device",
-    "processes",
-    "threads",
-    "variables",
-)  # what the last bits of a result depend on
+SAME_BITS = ("versions", "device", "processes", "threads", "variables")  # the last bits of a result need them
 
 
 class RunFolder:
@@ -71,7 +49,7 @@ class RunFolder:
         self._lock: Lock | None = None
         if not owner:
             return
-        self._check(config, allow)
+        check_config(folder, config, allow)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -88,8 +66,8 @@ class RunFolder:
     def _begin(self, config: Mapping[str, Any], allow: bool | None) -> None:
         """Writes the config, once the folder is locked: another process may just have begun a run in it."""
         folder = self.folder
-        changed = self._check(config, allow)
-        self._check_places()
+        changed = check_config(folder, config, allow)
+        check_places(folder)
         self.records()
         if changed:
             log.warning("%s resumes with another config: %s", folder, changed)
@@ -100,75 +78,9 @@ class RunFolder:
         inner = [path for path in (*folder.glob("*"), *folder.glob("students/*")) if path.is_dir()]
         remove_leftovers(folder, *inner)
         known = folder / "config.yaml"
-        if not known.exists() or _yaml(known) != _plain(config):
+        if not known.exists() or recorded(known) != plain(config):
             with new_file(known) as temporary:
                 temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-
-    def _check(self, config: Mapping[str, Any], allow: bool | None) -> str:
-        """The differences between the configs, all allowed. Raises UserError for others."""
-        if not self.folder.exists():
-            return ""
-        if not self.folder.is_dir():
-            raise UserError(f"out {self.folder} is a file; give a folder")
-        known = self.folder / "config.yaml"
-        if not known.is_file():
-            if any(not p.name.startswith(".") for p in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty and does not hold a diffkd run; use another out")
-            return ""
-        differ = changes(_yaml(known), _plain(config))
-        differ = {
-            key: (was, now)
-            for key, (was, now) in differ.items()
-            if key not in MOVABLE and not (now is None and was == FORMER_DEFAULTS.get(key, now))
-        }
-        described = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
-        text = "; ".join(described[:3]) + ("; ..." if len(described) > 3 else "")
-        if not all(map(is_resumable, differ)):
-            raise UserError(
-                f"{self.folder} belongs to a run with another config ({text}); use another out, or delete "
-                "the folder"
-            )
-        if differ and not allow:
-            resume = "use --allow to resume with the new values, which do not change the students, or "
-            raise UserError(
-                f"{self.folder} belongs to a run with another config ({text}); "
-                f"{'' if allow is None else resume}use another out"
-            )
-        return "; ".join(described)
-
-    def _check_places(self) -> None:
-        """Raises UserError, before anything is trained, for what would stop the run later: a file of its own
-        that cannot be read, a folder that takes no files, and links, through which nothing is written."""
-        for path in (self.folder / name for name in FILES):
-            if path.is_symlink():
-                raise UserError(
-                    f"{path} is a symbolic link, and a run writes through none; put the file there"
-                )
-            if path.exists() and not path.is_file():
-                raise UserError(f"{path} is not a file; move it away, or use another out")
-            if path.exists():
-                with _explained(f"{path} cannot be {'written' if path.name == LOG else 'read'}"):
-                    path.open("r+b" if path.name == LOG else "rb").close()
-        for place in (self.folder, *(self.folder / name for name in FOLDERS)):
-            if place != self.folder:
-                self._check_link(place)
-            if place.exists() and not place.is_dir():
-                raise UserError(f"{place} is not a folder; move it away, or use another out")
-            if place.exists():
-                with _explained(f"{place} cannot be written into"), tempfile.TemporaryFile(dir=place):
-                    inner = [] if place == self.folder else list(place.iterdir())
-                for path in inner:
-                    self._check_link(path)
-
-    def _check_link(self, path: Path) -> None:
-        """Raises UserError for a link out of the run folder. That itself may be one: it is the user's own."""
-        real = os.path.realpath  # Path.resolve raises for a link to itself
-        inside = path.exists() and Path(real(path)).is_relative_to(real(self.folder))
-        if path.is_symlink() and not inside:
-            raise UserError(
-                f"{path} is a symbolic link that leads out of the run folder, or nowhere, and a run writes "
-                "through none; put the folder itself there, or make the whole run folder a link"
-            )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -293,24 +205,3 @@ class RunFolder:
         path = self.folder / LOG
         if path.is_file():
             sync(path)
-
-
-@contextmanager
-def _explained(thing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explained(error, thing) or error from error
-
-
-def _yaml(path: Path) -> Any:
-    """Raises UserError for anything but a config."""
-    try:
-        return read_yaml(path)
-    except UserError as error:
-        raise UserError(f"{error}; put it back, or use another out") from error
-
-
-def _plain(config: Mapping[str, Any]) -> Any:
-    """The config as it is after being written and read."""
-    return json.loads(json.dumps(config))

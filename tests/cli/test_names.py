@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from diffkd.cli import main
-from diffkd.io.files import check_writable
+from diffkd.io.places import check_writable
 from tests.cli import scene
 from tests.refusals import refuse
 
@@ -108,7 +108,7 @@ def test_inputs(odd_scene, cli, monkeypatch, command, name):
 
 
 def test_nobody_expands_a_home_by_itself():
-    """Path.expanduser raises for a home that there is not; files.expanded leaves the name as a shell does."""
+    """Path.expanduser raises for an unknown home; places.expanded leaves the name as a shell does."""
     package = Path(main.__code__.co_filename).parents[1]
     assert [p.name for p in package.rglob("*.py") if ".expanduser()" in p.read_text()] == []
 
@@ -120,7 +120,7 @@ def test_a_place_where_nothing_can_be_written(at_scene, cli, monkeypatch, number
     def fails(*args: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("diffkd.io.files.tempfile.TemporaryFile", fails)
+    monkeypatch.setattr("diffkd.io.places.tempfile.TemporaryFile", fails)
     for command in OUTPUTS:
         refuse(cli, at_scene, *scene.WRITING[command], says=["made", "use another place"])
 

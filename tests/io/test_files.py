@@ -23,7 +23,8 @@ from diffkd.errors import Unfinished, UserError
 from diffkd.io import files
 from diffkd.io.files import append_json, new_file, new_folder, read_json, write_json
 from diffkd.io.lock import Lock
-from diffkd.io.text import read_text
+from diffkd.io.system_errors import is_disk_full
+from diffkd.io.text import format_bytes, read_text
 from tests.refusals import tree
 
 
@@ -148,11 +149,11 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_recognised_in_any_message():
-    assert files.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
-    assert files.is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert files.is_disk_full(SafetensorError("I/O error: No space left on device (os error 28)"))
-    assert not files.is_disk_full(OSError(errno.EACCES, "Permission denied"))
-    assert not files.is_disk_full(ValueError("28"))
+    assert is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert is_disk_full(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    assert not is_disk_full(ValueError("28"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_a_full_disk_is_recognised_in_any_message():
     ],
 )
 def test_sizes_are_shown_with_three_digits(size, text):
-    assert files.format_bytes(size) == text
+    assert format_bytes(size) == text
 
 
 # permissions ------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ import os
 import pytest
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.io.files import is_disk_full
-from diffkd.io.system_errors import CAUSES, explained, system_error
+from diffkd.io.system_errors import CAUSES, explained, is_disk_full, system_error
 
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode), ids=errno.errorcode.get)

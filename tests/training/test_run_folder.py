@@ -19,7 +19,8 @@ import pytest
 from diffkd.errors import Unfinished, UserError
 from diffkd.training import run_folder
 from diffkd.training.config import Training
-from diffkd.training.run_folder import FILES, FOLDERS, RunFolder
+from diffkd.training.run_files import FILES, FOLDERS
+from diffkd.training.run_folder import RunFolder
 from tests.edits import edits
 from tests.refusals import tree
 

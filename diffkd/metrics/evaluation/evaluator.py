@@ -12,8 +12,8 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.generation.timing import Timer
 from diffkd.io.environment import commit, versions
-from diffkd.io.files import expanded
 from diffkd.io.naming import called
+from diffkd.io.places import expanded
 from diffkd.io.processes import Processes
 from diffkd.metrics.base import MAIN, Inputs
 from diffkd.metrics.evaluation import networks

@@ -18,8 +18,8 @@ from torch import nn
 
 from diffkd.errors import UserError
 from diffkd.io.environment import PACKAGE, versions
-from diffkd.io.files import expanded, free_bytes
 from diffkd.io.npz import read_npz
+from diffkd.io.places import expanded, free_bytes
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, log
 from diffkd.metrics.base import FeatureSet

@@ -15,9 +15,9 @@ from diffkd.data.hub import HubDataset
 from diffkd.data.resized import LARGEST_SIDE
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
-from diffkd.io.files import expanded
 from diffkd.io.naming import in_config
 from diffkd.io.npz import PICKLES, read_npz
+from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
 
 

@@ -14,8 +14,8 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.labels import labels_for
-from diffkd.io.files import expanded
 from diffkd.io.naming import called
+from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import Source, batches, spread, thinned
 from diffkd.metrics.evaluation.reference import Reference

@@ -11,8 +11,8 @@ from torch import Tensor
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.stock import generate_stock, scalars, stock_defaults
-from diffkd.io.files import expanded
 from diffkd.io.naming import called, in_config
+from diffkd.io.places import expanded
 from diffkd.io.text import log
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import spread

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.io.files import expanded
 from diffkd.io.naming import called, in_config
+from diffkd.io.places import expanded
 
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # the same file
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAMES[0]}"

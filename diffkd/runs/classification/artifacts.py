@@ -21,7 +21,7 @@ from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
 from diffkd.runs.config_files import resolved
 from diffkd.runs.session import Session
-from diffkd.training.run_folder import RECORDS
+from diffkd.training.run_files import RECORDS
 
 BATCH_SIZE = 256
 WARM_UP_CALLS, TIMED_CALLS = 20, 100  # a latency is the median of the timed ones
