@@ -43,7 +43,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.statistics import Statistics
 from diffkd.models import loading
-from diffkd.runs import config, config_files, evaluate
+from diffkd.runs import config, config_files, evaluate_options
 from diffkd.runs.classification import networks
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.repeat import repeat
@@ -300,7 +300,7 @@ def opened(path: Path) -> None:
     """Open it as a reference, as images to evaluate, and as statistics."""
     reference = tried_quietly(lambda: Reference(image_sets.File(path=path)))
     if reference is not None:
-        tried_quietly(lambda: evaluate.default_features(reference))
+        tried_quietly(lambda: evaluate_options.default_features(reference))
         json.dumps(reference.describe())
     tried_quietly(lambda: image_sets.images_of(image_sets.File(path=path)).read(0, 2))
     tried_quietly(lambda: Statistics.load(path).gaussian())

@@ -127,11 +127,12 @@ def evaluate(
     prepare_libraries()
     from diffkd.errors import UserError
     from diffkd.runs import evaluate as job
+    from diffkd.runs import evaluate_options
     from diffkd.runs import repeat as repetition
     from diffkd.runs.record_file import RecordFile
     from diffkd.runs.reports import tables
 
-    options = job.Options(
+    options = evaluate_options.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
         guidance, null_label, quantize, variant, scheduler, teacher, teacher_steps, teacher_guidance,
         bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights, seed, batch_size,
@@ -141,7 +142,9 @@ def evaluate(
     if repeat is not None:
         also = {"the target": target, "the reference": reference, "--out": out, "--json": json or None}
         more = [name for name, value in also.items() if value is not None]
-        more += [job.option(name) for name in options.given() if name not in ("features", "cache")]
+        more += [
+            evaluate_options.option(name) for name in options.given() if name not in ("features", "cache")
+        ]
         if more:
             raise UserError(f"--repeat takes all from the record; leave out {more[0]}")
         same = repetition.repeat(repeat, Console(), device=device, features_name=features)

@@ -45,7 +45,7 @@ def fid(
 
     prepare_libraries()
     from diffkd.errors import printable
-    from diffkd.runs.evaluate import Options
+    from diffkd.runs.evaluate_options import Options
     from diffkd.runs.fid import fid as measured
 
     options = Options(

@@ -17,7 +17,8 @@ from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
 from diffkd.runs import announcement, config_files
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.config import Distill, Train, method_name
+from diffkd.runs.config import Distill, Train
+from diffkd.runs.method_config import method_name
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch

@@ -12,7 +12,8 @@ from diffkd.metrics.base import MAIN
 from diffkd.metrics.evaluation import image_sets, notes
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.frechet import distance
-from diffkd.runs.evaluate import Options, measure
+from diffkd.runs.evaluate import measure
+from diffkd.runs.evaluate_options import Options
 from diffkd.runs.reports import tables
 
 

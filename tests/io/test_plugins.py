@@ -15,7 +15,8 @@ from diffkd.io import plugins
 from diffkd.metrics import features
 from diffkd.runs import config_files
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.config import Distill, method_name
+from diffkd.runs.config import Distill
+from diffkd.runs.method_config import method_name
 from tests.runs import tiny
 
 METHOD = """

@@ -26,7 +26,7 @@ from diffkd.runs.classification import networks, report
 from diffkd.runs.classification.artifacts import ClassifierArtifacts
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.config import method_config, method_name
+from diffkd.runs.method_config import method_config, method_name
 from diffkd.runs.session import ResumeOptions, Session, open_run
 from diffkd.training import launch
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from diffkd.io.files import new_file
 from diffkd.runs.classification.artifacts import ROLES
 from diffkd.runs.classification.config import DistillClassifier
-from diffkd.runs.config import method_config
+from diffkd.runs.method_config import method_config
 from diffkd.runs.reports import markdown, page, plots, tables
 from diffkd.runs.reports.run_report import details
 from diffkd.runs.session import Session
