@@ -53,6 +53,9 @@ class Fid(Metric):
         if samples >= standard and samples >= real.num_features:
             return None
         if samples not in reference.cache:
-            reference.cache[samples] = floor(real.sigma, samples, real.num_samples)
+            factor = reference.gaussian.factor
+            narrow = factor.shape[1] < len(factor)  # factorᵀ factor has sigma's eigenvalues, but for zeros
+            same = factor.T @ factor if narrow else real.sigma
+            reference.cache[samples] = floor(same, samples, real.num_samples)
         found: float = reference.cache[samples]
         return found

@@ -21,8 +21,9 @@ def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> 
     """The distance to expect of fresh samples from a reference of the same distribution.
 
     sigma: (d, d), the covariance of the reference's num_reference samples, or of the distribution itself
-    where that is None: of a reference that was computed from unknown samples this is a lower bound. The
-    distribution's spectrum is found from the sample's, and the distance is that of Gaussian samples,
+    where that is None: of a reference that was computed from unknown samples this is a lower bound. Any
+    matrix with the same eigenvalues above 0 does as well. The distribution's spectrum is found from the
+    sample's, and the distance is that of Gaussian samples,
 
         tr (2 + 1/N1 + 1/N2) - 2 E tr (S1 S2)^½ + tr (1/n1 + 1/n2) / 4
 

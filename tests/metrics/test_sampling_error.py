@@ -12,10 +12,13 @@ import torch
 from pydantic import ValidationError
 
 from diffkd.errors import UserError
+from diffkd.metrics.base import FeatureSet, Inputs
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.fd_infinity import Infinity, frechet_infinity
+from diffkd.metrics.fid import Fid
 from diffkd.metrics.frechet import Gaussian, gaussian
 from diffkd.metrics.sampling_error import Subsets, bootstrap, floor
+from diffkd.metrics.statistics import Statistics
 
 
 def rng_of(*seed: int) -> np.random.Generator:
@@ -412,3 +415,16 @@ def test_no_interval_of_one_resample(draws):
         bootstrap(torch.randn(5, 3).double(), gaussian(np.zeros(3), np.eye(3)), draws=draws)
     with pytest.raises(ValidationError) if draws else nullcontext():
         Evaluation(bootstrap=draws)
+
+
+@pytest.mark.parametrize("count", [30, 400], ids=["of low rank", "of full rank"])
+def test_fid_tells_the_floor_of_the_reference(count):
+    """By the factor of its covariance where that is narrow, which has the same eigenvalues."""
+    features = torch.from_numpy(rng_of(21).standard_normal((count, 120)) / np.arange(1, 121))
+    sets = []
+    for part in (features, features[:20]):
+        statistics = Statistics()
+        statistics.update(part)
+        sets.append(FeatureSet(statistics))
+    told = Fid().compute(Inputs(images=sets[1], reference=sets[0], options={}, features="inception"))
+    assert told["fid_floor"] == pytest.approx(floor(sets[0].statistics.sigma, 20, count), rel=1e-9)
