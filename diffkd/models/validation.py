@@ -28,7 +28,7 @@ def check_network(
     """The variant of the weights that is read (see `weights_of`).
 
     Raises UserError where a config describes a network much larger than its weights. The network is built on
-    the meta device, so that no memory is taken. whole: refuse a network that is larger at all.
+    the meta device, so that no memory is taken. whole: refuse a network that is larger or smaller at all.
     """
     variant, files = weights_of(place, name, variant)
     known = inspect.signature(kind.__init__).parameters
@@ -61,6 +61,11 @@ def check_network(
             "repair it"
         )
     needed = sum(p.numel() for p in network.parameters())
+    if whole and sum(counts) > sum(tensor.numel() for tensor in network.state_dict().values()):
+        raise UserError(
+            f"{name}: the weights in {place} are {sum(counts):,}, more than its config.json has a place for "
+            f"({needed:,}); give the config that they were trained with"
+        )
     if needed > (sum(counts) if whole else 2 * sum(counts) + MAX_NUMBER):
         raise UserError(
             f"{name}: the config in {place} has {needed:,} parameters and the weights are {sum(counts):,}; "

@@ -113,6 +113,18 @@ def test_where_reports_go_when_the_state_folder_takes_none(ended, tmp_path, monk
     assert code == 70 and "Traceback" in err and err.splitlines()[-1].endswith("with the traceback above")
 
 
+@pytest.mark.parametrize("home", ["", "here"], ids=["empty", "relative"])
+def test_where_reports_go_where_there_is_no_home(ended, tmp_path, monkeypatch, home):
+    """Services run with an empty HOME: "~" then leads to the root, or a relative one to anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(endings.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", home)
+    _, err = ended(KeyError("x"))
+    assert Path(err.split()[-1]).parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [Path(err.split()[-1]).name]
+
+
 def test_the_traceback_on_demand(ended, monkeypatch):
     for value, shown in (("1", True), ("0", False), ("", False)):
         monkeypatch.setenv("DIFFKD_TRACEBACK", value)

@@ -259,6 +259,8 @@ def test_a_config_of_a_smaller_network_than_the_weights_are_of(tmp_path, make_pi
     (folder / "unet/config.json").write_text(json.dumps({**config, "mid_block_type": None}))
     with pytest.raises(UserError, match=r"hold mid_block\.\S+, of which its config\.json knows nothing"):
         loading.load(folder)
+    with pytest.raises(UserError, match=r"unet are [\d,]+, more than its config\.json has a place for"):
+        loading.open_stock(folder)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
