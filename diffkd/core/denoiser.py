@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffkd.core.interval import attached
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 
+INTERVAL = "interval"  # the conditioning that a network with an interval embedding takes
 StockSampler = Literal["ddim", "renoise"]  # those that a stock pipeline draws with, to the bit
 
 
@@ -98,12 +100,17 @@ class Denoiser(nn.Module):
 
     def output(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
         """The network's output, of its prediction type: (B, C, H, W) in the network's dtype, or with guidance
-        in that of x_t. x0 and eps are linear in it, so guiding the output guides both."""
+        in that of x_t. x0 and eps are linear in it, so guiding the output guides both.
+
+        cond: may hold `interval` (B,), t - r of the step from t to r, for a network that takes one.
+        """
         if guidance != 1.0:
             x_t2, t2, cond2 = self._with_null(x_t, t, cond)
             given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
             return null + guidance * (given - null)
         x_t = x_t.to(self.dtype)
+        if (second := attached(self.network)) is not None:
+            second.value = cond.pop(INTERVAL, None)
         output = self.network(x_t, self.schedule.network_time(t, x_t), **cond)
         sample: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return sample
@@ -116,7 +123,8 @@ class Denoiser(nn.Module):
         labels = cond["class_labels"]
         both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
         t2 = t if isinstance(t, float) else torch.cat([t, t])
-        return torch.cat([x_t, x_t]), t2, {**cond, "class_labels": both}
+        doubled = {key: torch.cat([value, value]) for key, value in cond.items()}
+        return torch.cat([x_t, x_t]), t2, {**doubled, "class_labels": both}
 
     def example_inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """x_t, t and cond to call it with for one image: zeros, the time of pure noise, the first class."""

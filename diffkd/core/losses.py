@@ -44,6 +44,18 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """sqrt(|x - y|^2 + c^2) - c of each example, the norm over all its values: two (B, ...) -> (B,).
+
+    Squared for differences below c, whose gradient grows with them, and the norm itself above, whose gradient
+    does not. c = 0.00054 sqrt(d) for d values (Song & Dhariwal 2024, section 3.3); c = 0 is the norm.
+    """
+    squares = (x - y).square().flatten(1).sum(1)
+    if c == 0:
+        return squares.clamp(min=1e-20).sqrt()  # whose gradient is finite where x = y
+    return squares / ((squares + c * c).sqrt() + c)
+
+
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
     """|x - y|^2 / |y|^2 of each example: two (B, ...) -> (B,). y: the target."""
     return squared_error(x, y) / y.square().flatten(1).mean(1).clamp(min=1e-12)

@@ -131,6 +131,23 @@ class Schedule:
             self._numbers[t, dtype] = (alpha.item(), sigma.item())
         return self._numbers[t, dtype]
 
+    def time_of(self, half_log_snr: Tensor) -> Tensor:
+        """The t of this log(alpha / sigma), the inverse of `half_log_snr`: (B,) -> float64 (B,) in [0, 1].
+
+        Below what the table ends with, it is 1.
+        """
+        table = self._table(half_log_snr.device)[2]
+        value = half_log_snr.double()
+        low = (torch.searchsorted(-table, -value, right=True) - 1).clamp(0, self.num_train_timesteps - 1)
+        below, above = table[low], table[low + 1]
+        inner = (below - value) / (below - above)
+        part = torch.where(
+            below.isposinf(),
+            (above - value).exp(),
+            torch.where(above.isneginf(), -torch.expm1(value - below), inner),
+        )
+        return ((low + part) / self.num_train_timesteps).clamp(0, 1)
+
     def snr(self, t: Tensor) -> Tensor:
         """alpha² / sigma²: (B,) -> float64 (B,)."""
         alpha2, sigma2 = self.squares(t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,28 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Noises and what the teacher makes of them, drawn once and kept: count of them, steps and sampler."""
+
+    count: int
+    steps: int
+    sampler: str = "ddim"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method takes beside a teacher and a student, for its users.
+
+    data: whether it learns from images, and not from their labels alone. networks: more that it trains or
+    keeps. calls: of networks in one update, such as "1 student, 2 teacher".
+    """
+
+    data: bool = True
+    networks: tuple[str, ...] = ()
+    calls: str = ""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of training with its own step count, optimizers, EMA and learning-rate ramp.
 
@@ -36,7 +58,11 @@ class Stage:
     none of its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken.
     guidance: of the teacher's predictions. prediction: what the student outputs, None for what it already
     does. drawn: the sampler that the student is trained for, which decides the stock scheduler it is saved
-    with. networks: by name, the trained networks that do not learn as the stage says.
+    with. networks: by name, the trained networks that do not learn as the stage says. teacher: whether it
+    learns from the run's own teacher, or from the last student before it. also: more step counts, for each of
+    which the trained network is saved as a student of its own, before the one of `steps`. interval: whether
+    the student takes the length of a step as a second number while it trains (`core.interval`), which is
+    folded into what is saved. pairs: what the batches are made of in place of the data.
     """
 
     name: str
@@ -50,6 +76,10 @@ class Stage:
     prediction: str | None = None
     drawn: StockSampler = "ddim"
     networks: Mapping[str, Optimization] = field(default_factory=dict)
+    teacher: Literal["previous", "original"] = "previous"
+    also: tuple[int, ...] = ()
+    interval: bool = False
+    pairs: Pairs | None = None
 
     def optimization(self, network: str) -> Optimization:
         return self.networks.get(network, Optimization())
@@ -78,14 +108,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """x0: (B, C, H, W) float32 in [-1, 1]. cond: the conditioning, {} or {"class_labels": (B,)}."""
+    """x0: (B, C, H, W) float32 in [-1, 1]. cond: the conditioning, {} or {"class_labels": (B,)}.
+
+    noise: (B, C, H, W), of a stage of pairs: what its teacher made x0 of.
+    """
 
     x0: Tensor
     cond: Mapping[str, Tensor]
+    noise: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
+        cond = {key: to_device(value, device) for key, value in self.cond.items()}
         return Batch(
-            to_device(self.x0, device), {key: to_device(value, device) for key, value in self.cond.items()}
+            to_device(self.x0, device), cond, None if self.noise is None else to_device(self.noise, device)
         )
 
 
@@ -114,6 +149,7 @@ class Method(Strict, ABC):
     reference: ClassVar[str]
     kind: ClassVar[type[Any]] = Denoiser  # of its teacher and its student
     hooks: ClassVar[bool] = False  # whether it sets hooks on them, which torch.compile ignores
+    needs: ClassVar[Needs] = Needs()
 
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:
