@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from diffkd.core import interval
 from diffkd.core.classifier import Classifier
 from diffkd.core.schedules import Schedule
 from diffkd.data.images import Images
@@ -36,7 +37,8 @@ def images(count: int = 64) -> Images:
 
 
 def nets_of(method: Method) -> dict[str, Any]:
-    """A teacher, a student that differs from it, and the method's own networks; the same ones every time."""
+    """A teacher, a student that differs from it, and the method's own networks; the same ones every time. The
+    student takes the length of a step where the method's stages say so."""
     if method.kind is Classifier:
         torch.manual_seed(3)
         networks = [CNN(1, 3, channels, timed=False) for channels in ([8, 8], [4])]
@@ -45,6 +47,8 @@ def nets_of(method: Method) -> dict[str, Any]:
         teacher = student(4, "v_prediction", COSINE, seed=1)
         teacher.num_classes, teacher.null_label = 3, 3
         pupil = students.copy_of(teacher)
+        if any(stage.interval for stage in method.stages(teacher)):
+            interval.attach(pupil.network)
         generator = torch.Generator().manual_seed(2)
         for parameter in pupil.network.parameters():
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
