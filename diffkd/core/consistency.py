@@ -1,0 +1,64 @@
+"""What consistency methods share: f(x_t, t) is where the trajectory through x_t begins, and f(x, 0) = x.
+
+The boundary needs no coefficients of its own: an x0 read from a prediction of v, flow or eps is x_t at t = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.flow import flow_time, time_at
+from diffkd.core.schedules import Schedule
+from diffkd.errors import UserError
+
+MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which x0 is learned through a prediction of eps
+
+
+def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
+    """Raises UserError for a model of which no consistency model of these step counts can be made."""
+    for count in steps:
+        start.schedule.check_steps(count, "renoise")
+    if guidance != 1.0:
+        start.check_guidance()
+    if start.prediction == "sample":
+        raise UserError(
+            "a network that predicts x0 itself (prediction type sample) does not return its input at t = 0, "
+            "as a consistency model does; use a teacher of v_prediction, or method progressive"
+        )
+    alpha, sigma = start.schedule.numbers(1.0)
+    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
+        raise UserError(
+            f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, too much for a "
+            "consistency model; put method progressive before this one, which begins with v_prediction"
+        )
+
+
+def check_mode(mode: str, guidance: float) -> None:
+    """Raises ValueError for guidance where no teacher is asked."""
+    if mode == "training" and guidance != 1.0:
+        raise ValueError(
+            f"guidance {guidance:g} is the teacher's, whom mode: training does not ask; leave it out, or set "
+            "mode: distillation"
+        )
+
+
+def earlier(schedule: Schedule, t: Tensor, gap: float, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """The s of a consistency pair, (B,) -> float64 (B,): in flow time t (1 - gap n), or 0 if that is below.
+
+    n = 1 + k sigmoid(-b sigma / alpha) widens the gap near the data (Geng et al. 2024, section 3.2). Time is
+    sigma / alpha there, which is infinite at zero terminal SNR; near the data it equals the flow time.
+    """
+    tau = flow_time(schedule, t)
+    n = 1 + k * torch.sigmoid(-b * tau / (1 - tau))
+    return time_at(schedule, (tau * (1 - gap * n)).clamp(min=0))
+
+
+def start_of(denoiser: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    """f(x_s, s): (B, ...), x_s itself where s = 0. t: (B,), above 0, the time that is asked there instead."""
+    inside = s > 0
+    found = denoiser(x_s, torch.where(inside, s, t), **cond)
+    return torch.where(inside.reshape(-1, *[1] * (x_s.ndim - 1)), found, x_s)

@@ -1,0 +1,118 @@
+"""Consistency models: the student predicts at t what it predicts at an earlier s of the same trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from diffkd.core import samplers
+from diffkd.core.consistency import check_mode, check_start, earlier, start_of
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.flow import flow_time
+from diffkd.core.losses import pseudo_huber, squared_error
+from diffkd.core.times import TimeLaw, draw_times
+from diffkd.io.config import Positive
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+
+
+class Consistency(Method):
+    """Consistency distillation and training, with the curriculum of easy consistency tuning (ECT)."""
+
+    reference: ClassVar[str] = "Song et al. 2023 and Geng et al. 2024, https://arxiv.org/abs/2406.14548"
+    needs: ClassVar[Needs] = Needs(calls="2 student, 1 teacher (distillation)")
+
+    mode: Literal["distillation", "training"] = Field(
+        "distillation",
+        description="where x_s comes from: a step of the teacher, or the data and x_t's own noise",
+    )
+    steps: list[Positive] = Field(
+        [4, 2, 1], min_length=1, description="step counts that a student is saved for"
+    )
+    sampler: Literal["ddim", "heun"] = Field("ddim", description="of the teacher's step from t to s")
+    substeps: int = Field(1, ge=1, description="teacher steps from t to s")
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked in; 1 is unguided")
+    doublings: int = Field(
+        8, ge=1, description="parts of the stage; t - s starts at about t / 2, and each part halves it"
+    )
+    closest: float = Field(0.999, gt=0, lt=1, description="bound of s / t, in flow time")
+    times: TimeLaw = Field(
+        "log_normal", description="law of t: uniform, or log(sigma / alpha) normal with this mean and std"
+    )
+    mean: float = Field(-1.1, description="of log(sigma / alpha)")
+    std: float = Field(2.0, gt=0, description="of log(sigma / alpha)")
+    huber: float = Field(
+        0.00054,
+        ge=0,
+        description="c / sqrt(d) of the pseudo-Huber distance, d numbers an image; 0 is the norm",
+    )
+    updates: int = Field(2000, ge=1, description="updates in all")
+    learning_rate: float = Field(3e-4, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
+
+    @model_validator(mode="after")
+    def _guided_by_a_teacher(self) -> Consistency:
+        check_mode(self.mode, self.guidance)
+        return self
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        check_start(start, self.steps, self.guidance)
+        return [
+            Stage(
+                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
+                self.substeps, self.sampler, self.guidance, drawn="renoise", teacher="original",
+                also=tuple(self.steps[:-1]),
+            )
+        ]  # fmt: skip
+
+    def gap(self, progress: float) -> float:
+        """The share of t that s is before it: 1/2, 1/4, ... over the stage."""
+        return max(2.0 ** -(1 + math.floor(progress * self.doublings)), 1 - self.closest)
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, x0, cond = nets["student"], batch.x0, dict(batch.cond)
+        schedule = student.schedule
+        # 1. a time t, and s before it, nearer and nearer as training goes on
+        t = draw_times(self.times, schedule, len(x0), self.mean, self.std, rng, x0.device)
+        s = earlier(schedule, t, self.gap(step.progress))
+        # 2. the noised data
+        eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
+        alpha, sigma = schedule.at(t, like=x0)
+        x_t = alpha * x0 + sigma * eps
+        # 3. x_s on the same trajectory: by the teacher, or with the same noise
+        if self.mode == "training":
+            alpha, sigma = schedule.at(s, like=x0)
+            x_s = alpha * x0 + sigma * eps
+        else:
+            x_s = solve(nets["teacher"], x_t, t, s, step.stage, cond)
+        # 4. what the student itself makes of x_s, without gradients
+        with torch.no_grad():
+            target = start_of(student, x_s, s, t, **cond)
+        # 5. L = d(f(x_t, t), target) / (t - s)
+        denoised = student(x_t, t, **cond)
+        distance = pseudo_huber(denoised, target, self.huber * math.sqrt(x0[0].numel()))
+        loss = distance / (flow_time(schedule, t) - flow_time(schedule, s)).to(distance.dtype)
+        gap = squared_error(denoised.detach(), target).sqrt()
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap})
+
+
+@torch.no_grad()
+def solve(
+    teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, stage: Stage, cond: Mapping[str, Any]
+) -> Tensor:
+    """Where the teacher's sampler goes from x_t in the stage's sub-steps from t to s: (B, C, H, W)."""
+    fractions = (
+        torch.arange(stage.substeps + 1, dtype=torch.float64, device=t.device)[:, None] / stage.substeps
+    )
+    path = t + fractions * (s - t)
+    path[-1] = s
+    return samplers.find(stage.sampler)(
+        teacher, x_t, path, clip=None, noise=None, guidance=stage.guidance, **cond
+    )

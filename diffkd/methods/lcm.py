@@ -1,0 +1,93 @@
+"""Latent consistency distillation: consistency along a guided teacher, in strides over its table of times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffkd.core import samplers
+from diffkd.core.consistency import check_start, start_of
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import pseudo_huber, squared_error
+from diffkd.core.noise import add_noise, grid_times
+from diffkd.errors import UserError
+from diffkd.io.config import Positive
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+from diffkd.models.students.copies import copy_of
+
+
+class LCM(Method):
+    """Latent consistency models: a guided teacher's DDIM step of k table entries, a target network behind."""
+
+    reference: ClassVar[str] = "Luo et al. 2023, https://arxiv.org/abs/2310.04378"
+    needs: ClassVar[Needs] = Needs(networks=("target",), calls="1 student, 1 target, 1 teacher (2 if guided)")
+
+    steps: list[Positive] = Field(
+        [4, 2, 1], min_length=1, description="step counts that a student is saved for"
+    )
+    skip: int = Field(20, ge=1, description="entries of the teacher's table from t to s, k in the paper")
+    guidance: float = Field(
+        1.0, ge=0, description="guidance weight baked in; 1 is unguided, text-to-image models take 3 to 15"
+    )
+    target_decay: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="decay of the averaged student that gives the targets; 0: the student itself",
+    )
+    huber: float = Field(0.001, ge=0, description="c of the pseudo-Huber distance of each number")
+    updates: int = Field(2000, ge=1, description="updates in all")
+    learning_rate: float = Field(3e-4, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        total = start.schedule.num_train_timesteps
+        if self.skip > total:
+            raise UserError(
+                f"method.skip {self.skip} is more than the teacher's {total} time steps; use a smaller one"
+            )
+        check_start(start, self.steps, self.guidance)
+        return [
+            Stage(
+                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
+                guidance=self.guidance, drawn="renoise", teacher="original", also=tuple(self.steps[:-1]),
+            )
+        ]  # fmt: skip
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"target": copy_of(student).requires_grad_(False)} if self.target_decay else {}
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, teacher, x0, cond = nets["student"], nets["teacher"], batch.x0, dict(batch.cond)
+        # 1. an entry of the teacher's table, and the one k before it
+        total = student.schedule.num_train_timesteps
+        t, _ = grid_times(len(x0), total, rng, x0.device)
+        s = (t - self.skip / total).clamp(min=0)
+        # 2. the noised data, and one guided DDIM step of the teacher
+        x_t = add_noise(student.schedule, x0, t, rng)
+        with torch.no_grad():
+            x_s = samplers.ddim(teacher, x_t, torch.stack([t, s]), guidance=step.stage.guidance, **cond)
+            # 3. what the averaged student makes of x_s
+            target = start_of(nets.get("target", student), x_s, s, t, **cond)
+        # 4. L = d(f(x_t, t), target)
+        denoised = student(x_t, t, **cond)
+        loss = _distance(denoised, target, self.huber)
+        gap = squared_error(denoised.detach(), target).sqrt()
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap})
+
+    @torch.no_grad()
+    def after_update(self, nets: Mapping[str, Any], step: Step) -> None:
+        if "target" in nets:
+            for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
+                slow.lerp_(fast, 1 - self.target_decay)
+
+
+def _distance(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """Mean over an image's numbers of their own pseudo-Huber distance: two (B, ...) -> (B,)."""
+    return pseudo_huber(x.reshape(-1, 1), y.reshape(-1, 1), c).reshape(len(x), -1).mean(1)

@@ -1,0 +1,163 @@
+"""Continuous-time consistency models: the derivative of f along its trajectory is taken to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from diffkd.core.consistency import check_mode, check_start
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.derivative import Derivative, directional
+from diffkd.core.losses import squared_error
+from diffkd.core.schedules import read_prediction
+from diffkd.core.times import TimeLaw, draw_times
+from diffkd.io.config import Positive
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+
+WAVES = 8
+
+
+class TimeWeight(nn.Module):
+    """w(t), a logarithm of the loss's weight: (B,) -> (B,) float32, 0 for every t until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(2 * WAVES, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.double()[:, None] * math.pi * torch.arange(1, WAVES + 1, device=t.device)
+        waves = torch.cat([angles.sin(), angles.cos()], 1).to(self.last.weight.dtype)
+        value: Tensor = self.last(waves)[:, 0]
+        return value
+
+
+class SCM(Method):
+    """Simplified continuous-time consistency models (sCM), by distillation or training."""
+
+    reference: ClassVar[str] = "Lu & Song 2024, https://arxiv.org/abs/2410.11081"
+    needs: ClassVar[Needs] = Needs(
+        networks=("weight",), calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)"
+    )
+
+    mode: Literal["distillation", "training"] = Field(
+        "distillation",
+        description="whose velocity the tangent follows: the teacher's, or that of each noised image",
+    )
+    steps: list[Positive] = Field(
+        [4, 2, 1], min_length=1, description="step counts that a student is saved for"
+    )
+    guidance: float = Field(1.0, ge=0, description="guidance weight baked in; 1 is unguided")
+    times: TimeLaw = Field(
+        "log_normal", description="law of t: uniform, or log(sigma / alpha) normal with this mean and std"
+    )
+    mean: float = Field(-1.0, description="of log(sigma / alpha)")
+    std: float = Field(1.4, gt=0, description="of log(sigma / alpha)")
+    tangent_warmup: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the stage over which the derivative's part of the tangent rises",
+    )
+    c: float = Field(0.1, gt=0, description="added to a tangent's root mean square, which it is divided by")
+    derivative: Derivative = Field(
+        "jvp", description="jvp, or difference for networks with parts that have no forward-mode derivative"
+    )
+    weighting: Literal["adaptive", "fixed"] = Field(
+        "adaptive", description="weight of each time: learned by a network of its own, or the same"
+    )
+    updates: int = Field(2000, ge=1, description="updates in all")
+    learning_rate: float = Field(3e-4, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
+
+    @model_validator(mode="after")
+    def _guided_by_a_teacher(self) -> SCM:
+        check_mode(self.mode, self.guidance)
+        return self
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        check_start(start, self.steps, self.guidance)
+        return [
+            Stage(
+                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
+                guidance=self.guidance, drawn="renoise", teacher="original", also=tuple(self.steps[:-1]),
+            )
+        ]  # fmt: skip
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"weight": TimeWeight().to(student.device)} if self.weighting == "adaptive" else {}
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, x0, cond = nets["student"], batch.x0, dict(batch.cond)
+        # 1. x_t = cos(a) x0 + sin(a) eps: TrigFlow's angle, of data in the units of the noise
+        t = draw_times(self.times, student.schedule, len(x0), self.mean, self.std, rng, x0.device)
+        eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
+        cos, sin = student.schedule.at(t, like=x0)
+        x_t = cos * x0 + sin * eps
+        # 2. dx_t / da, the teacher's velocity or that of this pair
+        velocity = cos * eps - sin * x0
+        if self.mode == "distillation":
+            with torch.no_grad():
+                x0_t, eps_t = nets["teacher"].predict(x_t, t, guidance=step.stage.guidance, **cond)
+                velocity = cos * eps_t - sin * x0_t
+        # 3. the student's F = v, and the tangent, normalised
+        x0_t, eps_t = student.predict(x_t, t, **cond)
+        output = cos * eps_t - sin * x0_t
+        share = min(1.0, step.progress / self.tangent_warmup) if self.tangent_warmup else 1.0
+        g = tangent(student, x_t, t, output.detach(), velocity, share, self.derivative, **cond)
+        size = g.square().flatten(1).mean(1).sqrt()
+        g = g / (size + self.c).reshape(-1, *[1] * (g.ndim - 1))
+        # 4. L = e^w |F - sg(F) - g|^2 / d - w
+        error = squared_error(output, output.detach() + g)
+        w = nets["weight"](t) if "weight" in nets else torch.zeros_like(error)
+        loss = w.detach().exp() * error
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "tangent": size})
+        # 5. the same, for w
+        if "weight" in nets:
+            yield Loss("weight", (w.exp() * error.detach() - w).mean())
+
+
+def tangent(
+    student: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    velocity: Tensor,
+    share: float = 1.0,
+    how: Derivative = "jvp",
+    **cond: Tensor,
+) -> Tensor:
+    """g = cos(a) df/da along dx/da = velocity, not normalised: (B, C, H, W), without gradients.
+
+    Lu & Song 2024, algorithm 1, for f = cos(a) x - sin(a) F, F = v:
+
+        g = -cos² (F - dx/da) - r cos sin (x + dF/da)
+
+    output: F at x_t, without gradients. share: r, of the part that can be unstable. The derivative taken is
+    that of cos sin dF/da, whose directions are finite, and 0, at zero terminal SNR.
+    """
+    schedule = student.schedule
+    cos, sin = schedule.at(t, like=x_t)
+    # cos sin dt/da = -dt/dlambda, lambda = log(cos / sin)
+    half_log_snr = schedule.half_log_snr(t)
+    dt = directional(schedule.time_of, (half_log_snr,), (-torch.ones_like(half_log_snr),))
+
+    def output_at(x: Tensor, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """F as a function of everything that changes with the angle."""
+        raw = student.output(x, t, **cond).to(x.dtype)
+        x0, eps = read_prediction(student.prediction, x, raw, cos, sin)
+        value: Tensor = cos * eps - sin * x0
+        return value
+
+    along = (cos * sin * velocity, dt, -cos * sin * sin, cos * sin * cos)
+    derivative = directional(output_at, (x_t, t, cos, sin), along, how)
+    return -cos * cos * (output - velocity) - share * (cos * sin * x_t + derivative)

@@ -1,0 +1,95 @@
+"""Truncated consistency models: a second stage for the noisy times alone, its boundary the first stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from diffkd.core.consistency import check_start, earlier, start_of
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.flow import flow_time
+from diffkd.core.losses import pseudo_huber, squared_error
+from diffkd.core.times import times_above
+from diffkd.errors import UserError
+from diffkd.io.config import Positive
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+
+
+class TCM(Method):
+    """Consistency training above a noise level, below which the student of the stage before it stays."""
+
+    reference: ClassVar[str] = "Lee et al. 2024, https://arxiv.org/abs/2410.14895"
+    needs: ClassVar[Needs] = Needs(calls="2 student, 1 first-stage student")
+
+    steps: list[Positive] = Field([2, 1], min_length=1, description="step counts that a student is saved for")
+    truncation: float = Field(
+        1.0, gt=0, description="sigma / alpha below which the first stage's student is the boundary"
+    )
+    boundary: float = Field(0.25, gt=0, lt=1, description="share of the examples with t at the boundary")
+    boundary_weight: float = Field(0.1, ge=0, description="of their loss")
+    scale: float = Field(
+        1.0, gt=0, description="median of log(sigma / alpha) above the boundary, of the other examples"
+    )
+    closest: float = Field(0.99, gt=0, lt=1, description="s / t, in flow time; less where the noise is low")
+    huber: float = Field(
+        0.00054,
+        ge=0,
+        description="c / sqrt(d) of the pseudo-Huber distance, d numbers an image; 0 is the norm",
+    )
+    updates: int = Field(1000, ge=1, description="updates in all")
+    learning_rate: float = Field(1e-4, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        if start.steps is None or start.sampler != "renoise":
+            raise UserError(
+                "tcm is the second stage of a consistency model, and what it starts from is none; put "
+                "consistency, scm or lcm before it"
+            )
+        check_start(start, self.steps)
+        for steps in self.steps:
+            alpha, sigma = start.schedule.numbers(1 / steps)
+            if sigma < self.truncation * alpha:
+                raise UserError(
+                    f"a student of {steps} steps is asked at sigma / alpha = {sigma / alpha:.3g}, below "
+                    f"method.truncation {self.truncation:g}, where it does not learn; use fewer steps, or a "
+                    "lower truncation"
+                )
+        return [
+            Stage(
+                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
+                drawn="renoise", also=tuple(self.steps[:-1]),
+            )
+        ]  # fmt: skip
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, first, x0, cond = nets["student"], nets["teacher"], batch.x0, dict(batch.cond)
+        schedule = student.schedule
+        # 1. t above t', or for some examples t' itself; s a little before it
+        t = times_above(schedule, len(x0), self.truncation, self.scale, rng, x0.device)
+        least = schedule.time_of(torch.full_like(t, -math.log(self.truncation)))
+        at_boundary = to_device(torch.rand(len(x0), generator=rng) < self.boundary, x0.device)
+        t = torch.where(at_boundary, least, t)
+        s = earlier(schedule, t, 1 - self.closest)
+        # 2. both noised alike
+        eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, like=x0), schedule.at(s, like=x0)
+        x_t, x_s = alpha_t * x0 + sigma_t * eps, alpha_s * x0 + sigma_s * eps
+        # 3. the target, without gradients: the student's own above t', the first stage's below
+        with torch.no_grad():
+            own, before = (start_of(net, x_s, s, t, **cond) for net in (student, first))
+            target = torch.where((s < least).reshape(-1, *[1] * (x0.ndim - 1)), before, own)
+        # 4. L = w_b L_boundary + L_consistency, each a mean over its own examples
+        denoised = student(x_t, t, **cond)
+        distance = pseudo_huber(denoised, target, self.huber * math.sqrt(x0[0].numel()))
+        loss = distance / (flow_time(schedule, t) - flow_time(schedule, s)).to(distance.dtype)
+        share = torch.where(at_boundary, self.boundary_weight / self.boundary, 1 / (1 - self.boundary))
+        gap = squared_error(denoised.detach(), target).sqrt()
+        yield Loss("student", (share * loss).mean(), {"t": t, "loss": loss.detach(), "gap": gap})
