@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from diffkd.core.precision import full_float32
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.text import reason
@@ -27,16 +28,22 @@ def directional(
     tangents: Sequence[Tensor],
     how: Derivative = "jvp",
 ) -> Tensor:
-    """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients.
+    """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and in
+    full float32, whatever the training's precision.
 
     "jvp" is exact, and costs about two calls. "difference" is (f(h) - f(-h)) / 2h, two calls, for networks with
     parts that have no forward-mode derivative; the function must be defined on both sides. Raises UserError for
     such a network with "jvp".
     """
-    if how == "difference":
+    with full_float32(inputs[0].device.type):
+        if how == "jvp":
+            return _jvp(function, inputs, tangents)
         ahead = function(*(x + STEP * v for x, v in zip(inputs, tangents, strict=True)))
         behind = function(*(x - STEP * v for x, v in zip(inputs, tangents, strict=True)))
         return (ahead - behind) / (2 * STEP)
+
+
+def _jvp(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     try:
         with sdpa_kernel(SDPBackend.MATH), _Differentiable():  # the one attention with such a derivative
             derivative: Tensor = torch.func.jvp(function, tuple(inputs), tuple(tangents))[1]

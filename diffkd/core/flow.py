@@ -8,10 +8,17 @@ what a method learns as a velocity, a stock DDIMScheduler draws.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from diffkd.core.denoiser import Predicted
+from diffkd.core.denoiser import Denoiser, Predicted
 from diffkd.core.schedules import Schedule
+from diffkd.errors import UserError
+
+MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which a velocity is learned through a prediction of eps
+
+_APART = 1e-5  # half the span of a difference in t: less than half a cell of any table
 
 
 def flow_time(schedule: Schedule, t: Tensor) -> Tensor:
@@ -37,3 +44,30 @@ def scale(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:
 def velocity(predicted: Predicted) -> Tensor:
     """dz / dtau = eps - x0, (B, C, H, W)."""
     return predicted.eps - predicted.x0
+
+
+def rates(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """d alpha / dt and d sigma / dt, in the dtype of `like` and shaped to multiply it. At a kink of the schedule
+    the mean of both sides, at an end that of the inside."""
+    t = t.double()
+    after, before = (t + _APART).clamp(max=1), (t - _APART).clamp(min=0)
+    span, shape = after - before, (-1,) + (1,) * (like.ndim - 1)
+    found = [
+        ((ahead - behind) / span).to(like.dtype).reshape(shape)
+        for ahead, behind in zip(schedule.at(after), schedule.at(before), strict=True)
+    ]
+    return found[0], found[1]
+
+
+def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
+    """Raises UserError for a model of which no student of these step counts can be made that is a velocity."""
+    for count in steps:
+        start.schedule.check_steps(count)
+    if guidance != 1.0:
+        start.check_guidance()
+    alpha, sigma = start.schedule.numbers(1.0)
+    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
+        raise UserError(
+            f"an epsilon network's velocity at t = 1 is its output times {sigma / alpha:.0f}, too much to learn; "
+            "put method progressive before this one, which begins with v_prediction"
+        )

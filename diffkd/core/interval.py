@@ -43,13 +43,19 @@ class IntervalEmbedding(nn.Module):
         return embedded
 
     def added(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Hook of the time's embedding."""
-        return output if self.value is None else output + self(self.value).to(output.dtype)
+        """Hook of the time's embedding. The value is of this call alone: kept, it would be copied with the
+        network, and hold on to the graph of a derivative."""
+        value, self.value = self.value, None
+        return output if value is None else output + self(value).to(output.dtype)
+
+
+def check(network: nn.Module) -> None:
+    """Raises UserError where the network has no time embedding of a known kind."""
+    _time_embedding(network)
 
 
 def attach(network: nn.Module) -> None:
-    """Gives the network an interval embedding, in place. Raises UserError where it has no time embedding of a
-    known kind."""
+    """Gives the network an interval embedding, in place. Raises UserError as `check` does."""
     time = _time_embedding(network)
     module = IntervalEmbedding(time.linear_2.out_features).to(time.linear_2.weight)
     network.add_module(NAME, module)

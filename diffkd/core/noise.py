@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ def grid_times(count: int, steps: int, rng: torch.Generator, device: torch.devic
     """Random t of the grid i / steps, i = 1, ..., steps, and the s one step before each: (B,) float64."""
     i = to_device(torch.randint(1, steps + 1, (count,), generator=rng), device)
     return i.double() / steps, (i - 1).double() / steps
+
+
+def steps_of_grids(
+    count: int, grids: Sequence[int], rng: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Random steps of several even grids, each step count of `grids` as often: t and s, (B,) float64."""
+    total = torch.tensor(grids, dtype=torch.float64)[torch.randint(len(grids), (count,), generator=rng)]
+    i = (torch.rand(count, generator=rng, dtype=torch.float64) * total).floor()
+    return to_device((i + 1) / total, device), to_device(i / total, device)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, rng: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -80,6 +80,11 @@ class Stage:
     also: tuple[int, ...] = ()
     interval: bool = False
     pairs: Pairs | None = None
+
+    @property
+    def students(self) -> list[Stage]:
+        """The stage as each of its students has it: those of the step counts in `also`, then its own."""
+        return [*(replace(self, name=f"{n}-steps", steps=n, also=()) for n in self.also), self]
 
     def optimization(self, network: str) -> Optimization:
         return self.networks.get(network, Optimization())

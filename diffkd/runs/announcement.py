@@ -70,7 +70,10 @@ def _kinds(path: str) -> tuple[str, str]:
 def students(stages: Sequence[tuple[str, Stage]]) -> str:
     """stages: of all methods in order, with the method's name."""
     updates = sum(stage.updates for _, stage in stages)
-    named = [f"{printable(stage.name)} ({method}, {stage.updates:,})" for method, stage in stages]
+    named = [
+        f"{' and '.join(printable(one.name) for one in stage.students)} ({method}, {stage.updates:,})"
+        for method, stage in stages
+    ]
     return f"students: {', '.join(named)}; {updates:,} updates in all"
 
 

@@ -85,7 +85,8 @@ class RunArtifacts:
     def forecast(self, stages: Sequence[Stage]) -> None:
         """Tells the session's forecast what follows the updates of the first of these stages."""
         self.session.forecast.later = sum(stage.updates for stage in stages[1:])
-        self.session.forecast.measuring = self._evaluate.seconds(stages) if self._evaluate else None
+        students = [student for stage in stages for student in stage.students]
+        self.session.forecast.measuring = self._evaluate.seconds(students) if self._evaluate else None
 
     def teacher_curve(self, denoiser: Denoiser) -> None:
         """The FID of a distillation's teacher at its step counts; pictures at the most and at the fewest."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
+from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
 from diffkd.data.images import Images
@@ -55,28 +56,32 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         session.say(announcement.students([(method_name(method), stage) for method, stage in plan]))
         artifacts.announce_measuring(teacher)
         artifacts.teacher_curve(teacher)
-        folders = [config.out / "students" / stage.name for _, stage in plan]
-        _check_exported(folders)
+        place = config.out / "students"
+        _check_exported([place / one.name for _, stage in plan for one in stage.students])
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
-        for index, ((method, stage), folder) in enumerate(zip(plan, folders, strict=True)):
-            if not folder.exists():
+        for index, (method, stage) in enumerate(plan):
+            folder = place / stage.name
+            if not all((place / one.name).exists() for one in stage.students):
                 student = students.copy_of(current) if index else _first_student(config, current, images)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
                 _train(session, method, stage, {"teacher": current, "student": student}, images, index)
-                artifacts.export(
-                    student, folder, teacher=str(source.path), method=type(method).__name__,
-                    config=config_files.resolved(config), stage=stage.name, classes=images.classes,
-                    class_counts=images.class_counts, guidance_baked_in=baked_in,
-                    teacher_sampler=stage.sampler,
-                )  # fmt: skip
+                for one in stage.students:
+                    artifacts.export(
+                        _as_drawn(student, one, main=session.main), place / one.name,
+                        teacher=str(source.path), method=type(method).__name__,
+                        config=config_files.resolved(config), stage=stage.name, classes=images.classes,
+                        class_counts=images.class_counts, guidance_baked_in=baked_in,
+                        teacher_sampler=stage.sampler,
+                    )  # fmt: skip
                 del student
-            current = loading.load(folder, device=accelerator.device)
-            steps = current.steps or max(artifacts.teacher_steps(current))
-            artifacts.measure(stage.name, "student", current, steps, folder)
-            artifacts.preview(stage.name, current, steps)
-            artifacts.announce_stage(stage, steps)
+            for one in stage.students:
+                current = loading.load(place / one.name, device=accelerator.device)
+                steps = current.steps or max(artifacts.teacher_steps(current))
+                artifacts.measure(one.name, "student", current, steps, place / one.name)
+                artifacts.preview(one.name, current, steps)
+                artifacts.announce_stage(one, steps)
         artifacts.finish()
     return folder
 
@@ -110,7 +115,21 @@ def _train(
     if stage.prediction is not None:
         student.prediction = stage.prediction
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
+    if stage.interval:
+        interval.attach(student.network)
     session.run_stage(method, stage, nets | method.networks(teacher, student), images, index)
+
+
+def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
+    """A trained student as its pipeline has it: of the stage's steps, whose length is folded in if it took it
+    as an input. main: whether this process has the whole of its weights."""
+    network = student.network
+    if stage.interval and main:
+        assert stage.steps is not None
+        network = interval.folded(network, 1 / stage.steps)
+    drawn = students.with_network(student, network)
+    drawn.steps = stage.steps
+    return drawn
 
 
 def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
@@ -125,9 +144,12 @@ def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
         for stage in stages:
             start = student = students.with_network(student, student.network, stage.prediction)
             start.steps, start.sampler = stage.steps, stage.drawn
-            if stage.drawn == "renoise" and stage.steps is not None:
-                start.schedule.check_steps(stage.steps, stage.drawn)
-    names = [stage.name for _, stage in plan]
+            for one in stage.students:
+                if one.steps is not None:
+                    start.schedule.check_steps(one.steps, one.drawn)
+            if stage.interval:
+                interval.check(student.network)
+    names = [one.name for _, stage in plan for one in stage.students]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two stages are called {name}; give the methods different step counts")

@@ -22,7 +22,7 @@ from diffkd.errors import UserError
 from diffkd.metrics.features import inception, inception_weights
 from diffkd.metrics.features.inception import InceptionV3, random_weights
 from diffkd.metrics.features.inception_weights import NAMES, URL, VARIABLE, find_weights, read_weights
-from diffkd.metrics.features.precision import full_float32
+from diffkd.core.precision import full_float32
 from diffkd.metrics.features.resize import RESIZES, resize
 
 # The published layout: name, outputs and kernel (rows x columns) of every convolution.

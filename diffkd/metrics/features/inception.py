@@ -18,7 +18,7 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.metrics.features.inception_network import BLOCKS, STEM, add_network, run_chain
 from diffkd.metrics.features.inception_weights import URL, find_weights, read_weights
-from diffkd.metrics.features.precision import full_float32
+from diffkd.core.precision import full_float32
 from diffkd.metrics.features.resize import OLD, prepare
 from diffkd.metrics.features.resize import check as check_resize
 
