@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from diffkd.data.absent import NoData
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 
-Data = Annotated[Digits | Folder | HubDataset, Field(discriminator="kind")]
+Data = Annotated[Digits | Folder | HubDataset | NoData, Field(discriminator="kind")]

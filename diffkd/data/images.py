@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 DIGESTED = 20_000
+
+
+class Examples(Protocol):
+    """What the batches of a stage are made of: images, pairs (`data.pairs`), or labels alone
+    (`data.absent`)."""
+
+    def indices(self, size: int, rng: torch.Generator) -> Tensor:
+        """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""
+
+    def batch(
+        self, size: int, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+        """x0 (B, C, H, W) float32 and labels (B,), of pairs also the noise; depends on rng alone."""
 
 
 @dataclass(frozen=True)

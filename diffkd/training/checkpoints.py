@@ -30,7 +30,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 # Config keys that do not change a run's result: they may change half way, if the user allows it.
 RESUMABLE_CHANGES = (
     "training.log_every", "training.checkpoint_every", "training.keep", "training.max_skipped",
-    "evaluation", "pictures",
+    "evaluation", "pictures", "pairs", "spread_every",
 )  # fmt: skip
 MOVABLE = ("out",)  # keys that change when a run folder is moved
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from diffkd.core.noise import generator_for
-from diffkd.data.images import Images
+from diffkd.data.images import Examples
 from diffkd.errors import UserError
 from diffkd.io.text import log
 from diffkd.methods.base import Loss
@@ -80,7 +80,7 @@ class DivergenceMonitor:
 def nonfinite_examples(
     accelerator: Accelerator,
     losses: list[Loss],
-    images: Images,
+    images: Examples,
     training: Training,
     key: tuple[int, int, int],
 ) -> dict[str, Any]:

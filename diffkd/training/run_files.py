@@ -19,7 +19,7 @@ from diffkd.training.checkpoints import MOVABLE, is_resumable
 FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # of older runs; None, the default now, means the same
 LOG, RECORDS = "log.jsonl", "metrics.json"
 FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
-FOLDERS = ("checkpoints", "samples", "students", "teacher", "teachers")  # that it writes into
+FOLDERS = ("checkpoints", "pairs", "samples", "students", "teacher", "teachers")  # that it writes into
 
 
 def check_config(folder: Path, config: Mapping[str, Any], allow: bool | None) -> str:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffkd.core.classifier import Model
-from diffkd.data.images import Images
+from diffkd.data.images import Examples
 from diffkd.errors import Interrupted, Unfinished
 from diffkd.io.prefetch import prefetch
 from diffkd.methods.base import Batch, Method, Stage, Step
@@ -27,7 +27,7 @@ def run_stage(
     method: Method,
     stage: Stage,
     nets: Mapping[str, nn.Module],
-    images: Images,
+    images: Examples,
     training: Training,
     run: RunFolder,
     *,

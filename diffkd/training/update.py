@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffkd.core.noise import derived_seed, generator_for
-from diffkd.data.images import Images
+from diffkd.data.images import Examples
 from diffkd.io.prefetch import to_host
 from diffkd.methods.base import Batch, Loss
 from diffkd.training.config import Training
@@ -21,7 +21,7 @@ from diffkd.training.state import StageState
 
 def micro_batches(
     accelerator: Accelerator,
-    images: Images,
+    images: Examples,
     student: nn.Module,
     training: Training,
     key: tuple[int, int, int],
@@ -36,11 +36,11 @@ def micro_batches(
     batches = []
     for micro in range(rank * share, (rank + 1) * share):
         rng = generator_for(key, micro)
-        x0, labels = images.batch(training.batch_size // parts, rng)
+        x0, labels, *noise = images.batch(training.batch_size // parts, rng)
         cond = {}
         if getattr(student, "num_classes", None) is not None and labels is not None:
             cond["class_labels"] = labels
-        batches.append((rng, Batch(x0, cond).to(accelerator.device)))
+        batches.append((rng, Batch(x0, cond, *noise).to(accelerator.device)))
     return batches
 
 
