@@ -1,4 +1,4 @@
-"""Derivatives of a network along a direction of its inputs, by forward-mode differentiation or differences."""
+"""Derivatives of a network along a direction of its inputs: forward-mode differentiation, or differences."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from diffkd.io.naming import called
 from diffkd.io.text import reason
 
 Derivative = Literal["jvp", "difference"]
-STEP = (
-    5e-3  # of a difference, in units of the tangents: errors of its square, and of float32's rounding over it
-)
+STEP = 5e-3  # of a difference, in tangents: its errors are the step's square, and rounding over the step
 
 
 @torch.no_grad()
@@ -28,12 +26,12 @@ def directional(
     tangents: Sequence[Tensor],
     how: Derivative = "jvp",
 ) -> Tensor:
-    """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and in
-    full float32, whatever the training's precision.
+    """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and
+    in full float32, whatever the training's precision.
 
-    "jvp" is exact, and costs about two calls. "difference" is (f(h) - f(-h)) / 2h, two calls, for networks with
-    parts that have no forward-mode derivative; the function must be defined on both sides. Raises UserError for
-    such a network with "jvp".
+    "jvp" is exact, and costs about two calls. "difference" is (f(h) - f(-h)) / 2h, two calls, for networks
+    with parts that have no forward-mode derivative; the function must be defined on both sides. Raises
+    UserError for such a network with "jvp".
     """
     with full_float32(inputs[0].device.type):
         if how == "jvp":

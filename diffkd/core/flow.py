@@ -47,8 +47,8 @@ def velocity(predicted: Predicted) -> Tensor:
 
 
 def rates(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """d alpha / dt and d sigma / dt, in the dtype of `like` and shaped to multiply it. At a kink of the schedule
-    the mean of both sides, at an end that of the inside."""
+    """d alpha / dt and d sigma / dt, in the dtype of `like` and shaped to multiply it. At a kink of the
+    schedule the mean of both sides, at an end that of the inside."""
     t = t.double()
     after, before = (t + _APART).clamp(max=1), (t - _APART).clamp(min=0)
     span, shape = after - before, (-1,) + (1,) * (like.ndim - 1)
@@ -60,7 +60,7 @@ def rates(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
-    """Raises UserError for a model of which no student of these step counts can be made that is a velocity."""
+    """Raises UserError for a model that cannot become a velocity, drawn in these step counts."""
     for count in steps:
         start.schedule.check_steps(count)
     if guidance != 1.0:
@@ -68,6 +68,6 @@ def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) ->
     alpha, sigma = start.schedule.numbers(1.0)
     if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
         raise UserError(
-            f"an epsilon network's velocity at t = 1 is its output times {sigma / alpha:.0f}, too much to learn; "
-            "put method progressive before this one, which begins with v_prediction"
+            f"an epsilon network's velocity at t = 1 is its output times {sigma / alpha:.0f}, too much to "
+            "learn; put method progressive before this one, which begins with v_prediction"
         )

@@ -34,12 +34,12 @@ def target(
     derivative: Derivative = "jvp",
     **cond: Tensor,
 ) -> Tensor:
-    """The average velocity from t to r by the MeanFlow identity: v - (tau_t - tau_r) du/dtau, u the student's own.
+    """The average velocity from t to r by the MeanFlow identity: v - (tau_t - tau_r) du/dtau of the student.
 
-    x_t: (B, C, H, W); t, r: (B,), r <= t. predicted: x0 and eps of x_t, by the data or by a teacher, along which
-    the state moves. Returns (B, C, H, W), without gradients. Geng et al. 2025, equations 6, 8 and 10, with the
-    flow's time tau and velocity eps - x0 of any schedule (`core.flow`). The derivative is taken in t, in which
-    everything is finite: du/dtau = (du/dt) / (dtau/dt).
+    x_t: (B, C, H, W); t, r: (B,), r <= t. predicted: x0 and eps of x_t, by the data or by a teacher, along
+    which the state moves. Returns (B, C, H, W), without gradients. Geng et al. 2025, equations 6, 8 and 10,
+    with the flow's time tau and velocity eps - x0 of any schedule (`core.flow`). The derivative is taken in
+    t, in which everything is finite: du/dtau = (du/dt) / (dtau/dt).
     """
     alpha, sigma = student.schedule.at(t, like=x_t)
     d_alpha, d_sigma = flow.rates(student.schedule, t, like=x_t)

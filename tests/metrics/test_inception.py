@@ -18,11 +18,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffkd.core.precision import full_float32
 from diffkd.errors import UserError
 from diffkd.metrics.features import inception, inception_weights
 from diffkd.metrics.features.inception import InceptionV3, random_weights
 from diffkd.metrics.features.inception_weights import NAMES, URL, VARIABLE, find_weights, read_weights
-from diffkd.core.precision import full_float32
 from diffkd.metrics.features.resize import RESIZES, resize
 
 # The published layout: name, outputs and kernel (rows x columns) of every convolution.

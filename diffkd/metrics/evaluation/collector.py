@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffkd.core.precision import full_float32
 from diffkd.errors import UserError
 from diffkd.metrics.base import Add, Batch, FeatureSet, Metric
-from diffkd.core.precision import full_float32
 from diffkd.metrics.statistics import Statistics
 
 BATCH = 128  # images that a feature network takes at a time, whatever the sampler's batches are

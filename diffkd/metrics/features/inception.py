@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.core.digest import digest
+from diffkd.core.precision import full_float32
 from diffkd.errors import UserError
 from diffkd.metrics.features.inception_network import BLOCKS, STEM, add_network, run_chain
 from diffkd.metrics.features.inception_weights import URL, find_weights, read_weights
-from diffkd.core.precision import full_float32
 from diffkd.metrics.features.resize import OLD, prepare
 from diffkd.metrics.features.resize import check as check_resize
 
