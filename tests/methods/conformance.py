@@ -44,7 +44,7 @@ def nets_of(method: Method) -> dict[str, Any]:
         networks = [CNN(1, 3, channels, timed=False) for channels in ([8, 8], [4])]
         teacher, pupil = (Classifier(network, 3, shape=(1, 8, 8)) for network in networks)
     else:
-        teacher = student(4, "v_prediction", COSINE, seed=1)
+        teacher = student(4, "v_prediction", COSINE, sampler="renoise", seed=1)
         teacher.num_classes, teacher.null_label = 3, 3
         pupil = students.copy_of(teacher)
         if any(stage.interval for stage in method.stages(teacher)):
@@ -54,7 +54,13 @@ def nets_of(method: Method) -> dict[str, Any]:
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     teacher.requires_grad_(False)
     pupil.requires_grad_(True)
-    return {"teacher": teacher, "student": pupil, **method.networks(teacher, pupil)}
+    more = method.networks(teacher, pupil)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in [p for net in more.values() for p in net.parameters() if p.requires_grad]:
+        parameter.data += 0.01 * torch.randn(
+            parameter.shape, generator=generator
+        )  # it may begin as the teacher
+    return {"teacher": teacher, "student": pupil, **more}
 
 
 def losses_of(
