@@ -1,7 +1,12 @@
 """Teachers in closed form: data from N(mean, std² I)."""
 
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from diffkd.core import flow as flows
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, write_prediction
 
@@ -35,3 +40,59 @@ def flow(
     width_t = (alpha_t**2 * std**2 + sigma_t**2).sqrt()
     width_s = (alpha_s**2 * std**2 + sigma_s**2).sqrt()
     return alpha_s * mean + width_s / width_t * (x_t - alpha_t * mean)
+
+
+class Affine(nn.Module):
+    """A generator: mean + std * noise, whatever the time. Both are parameters."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        return self.mean + self.std * x_t
+
+
+def affine(schedule: Schedule, mean: float = -0.2, std: float = 0.8) -> Denoiser:
+    """A student whose one step from noise draws N(mean, std² I)."""
+    return Denoiser(Affine(mean, std), schedule, "sample", shape=(1, 4, 4))
+
+
+class Fitted(Gaussian):
+    """A posterior mean whose mean and std are learnt: a fake network of Gaussian images."""
+
+    def __init__(self, schedule: Schedule, mean: float = 0.3, std: float = 0.5) -> None:
+        super().__init__(schedule, "sample", mean, std)
+        del self.mean, self.std
+        self.mean, self.std = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (mean, std))
+
+
+def marginal(schedule: Schedule, t: float, mean: Any, std: Any) -> Normal:
+    """The distribution of one value of x_t."""
+    alpha, sigma = schedule.numbers(t)
+    return Normal(alpha * mean, (alpha**2 * std**2 + sigma**2) ** 0.5)
+
+
+class FlowMap(nn.Module):
+    """The average velocity of `flow` over a step, exactly, for a student that is given its length.
+
+    off: added to it, for students that are not exact. A step of length 0 is not defined.
+    """
+
+    def __init__(self, schedule: Schedule, off: float = 0.0, mean: float = 0.3, std: float = 0.5) -> None:
+        super().__init__()
+        self.schedule, self.off, self.mean, self.std = schedule, off, mean, std
+
+    def forward(self, x_t: Tensor, time: Tensor, interval: Tensor, **cond: Tensor) -> Tensor:
+        t = (time.double() + 1) / self.schedule.num_train_timesteps
+        s = t - interval
+        s = s * (s > 1e-6)  # the time is rounded to float32 on its way here
+        x_s = flow(self.schedule, x_t, t, s, self.mean, self.std)
+        z_t, z_s = (x / flows.scale(self.schedule, time, x_t) for x, time in ((x_t, t), (x_s, s)))
+        length = flows.flow_time(self.schedule, t) - flows.flow_time(self.schedule, s)
+        return (z_t - z_s) / length.to(x_t).reshape(-1, *[1] * (x_t.ndim - 1)) + self.off
+
+
+def flow_map(schedule: Schedule, off: float = 0.0) -> Denoiser:
+    return Denoiser(FlowMap(schedule, off), schedule, "flow", shape=(1, 4, 4))

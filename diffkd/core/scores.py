@@ -1,0 +1,162 @@
+"""Distribution matching: a student's images, noised, between its teacher and a network that learned them.
+
+This fake network is a denoiser of the student's images, as the teacher is one of the data. What the two
+predict of the same noised image x_t differs, up to a factor, as their scores do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.flow import time_at
+from diffkd.core.losses import squared_error, weight, weighting_for
+from diffkd.core.noise import add_noise, grid_times
+from diffkd.core.schedules import Schedule
+from diffkd.io.prefetch import to_device
+
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys"
+]
+# h(r) = r² f''(r) of the f-divergence E_q f(p / q) (Xu et al. 2025, table 1; factors aside)
+WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda r: r,
+    "jensen_shannon": lambda r: r / (1 + r),
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "squared_hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+}
+
+
+# what the student is given, and at which noise its images are compared
+
+
+@torch.no_grad()
+def student_inputs(
+    student: Denoiser, x0: Tensor, steps: int, rng: torch.Generator, *, simulated: bool, **cond: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_t (B, C, H, W) and t (B,) of the grid i / steps, which a student drawn by renoise is trained at.
+
+    x0: images (B, C, H, W), of which `simulated` takes only the shape, dtype and device. simulated: inputs
+    are those of the student's own sampling (backward simulation, Yin et al. 2024, section 4.5), an equal
+    share of the rows at each time, in order; else noised images at random times. At t = 1 they are noise.
+    """
+    if not simulated:
+        t, _ = grid_times(len(x0), steps, rng, x0.device)
+        eps = _noise_like(x0, rng)
+        alpha, sigma = student.schedule.at(t, like=x0)
+        return torch.where((t == 1).reshape(-1, 1, 1, 1), eps, alpha * x0 + sigma * eps), t
+    x = _noise_like(x0, rng)
+    shift = torch.rand((), generator=rng, dtype=torch.float64)
+    count = len(x)
+    taken = ((torch.arange(count) + shift) * steps / count).long().clamp(max=steps - 1)  # steps, by row
+    for k in range(steps - 1):
+        going = max(int((taken > k).sum()), 1)  # at least one: all processes call a sharded network together
+        rows = {key: value[-going:] for key, value in cond.items()}
+        denoised = student(x[-going:], 1 - k / steps, **rows)
+        alpha, sigma = student.schedule.at(1 - (k + 1) / steps, like=x)
+        noised = alpha * denoised + sigma * _noise_like(denoised, rng)
+        if taken[-1] > k:
+            x = torch.cat([x[:-going], noised])
+    return x, to_device((steps - taken).double() / steps, x.device)
+
+
+def noise_times(
+    count: int, schedule: Schedule, low: float, high: float, rng: torch.Generator, device: torch.device
+) -> Tensor:
+    """Random t of the schedule's table, from low to high: (B,) float64."""
+    total = schedule.num_train_timesteps
+    first = min(max(math.ceil(low * total - 1e-6), 1), total)
+    last = max(math.floor(high * total + 1e-6), first)
+    i = torch.randint(first, last + 1, (count,), generator=rng)
+    return to_device(i, device).double() / total
+
+
+def logit_normal_times(
+    count: int, schedule: Schedule, mean: float, std: float, rng: torch.Generator, device: torch.device
+) -> Tensor:
+    """t of the schedule's table whose share of noise sigma / (alpha + sigma) is logit-normal: (B,) float64.
+
+    Esser et al. 2024, section 3.1. A larger mean is more noise.
+    """
+    share = torch.sigmoid(mean + std * torch.randn(count, generator=rng, dtype=torch.float64))
+    total = schedule.num_train_timesteps
+    return (time_at(schedule, to_device(share, device)) * total).ceil().clamp(1, total) / total
+
+
+def _noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    return to_device(torch.randn(x.shape, generator=rng, dtype=x.dtype), x.device)
+
+
+# losses, each (B,)
+
+
+def denoising_error(denoiser: Denoiser, denoised: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The squared error of a prediction of x0, (B, C, H, W), as one of what its network outputs."""
+    of_output = weight(weighting_for(denoiser.prediction), denoiser.schedule.snr(t))
+    return of_output.to(denoised.dtype) * squared_error(denoised, x0)
+
+
+def fake_loss(fake: Denoiser, x: Tensor, t: Tensor, rng: torch.Generator, **cond: Tensor) -> Tensor:
+    """How the fake network learns the student's images: their denoising error at t."""
+    x = x.detach()
+    return denoising_error(fake, fake(add_noise(fake.schedule, x, t, rng), t, **cond), x, t)
+
+
+def error_size(x: Tensor, denoised: Tensor) -> Tensor:
+    """Mean |x - denoised| of each example, (B, 1, 1, 1): how far a prediction is from what was noised.
+
+    Differences of predictions in units of it weigh about the same at every noise level (Yin et al. 2024).
+    """
+    return (x - denoised).detach().abs().flatten(1).mean(1).clamp(min=1e-5).reshape(-1, 1, 1, 1)
+
+
+def descent(x: Tensor, direction: Tensor) -> Tensor:
+    """A loss whose gradient in x is this direction over the number of values; half its mean square.
+
+    x: the student's images, (B, C, H, W); they are to move against the direction, which has no gradient.
+    """
+    return squared_error(x - x.detach(), -direction.detach()) / 2
+
+
+def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float, size: Tensor) -> Tensor:
+    """((1 - alpha) delta² + delta (fake - x)) / size, delta = real - fake (Zhou et al. 2024, section 4.3).
+
+    x: the student's images; real, fake: the predictions at x noised, through which gradients pass. With a
+    constant size and alpha = 1/2, its expected gradient is half that of E delta² for a fake network that
+    follows the student, though no derivative of its following is taken.
+    """
+    delta = real - fake
+    terms = (1 - alpha) * delta.square() + delta * (fake - x)
+    return (terms / size).flatten(1).mean(1)
+
+
+# weights of f-divergences
+
+
+def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
+    """h(r) of the ratio r of the teacher's density to the student's, shaped like it.
+
+    The gradient of the divergence is that of the reverse KL with h(r) as the weight of every example (Xu et
+    al. 2025, theorem 1).
+    """
+    return WEIGHTS[name](ratio)
+
+
+def density_ratio(logits: Tensor, t: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """The teacher's density over the student's at the student's noised images: (B, K), (B,) -> (B,).
+
+    logits: of a discriminator, log(p / q) where it is optimal; averaged over its K heads. Cut at low and
+    high, and divided by its mean in equal bins of t, since the ratio's mean over the student's images is 1.
+    """
+    ratio = logits.detach().mean(1).exp().clamp(low, high)
+    bin_of = (t * bins).ceil().long().clamp(1, bins) - 1
+    inside = torch.nn.functional.one_hot(bin_of, bins).to(ratio.dtype)
+    means = (ratio @ inside) / inside.sum(0).clamp(min=1)
+    return ratio / means[bin_of]

@@ -1,0 +1,124 @@
+"""Adversarial distillation (ADD, LADD; Sauer et al. 2023 and 2024): heads on the teacher's features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.discriminator import Heads, accuracy, block_shapes, finite_r1, hinge, minus_logit, seen
+from diffkd.core.losses import squared_error
+from diffkd.core.noise import add_noise
+from diffkd.core.scores import logit_normal_times, student_inputs
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
+
+
+class Adversarial(Method):
+    """Adversarial distillation: heads on the teacher's blocks tell the student's images from the data.
+
+    Both are noised first. With a weight on `distance` the student keeps to its teacher's predictions (ADD).
+    """
+
+    reference: ClassVar[str] = "Sauer et al. 2024, https://arxiv.org/abs/2403.12015"
+    hooks: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(
+        networks=("heads",),
+        calls="1 student, 1 teacher with gradients; critic_updates times 1 student, 2 teacher (3 with r1)",
+    )
+
+    steps: int = Field(1, ge=1, description="sampling steps of the student")
+    teacher: Literal["original", "previous"] = Field(
+        "original", description="whose features the heads see: the run's teacher's or the last student's"
+    )
+    updates: int = Field(500, ge=1, description="updates of the student")
+    learning_rate: float = Field(1e-4, gt=0, description="the student's; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
+    critic_updates: int = Field(1, ge=1, description="updates of the heads for one of the student")
+    critic_learning_rate: float | None = Field(None, gt=0, description="of the heads; default the student's")
+    blocks: list[str] | None = Field(
+        None, min_length=1, description="the teacher's modules that have a head; default every block"
+    )
+    noise_mean: float = Field(
+        1.0,
+        description="of the logit of the noise's share at which images are told apart; higher is more noise",
+    )
+    noise_std: float = Field(1.0, ge=0, description="its standard deviation")
+    r1: float = Field(
+        0.0, ge=0, description="weight of the finite-noise R1 penalty on real images; 100 to 1000"
+    )
+    r1_noise: float = Field(0.1, gt=0, description="standard deviation of that noise")
+    distance: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the distance to the teacher's prediction, 0 for none (LADD); ADD has 2.5",
+    )
+    guidance: float = Field(1.0, ge=0, description="guidance weight of that prediction; 1 is unguided")
+    simulate: bool = Field(
+        True, description="whether later steps start from the student's own images, or from noised data"
+    )
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        start.schedule.check_steps(self.steps, "renoise")
+        if self.guidance != 1.0:
+            start.check_guidance()
+        heads = Optimization(self.critic_learning_rate or self.learning_rate)
+        return [
+            Stage(
+                f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
+                guidance=self.guidance, drawn="renoise", networks={"heads": heads}, teacher=self.teacher,
+            )
+        ]  # fmt: skip
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        """The discriminator's heads on the teacher's blocks."""
+        return {"heads": Heads(block_shapes(teacher, self.blocks)).to(student.device)}
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, teacher, heads = nets["student"], nets["teacher"], nets["heads"]
+        schedule, x0, cond = student.schedule, batch.x0, batch.cond
+
+        def images() -> Tensor:
+            x_t, t = student_inputs(student, x0, self.steps, rng, simulated=self.simulate, **cond)
+            made: Tensor = student(x_t, t, **cond)
+            return made
+
+        def noised(images: Tensor) -> tuple[Tensor, Tensor]:
+            t = logit_normal_times(len(images), schedule, self.noise_mean, self.noise_std, rng, images.device)
+            return add_noise(schedule, images, t, rng), t
+
+        # 1. the student's images, noised, as the teacher's blocks see them
+        x = images()
+        x_t, t = noised(x)
+        guidance = step.stage.guidance if self.distance else 1.0
+        denoised, features = seen(teacher, heads, x_t, t, guidance=guidance, **cond)
+        # 2. images that the heads take for real, and whose noised versions the teacher restores
+        loss = minus_logit(heads(features))
+        gap = squared_error(x, denoised.detach())
+        if self.distance:
+            loss = loss + self.distance * schedule.at(t)[0].to(gap.dtype) * gap
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})
+        for k in range(self.critic_updates):
+            # 3. the heads learn to tell them from the data, each with a noise of its own
+            with torch.no_grad():
+                x = images() if k else x.detach()
+                _, drawn = seen(teacher, heads, *noised(x), **cond)
+                x_t, t = noised(x0)
+                _, real = seen(teacher, heads, x_t, t, **cond)
+            logits, told = heads(real), heads(drawn)
+            loss = hinge(logits, told)
+            # 4. and are to change little where the data does
+            if self.r1:
+                change = self.r1_noise * torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
+                alpha, _ = schedule.at(t, like=x0)
+                with torch.no_grad():
+                    _, moved = seen(teacher, heads, x_t + alpha * to_device(change, x0.device), t, **cond)
+                loss = loss + self.r1 * finite_r1(logits, heads(moved))
+            metrics = {"t": t, "loss": loss.detach(), "accuracy": accuracy(logits, told)}
+            yield Loss("heads", loss.mean(), metrics)

@@ -1,0 +1,107 @@
+"""SiD (Zhou et al. 2024): score identity distillation: gradients through both scores, and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.losses import squared_error
+from diffkd.core.noise import add_noise
+from diffkd.core.scores import denoising_error, error_size, noise_times, score_identity, student_inputs
+from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
+from diffkd.models.students.copies import copy_of
+
+
+class SiD(Method):
+    """Score identity distillation: the Fisher divergence between noised images, made smaller without data.
+
+    The student's gradient passes through the teacher and through the fake network, which learns its images.
+    """
+
+    reference: ClassVar[str] = "Zhou et al. 2024, https://arxiv.org/abs/2404.04057"
+    needs: ClassVar[Needs] = Needs(
+        data=False,
+        networks=("fake",),
+        calls="1 student, 1 teacher (2 guided) and 1 fake, all with gradients; then fake_updates times "
+        "1 student and 1 fake",
+    )
+
+    alpha: float = Field(
+        1.2,
+        ge=-0.25,
+        le=1.5,
+        description="1/2 is the Fisher divergence's own gradient; the paper's are 1 and 1.2",
+    )
+    steps: int = Field(1, ge=1, description="sampling steps of the student")
+    guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
+    teacher: Literal["original", "previous"] = Field(
+        "original", description="whose distribution is matched: the run's teacher's or the last student's"
+    )
+    updates: int = Field(500, ge=1, description="updates of the student")
+    learning_rate: float = Field(2e-4, gt=0, description="the student's; falls linearly to zero")
+    warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
+    fake_updates: int = Field(1, ge=1, description="updates of the fake network for one of the student")
+    fake_learning_rate: float | None = Field(
+        None, gt=0, description="of the fake network; default the student's"
+    )
+    t_min: float = Field(0.02, gt=0, le=1, description="least noise at which the two are compared")
+    t_max: float = Field(0.97, gt=0, le=1, description="most noise at which they are compared")
+
+    @model_validator(mode="after")
+    def _has_times(self) -> SiD:
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}; exchange them")
+        return self
+
+    def stages(self, start: Denoiser) -> list[Stage]:
+        start.schedule.check_steps(self.steps, "renoise")
+        if self.guidance != 1.0:
+            start.check_guidance()
+        fake = Optimization(self.fake_learning_rate or self.learning_rate)
+        return [
+            Stage(
+                f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
+                guidance=self.guidance, drawn="renoise", networks={"fake": fake}, teacher=self.teacher,
+            )
+        ]  # fmt: skip
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        """The fake network, which begins as the teacher."""
+        return {"fake": copy_of(teacher).requires_grad_(True)}
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        student, teacher, fake = nets["student"], nets["teacher"], nets["fake"]
+        schedule, cond = student.schedule, batch.cond
+
+        def images() -> Tensor:
+            x_t, t = student_inputs(student, batch.x0, self.steps, rng, simulated=True, **cond)
+            made: Tensor = student(x_t, t, **cond)
+            return made
+
+        # 1. the student's images, noised
+        x = images()
+        t = noise_times(len(x), schedule, self.t_min, self.t_max, rng, x.device)
+        x_t = add_noise(schedule, x, t, rng)
+        # 2. predicted by the teacher and by the fake network, both differentiated in x_t
+        real = teacher(x_t, t, guidance=step.stage.guidance, **cond)
+        drawn = fake(x_t, t, **cond)
+        # 3. (1 - alpha) |delta|² + delta (fake - x), delta = real - fake
+        loss = score_identity(x, real, drawn, self.alpha, error_size(x, real))
+        gap = squared_error(drawn, real).sqrt()
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach()})
+        for k in range(self.fake_updates):
+            # 4. the fake network learns the student's images at every noise level
+            if k:
+                with torch.no_grad():
+                    x = images()
+            x = x.detach()
+            t = noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
+            error = denoising_error(fake, fake(add_noise(schedule, x, t, rng), t, **cond), x, t)
+            yield Loss("fake", error.mean(), {"t": t, "loss": error.detach()})
