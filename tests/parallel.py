@@ -32,7 +32,7 @@ from diffkd.training.launch import make_accelerator
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.sharding import unsharded
 from diffkd.training.trainer import run_stage
-from tests.methods.conformance import COSINE, images, nets_of
+from tests.methods.conformance import COSINE, examples, nets_of
 from tests.tiny import student
 from tests.two_networks import TwoNetworks
 
@@ -81,7 +81,7 @@ def work(options: dict[str, Any]) -> None:
     last = accelerator.process_index == accelerator.num_processes - 1
     try:
         run_stage(
-            accelerator, method, stage, nets, images(), training, run,
+            accelerator, method, stage, nets, examples(method, stage), training, run,
             seed=0, stage_index=0, on_update=lambda update, record: done.append(update),
             should_stop=lambda: last and done[-1] + 1 == options.get("stop_at"),
         )  # fmt: skip

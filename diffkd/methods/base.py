@@ -41,12 +41,15 @@ class Pairs:
 class Needs:
     """What a method takes beside a teacher and a student, for its users.
 
-    data: whether it learns from images, and not from their labels alone. networks: more that it trains or
-    keeps. calls: of networks in one update, such as "1 student, 2 teacher".
+    data: whether it learns from images, and not from their labels alone. pairs: whether it learns from noises
+    and what the teacher makes of them. networks: more that it trains or keeps. memory: those in words, where
+    they are not as large as the student. calls: of networks in one update, such as "1 student, 2 teacher".
     """
 
     data: bool = True
+    pairs: bool = False
     networks: tuple[str, ...] = ()
+    memory: str = ""
     calls: str = ""
 
 
@@ -84,7 +87,8 @@ class Stage:
     @property
     def students(self) -> list[Stage]:
         """The stage as each of its students has it: those of the step counts in `also`, then its own."""
-        return [*(replace(self, name=f"{n}-steps", steps=n, also=()) for n in self.also), self]
+        others = [replace(self, name=f"{n}-steps", steps=n, also=()) for n in self.also]
+        return [*others, replace(self, also=())]
 
     def optimization(self, network: str) -> Optimization:
         return self.networks.get(network, Optimization())

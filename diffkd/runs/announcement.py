@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError, printable
 from diffkd.methods.base import Stage
@@ -16,8 +17,12 @@ from diffkd.models import pipeline_files
 NAMED = 16  # classes that are named; of more the first and the last
 
 
-def data(images: Images) -> str:
+def data(images: Images | Unseen) -> str:
     """Count, size, and the classes in their order."""
+    if isinstance(images, Unseen):
+        counts = images.class_counts
+        drawn = "drawn alike" if len({*counts}) == 1 else f"drawn as {', '.join(map(str, counts[:NAMED]))}"
+        return "data: none" + (f"; labels of {len(counts)} classes, {drawn}" if counts else "")
     channels, height, width = images.shape
     colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     return f"data: {len(images):,} images of {width}x{height}, {colour} ({images.name}); {_classes(images)}"
@@ -34,7 +39,7 @@ def _classes(images: Images) -> str:
     return listed
 
 
-def teacher(denoiser: Denoiser, path: str, images: Images) -> str:
+def teacher(denoiser: Denoiser, path: str, images: Images | Unseen) -> str:
     """What kind it is, and what it does with the data's labels."""
     pipeline, scheduler = _kinds(path)
     parameters = sum(p.numel() for p in denoiser.network.parameters())

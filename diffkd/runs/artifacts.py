@@ -10,6 +10,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.generation import grids
 from diffkd.generation.generator import generate
@@ -35,7 +36,7 @@ class RunArtifacts:
         self,
         session: Session,
         settings: Train | Distill,
-        images: Images,
+        images: Images | Unseen,
         teacher: Teacher | None = None,
         guidance: float = 1.0,
     ) -> None:

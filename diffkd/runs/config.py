@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from pydantic import BeforeValidator, Field, model_validator
 
+from diffkd import methods
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.data import Data
+from diffkd.data.absent import NoData
 from diffkd.errors import UserError, printable
 from diffkd.io.config import Positive, Strict
 from diffkd.methods.denoising import Denoising
@@ -20,7 +22,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import loading
 from diffkd.models.quantization import Quantize
-from diffkd.models.students.config import Copy, Student
+from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
 from diffkd.training.config import Training
@@ -167,6 +169,33 @@ class Distill(TrainingRun):
     ] = Field(min_length=1, description="one method or several, whose stages run one after another")
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
+    pairs: Path | None = Field(
+        None, description="folder of pairs, for methods that need them; default pairs/ of the run's own"
+    )
+    spread_every: int | None = Field(
+        100, ge=1, description="updates between looks at the spread of what a student draws; null for none"
+    )
+
+    @model_validator(mode="after")
+    def _fits_data(self) -> Distill:
+        """What the config asks of images that it says there are none of."""
+        if not isinstance(self.data, NoData):
+            return self
+        for method in self.method:
+            if method.needs.data:
+                free = [name for name in methods.names() if not methods.find(name).needs.data]
+                raise ValueError(
+                    f"method {method_name(method)} learns from images, and data kind none has none; name the "
+                    f"data, or use one of {', '.join(free)}"
+                )
+        if self.evaluation is not None and self.evaluation.reference is None:
+            raise ValueError(
+                "config key evaluation.reference is missing: data kind none has no images to compare with; "
+                "name a reference, or set evaluation: null"
+            )
+        if isinstance(self.student, Narrow) and self.student.importance == "taylor":
+            raise ValueError("student.importance taylor needs images, and data kind none has none; use norm")
+        return self
 
     def check(self, accelerator: Accelerator) -> None:
         super().check(accelerator)

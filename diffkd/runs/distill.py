@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch import Tensor
 from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
-from diffkd.data.images import Images
+from diffkd.data.absent import NoData, Unseen
+from diffkd.data.images import Examples, Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
-from diffkd.runs import announcement, config_files
+from diffkd.runs import announcement, config_files, pairs
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.config import Distill, Train
 from diffkd.runs.method_config import method_name
@@ -29,7 +31,8 @@ IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed
 
 def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
-    images = config.data.load()
+    data = config.data
+    images: Images | Unseen | None = None if isinstance(data, NoData) else data.load()
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
     if source.train is None:
@@ -38,6 +41,9 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         teacher_run = config_files.load(source.train, Train)
         source = source.model_copy(update={"path": str(teacher_run.out / "teacher"), "train": None})
         teacher = untrained_teacher(teacher_run, teacher_run.data.load())  # enough to check the rest against
+    if isinstance(data, NoData):
+        images = data.of(teacher.shape, teacher.num_classes)
+    assert images is not None
     _check_fits(teacher, images)
     plan = _plan(config, teacher)
     config.check(accelerator)
@@ -64,9 +70,18 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             folder = place / stage.name
             if not all((place / one.name).exists() for one in stage.students):
                 student = students.copy_of(current) if index else _first_student(config, current, images)
+                if index and stage.teacher == "original":
+                    current = source.load(accelerator.device)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
-                _train(session, method, stage, {"teacher": current, "student": student}, images, index)
+                examples: Examples = images
+                if stage.pairs is not None:
+                    maker = _maker(plan, index)
+                    examples = pairs.drawn(
+                        session, stage, current, (config.pairs or config.out / "pairs") / maker,
+                        images.class_counts, maker=maker,
+                    )  # fmt: skip
+                _train(session, method, stage, {"teacher": current, "student": student}, examples, index)
                 for one in stage.students:
                     artifacts.export(
                         _as_drawn(student, one, main=session.main), place / one.name,
@@ -94,7 +109,12 @@ def _check_exported(folders: Sequence[Path]) -> None:
             loading.load(folder)
 
 
-def _first_student(config: Distill, teacher: Denoiser, images: Images) -> Denoiser:
+def _maker(plan: Sequence[tuple[Method, Stage]], index: int) -> str:
+    """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
+    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else "teacher"
+
+
+def _first_student(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Denoiser:
     """The first stage's student, before it is trained."""
     rng = generator_for((config.seed, 0, 0), 0)
 
@@ -108,7 +128,12 @@ def _first_student(config: Distill, teacher: Denoiser, images: Images) -> Denois
 
 
 def _train(
-    session: Session, method: Method, stage: Stage, nets: dict[str, Denoiser], images: Images, index: int
+    session: Session,
+    method: Method,
+    stage: Stage,
+    nets: dict[str, Denoiser],
+    examples: Examples,
+    index: int,
 ) -> None:
     """Trains nets["student"] in place. The teacher must not be used for anything else afterwards."""
     teacher, student = nets["teacher"].requires_grad_(False), nets["student"].requires_grad_(True)
@@ -117,7 +142,7 @@ def _train(
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
     if stage.interval:
         interval.attach(student.network)
-    session.run_stage(method, stage, nets | method.networks(teacher, student), images, index)
+    session.run_stage(method, stage, nets | method.networks(teacher, student), examples, index)
 
 
 def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
@@ -139,9 +164,15 @@ def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
     start = teacher
     for method in config.method:
         stages = method.stages(start)
-        plan += [(method, stage) for stage in stages]
-        method.networks(start, student)
         for stage in stages:
+            plan.append((method, stage))
+            own = teacher if stage.teacher == "original" else start  # which it learns from
+            if len(plan) > 1:
+                _check_teacher(stage, own)
+            if stage.pairs is not None:
+                pairs.check(stage, own)
+            if stage is stages[0]:
+                method.networks(own, student)
             start = student = students.with_network(student, student.network, stage.prediction)
             start.steps, start.sampler = stage.steps, stage.drawn
             for one in stage.students:
@@ -149,6 +180,7 @@ def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
                     start.schedule.check_steps(one.steps, one.drawn)
             if stage.interval:
                 interval.check(student.network)
+    _check_pairs(plan)
     names = [one.name for _, stage in plan for one in stage.students]
     for name in names:
         if names.count(name) > 1:
@@ -156,8 +188,37 @@ def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
     return plan
 
 
-def _check_fits(denoiser: Denoiser, images: Images) -> None:
+def _check_pairs(plan: Sequence[tuple[Method, Stage]]) -> None:
+    """Raises UserError where two stages want other pairs of one teacher, which are kept in one place."""
+    recipes: dict[str, tuple[Any, ...]] = {}
+    for index, (_, stage) in enumerate(plan):
+        if stage.pairs is not None:
+            recipe = stage.pairs.steps, stage.pairs.sampler, stage.guidance
+            maker = _maker(plan, index)
+            if recipes.setdefault(maker, recipe) != recipe:
+                raise UserError(
+                    f"stage {stage.name} wants pairs of {maker} by other steps, sampler or guidance than a "
+                    "stage before; give both the same"
+                )
+
+
+def _check_teacher(stage: Stage, teacher: Denoiser) -> None:
+    """Raises UserError where a student of few steps is to teach in others, which it knows nothing of."""
+    wanted = stage.substeps * (stage.steps or 0)
+    if stage.teacher == "original" or stage.pairs is not None or not wanted or teacher.steps is None:
+        return
+    if wanted != teacher.steps:
+        raise UserError(
+            f"stage {stage.name} learns from the student before it, which knows its own {teacher.steps} "
+            f"steps and no others; let {stage.substeps} x {stage.steps} be these (method.substeps), or set "
+            "method.teacher: original where the method has it"
+        )
+
+
+def _check_fits(denoiser: Denoiser, images: Images | Unseen) -> None:
     """Raises UserError where the model does not take the data's images or labels."""
+    if isinstance(images, Unseen):
+        return  # made to fit
     if denoiser.shape != images.shape:
         raise UserError(
             f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.io.processes import Processes
 from diffkd.methods.base import Stage
@@ -40,7 +41,7 @@ class ModelEvaluator:
         self,
         session: Session,
         settings: Train | Distill,
-        images: Images,
+        images: Images | Unseen,
         teacher: Teacher | None = None,
         guidance: float = 1.0,
     ) -> None:
@@ -80,7 +81,11 @@ class ModelEvaluator:
     @cached_property
     def _evaluator(self) -> Evaluator:
         spec = self.config.reference or self.data
-        reference = Reference(spec, None if self.config.reference else DataSource(self.images))
+        source = None
+        if self.config.reference is None:
+            assert isinstance(self.images, Images)
+            source = DataSource(self.images)
+        reference = Reference(spec, source)
         with self.session.image_bar("features of the reference", reference.count or 0) as on_images:
             return Evaluator(self.config, reference, Processes(self.session.accelerator.device), on_images)
 

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
-from diffkd.data.images import Images
+from diffkd.data.absent import Unseen
+from diffkd.data.images import Examples, Images
 from diffkd.errors import Interrupted, Unfinished, UserError
 from diffkd.io import progress
 from diffkd.io.files import new_folder
@@ -87,7 +88,7 @@ class Session:
         method: Method,
         stage: Stage,
         nets: dict[str, Any],
-        images: Images,
+        images: Examples,
         index: int,
         *,
         seed: int | None = None,
@@ -163,7 +164,7 @@ class Session:
 def open_run(
     config: TrainingRun,
     accelerator: Accelerator,
-    images: Images,
+    images: Images | Unseen,
     console: Console,
     options: ResumeOptions = ResumeOptions(),
     inputs: Mapping[str, str] | None = None,

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from diffkd.core import interval
 from diffkd.core.classifier import Classifier
 from diffkd.core.schedules import Schedule
-from diffkd.data.images import Images
+from diffkd.data.absent import Unseen
+from diffkd.data.images import Examples, Images
 from diffkd.errors import Interrupted
 from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 from diffkd.models import students
@@ -34,6 +35,29 @@ def images(count: int = 64) -> Images:
     generator = torch.Generator().manual_seed(9)
     pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8).numpy()
     return Images("noise", pixels, torch.arange(count) % 3, ["a", "b", "c"])
+
+
+class Paired:
+    """Images with a noise for each: for stages of pairs."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def indices(self, size: int, rng: torch.Generator) -> torch.Tensor:
+        return self.images.indices(size, rng)
+
+    def batch(
+        self, size: int, rng: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        x0, labels = self.images.batch(size, rng)
+        return x0, labels, torch.randn(x0.shape, generator=rng)
+
+
+def examples(method: Method, stage: Stage) -> Examples:
+    """What the stage learns from: images, none where the method needs none, or pairs."""
+    if stage.pairs is not None:
+        return Paired(images())
+    return images() if method.needs.data else Unseen((1, 8, 8), [1, 1, 1])
 
 
 def nets_of(method: Method) -> dict[str, Any]:
@@ -66,10 +90,14 @@ def nets_of(method: Method) -> dict[str, Any]:
 def losses_of(
     method: Method, nets: dict[str, Any], stage: Stage, seed: int, update: int = 0
 ) -> Iterator[Loss]:
-    """Those of one update on six random images."""
+    """Those of one update on six random images, which are NaN where the method needs none."""
     rng = torch.Generator().manual_seed(seed)
     x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
-    return method.losses(nets, Batch(x0, {"class_labels": torch.arange(6) % 3}), Step(stage, update), rng)
+    noise = None if stage.pairs is None else torch.randn(x0.shape, generator=rng)
+    if noise is None and not method.needs.data:
+        x0 = torch.full_like(x0, torch.nan)
+    batch = Batch(x0, {"class_labels": torch.arange(6) % 3}, noise)
+    return method.losses(nets, batch, Step(stage, update), rng)
 
 
 def check_losses(method: Method) -> None:
@@ -116,7 +144,7 @@ def train(
     training = Training(batch_size=8, micro_batches=2, log_every=1)
     with suppress(Interrupted):
         run_stage(
-            Accelerator(), method, stage, nets, images(), training, run, seed=0, stage_index=0,
+            Accelerator(), method, stage, nets, examples(method, stage), training, run, seed=0, stage_index=0,
             on_update=lambda update, record: done.append(update),
             should_stop=lambda: done[-1] + 1 == stop_at,
         )  # fmt: skip

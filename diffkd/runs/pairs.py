@@ -1,0 +1,109 @@
+"""The pairs of a run's stages: noises, and what a stage's teacher makes of them, drawn before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkd.core import samplers
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.noise import derived_seed
+from diffkd.data.pairs import PairCache, Recipe
+from diffkd.errors import UserError
+from diffkd.generation.labels import proportional
+from diffkd.generation.pixels import check_finite
+from diffkd.methods.base import Stage
+from diffkd.runs.session import Session, identity
+
+
+def check(stage: Stage, teacher: Denoiser) -> None:
+    """Raises UserError where a stage's pairs cannot be drawn of its teacher as it says."""
+    pairs = stage.pairs
+    assert pairs is not None
+    if samplers.fresh_noises(pairs.sampler, pairs.steps):
+        raise UserError(
+            f"pairs of stage {stage.name} are by {pairs.sampler}, which adds noise of its own, so that the "
+            "first noise does not determine the image; use ddim, heun or dpmpp_2m"
+        )
+    if pairs.steps > teacher.schedule.num_train_timesteps:
+        raise UserError(
+            f"pairs of stage {stage.name} in {pairs.steps} steps are more than the teacher's "
+            f"{teacher.schedule.num_train_timesteps} time steps; use fewer"
+        )
+    own = teacher.steps, teacher.sampler
+    if teacher.steps is not None and (pairs.steps, pairs.sampler) != own:
+        raise UserError(
+            f"pairs of stage {stage.name} are in {pairs.steps} steps of {pairs.sampler}, of a teacher that "
+            f"is itself a student of {teacher.steps} steps of {teacher.sampler} and draws in no others; set "
+            "method.pair_steps and method.sampler to these, or method.teacher: original"
+        )
+
+
+def drawn(
+    session: Session,
+    stage: Stage,
+    teacher: Denoiser,
+    folder: Path,
+    class_counts: Sequence[int],
+    *,
+    maker: str,
+) -> PairCache:
+    """A stage's pairs, once all are there; every process draws its share of those that are not.
+
+    folder: where they are kept. class_counts: in whose proportion the classes are drawn. maker: the teacher's
+    name in this run, which with the run's seed decides their noise: never that of images which are measured.
+    Raises UserError where the folder holds others, Interrupted to stop the run.
+    """
+    pairs = stage.pairs
+    assert pairs is not None and teacher.shape is not None
+    recipe = Recipe(
+        identity(teacher), pairs.sampler, pairs.steps, stage.guidance,
+        seed=derived_seed(session.seed, *b"pairs", *maker.encode()) >> 1,
+        classes=[] if teacher.num_classes is None else [*class_counts], shape=teacher.shape,
+    )  # fmt: skip
+    cache = PairCache(folder, recipe, pairs.count)
+    accelerator = session.accelerator
+    if session.main:
+        cache.begin()
+    accelerator.wait_for_everyone()
+    shards, missing = cache.shards(), cache.missing()
+    left = sum(len(shards[number]) for number in missing)
+    if left:
+        title = f"pairs for {stage.name}"
+        with session.image_bar(title, left) as on_images:
+            for number in missing[accelerator.process_index :: accelerator.num_processes]:
+                labels = _labels(recipe, shards[number])
+                batch = max(1, session.training.batch_size // accelerator.num_processes)
+                parts = []
+                for indices in torch.tensor(shards[number]).split(batch):
+                    chosen = None if labels is None else labels[indices - shards[number].start]
+                    parts.append(_images(teacher, cache, indices.tolist(), chosen, stage))
+                    on_images(len(indices))
+                cache.write(number, torch.cat(parts), labels)
+        accelerator.wait_for_everyone()
+        assert not cache.missing()
+    return cache
+
+
+def _labels(recipe: Recipe, numbers: range) -> Tensor | None:
+    """Those of these pairs, which do not depend on how many there are."""
+    return proportional(recipe.classes, numbers.stop)[numbers.start :] if recipe.classes else None
+
+
+@torch.no_grad()
+def _images(
+    teacher: Denoiser, cache: PairCache, indices: Sequence[int], labels: Tensor | None, stage: Stage
+) -> Tensor:
+    """What the teacher draws of these noises, on the host. Raises UserError for values beyond all numbers."""
+    assert stage.pairs is not None
+    cond: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(teacher.device)}
+    x0 = samplers.sample(
+        teacher, cache.noise(indices).to(teacher.device), stage.pairs.steps, stage.pairs.sampler,
+        guidance=stage.guidance, **cond,
+    )  # fmt: skip
+    check_finite(x0.isfinite().all())
+    return x0.float().cpu()
