@@ -66,6 +66,18 @@ class Fitted(Gaussian):
         super().__init__(schedule, "sample", mean, std)
         del self.mean, self.std
         self.mean, self.std = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (mean, std))
+        self.state = State()
+
+    def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        self.state(x_t, time)
+        return super().forward(x_t, time, **cond)
+
+
+class State(nn.Module):
+    """What it is called with, as a feature map: for discriminators in closed form."""
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        return torch.cat([x_t, time.to(x_t.dtype).reshape(-1, 1, 1, 1).expand_as(x_t)], 1)
 
 
 def marginal(schedule: Schedule, t: float, mean: Any, std: Any) -> Normal:

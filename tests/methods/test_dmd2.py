@@ -1,0 +1,154 @@
+"""DMD2 on Gaussians: one update by hand, where it stays, where it goes; its discriminator; what it refuses.
+
+That its direction is the gradient of the reverse KL is in tests/core/test_scores.py.
+"""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from diffkd.core.discriminator import logistic, non_saturating
+from diffkd.errors import UserError
+from diffkd.methods.base import Batch, Step
+from diffkd.methods.dmd2 import DMD2
+from tests.gaussian import gaussian
+from tests.methods.matching import (
+    COSINE,
+    FAKE,
+    STUDENT,
+    TEACHER,
+    BestHeads,
+    Draws,
+    batch_of,
+    losses_of,
+    nets_of,
+    noised,
+    posterior,
+    student_gradient,
+    train,
+)
+from tests.tiny import student
+
+
+def test_one_update_by_hand():
+    nets, draws = nets_of(), Draws()
+    found = losses_of(DMD2(fake_updates=2), nets)
+    assert [loss.network for loss in found] == ["student", "fake", "fake"]
+    # the student
+    z = draws.student_noise()
+    x = STUDENT[0] + STUDENT[1] * z
+    t = draws.times(2, 62)  # 0.02 to 0.98 of 64
+    x_t = noised(x, t, draws.noise())
+    real, fake = posterior(x_t, t, TEACHER), posterior(x_t, t, FAKE)
+    size = torch.stack([(a - b).abs().mean() for a, b in zip(x, real, strict=True)])
+    direction = (fake - real) / size.reshape(3, 1, 1, 1)
+    assert found[0].value.item() == pytest.approx(direction.square().mean().item() / 2, rel=1e-9)
+    expected = torch.stack([direction.mean(), (direction * z).mean()])
+    assert torch.allclose(student_gradient(found[0], nets), expected, rtol=1e-9)
+    # the fake network: the student's first images again, then new ones
+    for loss in found[1:]:
+        if loss is found[2]:
+            x = STUDENT[0] + STUDENT[1] * draws.student_noise()
+        t = draws.times(1, 64)
+        error = posterior(noised(x, t, draws.noise()), t, FAKE) - x
+        assert loss.value.item() == pytest.approx(error.square().mean().item(), rel=1e-9)
+
+
+def test_a_student_that_is_its_teacher_stays():
+    nets = nets_of(TEACHER, TEACHER)
+    assert (student_gradient(losses_of(DMD2(), nets)[0], nets).abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"t_min": 0.5, "t_max": 0.5}, {"fake_updates": 1}])
+def test_the_student_becomes_the_teacher(options):
+    assert train(DMD2(**{"fake_updates": 2, **options}), nets_of()) == pytest.approx(TEACHER, abs=0.03)
+
+
+def test_two_steps_by_hand():
+    """One image from noise; one from what the student made of noise, noised to t = 1/2."""
+    nets, draws = nets_of(), Draws(count=2)
+    found = losses_of(DMD2(steps=2), nets, count=2)[0]
+    z = draws.student_noise()
+    alpha, sigma = COSINE.numbers(0.5)
+    again = torch.randn(1, 1, 4, 4, generator=draws.rng, dtype=torch.float64)
+    z[1] = alpha * (STUDENT[0] + STUDENT[1] * z[1]) + sigma * again[0]
+    x = STUDENT[0] + STUDENT[1] * z
+    t = draws.times(2, 62)
+    x_t = noised(x, t, draws.noise())
+    real, fake = posterior(x_t, t, TEACHER), posterior(x_t, t, FAKE)
+    direction = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    expected = torch.stack([direction.mean(), (direction * z).mean()])
+    assert torch.allclose(student_gradient(found, nets), expected, rtol=1e-9)  # none through the first step
+
+
+def test_only_the_teacher_is_guided():
+    """With a fake network of the teacher's weights the direction is that of guidance, and 0 without."""
+    teacher = student(4, "v_prediction", COSINE)
+    teacher.num_classes, teacher.null_label = 3, 3
+    nets = {"teacher": teacher, "student": student(4, "v_prediction", COSINE, seed=1)}
+    batch = Batch(torch.zeros(3, 1, 8, 8), {"class_labels": torch.arange(3)})
+    values = []
+    for method in (DMD2(), DMD2(guidance=3.0)):
+        nets |= method.networks(teacher, nets["student"])
+        step = Step(method.stages(teacher)[0], 0)
+        values.append(next(method.losses(nets, batch, step, torch.Generator().manual_seed(0))).value)
+    assert values[0] == 0 and values[1] > 1e-6
+
+
+# the discriminator
+
+
+def test_the_discriminator_adds_its_losses():
+    nets = {**nets_of(), "heads": BestHeads(*(nets_of()[name].network for name in ("teacher", "fake")))}
+    method = DMD2(gan=0.5, gan_fake=0.25, fake_updates=1)
+    found, plain = losses_of(method, nets), losses_of(DMD2(fake_updates=1), nets | {"heads": None})
+    assert [loss.network for loss in found] == ["student", "fake", "heads"]
+    draws, heads = Draws(), nets["heads"]
+
+    def logits(x, t, eps):
+        return heads([torch.cat([noised(x, t, eps), (64 * t - 1).reshape(-1, 1, 1, 1).expand(x.shape)], 1)])
+
+    x = STUDENT[0] + STUDENT[1] * draws.student_noise()
+    t = draws.times(2, 62)
+    added = non_saturating(logits(x, t, draws.noise())).mean()
+    assert (found[0].value - plain[0].value).item() == pytest.approx(0.5 * added.item(), rel=1e-6)
+    t = draws.times(1, 64)
+    drawn = logits(x, t, draws.noise())
+    real = logits(batch_of().x0, t, draws.noise())  # at the same noise levels
+    told = logistic(real, drawn)
+    assert (found[1].value - plain[1].value).item() == pytest.approx(0.25 * told.mean().item(), rel=1e-6)
+    assert found[2].value.item() == pytest.approx(told.mean().item(), rel=1e-6)
+    right = ((real > 0).double() + (drawn < 0).double())[:, 0] / 2
+    assert found[2].metrics["accuracy"].tolist() == right.tolist()
+
+
+def test_it_sets_hooks_only_for_a_discriminator():
+    assert not DMD2().hooks and DMD2(gan=1e-3).hooks
+
+
+# settings
+
+
+def test_its_stage():
+    method = DMD2(steps=2, guidance=1.5, learning_rate=1e-4, fake_learning_rate=3e-4, gan=1e-3)
+    teacher = student(4, "v_prediction", COSINE)
+    teacher.null_label = 3
+    (stage,) = method.stages(teacher)
+    assert (stage.name, stage.steps, stage.drawn, stage.teacher) == ("2-steps", 2, "renoise", "original")
+    assert stage.guidance == 1.5 and stage.rate(stage.warmup, "student") < stage.rate(stage.warmup, "fake")
+    assert stage.networks["fake"].learning_rate == stage.networks["heads"].learning_rate == 3e-4
+    assert set(DMD2().stages(teacher)[0].networks) == {"fake"}
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="a student of 3 steps does not fit"):
+        DMD2(steps=3).stages(gaussian(COSINE))
+    with pytest.raises(UserError, match="guidance needs a label"):
+        DMD2(guidance=2).stages(gaussian(COSINE))
+    with pytest.raises(ValidationError, match=r"t_min 0\.9 is above t_max 0\.5; exchange them"):
+        DMD2(t_min=0.9, t_max=0.5)
+    with pytest.raises(
+        UserError, match=r"method\.blocks names 'mid', which the network does not have; it has"
+    ):
+        net = student(None, "v_prediction", COSINE)
+        DMD2(gan=1e-3, blocks=["mid"]).networks(net, net)

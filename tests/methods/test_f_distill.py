@@ -1,0 +1,113 @@
+"""f-distill on Gaussians: one update by hand, its limit DMD2, where it stays and goes.
+
+That its direction is the gradient of each f-divergence is in tests/core/test_scores.py.
+"""
+
+from typing import get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from diffkd.core.scores import Divergence
+from diffkd.errors import UserError
+from diffkd.methods.dmd2 import DMD2
+from diffkd.methods.f_distill import FDistill
+from tests.gaussian import gaussian, marginal
+from tests.methods.matching import (
+    COSINE,
+    FAKE,
+    STUDENT,
+    TEACHER,
+    BestHeads,
+    Draws,
+    losses_of,
+    nets_of,
+    noised,
+    posterior,
+    student_gradient,
+    train,
+)
+from tests.tiny import student
+
+
+def with_heads(nets):
+    return {**nets, "heads": BestHeads(nets["teacher"].network, nets["fake"].network)}
+
+
+def test_one_update_by_hand():
+    nets, draws = with_heads(nets_of()), Draws()
+    method = FDistill(divergence="forward_kl", gan=0, bins=1, ratio_min=1e-9, ratio_max=1e9, fake_updates=1)
+    found = losses_of(method, nets)
+    assert [loss.network for loss in found] == ["student", "fake", "heads"]
+    z = draws.student_noise()
+    x = STUDENT[0] + STUDENT[1] * z
+    t = draws.times(2, 62)
+    x_t = noised(x, t, draws.noise())
+    log_ratio = torch.stack(
+        [
+            sum(
+                sign * marginal(COSINE, time, *which).log_prob(image).sum()
+                for sign, which in ((1, TEACHER), (-1, FAKE))
+            )
+            for image, time in zip(x_t, t.tolist(), strict=True)
+        ]
+    )
+    weight = log_ratio.softmax(0) * 3  # h(r) = r, of mean 1
+    direction = posterior(x_t, t, FAKE) - posterior(x_t, t, TEACHER)
+    direction = direction / (x - posterior(x_t, t, TEACHER)).abs().mean((1, 2, 3), keepdim=True)
+    direction = weight.reshape(3, 1, 1, 1) * direction
+    expected = torch.stack([direction.mean(), (direction * z).mean()])
+    assert torch.allclose(found[0].metrics["weight"], weight, rtol=1e-6)
+    assert torch.allclose(student_gradient(found[0], nets), expected, rtol=1e-6)
+
+
+def test_by_the_reverse_kl_it_is_dmd2():
+    nets = with_heads(nets_of())
+    found = losses_of(FDistill(divergence="reverse_kl", gan=0.1, fake_updates=2), nets)
+    same = losses_of(DMD2(gan=0.1, fake_updates=2), nets)
+    assert [loss.network for loss in found] == [loss.network for loss in same]
+    for ours, theirs in zip(found, same, strict=True):
+        assert ours.value.item() == pytest.approx(theirs.value.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+def test_a_student_that_is_its_teacher_stays(divergence):
+    nets = with_heads(nets_of(TEACHER, TEACHER))
+    loss = losses_of(FDistill(divergence=divergence, gan=0), nets)[0]
+    assert (student_gradient(loss, nets).abs() < 1e-12).all()
+    assert torch.allclose(loss.metrics["weight"], torch.ones(3).double())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+def test_the_student_becomes_the_teacher(divergence):
+    found = train(FDistill(divergence=divergence, fake_updates=2), with_heads(nets_of()), 60)
+    assert found == pytest.approx(TEACHER, abs=0.06)
+
+
+def test_the_weight_prefers_images_that_are_likelier_for_the_teacher():
+    nets = with_heads(nets_of())
+    weights = {
+        name: losses_of(FDistill(divergence=name), nets, count=32)[0].metrics["weight"]
+        for name in ("forward_kl", "softened_reverse_kl", "reverse_kl")
+    }
+    order = weights["forward_kl"].argsort()
+    assert weights["forward_kl"].mean() == pytest.approx(1) and weights["forward_kl"].std() > 0.1
+    assert weights["softened_reverse_kl"][order[0]] > weights["softened_reverse_kl"][order[-1]]
+    assert (weights["reverse_kl"] == 1).all()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="a student of 3 steps does not fit"):
+        FDistill(steps=3).stages(gaussian(COSINE))
+    with pytest.raises(UserError, match="guidance needs a label"):
+        FDistill(guidance=2).stages(gaussian(COSINE))
+    with pytest.raises(ValidationError, match=r"ratio_min 3\.0 is above ratio_max 2\.0; exchange them"):
+        FDistill(ratio_min=3, ratio_max=2)
+    with pytest.raises(ValidationError, match="divergence"):
+        FDistill(divergence="kl")
+    net = student(None, "v_prediction", COSINE)
+    with pytest.raises(
+        UserError, match=r"method\.blocks names 'time_embedding\.act', which outputs no features"
+    ):
+        FDistill(blocks=["time_embedding.act"]).networks(net, net)
