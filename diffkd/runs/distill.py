@@ -26,6 +26,7 @@ from diffkd.runs.session import ResumeOptions, Session, check_run, identity, ope
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
+TEACHER = "teacher"  # what the run's own is called where its pairs are kept
 IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed over
 
 
@@ -51,6 +52,9 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         check_run(config, accelerator, options)
         train(teacher_run, console, options)
         teacher = source.load()
+    for index, (_, stage) in enumerate(plan):
+        if stage.pairs is not None and _maker(plan, index) == TEACHER:
+            pairs.cache(config, stage, teacher, images.class_counts, TEACHER)  # or refuses others, now
     inputs = {"teacher": identity(teacher)}
     with open_run(config, accelerator, images, console, options, inputs) as session:
         teacher.to(accelerator.device)
@@ -77,10 +81,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                 examples: Examples = images
                 if stage.pairs is not None:
                     maker = _maker(plan, index)
-                    examples = pairs.drawn(
-                        session, stage, current, (config.pairs or config.out / "pairs") / maker,
-                        images.class_counts, maker=maker,
-                    )  # fmt: skip
+                    examples = pairs.cache(config, stage, current, images.class_counts, maker)
+                    pairs.draw(session, examples, current, stage.name)
                 _train(session, method, stage, {"teacher": current, "student": student}, examples, index)
                 for one in stage.students:
                     artifacts.export(
@@ -111,7 +113,7 @@ def _check_exported(folders: Sequence[Path]) -> None:
 
 def _maker(plan: Sequence[tuple[Method, Stage]], index: int) -> str:
     """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
-    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else "teacher"
+    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else TEACHER
 
 
 def _first_student(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Denoiser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from diffkd.errors import UserError
 from diffkd.generation.labels import proportional
 from diffkd.generation.pixels import check_finite
 from diffkd.methods.base import Stage
+from diffkd.runs.config import Distill
 from diffkd.runs.session import Session, identity
 
 
@@ -43,50 +43,47 @@ def check(stage: Stage, teacher: Denoiser) -> None:
         )
 
 
-def drawn(
-    session: Session,
-    stage: Stage,
-    teacher: Denoiser,
-    folder: Path,
-    class_counts: Sequence[int],
-    *,
-    maker: str,
+def cache(
+    config: Distill, stage: Stage, teacher: Denoiser, class_counts: Sequence[int], maker: str
 ) -> PairCache:
-    """A stage's pairs, once all are there; every process draws its share of those that are not.
+    """Where a stage's pairs are kept, drawn or not.
 
-    folder: where they are kept. class_counts: in whose proportion the classes are drawn. maker: the teacher's
-    name in this run, which with the run's seed decides their noise: never that of images which are measured.
-    Raises UserError where the folder holds others, Interrupted to stop the run.
+    class_counts: in whose proportion the classes are drawn. maker: the teacher's name in this run, which with
+    the run's seed decides their noise: never that of images which are measured. Raises UserError where the
+    folder holds others.
     """
     pairs = stage.pairs
     assert pairs is not None and teacher.shape is not None
     recipe = Recipe(
         identity(teacher), pairs.sampler, pairs.steps, stage.guidance,
-        seed=derived_seed(session.seed, *b"pairs", *maker.encode()) >> 1,
+        seed=derived_seed(config.seed, *b"pairs", *maker.encode()) >> 1,
         classes=[] if teacher.num_classes is None else [*class_counts], shape=teacher.shape,
     )  # fmt: skip
-    cache = PairCache(folder, recipe, pairs.count)
+    return PairCache((config.pairs or config.out / "pairs") / maker, recipe, pairs.count)
+
+
+def draw(session: Session, cache: PairCache, teacher: Denoiser, name: str) -> None:
+    """Draws the pairs that are not there, each process its share. name: of the stage. Raises Interrupted to
+    stop the run."""
     accelerator = session.accelerator
     if session.main:
         cache.begin()
     accelerator.wait_for_everyone()
     shards, missing = cache.shards(), cache.missing()
     left = sum(len(shards[number]) for number in missing)
-    if left:
-        title = f"pairs for {stage.name}"
-        with session.image_bar(title, left) as on_images:
-            for number in missing[accelerator.process_index :: accelerator.num_processes]:
-                labels = _labels(recipe, shards[number])
-                batch = max(1, session.training.batch_size // accelerator.num_processes)
-                parts = []
-                for indices in torch.tensor(shards[number]).split(batch):
-                    chosen = None if labels is None else labels[indices - shards[number].start]
-                    parts.append(_images(teacher, cache, indices.tolist(), chosen, stage))
-                    on_images(len(indices))
-                cache.write(number, torch.cat(parts), labels)
-        accelerator.wait_for_everyone()
-        assert not cache.missing()
-    return cache
+    if not left:
+        return
+    batch = max(1, session.training.batch_size // accelerator.num_processes)
+    with session.image_bar(f"pairs for {name}", left) as on_images:
+        for number in missing[accelerator.process_index :: accelerator.num_processes]:
+            labels, parts = _labels(cache.recipe, shards[number]), []
+            for part in torch.arange(len(shards[number])).split(batch):
+                chosen = None if labels is None else labels[part]
+                parts.append(_images(teacher, cache, (part + shards[number].start).tolist(), chosen))
+                on_images(len(part))
+            cache.write(number, torch.cat(parts), labels)
+    accelerator.wait_for_everyone()
+    assert not cache.missing()
 
 
 def _labels(recipe: Recipe, numbers: range) -> Tensor | None:
@@ -95,15 +92,11 @@ def _labels(recipe: Recipe, numbers: range) -> Tensor | None:
 
 
 @torch.no_grad()
-def _images(
-    teacher: Denoiser, cache: PairCache, indices: Sequence[int], labels: Tensor | None, stage: Stage
-) -> Tensor:
+def _images(teacher: Denoiser, cache: PairCache, indices: Sequence[int], labels: Tensor | None) -> Tensor:
     """What the teacher draws of these noises, on the host. Raises UserError for values beyond all numbers."""
-    assert stage.pairs is not None
+    recipe = cache.recipe
     cond: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(teacher.device)}
-    x0 = samplers.sample(
-        teacher, cache.noise(indices).to(teacher.device), stage.pairs.steps, stage.pairs.sampler,
-        guidance=stage.guidance, **cond,
-    )  # fmt: skip
+    noise = cache.noise(indices).to(teacher.device)
+    x0 = samplers.sample(teacher, noise, recipe.steps, recipe.sampler, guidance=recipe.guidance, **cond)
     check_finite(x0.isfinite().all())
     return x0.float().cpu()
