@@ -1,0 +1,107 @@
+"""TCM: a loss by hand, what each network is asked, the exact student of a Gaussian teacher."""
+
+import math
+
+import pytest
+import torch
+
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
+from diffkd.errors import UserError
+from diffkd.methods.base import Batch, Step
+from diffkd.methods.tcm import TCM
+from tests.gaussian import gaussian
+from tests.trajectories import at_noise, data, exact, family, gradients, train
+
+COSINE = Schedule.cosine(1024)
+
+
+class Rough(torch.nn.Module):
+    def forward(self, x, time):
+        return torch.sin(3 * x + time.to(x).reshape(-1, 1, 1, 1) / 100)
+
+
+def only(method):
+    return method.stages(first())[0]
+
+
+def first():
+    """A consistency model: exact, and saved for renoise at one step."""
+    denoiser = exact(COSINE)
+    denoiser.steps = 1
+    return denoiser
+
+
+def test_one_loss_by_hand():
+    method = TCM(
+        truncation=1.5, boundary=0.4, boundary_weight=0.3, scale=0.8, closest=0.9, huber=0.01, steps=[1]
+    )
+    student = Denoiser(Rough(), COSINE, "v_prediction", shape=(1, 4, 4))
+    x0 = data(12, torch.Generator().manual_seed(1))
+    nets = {"student": student, "teacher": first()}
+    loss = next(method.losses(nets, Batch(x0, {}), Step(only(method), 3), torch.Generator().manual_seed(2)))
+    rng = torch.Generator().manual_seed(2)
+    quantile = torch.rand(12, generator=rng, dtype=torch.float64)
+    at_boundary = torch.rand(12, generator=rng) < 0.4
+    eps = torch.randn(x0.shape, generator=rng)
+    log_kappa = math.log(1.5) + 0.8 * torch.tan(math.pi / 2 * quantile)  # half-Cauchy above the boundary
+    log_kappa = torch.where(at_boundary, math.log(1.5), log_kappa)
+    kappa = log_kappa.exp()
+    tau = kappa / (1 + kappa)
+    tau_s = tau - 0.1 * tau * (1 + 8 / (1 + kappa.exp()))
+    t, s = at_noise(COSINE, log_kappa), at_noise(COSINE, (tau_s / (1 - tau_s)).log())
+
+    def noised(tau):
+        tau = tau.reshape(-1, 1, 1, 1)
+        return ((1 - tau) * x0 + tau * eps) / (tau**2 + (1 - tau) ** 2).sqrt()
+
+    x_t, x_s = noised(tau), noised(tau_s)
+    below = tau_s < 1.5 / 2.5
+    assert below.any() and not below.all() and at_boundary.any() and below[at_boundary].all()
+    target = torch.where(below.reshape(-1, 1, 1, 1), nets["teacher"](x_s, s), student(x_s, s))
+    square = (student(x_t, t) - target).square().sum((1, 2, 3))
+    distance = ((square + 0.04**2).sqrt() - 0.04) / (tau - tau_s)
+    assert torch.allclose(loss.metrics["loss"], distance.detach(), rtol=1e-4)
+    # means over the two kinds of examples, whose expected shares are 0.4 and 0.6
+    expected = (0.3 * distance[at_boundary].sum() / 0.4 + distance[~at_boundary].sum() / 0.6) / 12
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_exact_student_has_no_gradient_in_the_mean():
+    """With the exact first stage below; another student has one, and so has another first stage."""
+    method = TCM(closest=0.999, huber=1.0, boundary_weight=1.0, steps=[1])
+    means, errors = {}, {}
+    for a, of_first in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1)):
+        before = exact(COSINE, a=of_first)
+        nets = {"student": exact(COSINE, a=a), "teacher": before}
+        each = torch.stack([gradients(method, nets, only(method), 0, 2048, seed) for seed in range(8)])
+        means[a, of_first], errors[a, of_first] = each.mean(0)[0], each.std(0)[0] / math.sqrt(8)
+    assert means[0.0, 0.0].abs() < 5 * errors[0.0, 0.0] + 1e-3
+    for key in ((0.1, 0.0), (0.0, 0.1)):
+        assert means[key].abs() > 10 * errors[key] and means[key].abs() > 0.02
+
+
+@pytest.mark.slow
+def test_a_small_student_finds_the_data_from_its_first_stage():
+    method = TCM(updates=150, learning_rate=2e-2, steps=[1], closest=0.999)
+    student = family(COSINE)
+    train(method, {"student": student, "teacher": first()}, only(method))
+    assert student.network.mean.item() == pytest.approx(0.3, abs=0.03)
+    assert student.network.std.item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_first_stage_that_is_none_is_refused():
+    with pytest.raises(UserError, match="put consistency, scm or lcm before it"):
+        TCM().stages(gaussian(COSINE, "v_prediction"))
+    halved = first()
+    halved.sampler = "ddim"
+    with pytest.raises(UserError, match="put consistency, scm or lcm before it"):
+        TCM().stages(halved)
+
+
+def test_students_that_would_be_asked_below_the_boundary_are_refused():
+    stage = TCM(steps=[2, 1]).stages(first())[0]
+    assert (stage.name, stage.also, stage.drawn, stage.teacher) == ("1-steps", (2,), "renoise", "previous")
+    with pytest.raises(UserError, match="4 steps is asked at sigma / alpha = 0.425, below.*truncation 1,"):
+        TCM(steps=[4, 1]).stages(first())
+    assert TCM(steps=[4, 1], truncation=0.4).stages(first())
