@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.flow import time_at
 from diffkd.core.losses import squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.core.schedules import Schedule
+from diffkd.errors import UserError
 from diffkd.io.prefetch import to_device
 
+MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which an epsilon network's x0 is of use
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys"
 ]
@@ -35,6 +36,19 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 
 
 # what the student is given, and at which noise its images are compared
+
+
+def check_start(start: Denoiser, steps: int, guidance: float) -> None:
+    """Raises UserError for a model of which no student can be made that draws from noise by its x0."""
+    start.schedule.check_steps(steps, "renoise")
+    if guidance != 1.0:
+        start.check_guidance()
+    alpha, sigma = start.schedule.numbers(1.0)
+    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
+        raise UserError(
+            f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, too much for a "
+            "student's draws; put method progressive before this one, which begins with v_prediction"
+        )
 
 
 @torch.no_grad()
@@ -67,6 +81,16 @@ def student_inputs(
     return x, to_device((steps - taken).double() / steps, x.device)
 
 
+def draw(
+    student: Denoiser, x0: Tensor, steps: int, rng: torch.Generator, *, simulated: bool = True, **cond: Tensor
+) -> Tensor:
+    """The student's images, (B, C, H, W), from its inputs (see `student_inputs`). Gradients pass through its
+    last step alone."""
+    x_t, t = student_inputs(student, x0, steps, rng, simulated=simulated, **cond)
+    x: Tensor = student(x_t, t, **cond)
+    return x
+
+
 def noise_times(
     count: int, schedule: Schedule, low: float, high: float, rng: torch.Generator, device: torch.device
 ) -> Tensor:
@@ -76,18 +100,6 @@ def noise_times(
     last = max(math.floor(high * total + 1e-6), first)
     i = torch.randint(first, last + 1, (count,), generator=rng)
     return to_device(i, device).double() / total
-
-
-def logit_normal_times(
-    count: int, schedule: Schedule, mean: float, std: float, rng: torch.Generator, device: torch.device
-) -> Tensor:
-    """t of the schedule's table whose share of noise sigma / (alpha + sigma) is logit-normal: (B,) float64.
-
-    Esser et al. 2024, section 3.1. A larger mean is more noise.
-    """
-    share = torch.sigmoid(mean + std * torch.randn(count, generator=rng, dtype=torch.float64))
-    total = schedule.num_train_timesteps
-    return (time_at(schedule, to_device(share, device)) * total).ceil().clamp(1, total) / total
 
 
 def _noise_like(x: Tensor, rng: torch.Generator) -> Tensor:

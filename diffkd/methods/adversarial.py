@@ -13,7 +13,8 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.discriminator import Heads, accuracy, block_shapes, finite_r1, hinge, minus_logit, seen
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import logit_normal_times, student_inputs
+from diffkd.core.scores import check_start, draw
+from diffkd.core.times import draw_times
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 
@@ -45,7 +46,7 @@ class Adversarial(Method):
     )
     noise_mean: float = Field(
         1.0,
-        description="of the logit of the noise's share at which images are told apart; higher is more noise",
+        description="of log(sigma / alpha) at which images are told apart; higher is more noise",
     )
     noise_std: float = Field(1.0, ge=0, description="its standard deviation")
     r1: float = Field(
@@ -63,9 +64,7 @@ class Adversarial(Method):
     )
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        start.schedule.check_steps(self.steps, "renoise")
-        if self.guidance != 1.0:
-            start.check_guidance()
+        check_start(start, self.steps, self.guidance)
         heads = Optimization(self.critic_learning_rate or self.learning_rate)
         return [
             Stage(
@@ -82,16 +81,16 @@ class Adversarial(Method):
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, heads = nets["student"], nets["teacher"], nets["heads"]
-        schedule, x0, cond = student.schedule, batch.x0, batch.cond
+        schedule, x0 = student.schedule, batch.x0
+        cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            x_t, t = student_inputs(student, x0, self.steps, rng, simulated=self.simulate, **cond)
-            made: Tensor = student(x_t, t, **cond)
-            return made
+            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
 
-        def noised(images: Tensor) -> tuple[Tensor, Tensor]:
-            t = logit_normal_times(len(images), schedule, self.noise_mean, self.noise_std, rng, images.device)
-            return add_noise(schedule, images, t, rng), t
+        def noised(x: Tensor) -> tuple[Tensor, Tensor]:
+            law = (self.noise_mean, self.noise_std)
+            t = draw_times("log_normal", schedule, len(x), *law, rng, x.device)
+            return add_noise(schedule, x, t, rng), t
 
         # 1. the student's images, noised, as the teacher's blocks see them
         x = images()

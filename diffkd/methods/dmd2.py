@@ -21,7 +21,7 @@ from diffkd.core.discriminator import (
 )
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import denoising_error, descent, error_size, noise_times, student_inputs
+from diffkd.core.scores import check_start, denoising_error, descent, draw, error_size, noise_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -79,9 +79,7 @@ class DMD2(Method):
         return self.gan > 0
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        start.schedule.check_steps(self.steps, "renoise")
-        if self.guidance != 1.0:
-            start.check_guidance()
+        check_start(start, self.steps, self.guidance)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {"fake": Optimization(fake_rate)}
         if self.gan:
@@ -105,13 +103,13 @@ class DMD2(Method):
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        student, teacher, fake, heads = (nets.get(name) for name in ("student", "teacher", "fake", "heads"))
-        schedule, x0, cond = student.schedule, batch.x0, batch.cond
+        student, teacher, fake = (nets[name] for name in ("student", "teacher", "fake"))
+        heads: Heads | None = nets.get("heads")
+        schedule, x0 = student.schedule, batch.x0
+        cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            x_t, t = student_inputs(student, x0, self.steps, rng, simulated=self.simulate, **cond)
-            made: Tensor = student(x_t, t, **cond)
-            return made
+            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
 
         # 1. the student's images, noised
         x = images()

@@ -23,13 +23,14 @@ from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
 from diffkd.core.scores import (
     Divergence,
+    check_start,
     denoising_error,
     density_ratio,
     descent,
     divergence_weight,
+    draw,
     error_size,
     noise_times,
-    student_inputs,
 )
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
@@ -95,9 +96,7 @@ class FDistill(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        start.schedule.check_steps(self.steps, "renoise")
-        if self.guidance != 1.0:
-            start.check_guidance()
+        check_start(start, self.steps, self.guidance)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {
             "fake": Optimization(fake_rate), "heads": Optimization(self.gan_learning_rate or fake_rate),
@@ -119,12 +118,11 @@ class FDistill(Method):
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, fake, heads = (nets[name] for name in ("student", "teacher", "fake", "heads"))
-        schedule, x0, cond = student.schedule, batch.x0, batch.cond
+        schedule, x0 = student.schedule, batch.x0
+        cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            x_t, t = student_inputs(student, x0, self.steps, rng, simulated=self.simulate, **cond)
-            made: Tensor = student(x_t, t, **cond)
-            return made
+            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
 
         # 1. the student's images, noised
         x = images()

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import denoising_error, error_size, noise_times, score_identity, student_inputs
+from diffkd.core.scores import (
+    check_start,
+    denoising_error,
+    draw,
+    error_size,
+    noise_times,
+    score_identity,
+)
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -59,9 +66,7 @@ class SiD(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        start.schedule.check_steps(self.steps, "renoise")
-        if self.guidance != 1.0:
-            start.check_guidance()
+        check_start(start, self.steps, self.guidance)
         fake = Optimization(self.fake_learning_rate or self.learning_rate)
         return [
             Stage(
@@ -78,12 +83,11 @@ class SiD(Method):
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, fake = nets["student"], nets["teacher"], nets["fake"]
-        schedule, cond = student.schedule, batch.cond
+        schedule = student.schedule
+        cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            x_t, t = student_inputs(student, batch.x0, self.steps, rng, simulated=True, **cond)
-            made: Tensor = student(x_t, t, **cond)
-            return made
+            return draw(student, batch.x0, self.steps, rng, **cond)
 
         # 1. the student's images, noised
         x = images()

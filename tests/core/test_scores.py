@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler
 from torch.distributions import kl_divergence
 
 from diffkd.core import samplers, scores
-from diffkd.core.flow import flow_time
 from diffkd.core.noise import add_noise
 from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.errors import UserError
 from tests.gaussian import gaussian, marginal
 from tests.tiny import student
 
@@ -201,6 +201,17 @@ def test_the_denoising_error_is_that_of_the_output(prediction):
 # inputs of the student
 
 
+def test_models_without_an_x0_at_pure_noise_are_refused():
+    scores.check_start(gaussian(COSINE), 4, 1.0)
+    for schedule, prediction, steps, guidance, message in (
+        (LINEAR, "epsilon", 1, 1.0, r"x0 at t = 1 is its output times 157.*; put method progressive before"),
+        (COSINE, "sample", 3, 1.0, "a student of 3 steps does not fit"),
+        (COSINE, "sample", 1, 2.0, "guidance needs a label"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scores.check_start(gaussian(schedule, prediction), steps, guidance)
+
+
 def test_simulated_inputs_are_states_of_the_students_own_sampling():
     net, rng = student(3, "v_prediction", COSINE), torch.Generator().manual_seed(1)
     like, labels = torch.empty(8, 1, 8, 8), torch.arange(8) % 3
@@ -258,16 +269,6 @@ def test_noise_times_are_those_of_the_table_within_their_bounds(total):
     assert (everything.min(), everything.max()) == (1, total)
     one = scores.noise_times(10, schedule, 0.01, 0.01, rng, torch.device("cpu"))
     assert len(set(one.tolist())) == 1 and one[0] > 0
-
-
-def test_logit_normal_times_have_that_share_of_noise():
-    rng = torch.Generator().manual_seed(0)
-    t = scores.logit_normal_times(20_001, COSINE, 1.0, 0.8, rng, torch.device("cpu"))
-    assert torch.equal(t * 1024, (t * 1024).round()) and t.min() > 0 and t.max() <= 1
-    below = COSINE  # times are rounded up to the table: shares lie between those of two nodes
-    quantiles = torch.tensor([0.1587, 0.5, 0.8413]).double()
-    expected = torch.sigmoid(1 + 0.8 * torch.tensor([-1.0, 0.0, 1.0]).double())
-    assert torch.allclose(flow_time(below, t.quantile(quantiles)), expected, atol=0.01)
 
 
 # density ratios

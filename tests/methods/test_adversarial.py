@@ -6,7 +6,6 @@ What the student descends against the best discriminator is in tests/core/test_d
 import pytest
 import torch
 
-from diffkd.core.flow import time_at
 from diffkd.errors import UserError
 from diffkd.methods.adversarial import Adversarial
 from tests.gaussian import gaussian
@@ -38,9 +37,8 @@ def logits(nets, x_t, t):
 
 
 def level(draws):
-    """The time of a share of noise that is logit-normal(1, 1), rounded up to the table."""
-    share = torch.sigmoid(1 + torch.randn(3, generator=draws.rng, dtype=torch.float64))
-    return (64 * time_at(COSINE, share)).ceil() / 64
+    """The time at which log(sigma / alpha) is normal(1, 1)."""
+    return COSINE.time_of(-(1 + torch.randn(3, generator=draws.rng, dtype=torch.float64)))
 
 
 def test_one_update_by_hand():
