@@ -28,8 +28,7 @@ class IntervalEmbedding(nn.Module):
         self.value: Tensor | None = None  # (B,), of the call that is under way
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same in every process
-            self.first = nn.Linear(2 * WAVES, hidden)
-        self.second = nn.Linear(hidden, width)
+            self.first, self.second = nn.Linear(2 * WAVES, hidden), nn.Linear(hidden, width)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 

@@ -23,6 +23,14 @@ def test_times_noise_and_dropped_labels_have_their_distributions():
     assert t.dtype == torch.float64 and torch.allclose(t - s, torch.tensor(0.2).double(), atol=1e-12)
     assert sorted(set(t.tolist())) == [i / 5 for i in range(1, 6)]
     assert all(abs((t == i / 5).float().mean() - 0.2) < 0.03 for i in range(1, 6))
+    t, s = noise.steps_of_grids(4000, [4, 1], rng, torch.device("cpu"))
+    assert {(a, b) for a, b in zip(t.tolist(), s.tolist(), strict=True)} == {
+        (1.0, 0.0), *((i / 4, (i - 1) / 4) for i in range(1, 5))
+    }  # fmt: skip
+    assert (
+        abs(((t == 1) & (s == 0)).float().mean() - 1 / 2) < 0.04
+        and abs((t == 0.5).float().mean() - 1 / 8) < 0.03
+    )
     x_t = noise.add_noise(COSINE, torch.ones(4000, 1, 2, 2), torch.full((4000,), 0.25).double(), rng)
     alpha2 = COSINE.alphas_cumprod[15].item()
     assert x_t.mean() == pytest.approx(alpha2**0.5, abs=0.02) and x_t.var() == pytest.approx(

@@ -46,6 +46,26 @@ def test_coefficients_are_those_of_the_scheduler(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_time_is_found_by_its_log_snr(name):
+    """The inverse of half_log_snr, at nodes, between them and in both end cells; beyond the table the end."""
+    schedule = from_diffusers(SCHEDULERS[name])
+    count = schedule.num_train_timesteps
+    t = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.cat([t, t / count, 1 - t / count, torch.arange(count + 1).double() / count])
+    found = schedule.time_of(schedule.half_log_snr(t))
+    assert found.dtype == torch.float64 and (found - t).abs().max() < 1e-9
+    end = schedule.half_log_snr(torch.ones(1).double()).item()
+    beyond = torch.tensor([math.inf, 1e4, end - 1, -math.inf]).double()
+    expected = torch.tensor([0.0, 0.0, 1.0, 1.0]).double()
+    if not schedule.zero_terminal_snr:
+        assert torch.allclose(schedule.time_of(beyond), expected, atol=1e-12)
+    slope = torch.func.jvp(schedule.time_of, (schedule.half_log_snr(t[:500]),), (torch.ones(500).double(),))[
+        1
+    ]
+    assert (slope < 0).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("prediction", PREDICTIONS[:3])
 def test_round_trip_through_a_saved_scheduler(name, prediction, tmp_path):
     schedule = from_diffusers(SCHEDULERS[name])

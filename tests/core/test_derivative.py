@@ -1,0 +1,92 @@
+"""Derivatives along a direction: closed forms, one against the other, what has none."""
+
+import pytest
+import torch
+
+from diffkd.core import interval
+from diffkd.core.derivative import STEP, directional
+from diffkd.core.schedules import Schedule
+from diffkd.errors import UserError
+from tests.tiny import student
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, v, torch.rand(4, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("how", "error"), [("jvp", 1e-12), ("difference", 10 * STEP**2)])
+def test_a_closed_form(how, error):
+    """f(x, t) = sin(t x): df = cos(t x) (t dx + x dt)."""
+    x, v, t = inputs()
+    found = directional(lambda x, t: (t[:, None] * x).sin(), (x, t), (v, torch.ones_like(t)), how)
+    exact = (t[:, None] * x).cos() * (t[:, None] * v + x)
+    assert (found - exact).abs().max() < error
+
+
+def test_a_difference_is_of_second_order():
+    """Its error follows the third derivative: that of x³ is h² v³."""
+    x, v, _ = inputs()
+    found = directional(lambda x: x**3, (x,), (v,), "difference")
+    assert torch.allclose(found - 3 * x**2 * v, STEP**2 * v**3, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_a_whole_network(dtype):
+    """A UNet with attention, group norms and an embedded interval; both ways agree."""
+    made = student(3, "v_prediction", Schedule.cosine(64)).to(dtype)
+    interval.attach(made.network)
+    torch.nn.init.normal_(interval.attached(made.network).second.weight, std=0.1)
+    assert any("Attention" in type(module).__name__ for module in made.network.modules())
+    generator = torch.Generator().manual_seed(1)
+    x, v = (torch.randn(2, 1, 8, 8, generator=generator, dtype=dtype) for _ in range(2))
+    t, labels = torch.tensor([0.4, 0.8]).double(), torch.tensor([0, 2])
+
+    def output(x, t):
+        return made.output(x, t, class_labels=labels, interval=t - 0.2)
+
+    found = directional(output, (x, t), (v, torch.ones_like(t)))
+    assert found.dtype == dtype and not found.requires_grad
+    close = directional(output, (x, t), (v, torch.ones_like(t)), "difference")
+    assert (found - close).abs().max() < 0.05 * found.abs().max()  # of the fast waves in the embedded time
+    # by reverse-mode differentiation: the sum of a direction's derivative is a product of gradients
+    x.requires_grad_(True)
+    t.requires_grad_(True)
+    by_x, by_t = torch.autograd.grad(output(x, t).sum(), (x, t))
+    expected = (by_x * v).sum() + by_t.sum()
+    assert torch.allclose(
+        found.double().sum(), expected.double(), rtol=1e-6 if dtype == torch.float64 else 1e-3
+    )
+
+
+def test_no_gradients_and_full_precision_under_autocast():
+    made = student(3, "v_prediction", Schedule.cosine(64)).requires_grad_(True)
+    x, v = torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    t, labels = torch.tensor([0.4, 0.8]).double(), torch.tensor([0, 2])
+
+    def output(x):
+        return made.output(x, t, class_labels=labels)
+
+    plain = directional(output, (x,), (v,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = directional(output, (x,), (v,))
+        assert output(x).dtype == torch.bfloat16  # which is in force again
+    assert torch.equal(plain, under) and plain.dtype == torch.float32 and not under.requires_grad
+    assert all(p.grad is None for p in made.parameters())
+
+
+def test_a_part_without_a_derivative_is_named_with_the_remedy():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    x, v, _ = inputs()
+    with pytest.raises(UserError, match=r"part without a forward-mode derivative.*derivative to difference"):
+        directional(Opaque.apply, (x,), (v,))
+    assert torch.allclose(directional(Opaque.apply, (x,), (v,), "difference"), 2 * v)
