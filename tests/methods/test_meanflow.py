@@ -13,8 +13,8 @@ from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.meanflow import MeanFlow, target
-from tests.gaussian import FlowMap, flow_map, gaussian
 from tests.gaussian import flow as exact_flow
+from tests.gaussian import flow_map, gaussian, linear
 
 COSINE = Schedule.cosine(1024)
 LINEAR = from_diffusers(DDPMScheduler())
@@ -178,33 +178,13 @@ def test_at_pure_noise_everything_is_finite():
     assert found.isfinite().all() and (found - near).abs().max() < 0.02 * found.abs().max()
 
 
-class Linear(nn.Module):
-    """u = a x + b, with a and b sums of those of the flow, of 1 and of the step's length, by weights that learn."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.exact = FlowMap(schedule)
-        self.weights = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
-
-    def forward(self, x, time, interval):
-        shape = (len(x), 1, 1, 1)
-        length = interval.clamp(min=1e-3)  # the flow's own velocity is that of a short step
-        zero = self.exact(x.new_zeros(shape), time, length)
-        slope = self.exact(x.new_ones(shape), time, length) - zero
-        a, b = (
-            w[0] * known + w[1] + w[2] * interval.reshape(shape)
-            for w, known in zip(self.weights, (slope, zero), strict=True)
-        )
-        return a * x + b
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["distillation", "training"])
 def test_a_linear_student_converges_to_the_flow(mode):
     """Trained by the method's own losses, its one step and its two carry noise where the flow does."""
     teacher = gaussian(COSINE, "v_prediction")
     method = MeanFlow(mode=mode, steps=[2, 1], grid=0.2, t_law=(0.5, 1.2), r_law=(-1.0, 1.2), updates=300)
-    student = Denoiser(Linear(COSINE), COSINE, "flow", shape=(1, 4, 4))
+    student = linear(COSINE)
     optimizer = torch.optim.Adam(student.network.parameters())
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(500, 1, 2, 2, dtype=torch.float64, generator=rng)

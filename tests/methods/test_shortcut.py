@@ -1,0 +1,165 @@
+"""Shortcut models: two steps in one on a flow in closed form, an update by hand, a student that converges."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from pydantic import ValidationError
+from torch import nn
+
+from diffkd.core import flow, samplers
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.errors import UserError
+from diffkd.methods.base import Batch, Step
+from diffkd.methods.shortcut import Shortcut, target
+from tests.gaussian import flow as exact_flow
+from tests.gaussian import flow_map, gaussian, linear
+
+COSINE = Schedule.cosine(1024)
+
+
+class Curved(nn.Module):
+    """A student that is no flow; it keeps the lengths that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def forward(self, x, time, interval):
+        self.lengths.append(interval)
+        t, length = (v.to(x).reshape(-1, 1, 1, 1) for v in (time / 1024, interval))
+        return torch.sin(2 * x + t) + length * torch.cos(x - 3 * length * t)
+
+
+def curved():
+    return Denoiser(Curved(), COSINE, "v_prediction", shape=(1, 4, 4))
+
+
+def velocity_of(denoiser, x_t, t, length):
+    with torch.no_grad():
+        return flow.velocity(denoiser.predict(x_t, t, interval=length))
+
+
+def states():
+    x_t = torch.randn(4, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x_t, torch.tensor([1.0, 1.0, 0.5, 0.25]).double(), torch.tensor([0.0, 0.5, 0.0, 0.125]).double()
+
+
+def test_two_steps_of_the_exact_student_are_its_one():
+    x_t, t, s = states()
+    student = flow_map(COSINE)
+    found = target(student, x_t, t, s, (t - s) / 2)
+    assert found.dtype == torch.float64 and not found.requires_grad
+    assert torch.allclose(found, velocity_of(student, x_t, t, t - s), atol=1e-5)
+    off = flow_map(
+        COSINE, off=0.1
+    )  # an error that steps of every length share is not seen: only the velocity is
+    assert (target(off, x_t, t, s, (t - s) / 2) - velocity_of(off, x_t, t, t - s)).abs().max() < 0.2
+
+
+def test_the_target_by_hand():
+    """s(x, t, 2d) = (s(x, t, d) + s(x', t', d)) / 2, where the halves are equal in the flow's time."""
+    x_t, t, s = states()
+    student = curved()
+    half = (t - s) / 2
+    tau, middle, end = (flow.flow_time(COSINE, time).reshape(-1, 1, 1, 1) for time in (t, (t + s) / 2, s))
+    z = x_t / flow.scale(COSINE, t, like=x_t)
+    first = velocity_of(student, x_t, t, half)
+    z_m = z - (tau - middle) * first
+    x_m = z_m * flow.scale(COSINE, (t + s) / 2, like=x_t)
+    second = velocity_of(student, x_m, (t + s) / 2, half)
+    weights = (tau - middle) / (tau - end), (middle - end) / (tau - end)
+    expected = weights[0] * first + weights[1] * second
+    assert torch.allclose(target(student, x_t, t, s, half), expected, atol=1e-9)
+    symmetric = 0  # from 1 to 0 in the flow's time the middle is a half
+    assert weights[0][symmetric].item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_an_update_by_hand():
+    """The share of two steps in one, the rest the teacher's velocity at length 0, from the same random numbers."""
+    teacher, student = gaussian(COSINE, "v_prediction"), curved()
+    method = Shortcut(steps=[2, 1], finest=8, share=0.5)
+    x0 = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    stage = method.stages(teacher)[0]
+    nets = {"student": student, "teacher": teacher}
+    loss = next(method.losses(nets, Batch(x0, {}), Step(stage, 0), torch.Generator().manual_seed(2)))
+
+    rng = torch.Generator().manual_seed(2)
+    torch.rand((), generator=rng, dtype=torch.float64)  # 3 of 6, exactly
+    counts = torch.tensor([1, 2, 4]).double()[torch.randint(3, (6,), generator=rng)]
+    i = (torch.rand(6, generator=rng, dtype=torch.float64) * counts).floor()
+    fine = torch.randint(1, 9, (6,), generator=rng).double() / 8
+    eps = torch.randn(x0.shape, generator=rng).double()
+    t, s = torch.cat([((i + 1) / counts)[:3], fine[3:]]), (i / counts)[:3]
+    alpha, sigma = COSINE.at(t, like=eps)
+    x_t = alpha * x0 + sigma * eps
+    length = torch.cat([t[:3] - s, torch.zeros(3)])
+    half = torch.tensor([0.0 if n == 4 else 1 / (2 * n) for n in counts[:3].tolist()]).double()
+    expected = torch.cat(
+        [target(student, x_t[:3], t[:3], s, half), flow.velocity(teacher.predict(x_t[3:], t[3:]))]
+    )
+    error = (velocity_of(student, x_t, t, length) - expected).square().mean((1, 2, 3))
+    assert torch.allclose(loss.metrics["gap"].double(), error.sqrt(), rtol=1e-4)
+    assert loss.value.item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert torch.equal(loss.metrics["t"], t)
+
+
+def test_lengths_are_those_of_halved_grids():
+    student, teacher = curved(), gaussian(COSINE, "v_prediction")
+    x0 = torch.rand(400, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    for share, lengths in ((1.0, [{1, 1 / 2, 1 / 4}, {1 / 2, 1 / 4, 0}, {1 / 2, 1 / 4, 0}]), (0.0, [{0}])):
+        method = Shortcut(steps=[1], finest=8, share=share, mode="training")
+        student.network.lengths.clear()
+        step = Step(method.stages(teacher)[0], 0)
+        next(method.losses({"student": student}, Batch(x0, {}), step, torch.Generator().manual_seed(2)))
+        assert [{*called.tolist()} for called in student.network.lengths] == lengths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["distillation", "training"])
+def test_a_linear_student_converges_to_the_flow(mode):
+    """Trained by the method's own losses, its one step and its two carry noise where the flow does."""
+    teacher = gaussian(COSINE, "v_prediction")
+    method = Shortcut(mode=mode, steps=[2, 1], finest=64, share=0.5, updates=300)
+    student = linear(COSINE)
+    optimizer = torch.optim.Adam(student.network.parameters())
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 1, 2, 2, dtype=torch.float64, generator=rng)
+    expected = exact_flow(COSINE, noise, torch.ones(500).double(), torch.zeros(500).double())
+
+    @torch.no_grad()
+    def errors():
+        drawn = [
+            samplers.ddim(student, noise, samplers.grid(n), interval=torch.full((500,), 1 / n).double())
+            for n in (1, 2)
+        ]
+        return [(x0 - expected).square().mean().sqrt().item() for x0 in drawn]
+
+    before, stage = errors(), method.stages(teacher)[0]
+    for update in range(method.updates):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - update / method.updates)
+        x0 = 0.3 + 0.5 * torch.randn(128, 1, 2, 2, generator=rng)
+        nets = {"student": student, "teacher": teacher}
+        loss = next(method.losses(nets, Batch(x0, {}), Step(stage, update), rng))
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+    assert max(errors()) < 0.1 * min(before), (before, errors())
+
+
+def test_one_training_gives_students_of_every_step_count():
+    (stage,) = Shortcut(steps=[8, 4, 1]).stages(gaussian(COSINE, "v_prediction"))
+    assert (stage.name, stage.also, stage.interval, stage.drawn) == ("1-steps", (8, 4), True, "ddim")
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValidationError, match="steps 3 is not a power of two below finest 64"):
+        Shortcut(steps=[3])
+    with pytest.raises(ValidationError, match="steps 64 is not a power of two below finest 64"):
+        Shortcut(steps=[64])
+    with pytest.raises(ValidationError, match="finest 48 is not a power of two"):
+        Shortcut(finest=48)
+    with pytest.raises(ValidationError, match="mode: training does not ask"):
+        Shortcut(mode="training", guidance=2.0)
+    with pytest.raises(UserError, match="velocity at t = 1.*put method progressive before"):
+        Shortcut().stages(gaussian(from_diffusers(DDPMScheduler()), "epsilon"))
