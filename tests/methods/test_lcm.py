@@ -80,21 +80,22 @@ def test_the_target_network_follows_and_does_not_learn():
 def test_the_exact_student_has_no_gradient_and_another_has():
     """Up to one DDIM step's error, which falls with its square."""
     teacher, found = gaussian(COSINE, "v_prediction"), {}
-    for skip, a in ((64, 0.0), (16, 0.0), (16, 0.1)):
+    for skip, a in ((64, 0.0), (16, 0.0), (4, 0.0), (4, 0.1)):
         method = LCM(skip=skip, huber=10.0, target_decay=0)
         nets = {"student": exact(COSINE, a=a), "teacher": teacher}
         found[skip, a] = gradients(method, nets, only(method), 0, 512)[0].abs()
-    assert found[16, 0.0] < 0.1 * found[64, 0.0] and found[16, 0.0] < 0.05 * found[16, 0.1]
+    assert found[16, 0.0] < 0.1 * found[64, 0.0] and found[4, 0.0] < 0.05 * found[4, 0.1]
 
 
 @pytest.mark.slow
 def test_a_small_student_finds_the_data():
-    method = LCM(updates=250, learning_rate=2e-2, target_decay=0.9)
+    """As far as DDIM steps of this length do: 16 of them draw with a width of 0.453, not 0.5."""
+    method = LCM(skip=64, updates=300, learning_rate=2e-2, target_decay=0.5)
     teacher, student = gaussian(COSINE, "v_prediction"), family(COSINE)
     nets = {"student": student, "teacher": teacher, **method.networks(teacher, student)}
     train(method, nets, only(method))
     assert student.network.mean.item() == pytest.approx(0.3, abs=0.03)
-    assert student.network.std.item() == pytest.approx(0.5, abs=0.03)
+    assert student.network.std.item() == pytest.approx(0.453, abs=0.03)
 
 
 def test_what_does_not_fit():
