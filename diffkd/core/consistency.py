@@ -49,8 +49,8 @@ def check_mode(mode: str, guidance: float) -> None:
 def earlier(schedule: Schedule, t: Tensor, gap: float, k: float = 8.0, b: float = 1.0) -> Tensor:
     """The s of a consistency pair, (B,) -> float64 (B,): in flow time t (1 - gap n), or 0 if that is below.
 
-    n = 1 + k sigmoid(-b sigma / alpha) widens the gap near the data (the mapping function of Geng et al. 2024,
-    whose time is sigma / alpha: infinite at zero terminal SNR, and near the data equal to the flow time).
+    n = 1 + k sigmoid(-b sigma / alpha) widens it near the data (the mapping function of Geng et al. 2024).
+    Its time is sigma / alpha, which is infinite at zero terminal SNR, and near the data equals the flow time.
     """
     tau = flow_time(schedule, t)
     n = 1 + k * torch.sigmoid(-b * tau / (1 - tau))
