@@ -38,11 +38,17 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 # what the student is given, and at which noise its images are compared
 
 
-def check_start(start: Denoiser, steps: int, guidance: float) -> None:
-    """Raises UserError for a model of which no student can be made that draws from noise by its x0."""
+def check_start(start: Denoiser, steps: int, guidance: float, teacher: str = "original") -> None:
+    """Raises UserError for a model of which no student can be made that draws from noise by its x0, or which
+    is to teach at noise levels that it does not know."""
     start.schedule.check_steps(steps, "renoise")
     if guidance != 1.0:
         start.check_guidance()
+    if teacher == "previous" and start.steps is not None:
+        raise UserError(
+            f"teacher: previous is a student of {start.steps} steps, which knows no other noise levels; set "
+            "method.teacher: original"
+        )
     alpha, sigma = start.schedule.numbers(1.0)
     if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
         raise UserError(

@@ -64,7 +64,7 @@ class Adversarial(Method):
     )
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        check_start(start, self.steps, self.guidance, self.teacher)
         heads = Optimization(self.critic_learning_rate or self.learning_rate)
         return [
             Stage(

@@ -79,7 +79,7 @@ class DMD2(Method):
         return self.gan > 0
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        check_start(start, self.steps, self.guidance, self.teacher)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {"fake": Optimization(fake_rate)}
         if self.gan:

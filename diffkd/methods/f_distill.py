@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from diffkd.core import scores
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.discriminator import (
     Heads,
@@ -21,17 +22,6 @@ from diffkd.core.discriminator import (
 )
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import (
-    Divergence,
-    check_start,
-    denoising_error,
-    density_ratio,
-    descent,
-    divergence_weight,
-    draw,
-    error_size,
-    noise_times,
-)
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -50,7 +40,7 @@ class FDistill(Method):
         calls="1 student, 1 teacher (2 guided), 1 fake; then fake_updates times 1 student and 2 fake",
     )
 
-    divergence: Divergence = Field(
+    divergence: scores.Divergence = Field(
         "jensen_shannon", description="of the student's distribution from the teacher's; reverse_kl is dmd2's"
     )
     steps: int = Field(1, ge=1, description="sampling steps of the student")
@@ -96,7 +86,7 @@ class FDistill(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        scores.check_start(start, self.steps, self.guidance, self.teacher)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {
             "fake": Optimization(fake_rate), "heads": Optimization(self.gan_learning_rate or fake_rate),
@@ -122,11 +112,11 @@ class FDistill(Method):
         cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
+            return scores.draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
 
         # 1. the student's images, noised
         x = images()
-        t = noise_times(len(x), schedule, self.t_min, self.t_max, rng, x.device)
+        t = scores.noise_times(len(x), schedule, self.t_min, self.t_max, rng, x.device)
         x_t = add_noise(schedule, x, t, rng)
         # 2. predicted by the teacher and by the fake network: where the student is off
         with torch.no_grad():
@@ -134,11 +124,12 @@ class FDistill(Method):
         drawn, features = seen(fake, heads, x_t, t, **cond)
         # 3. weighted by h(r) of the density ratio r that the discriminator gives, on average 1
         logits = heads(features)
-        h = divergence_weight(
-            self.divergence, density_ratio(logits, t, self.bins, self.ratio_min, self.ratio_max)
+        h = scores.divergence_weight(
+            self.divergence, scores.density_ratio(logits, t, self.bins, self.ratio_min, self.ratio_max)
         )
         h = (h / h.mean()).reshape(-1, 1, 1, 1)
-        loss = descent(x, h * (drawn - real) / error_size(x, real)) + self.gan * non_saturating(logits)
+        direction = h * (drawn - real) / scores.error_size(x, real)
+        loss = scores.descent(x, direction) + self.gan * non_saturating(logits)
         gap = squared_error(drawn, real).sqrt()
         metrics = {"t": t, "loss": loss.detach(), "gap": gap.detach(), "weight": h.flatten()}
         yield Loss("student", loss.mean(), metrics)
@@ -148,9 +139,9 @@ class FDistill(Method):
                 with torch.no_grad():
                     x = images()
             x = x.detach()
-            t = noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
+            t = scores.noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
             denoised, features = seen(fake, heads, add_noise(schedule, x, t, rng), t, **cond)
-            error = denoising_error(fake, denoised, x, t)
+            error = scores.denoising_error(fake, denoised, x, t)
             # 5. and to tell them from the data; then the heads do
             _, others = seen(fake, heads, add_noise(schedule, x0, t, rng), t, **cond)
             loss = error + self.gan_fake * logistic(heads(others), heads(features))

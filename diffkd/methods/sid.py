@@ -66,7 +66,7 @@ class SiD(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        check_start(start, self.steps, self.guidance, self.teacher)
         fake = Optimization(self.fake_learning_rate or self.learning_rate)
         return [
             Stage(

@@ -296,8 +296,19 @@ def test_a_folder_of_images_needs_no_change_of_code(here, cli):
     assert all(p.shape == (16, 16, 3) for p in pictures) and np.std(pictures) > 5
 
 
+CHAIN = ["method.0.updates=1", "method.0.updates_v=1", "method.1.updates=1"]
+
+
 @pytest.mark.slow
-def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(here, cli):
+@pytest.mark.parametrize(
+    ("config", "options", "counts"),
+    [
+        ("progressive", ["method.updates=1", "method.updates_v=1"], (1000, 500, 250, 125, 25, 5, 1)),
+        ("dmd2", [*CHAIN, "training.micro_batches=1"], (1000, 500, 1)),
+        ("sid", CHAIN, (1000, 500, 1)),
+    ],
+)
+def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(config, options, counts, here, cli):
     """google/ddpm-cifar10-32 with random weights, saved as that repository is; an update a stage on CPU."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -332,11 +343,10 @@ def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(here, cli):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(here / "cifar")
     code, out, err = cli(
         "distill",
-        ROOT / "configs/cifar10/progressive.yaml",
+        ROOT / f"configs/cifar10/{config}.yaml",
         f"teacher={{path: {root}}}",
         f"data.path={here / 'cifar'}",
-        "method.updates=1",
-        "method.updates_v=1",
+        *options,
         "evaluation=null",
         "training.batch_size=2",
         "training.precision=float32",
@@ -344,14 +354,12 @@ def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(here, cli):
         "training.log_every=1",
     )
     assert (code, err) == (0, "")
-    students = here / "runs/cifar10-progressive/students"
-    assert sorted(p.name for p in students.iterdir()) == [
-        f"{n}-steps" for n in (1, 1000, 125, 25, 250, 5, 500)
-    ]
+    students = here / f"runs/cifar10-{config}/students"
+    assert {p.name for p in students.iterdir()} == {f"{n}-steps" for n in counts}
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(students / "1-steps")
-    assert (
-        type(pipeline).__name__ == "DDIMPipeline"
-        and pipeline.unet.num_parameters() == network.num_parameters()
+    assert pipeline.unet.num_parameters() == network.num_parameters()
+    assert type(pipeline.scheduler).__name__ == (
+        "DDIMScheduler" if config == "progressive" else "LCMScheduler"
     )
