@@ -173,7 +173,7 @@ class Distill(TrainingRun):
         None, description="folder of pairs, for methods that need them; default pairs/ of the run's own"
     )
     spread_every: int | None = Field(
-        100, ge=1, description="updates between looks at the spread of what a student draws; null for none"
+        50, ge=1, description="updates between looks at the spread of a student's images; null for none"
     )
 
     @model_validator(mode="after")

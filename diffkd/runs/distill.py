@@ -15,18 +15,18 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
 from diffkd.data.absent import NoData, Unseen
 from diffkd.data.images import Examples, Images
-from diffkd.errors import UserError
+from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
-from diffkd.runs import announcement, config_files, pairs
+from diffkd.runs import announcement, config_files, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.config import Distill, Train
+from diffkd.runs.config import Distill, Teacher, Train
 from diffkd.runs.method_config import method_name
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
+from diffkd.runs.spread import SpreadWatch
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
-TEACHER = "teacher"  # what the run's own is called where its pairs are kept
 IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed over
 
 
@@ -45,16 +45,16 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     if isinstance(data, NoData):
         images = data.of(teacher.shape, teacher.num_classes)
     assert images is not None
-    _check_fits(teacher, images)
-    plan = _plan(config, teacher)
+    plans.check_fits(teacher, images)
+    plan = plans.plan(config, teacher)
     config.check(accelerator)
     if teacher_run is not None:
         check_run(config, accelerator, options)
         train(teacher_run, console, options)
         teacher = source.load()
     for index, (_, stage) in enumerate(plan):
-        if stage.pairs is not None and _maker(plan, index) == TEACHER:
-            pairs.cache(config, stage, teacher, images.class_counts, TEACHER)  # or refuses others, now
+        if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
+            pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER)  # or refuses others, now
     inputs = {"teacher": identity(teacher)}
     with open_run(config, accelerator, images, console, options, inputs) as session:
         teacher.to(accelerator.device)
@@ -68,6 +68,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         artifacts.teacher_curve(teacher)
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
+        watch = _spread_watch(session, config, images, source, teacher, artifacts)
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
         for index, (method, stage) in enumerate(plan):
@@ -80,10 +81,11 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                 artifacts.forecast([stage for _, stage in plan[index:]])
                 examples: Examples = images
                 if stage.pairs is not None:
-                    maker = _maker(plan, index)
+                    maker = plans.maker(plan, index)
                     examples = pairs.cache(config, stage, current, images.class_counts, maker)
                     pairs.draw(session, examples, current, stage.name)
-                _train(session, method, stage, {"teacher": current, "student": student}, examples, index)
+                nets = {"teacher": current, "student": student}
+                _train(session, method, stage, nets, examples, index, watch)
                 for one in stage.students:
                     artifacts.export(
                         _as_drawn(student, one, main=session.main), place / one.name,
@@ -111,9 +113,25 @@ def _check_exported(folders: Sequence[Path]) -> None:
             loading.load(folder)
 
 
-def _maker(plan: Sequence[tuple[Method, Stage]], index: int) -> str:
-    """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
-    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else TEACHER
+def _spread_watch(
+    session: Session,
+    config: Distill,
+    images: Images | Unseen,
+    source: Teacher,
+    teacher: Denoiser,
+    artifacts: RunArtifacts,
+) -> SpreadWatch | None:
+    if config.spread_every is None:
+        return None
+    steps, guidance = teacher.steps or max(artifacts.teacher_steps(teacher)), artifacts.guidance
+
+    def drawn(count: int, labels: Tensor | None) -> Iterator[Tensor]:
+        options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
+        opened = source.load(session.accelerator.device)
+        return generate(opened, count, steps=steps, seed=config.seed, labels=labels, **options)
+
+    conditional = teacher.num_classes is not None
+    return SpreadWatch(session, config.spread_every, config.evaluation, conditional, images, drawn)
 
 
 def _first_student(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Denoiser:
@@ -136,6 +154,7 @@ def _train(
     nets: dict[str, Denoiser],
     examples: Examples,
     index: int,
+    watch: SpreadWatch | None,
 ) -> None:
     """Trains nets["student"] in place. The teacher must not be used for anything else afterwards."""
     teacher, student = nets["teacher"].requires_grad_(False), nets["student"].requires_grad_(True)
@@ -144,7 +163,8 @@ def _train(
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
     if stage.interval:
         interval.attach(student.network)
-    session.run_stage(method, stage, nets | method.networks(teacher, student), examples, index)
+    look = watch.of_stage(stage, index, student) if watch else None
+    session.run_stage(method, stage, nets | method.networks(teacher, student), examples, index, look=look)
 
 
 def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
@@ -157,87 +177,3 @@ def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
     drawn = students.with_network(student, network)
     drawn.steps = stage.steps
     return drawn
-
-
-def _plan(config: Distill, teacher: Denoiser) -> list[tuple[Method, Stage]]:
-    """Every stage of every method, checked before anything is trained."""
-    plan: list[tuple[Method, Stage]] = []
-    student = config.student.build(teacher, config.seed)
-    start = teacher
-    for method in config.method:
-        stages = method.stages(start)
-        for stage in stages:
-            plan.append((method, stage))
-            own = teacher if stage.teacher == "original" else start  # which it learns from
-            if len(plan) > 1:
-                _check_teacher(stage, own)
-            if stage.pairs is not None:
-                pairs.check(stage, own)
-            if stage is stages[0]:
-                method.networks(own, student)
-            start = student = students.with_network(student, student.network, stage.prediction)
-            start.steps, start.sampler = stage.steps, stage.drawn
-            for one in stage.students:
-                if one.steps is not None:
-                    start.schedule.check_steps(one.steps, one.drawn)
-            if stage.interval:
-                interval.check(student.network)
-    _check_pairs(plan)
-    names = [one.name for _, stage in plan for one in stage.students]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two stages are called {name}; give the methods different step counts")
-    return plan
-
-
-def _check_pairs(plan: Sequence[tuple[Method, Stage]]) -> None:
-    """Raises UserError where two stages want other pairs of one teacher, which are kept in one place."""
-    recipes: dict[str, tuple[Any, ...]] = {}
-    for index, (_, stage) in enumerate(plan):
-        if stage.pairs is not None:
-            recipe = stage.pairs.steps, stage.pairs.sampler, stage.guidance
-            maker = _maker(plan, index)
-            if recipes.setdefault(maker, recipe) != recipe:
-                raise UserError(
-                    f"stage {stage.name} wants pairs of {maker} by other steps, sampler or guidance than a "
-                    "stage before; give both the same"
-                )
-
-
-def _check_teacher(stage: Stage, teacher: Denoiser) -> None:
-    """Raises UserError where a student of few steps is to teach in others, which it knows nothing of."""
-    wanted = stage.substeps * (stage.steps or 0)
-    if stage.teacher == "original" or stage.pairs is not None or not wanted or teacher.steps is None:
-        return
-    if wanted != teacher.steps:
-        raise UserError(
-            f"stage {stage.name} learns from the student before it, which knows its own {teacher.steps} "
-            f"steps and no others; let {stage.substeps} x {stage.steps} be these (method.substeps), or set "
-            "method.teacher: original where the method has it"
-        )
-
-
-def _check_fits(denoiser: Denoiser, images: Images | Unseen) -> None:
-    """Raises UserError where the model does not take the data's images or labels."""
-    if isinstance(images, Unseen):
-        return  # made to fit
-    if denoiser.shape != images.shape:
-        raise UserError(
-            f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "
-            "(channels x height x width); set data.size and data.channels to the model's"
-        )
-    if denoiser.num_classes is None:
-        return
-    if images.labels is None:
-        raise UserError(
-            f"the model is class-conditional and {images.name} has no labels; provide class subfolders"
-        )
-    highest = int(images.labels.max())
-    if highest >= denoiser.num_classes or int(images.labels.min()) < 0:
-        raise UserError(
-            f"label {highest} of {images.name} is out of range for a model of {denoiser.num_classes} classes"
-        )
-
-
-def _size(shape: tuple[int, int, int] | None) -> str:
-    return "x".join(map(str, shape)) if shape else "unknown size"

@@ -92,17 +92,19 @@ class Session:
         index: int,
         *,
         seed: int | None = None,
+        look: Callable[[int], None] | None = None,
     ) -> None:
         """Trains one stage, from its last checkpoint if there is one. index: among the run's. seed: default
-        the run's."""
+        the run's. look: called with the number of updates done, after each."""
         with self.bar(stage.name, stage.updates, unit="updates") as advance:
             rate, pace = 0.0, progress.Pace()
 
             def on_update(done: int, record: dict[str, Any]) -> None:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
-                loss = f"loss {record['loss']:.4f}, {progress.rounded(rate)} images/s" if record else ""
-                advance(done, loss)
+                if look is not None:
+                    look(done)
+                advance(done, f"{_losses(record)}, {progress.rounded(rate)} images/s" if record else "")
                 pace.reached(done)
                 self.forecast.say(pace, stage.updates)
 
@@ -158,6 +160,13 @@ class Session:
                 count_images(count)
 
             yield on_images
+
+
+def _losses(record: Mapping[str, Any]) -> str:
+    """Those of a log record: the student's, then those of the other networks by their names."""
+    others = [key for key in record if key.endswith("_loss") and f"{key[:-5]}_grad_norm" in record]
+    parts = [f"{key.replace('_loss', ' loss')} {record[key]:.4f}" for key in others]
+    return ", ".join([f"loss {record['loss']:.4f}", *parts])
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""Every stage of a distillation, checked before anything is trained."""
+
+from __future__ import annotations
+
+from diffkd.core import interval
+from diffkd.core.denoiser import Denoiser
+from diffkd.data.absent import Unseen
+from diffkd.data.images import Images
+from diffkd.errors import UserError
+from diffkd.methods.base import Method, Stage
+from diffkd.models import students
+from diffkd.runs import pairs
+from diffkd.runs.config import Distill
+
+TEACHER = "teacher"  # what the run's own is called where pairs are kept
+Plan = list[tuple[Method, Stage]]
+
+
+def plan(config: Distill, teacher: Denoiser) -> Plan:
+    """The stages of every method, in order. Raises UserError where one does not fit what it follows."""
+    plan: Plan = []
+    student = config.student.build(teacher, config.seed)
+    start = teacher
+    for method in config.method:
+        stages = method.stages(start)
+        for stage in stages:
+            plan.append((method, stage))
+            own = teacher if stage.teacher == "original" else start  # which it learns from
+            if len(plan) > 1:
+                _check_teacher(stage, own)
+            if stage.pairs is not None:
+                pairs.check(stage, own)
+            if stage is stages[0]:
+                method.networks(own, student)
+            start = student = students.with_network(student, student.network, stage.prediction)
+            start.steps, start.sampler = stage.steps, stage.drawn
+            for one in stage.students:
+                if one.steps is not None:
+                    start.schedule.check_steps(one.steps, one.drawn)
+            if stage.interval:
+                interval.check(student.network)
+    _check_pairs(plan)
+    names = [one.name for _, stage in plan for one in stage.students]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two stages are called {name}; give the methods different step counts")
+    return plan
+
+
+def maker(plan: Plan, index: int) -> str:
+    """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
+    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else TEACHER
+
+
+def _check_pairs(plan: Plan) -> None:
+    """Raises UserError where two stages want other pairs of one teacher, which are kept in one place."""
+    recipes: dict[str, tuple[int, str, float]] = {}
+    for index, (_, stage) in enumerate(plan):
+        if stage.pairs is not None:
+            recipe = stage.pairs.steps, stage.pairs.sampler, stage.guidance
+            made_by = maker(plan, index)
+            if recipes.setdefault(made_by, recipe) != recipe:
+                raise UserError(
+                    f"stage {stage.name} wants pairs of {made_by} by other steps, sampler or guidance than a "
+                    "stage before; give both the same"
+                )
+
+
+def _check_teacher(stage: Stage, teacher: Denoiser) -> None:
+    """Raises UserError where a student of few steps is to teach in others, which it knows nothing of. (One
+    drawn by renoise may be a consistency model, which knows all times.)"""
+    wanted = stage.substeps * (stage.steps or 0)
+    if stage.teacher == "original" or stage.pairs is not None or teacher.sampler != "ddim":
+        return
+    if wanted and teacher.steps not in (None, wanted):
+        raise UserError(
+            f"stage {stage.name} learns from the student before it, which knows its own {teacher.steps} "
+            f"steps and no others; let {stage.substeps} x {stage.steps} be these (method.substeps), or set "
+            "method.teacher: original where the method has it"
+        )
+
+
+def check_fits(denoiser: Denoiser, images: Images | Unseen) -> None:
+    """Raises UserError where the model does not take the data's images or labels."""
+    if isinstance(images, Unseen):
+        return  # made to fit
+    if denoiser.shape != images.shape:
+        raise UserError(
+            f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "
+            "(channels x height x width); set data.size and data.channels to the model's"
+        )
+    if denoiser.num_classes is None:
+        return
+    if images.labels is None:
+        raise UserError(
+            f"the model is class-conditional and {images.name} has no labels; provide class subfolders"
+        )
+    highest = int(images.labels.max())
+    if highest >= denoiser.num_classes or int(images.labels.min()) < 0:
+        raise UserError(
+            f"label {highest} of {images.name} is out of range for a model of {denoiser.num_classes} classes"
+        )
+
+
+def _size(shape: tuple[int, int, int] | None) -> str:
+    return "x".join(map(str, shape)) if shape else "unknown size"
