@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,27 +29,38 @@ def methods(
     if name is not None:
         print("\n".join(_in_full(name)))
         return
-    rows = [_summary(each) for each in _names()]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for title, paper, phrase in rows:
-        print(f"{title:{widths[0]}}  {paper:{widths[1]}}  {phrase}")
+    rows = [("method", "paper", "needs", "what it does"), *map(_summary, _names())]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for title, paper, needs, phrase in rows:
+        print(f"{title:{widths[0]}}  {paper:{widths[1]}}  {needs:{widths[2]}}  {phrase}")
 
 
 def _names() -> list[str]:
     return sorted(p.stem for p in (PACKAGE / "methods").glob("[a-z]*.py") if p.stem != CONTRACT)
 
 
-def _summary(name: str) -> tuple[str, str, str]:
-    """(name, paper, what it does), read from the source: importing torch for a list takes seconds."""
+def _summary(name: str) -> tuple[str, str, str, str]:
+    """(name, paper, what it needs, what it does), read from the source: importing torch for a list takes
+    seconds."""
     tree = ast.parse((PACKAGE / "methods" / f"{name}.py").read_text(encoding="utf-8"))
-    said = [
-        ast.literal_eval(line.value)
+    said = {
+        ast.unparse(line.target): line.value
         for kind in tree.body
         if isinstance(kind, ast.ClassDef)
         for line in kind.body
-        if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == "reference" and line.value
-    ]
-    return name, said[0].rpartition(", http")[0], (ast.get_docstring(tree) or "").partition("\n")[0]
+        if isinstance(line, ast.AnnAssign) and line.value
+    }
+    paper: str = ast.literal_eval(said["reference"]).rpartition(", http")[0]
+    call = said.get("needs")
+    given = call.keywords if isinstance(call, ast.Call) else []
+    needs = _needs(**{word.arg: ast.literal_eval(word.value) for word in given if word.arg})
+    return name, paper, needs, (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def _needs(*, data: bool = True, pairs: bool = False, networks: Sequence[str] = (), **more: str) -> str:
+    """What a method takes beside a teacher and a student: the fields of `methods.base.Needs`."""
+    parts = ["data"] * data + ["pairs"] * pairs + [*networks]
+    return ", ".join(parts) or "nothing"
 
 
 def _in_full(name: str) -> list[str]:
@@ -61,6 +73,12 @@ def _in_full(name: str) -> list[str]:
     kind = find(name)
     about = [inspect.cleandoc(doc) for doc in (sys.modules[kind.__module__].__doc__, kind.__doc__) if doc]
     lines = [f"{name}: " + "\n\n".join(about), "", f"paper: {kind.reference}"]
+    needs = kind.needs
+    more = needs.memory or (
+        f"a student's for each of {', '.join(needs.networks)}" if needs.networks else "none"
+    )
+    lines += [f"needs: {_needs(**vars(needs))}", f"memory over teacher and student: {more}"]
+    lines += [f"network calls in an update: {needs.calls}"] if needs.calls else []
     if page := _page(name):
         lines.append(f"page: {page}")
     lines += ["", "config, as method: {name: " + name + ", ...}, with its defaults:"]

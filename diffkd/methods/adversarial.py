@@ -29,6 +29,7 @@ class Adversarial(Method):
     hooks: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(
         networks=("heads",),
+        memory="little for heads; the teacher's activations",
         calls="1 student, 1 teacher with gradients; critic_updates times 1 student, 2 teacher (3 with r1)",
     )
 

@@ -160,6 +160,10 @@ class Method(Strict, ABC):
     hooks: ClassVar[bool] = False  # whether it sets hooks on them, which torch.compile ignores
     needs: ClassVar[Needs] = Needs()
 
+    def learns_from_data(self) -> bool:
+        """Whether it does so with these settings; else it takes the size and the labels of images alone."""
+        return self.needs.data
+
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:
         """What is trained, in order. start: the model that the first stage begins from (not changed), of the

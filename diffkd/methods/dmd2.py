@@ -34,7 +34,9 @@ class DMD2(Method):
 
     reference: ClassVar[str] = "Yin et al. 2024, https://arxiv.org/abs/2405.14867"
     needs: ClassVar[Needs] = Needs(
+        data=False,
         networks=("fake", "heads with gan"),
+        memory="a student's for fake; little for heads",
         calls="1 student, 1 teacher (2 guided), 1 fake; then fake_updates times 1 student and 1 fake",
     )
 
@@ -73,6 +75,10 @@ class DMD2(Method):
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}; exchange them")
         return self
+
+    def learns_from_data(self) -> bool:
+        """By its discriminator, and where later steps start from noised data."""
+        return self.gan > 0 or not (self.simulate or self.steps == 1)
 
     @property
     def hooks(self) -> bool:  # type: ignore[override]

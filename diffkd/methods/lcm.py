@@ -24,7 +24,9 @@ class LCM(Method):
     """Latent consistency models: a guided teacher's DDIM step of k table entries, a target network behind."""
 
     reference: ClassVar[str] = "Luo et al. 2023, https://arxiv.org/abs/2310.04378"
-    needs: ClassVar[Needs] = Needs(networks=("target",), calls="1 student, 1 target, 1 teacher (2 if guided)")
+    needs: ClassVar[Needs] = Needs(
+        networks=("target",), memory="weights of target", calls="1 student, 1 target, 1 teacher (2 if guided)"
+    )
 
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"

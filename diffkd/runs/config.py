@@ -182,8 +182,8 @@ class Distill(TrainingRun):
         if not isinstance(self.data, NoData):
             return self
         for method in self.method:
-            if method.needs.data:
-                free = [name for name in methods.names() if not methods.find(name).needs.data]
+            if method.learns_from_data():
+                free = [name for name in methods.names() if not methods.find(name)().learns_from_data()]
                 raise ValueError(
                     f"method {method_name(method)} learns from images, and data kind none has none; name the "
                     f"data, or use one of {', '.join(free)}"

@@ -117,13 +117,16 @@ def test_completion_imports_no_torch():
 
 def test_methods_are_a_table(cli):
     code, out, err = cli("methods")
-    rows = [re.split(r" {2,}", line) for line in out.splitlines()]
+    head, *rows = [re.split(r" {2,}", line) for line in out.splitlines()]
     assert (code, err, [row[0] for row in rows]) == (0, "", methods.names())
-    for name, paper, phrase in rows:
+    assert head == ["method", "paper", "needs", "what it does"]
+    for name, paper, needs, phrase in rows:
         kind = methods.find(name)
         assert kind.reference.startswith(f"{paper}, http")
+        parts = [word for word in ("data", "pairs") if getattr(kind.needs, word)] + [*kind.needs.networks]
+        assert needs == (", ".join(parts) or "nothing")
         assert phrase == (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-    assert len({line.index(row[2]) for line, row in zip(out.splitlines(), rows, strict=True)}) == 1
+    assert len({line.index(row[3]) for line, row in zip(out.splitlines()[1:], rows, strict=True)}) == 1
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -133,6 +136,9 @@ def test_a_method_in_full(cli, name):
     assert (code, err) == (0, "") and kind.reference in out
     for key, field in kind.model_fields.items():
         assert re.search(rf"^  {key}: \S.*{re.escape(field.description or '')}$", out, re.MULTILINE)
+    assert re.search(r"^needs: \S", out, re.MULTILINE)
+    assert re.search(r"^memory over teacher and student: \S", out, re.MULTILINE)
+    assert (f"network calls in an update: {kind.needs.calls}" in out) == bool(kind.needs.calls)
     page = re.search(r"^page: (.*)$", out, re.MULTILINE)
     assert page and re.search(rf"\b{name}\b", Path(page[1]).read_text(encoding="utf-8"))
 

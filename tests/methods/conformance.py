@@ -57,7 +57,7 @@ def examples(method: Method, stage: Stage) -> Examples:
     """What the stage learns from: images, none where the method needs none, or pairs."""
     if stage.pairs is not None:
         return Paired(images())
-    return images() if method.needs.data else Unseen((1, 8, 8), [1, 1, 1])
+    return images() if method.learns_from_data() else Unseen((1, 8, 8), [1, 1, 1])
 
 
 def nets_of(method: Method) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def losses_of(
     rng = torch.Generator().manual_seed(seed)
     x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
     noise = None if stage.pairs is None else torch.randn(x0.shape, generator=rng)
-    if noise is None and not method.needs.data:
+    if noise is None and not method.learns_from_data():
         x0 = torch.full_like(x0, torch.nan)
     batch = Batch(x0, {"class_labels": torch.arange(6) % 3}, noise)
     return method.losses(nets, batch, Step(stage, update), rng)
