@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -25,15 +25,17 @@ def directional(
     inputs: Sequence[Tensor],
     tangents: Sequence[Tensor],
     how: Derivative = "jvp",
+    *,
+    network: nn.Module | None = None,
 ) -> Tensor:
     """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and
     in full float32, whatever the training's precision.
 
     "jvp" is exact, and costs about two calls. "difference" is (f(h) - f(-h)) / 2h, two calls, for networks
     with parts that have no forward-mode derivative; the function must be defined on both sides. Raises
-    UserError for such a network with "jvp".
+    UserError for such a network with "jvp". network: what the function calls, while it is trained.
     """
-    with full_float32(inputs[0].device.type):
+    with full_float32(inputs[0].device.type, network):
         if how == "jvp":
             return _jvp(function, inputs, tangents)
         ahead = function(*(x + STEP * v for x, v in zip(inputs, tangents, strict=True)))

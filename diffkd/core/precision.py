@@ -7,12 +7,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @contextmanager
-def full_float32(device_type: str) -> Iterator[None]:
+def full_float32(device_type: str, network: nn.Module | None = None) -> Iterator[None]:
     """No autocast, and no TF32 in convolutions and matrix products, whose 10-bit mantissas move FID and swamp
-    differences of nearly equal states. Every other setting stays as it is."""
+    differences of nearly equal states. Every other setting stays as it is.
+
+    network: one that accelerate may have prepared, whose forward then switches autocast on by itself.
+    """
     with ExitStack() as stack:
         # Newer torch has a setting per operation, and where a user has used it the old one, cudnn.flags with
         # it, raises or has no effect. Older torch has only the old one.
@@ -22,4 +26,8 @@ def full_float32(device_type: str) -> Iterator[None]:
             stack.callback(setattr, holder, name, getattr(holder, name))
             setattr(holder, name, value)
         stack.enter_context(torch.autocast(device_type, enabled=False))
+        inner: Any = getattr(network, "module", network)
+        if (original := getattr(inner, "_original_forward", None)) is not None:
+            stack.callback(setattr, inner, "forward", inner.forward)
+            inner.forward = original
         yield

@@ -50,7 +50,7 @@ def target(
 
     moving = d_alpha * predicted.x0 + d_sigma * predicted.eps
     tangents = (moving, torch.ones_like(t), d_alpha, d_sigma)
-    du_dt = directional(u, (x_t, t, alpha, sigma), tangents, derivative)
+    du_dt = directional(u, (x_t, t, alpha, sigma), tangents, derivative, network=student.network)
     dtau_dt = (d_sigma * alpha - d_alpha * sigma) / (alpha + sigma) ** 2
     length = flow.flow_time(student.schedule, t) - flow.flow_time(student.schedule, r)
     return flow.velocity(predicted) - length.to(dtau_dt).reshape(dtau_dt.shape) / dtau_dt * du_dt

@@ -159,5 +159,5 @@ def tangent(
         return value
 
     along = (cos * sin * velocity, dt, -cos * sin * sin, cos * sin * cos)
-    derivative = directional(output_at, (x_t, t, cos, sin), along, how)
+    derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network)
     return -cos * cos * (output - velocity) - share * (cos * sin * x_t + derivative)

@@ -68,11 +68,16 @@ def test_no_gradients_and_full_precision_under_autocast():
     def output(x):
         return made.output(x, t, class_labels=labels)
 
-    plain = directional(output, (x,), (v,))
+    plain, network = directional(output, (x,), (v,)), made.network
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = directional(output, (x,), (v,))
         assert output(x).dtype == torch.bfloat16  # which is in force again
     assert torch.equal(plain, under) and plain.dtype == torch.float32 and not under.requires_grad
+    # as accelerate prepares a network
+    network._original_forward = network.forward
+    network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(network.forward)
+    assert torch.equal(plain, directional(output, (x,), (v,), network=network))
+    assert output(x).dtype == torch.bfloat16
     assert all(p.grad is None for p in made.parameters())
 
 
