@@ -296,6 +296,41 @@ def test_curves_are_the_log(run: Path) -> None:
         assert [x - first[2][0] for x, _ in first] == pytest.approx([-2 / 3 * stage, -stage / 3, 0], abs=1e-3)
 
 
+def test_networks_beside_the_student_and_the_spread(run: Path) -> None:
+    """Their losses, which may be negative; all gradient norms in one plot; the spread, of events."""
+    log = logged("2-steps", 0, [0.4, 0.3], 20) + logged("1-steps", 1, [0.9, 0.8], 20)
+    for i, line in enumerate(log):
+        line |= {"grad_norm": 10.0**-i, "fake_grad_norm": 1.0, "fake_loss": 0.5 - 0.3 * i}
+    looks: Log = [
+        {"event": "spread", "stage": "1-steps", "stage_index": 1, "update": u, "spread": v}
+        for u, v in ((5, 1.0), (10, 0.5), (20, 0.0))
+    ]
+    put_log(run, log[:3] + looks + log[3:])
+    result = page(run)
+    titles = ["Loss", "Gap", "Losses of the other networks", "Gradient norms", "Spread"]
+    assert result.texts["h3"][-5:] == titles
+    fake = [y for line in result.curves("Losses of the other networks", "student") for _, y in line]
+    assert [(y - fake[0]) / (fake[1] - fake[0]) for y in fake] == pytest.approx([0, 1, 2, 3], abs=1e-3)
+    norms = result.curves("Gradient norms", "student")
+    student = [y for line in norms[:2] for _, y in line]
+    assert [(y - student[0]) / (student[1] - student[0]) for y in student] == pytest.approx(
+        [0, 1, 2, 3], abs=1e-3
+    )
+    assert len({round(y, 3) for line in norms[2:4] for _, y in line}) == 1
+    assert {"student", "fake"} <= set(result.texts["text"])
+    (spread,) = (line for line in result.curves("Spread", "student") if line)
+    assert [(y - spread[0][1]) / (spread[2][1] - spread[0][1]) for _, y in spread] == pytest.approx(
+        [0, 0.5, 1], abs=1e-3
+    )
+
+
+def test_one_network_has_no_plots_of_others(run: Path) -> None:
+    for line in (log := logged("2-steps", 0, [0.4, 0.3], 20)):
+        line["grad_norm"] = 1.0
+    put_log(run, log)
+    assert page(run).texts["h3"][-2:] == ["Loss", "Gap"]
+
+
 def test_loss_by_noise_is_the_mean_of_the_last_ten_records(run: Path) -> None:
     losses = [1000.0] * 5 + [float(i) for i in range(1, 11)]
     log = logged("2-steps", 0, losses, 150)

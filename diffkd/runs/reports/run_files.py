@@ -43,11 +43,12 @@ def measurements(path: Path) -> Measurements:
     return Measurements(teacher, students, min(teacher.values(), key=lambda r: r["fid"], default=None))
 
 
-def stages(path: Path) -> Stages:
-    """The log's records by stage, in the order they were made, without events and torn lines."""
+def stages(path: Path, event: str | None = None) -> Stages:
+    """The log's records by stage, in the order they were made, without events and torn lines; or the events
+    of one kind."""
     by_stage: Stages = {}
     for record in map(_parsed, read_text(path).split("\n")):
-        if isinstance(record, dict) and "event" not in record and {"stage", "update"} <= record.keys():
+        if isinstance(record, dict) and record.get("event") == event and {"stage", "update"} <= record.keys():
             by_stage.setdefault(str(record["stage"]), []).append(record)
     return by_stage
 

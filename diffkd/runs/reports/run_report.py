@@ -27,9 +27,10 @@ def write(folder: Path) -> Path | None:
     page stands alone: it loads no other file. The same files give the same bytes.
     """
     measured, stages = run_files.measurements(folder / "metrics.json"), run_files.stages(folder / "log.jsonl")
+    spread = run_files.stages(folder / "log.jsonl", "spread")
     return page.write(folder, lambda: [
         _summary(measured, stages), fid_chart.section(measured),
-        sample_strips.section(folder / "samples", measured), training_charts.section(stages),
+        sample_strips.section(folder / "samples", measured), training_charts.section(stages, spread),
         details(folder, measured.records()),
     ])  # fmt: skip
 

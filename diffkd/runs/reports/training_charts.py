@@ -9,20 +9,64 @@ from diffkd.runs.reports import page, plots
 from diffkd.runs.reports.run_files import Record, Stages, is_finite, positive
 
 LAST = 10  # records of a stage whose mean is its value by noise level
+LINES = ("-", "--", ":", "-.")
 Curve = list[tuple[float, float]]  # (share of the stage's updates, value)
 
 
-def section(stages: Stages) -> str:
-    cards = ""
+def section(stages: Stages, spread: Stages | None = None) -> str:
+    """spread: the events of the spread watch."""
+    cards = []
     for key, title, what in (
         ("loss", "Loss", "What the optimizer minimises."),
         ("gap", "Gap", "Root mean squared distance of the predicted x0 from its target."),
     ):
         curves = [_curve(records, key) for records in stages.values()]
         if any(curves):
-            chart, heat = _chart(stages, curves, f"{title} by stage"), _heat(stages, f"{key}_by_noise")
-            cards += f'<div class="card"><h3>{title}</h3><p class="small">{what}</p>{chart}{heat}</div>'
-    return f'<section><h2>Training</h2><div class="pair">{cards}</div></section>' if cards else ""
+            chart, heat = _chart(stages, {"": curves}, f"{title} by stage"), _heat(stages, f"{key}_by_noise")
+            cards.append(_card(title, what, chart + heat))
+    cards += _of_networks(stages)
+    if spread:
+        totals = {name: _updates(records) for name, records in stages.items()}
+        looks = [_shares(spread.get(name, []), "spread", totals[name], "linear") for name in stages]
+        if any(looks):
+            what = (
+                "Variance of the features of what the student draws, within a class, as a share of the "
+                "data’s. Low and falling, it collapses."
+            )
+            cards.append(_card("Spread", what, _chart(stages, {"": looks}, "Spread by stage", "linear")))
+    return f'<section><h2>Training</h2><div class="pair">{"".join(cards)}</div></section>' if cards else ""
+
+
+def _card(title: str, what: str, content: str) -> str:
+    text = page.escaped(what)
+    return f'<div class="card"><h3>{page.escaped(title)}</h3><p class="small">{text}</p>{content}</div>'
+
+
+def _of_networks(stages: Stages) -> list[str]:
+    """Where other networks than the student learn too: all their losses, and all gradient norms."""
+    keys = dict.fromkeys(key for records in stages.values() for record in records for key in record)
+    norms = [key for key in keys if key.endswith("_grad_norm") and key.replace("grad_norm", "loss") in keys]
+    names = [key.removesuffix("_grad_norm") for key in norms]
+    if not names:
+        return []
+    cards = []
+    for title, what, wanted in (
+        ("Losses of the other networks", "Each of its own kind.", {n: f"{n}_loss" for n in names}),
+        (
+            "Gradient norms",
+            "Before they are clipped; far apart, one network runs ahead of another.",
+            {"student": "grad_norm", **dict(zip(names, norms, strict=True))},
+        ),
+    ):
+        values = [r[key] for key in wanted.values() for rs in stages.values() for r in rs if key in r]
+        scale = "log" if all(is_finite(v) and v > 0 for v in values) else "linear"
+        curves = {
+            name: [_shares(rs, key, _updates(rs), scale) for rs in stages.values()]
+            for name, key in wanted.items()
+        }
+        if any(map(any, curves.values())):
+            cards.append(_card(title, what, _chart(stages, curves, f"{title} by stage", scale)))
+    return cards
 
 
 def _updates(records: list[Record]) -> int:
@@ -31,17 +75,31 @@ def _updates(records: list[Record]) -> int:
 
 
 def _curve(records: list[Record], key: str) -> Curve:
-    total = _updates(records) or 1
-    return [(r["update"] / total, r[key]) for r in records if is_finite(r.get(key)) and r[key] > 0]
+    return _shares(records, key, _updates(records))
 
 
-def _chart(stages: Stages, curves: list[Curve], label: str) -> str:
-    """Stages side by side and equally wide: the last may have ten times the updates of the first."""
-    figure, axes = plots.axes()
-    for i, curve in enumerate(curves):
-        if i:
-            axes.axvline(i, color=plots.FAINT, linewidth=0.6)
-        axes.plot([i + u for u, _ in curve], [v for _, v in curve], color=plots.STUDENT, linewidth=1.3)
+def _shares(records: list[Record], key: str, updates: int, scale: str = "log") -> Curve:
+    """The values that a scale can show."""
+    shown = [r for r in records if is_finite(r.get(key)) and (scale != "log" or r[key] > 0)]
+    return [(r["update"] / (updates or 1), r[key]) for r in shown]
+
+
+def _chart(stages: Stages, curves: dict[str, list[Curve]], label: str, scale: str = "log") -> str:
+    """Stages side by side and equally wide: the last may have ten times the updates of the first. curves: of
+    every stage, by name; where there are several names, each has its own kind of line."""
+    figure, axes = plots.axes(scale)
+    for i in range(1, len(stages)):
+        axes.axvline(i, color=plots.FAINT, linewidth=0.6)
+    for number, (name, of_stages) in enumerate(curves.items()):
+        style = LINES[number % len(LINES)]
+        for i, curve in enumerate(of_stages):
+            points = [i + u for u, _ in curve], [v for _, v in curve]
+            axes.plot(*points, color=plots.STUDENT, linewidth=1.3, linestyle=style)
+        if len(curves) > 1:
+            shown = printable(name).encode("ascii", "replace").decode()[:20]
+            axes.plot([], [], color=plots.STUDENT, linewidth=1.3, linestyle=style, label=shown)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8)
     short = (printable(name.removesuffix("-steps")) for name in stages)
     names = [name.encode("ascii", "replace").decode()[:10] for name in short]
     updates = [_updates(records) for records in stages.values()]
