@@ -86,7 +86,7 @@ def test_a_stopped_run_ends_with_the_same_bits(here, cli, monkeypatch, where):
     assert cli("distill", "run.yaml", "out=whole", *shorter).code == 0
     with monkeypatch.context() as patch:
         if where == "training":
-            signal_at(patch, "2-steps", 5, send=[signal.SIGTERM])
+            signal_at(patch, "2-steps", 2, send=[signal.SIGTERM])
         else:
             export = RunArtifacts.export
 
