@@ -66,7 +66,8 @@ class LCM(Method):
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        student, teacher, x0, cond = nets["student"], nets["teacher"], batch.x0, dict(batch.cond)
+        student, teacher, x0 = nets["student"], nets["teacher"], batch.x0
+        cond: dict[str, Any] = dict(batch.cond)
         # 1. an entry of the teacher's table, and the one k before it
         total = student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), total, rng, x0.device)

@@ -134,7 +134,7 @@ def tangent(
     velocity: Tensor,
     share: float = 1.0,
     how: Derivative = "jvp",
-    **cond: Tensor,
+    **cond: Any,
 ) -> Tensor:
     """g = cos(a) df/da along dx/da = velocity, not normalised: (B, C, H, W), without gradients.
 
