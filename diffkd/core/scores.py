@@ -175,6 +175,6 @@ def density_ratio(logits: Tensor, t: Tensor, bins: int, low: float, high: float)
     """
     ratio = logits.detach().mean(1).exp().clamp(low, high)
     bin_of = (t * bins).ceil().long().clamp(1, bins) - 1
-    inside = torch.nn.functional.one_hot(bin_of, bins).to(ratio.dtype)
+    inside = (bin_of[:, None] == torch.arange(bins, device=t.device)).to(ratio.dtype)
     means = (ratio @ inside) / inside.sum(0).clamp(min=1)
     return ratio / means[bin_of]
