@@ -27,20 +27,32 @@ def directional(
     how: Derivative = "jvp",
     *,
     network: nn.Module | None = None,
+    step: float | Tensor = STEP,
+    room: Tensor | None = None,
 ) -> Tensor:
     """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and
     in full float32, whatever the training's precision.
 
-    "jvp" is exact, and costs about two calls. "difference" is (f(h) - f(-h)) / 2h, two calls, for networks
-    with parts that have no forward-mode derivative; the function must be defined on both sides. Raises
-    UserError for such a network with "jvp". network: what the function calls, while it is trained.
+    "jvp" is exact. "difference" is (f(h) - f(-h)) / 2h, two calls: for networks with parts that have no
+    forward-mode derivative, and to smooth the fast waves of an embedded time. step: h, of all or of each
+    example. room: (B,), how far ahead each can go, where that is less than a step. network: what the function
+    calls, while it is trained. Raises UserError where "jvp" finds no derivative.
     """
     with full_float32(inputs[0].device.type, network):
         if how == "jvp":
             return _jvp(function, inputs, tangents)
-        ahead = function(*(x + STEP * v for x, v in zip(inputs, tangents, strict=True)))
-        behind = function(*(x - STEP * v for x, v in zip(inputs, tangents, strict=True)))
-        return (ahead - behind) / (2 * STEP)
+        behind = torch.as_tensor(step, dtype=torch.float64, device=inputs[0].device).expand(len(inputs[0]))
+        ahead = behind if room is None else room.clamp(max=step)
+
+        def at(h: Tensor) -> Tensor:
+            return function(*(x + _shaped(h, x) * v for x, v in zip(inputs, tangents, strict=True)))
+
+        difference = at(ahead) - at(-behind)
+        return difference / _shaped(ahead + behind, difference)
+
+
+def _shaped(h: Tensor, like: Tensor) -> Tensor:
+    return h.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _jvp(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:

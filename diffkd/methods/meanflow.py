@@ -22,6 +22,7 @@ from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 SMALL = 1e-3  # mean squared error below which the adaptive weight is constant
+SHORTEST = 1e-3  # half the span of a difference, against rounding
 Law = tuple[float, Annotated[float, Field(gt=0)]]
 
 
@@ -32,14 +33,16 @@ def target(
     r: Tensor,
     predicted: Predicted,
     derivative: Derivative = "jvp",
+    step: float = STEP,
     **cond: Tensor,
 ) -> Tensor:
     """The average velocity from t to r by the MeanFlow identity: v - (tau_t - tau_r) du/dtau of the student.
 
     x_t: (B, C, H, W); t, r: (B,), r <= t. predicted: x0 and eps of x_t, by the data or by a teacher, along
-    which the state moves. Returns (B, C, H, W), without gradients. Geng et al. 2025, equations 6, 8 and 10,
-    with the flow's time tau and velocity eps - x0 of any schedule (`core.flow`). The derivative is taken in
-    t, in which everything is finite: du/dtau = (du/dt) / (dtau/dt).
+    which the state moves. step: of a difference, which goes neither above t = 1 nor below r. Returns
+    (B, C, H, W), without gradients. Geng et al. 2025, equations 6, 8 and 10, with the flow's time tau and
+    velocity eps - x0 of any schedule (`core.flow`). The derivative is taken in t, in which everything is
+    finite: du/dtau = (du/dt) / (dtau/dt).
     """
     alpha, sigma = student.schedule.at(t, like=x_t)
     d_alpha, d_sigma = flow.rates(student.schedule, t, like=x_t)
@@ -50,7 +53,15 @@ def target(
 
     moving = d_alpha * predicted.x0 + d_sigma * predicted.eps
     tangents = (moving, torch.ones_like(t), d_alpha, d_sigma)
-    du_dt = directional(u, (x_t, t, alpha, sigma), tangents, derivative, network=student.network)
+    du_dt = directional(
+        u,
+        (x_t, t, alpha, sigma),
+        tangents,
+        derivative,
+        network=student.network,
+        step=(t - r).clamp(SHORTEST, step),
+        room=1 - t,
+    )
     dtau_dt = (d_sigma * alpha - d_alpha * sigma) / (alpha + sigma) ** 2
     length = flow.flow_time(student.schedule, t) - flow.flow_time(student.schedule, r)
     return flow.velocity(predicted) - length.to(dtau_dt).reshape(dtau_dt.shape) / dtau_dt * du_dt
@@ -88,8 +99,9 @@ class MeanFlow(Method):
         0.75, ge=0, le=1, description="of the adaptive weight, 1 / error^power; 0 is the squared error"
     )
     derivative: Derivative = Field(
-        "jvp", description="of the student: jvp, or difference where a layer has no forward derivative"
+        "difference", description="of the student: exact by jvp, or a difference, which is smoother in time"
     )
+    step: float = Field(0.02, gt=0, lt=0.5, description="half the span of a difference, in t")
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(6e-4, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
@@ -129,7 +141,7 @@ class MeanFlow(Method):
         if k:
             first = {key: value[:k] for key, value in cond.items()}
             part = Predicted(predicted.x0[:k], predicted.eps[:k])
-            averaged = target(student, x_t[:k], t[:k], r[:k], part, self.derivative, **first)
+            averaged = target(student, x_t[:k], t[:k], r[:k], part, self.derivative, self.step, **first)
             u_target = torch.cat([averaged, u_target[k:]])
         # 5. the squared error, less of it where it is large
         error = squared_error(u, u_target)
@@ -149,6 +161,4 @@ class MeanFlow(Method):
         on_grid = to_device(torch.rand(count, generator=rng) < self.grid, device)
         stepped = steps_of_grids(count, self.steps, rng, device)
         t, r = torch.where(on_grid, stepped[0], t), torch.where(on_grid, stepped[1], r)
-        if self.derivative == "difference":
-            t = t.clamp(max=1 - STEP)  # it looks ahead
         return t, torch.cat([torch.minimum(r, t)[:k], t[k:]]), k

@@ -32,6 +32,21 @@ def test_a_difference_is_of_second_order():
     assert torch.allclose(found - 3 * x**2 * v, STEP**2 * v**3, atol=1e-10)
 
 
+def test_a_difference_goes_no_further_ahead_than_there_is_room():
+    """Of x², its error is then half of what the two sides differ by, times the second derivative."""
+    x, v, _ = inputs()
+    room, reached = torch.tensor([0.0, 0.05, 0.1, 1.0]).double(), []
+
+    def square(x):
+        reached.append(x)
+        return x**2
+
+    found = directional(square, (x,), (v,), "difference", step=0.1, room=room)
+    ahead = room.clamp(max=0.1)[:, None]
+    assert torch.allclose(reached[0], x + ahead * v) and torch.allclose(reached[1], x - 0.1 * v)
+    assert torch.allclose(found, 2 * x * v + (ahead - 0.1) * v**2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_of_a_whole_network(dtype):
     """A UNet with attention, group norms and an embedded interval; both ways agree."""
