@@ -35,7 +35,7 @@ def target(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, half: Tensor, *
 
 
 class Shortcut(Method):
-    """One network for 1, 2, 4, ... steps: the finest is the velocity, each other learns from the next finer."""
+    """One network for 1, 2, 4, ... steps: the finest is the velocity, each learns from the next finer."""
 
     reference: ClassVar[str] = "Frans et al. 2024, https://arxiv.org/abs/2410.12557"
     needs: ClassVar[Needs] = Needs(
