@@ -76,7 +76,7 @@ def test_the_target_by_hand():
 
 
 def test_an_update_by_hand():
-    """A share of two steps in one, the rest the teacher's velocity at length 0, from the same random numbers."""
+    """Two steps in one for a share, the teacher's velocity for the rest, from the same random numbers."""
     teacher, student = gaussian(COSINE, "v_prediction"), curved()
     method = Shortcut(steps=[2, 1], finest=8, share=0.5)
     x0 = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
