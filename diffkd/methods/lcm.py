@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffkd.core import samplers
 from diffkd.core.consistency import check_start, start_of
@@ -88,7 +89,9 @@ class LCM(Method):
     def after_update(self, nets: Mapping[str, Any], step: Step) -> None:
         if "target" in nets:
             for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
-                slow.lerp_(fast, 1 - self.target_decay)
+                # of a sharded student each process needs the whole
+                whole = fast.full_tensor() if isinstance(fast, DTensor) else fast
+                slow.lerp_(whole, 1 - self.target_decay)
 
 
 def _distance(x: Tensor, y: Tensor, c: float) -> Tensor:
