@@ -55,7 +55,7 @@ UNREACHED = {  # read only together with what is refused or overruled, or by par
     **dict.fromkeys([
         "ACCELERATE_DEBUG_RDV_FILE", "CLEARML_PROJECT", "CLEARML_TASK", "MLFLOW_EXPERIMENT_NAME",
         "MLFLOW_NESTED_RUN", "MLFLOW_RUN_ID", "MLFLOW_TAGS", "NODE_RANK", "NPROC", "PJRT_DEVICE", "TPU_NAME",
-        "USE_TORCH_XLA", "systemdrive",
+        "USE_TORCH_XLA", "systemdrive", "CCL_WORKER_COUNT", "TP_SIZE",
     ]),
 }  # fmt: skip
 UNREACHED_PREFIXES = ("ACCELERATE_FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")  # of what is refused
