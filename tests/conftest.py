@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,16 @@ def _user_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in {*sys.modules} - before:
         if name.partition(".")[0] in plugins.homes:
             del sys.modules[name]
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """As in a terminal: nohup, and the shell for what runs in its background, have signals ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

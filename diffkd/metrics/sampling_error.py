@@ -33,7 +33,7 @@ def floor(sigma: Tensor, num_samples: int, num_reference: int | None = None) -> 
     if min(num_samples, num_reference or 2) < 2:
         raise UserError(f"a covariance needs at least 2 samples, and {num_samples} were given")
     values = torch.linalg.eigvalsh(sigma.double()).clamp(min=0).flip(0)
-    values = values[values > values[0] * len(values) * torch.finfo(torch.float64).eps]
+    values = values[values > values[:1] * len(values) * torch.finfo(torch.float64).eps]
     freedom = (num_reference or 0) - 1
     if len(values) == 0:
         return 0.0

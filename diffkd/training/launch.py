@@ -12,6 +12,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    is_torch_version,
 )
 
 from diffkd.errors import UserError
@@ -19,6 +20,8 @@ from diffkd.io.processes import launched
 from diffkd.io.text import log
 from diffkd.training import surroundings
 from diffkd.training.config import Training
+
+FSDP_ON_CPU = "2.9"
 
 
 def make_accelerator(training: Training) -> Accelerator:
@@ -61,6 +64,11 @@ def _apply_on_cpu(accelerator: Accelerator) -> None:
     runs on GPUs can be tried, and is tested, without any."""
     state = accelerator.state
     if _is_set("ACCELERATE_USE_FSDP"):
+        if is_torch_version("<", FSDP_ON_CPU):
+            raise UserError(
+                f"FSDP2 is wrong on CPUs before torch {FSDP_ON_CPU} (gradients are added up, not averaged), "
+                f"and this is torch {torch.__version__}; use a newer one, GPUs, or leave out --use_fsdp"
+            )
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)

@@ -28,6 +28,8 @@ _EXACT = "training.precision says what is computed in less than float32"
 REFUSED = {  # nothing can overrule them, or they are another way of training
     "ACCELERATE_USE_MEGATRON_LM": _Setting(_SHARDS),
     "ACCELERATE_USE_PARALLELISM_CONFIG": _Setting(_SHARDS),
+    "ACCELERATE_USE_TP": _Setting(_SHARDS),  # of older accelerates, as the next
+    "ACCELERATE_USE_IPEX": _Setting(_EXACT),
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": _Setting("configs/accelerate/deepspeed-zero2.yaml has what is known"),
     "ACCELERATE_FP8_BACKEND": _Setting(_EXACT),
     "FSDP_IGNORED_MODULES": _Setting("their gradients would differ from process to process"),

@@ -206,7 +206,9 @@ def test_encoding_workers_never_see_ctrl_c(tmp_path):
     ("command", "name"),
     [*((c, "SIGTERM") for c in ("sample", "sample-npz", "benchmark", "evaluate")), ("stats", "SIGHUP")],
 )
-def test_a_command_that_is_told_to_end_leaves_nothing_half_written(at_scene, cli, monkeypatch, command, name):
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(
+    at_scene, cli, monkeypatch, own_signals, command, name
+):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     from diffkd.io import files

@@ -214,7 +214,7 @@ def test_directions_without_variance_do_not_count():
         assert floor(torch.from_numpy(wide), n, m) == pytest.approx(
             floor(torch.from_numpy(sigma), n, m), rel=1e-9
         )
-    assert floor(torch.zeros(4, 4), 100, 100) == 0
+    assert floor(torch.zeros(4, 4), 100, 100) == floor(torch.zeros(0, 0), 100, 100) == 0
 
 
 def test_rounding_below_zero_does_not_count():

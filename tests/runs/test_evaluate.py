@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -524,7 +525,7 @@ def test_the_protocol(here, measure):
     )
     assert [protocol[key] for key in kept] == [20, 4, 4, "ddim", 1.0, None, 3, "cpu", "float32", 1]
     assert protocol["threads"] == torch.get_num_threads() and protocol["batch_size"] == 64
-    assert protocol["versions"] == versions() and protocol["versions"]["torch"] == torch.__version__
+    assert protocol["versions"] == versions() and protocol["versions"]["torch"] == version("torch")
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(config.__file__).parent, capture_output=True, text=True
     )

@@ -11,8 +11,10 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
 
+from diffkd.training.launch import FSDP_ON_CPU
 from tests.waiting import LAUNCHED, ONE_THREAD, wait_for
 
 LAYOUTS = {  # processes x micro-batches of each: (processes, what each holds of the weights)
@@ -26,6 +28,7 @@ WAYS = [  # the layouts before a stop and after it
 if importlib.util.find_spec("deepspeed"):
     LAYOUTS |= {"zero-2x2": (2, "deepspeed"), "zero-4x1": (4, "deepspeed")}
     WAYS += [("zero-2x2", "zero-2x2"), ("zero-2x2", "1x4"), ("fsdp-2x2", "zero-2x2")]
+SHARDS_ON_CPU = is_torch_version(">=", FSDP_ON_CPU)
 NO_ZERO = [name for name in LAYOUTS if "zero" not in name]
 
 
@@ -40,6 +43,8 @@ def exhaustive(method, *values):
 def train(launched, folder, layout, **options):
     """Run tests/parallel.py in the processes of that layout."""
     world, kind = LAYOUTS[layout]
+    if kind == "fsdp" and not SHARDS_ON_CPU:
+        pytest.skip(f"FSDP2 on CPUs needs torch {FSDP_ON_CPU}")
     job = {"folder": str(folder), "world": world, "kind": kind, **options}
     done = launched(world, json.dumps(job), module="tests.parallel")
     assert done.returncode == 0, (job, done.stderr[-4000:])
@@ -136,6 +141,7 @@ def test_a_stopped_run_resumes_in_any_layout(tmp_path, launched, trained, method
         assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log(whole)], rel=2e-6)
 
 
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason=f"FSDP2 on CPUs needs torch {FSDP_ON_CPU}")
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path, monkeypatch, make_pipeline, cli):
     """Sharded over two processes, one of which is killed: the other ends and says why, and the same command
     in one process reaches the same students."""

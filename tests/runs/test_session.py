@@ -99,7 +99,7 @@ def test_signals_that_come_twice(here, cli, monkeypatch, unstopped):
     assert_same_runs(unstopped, here / "run")
 
 
-def test_a_second_interrupt_ends_it_at_once(here, cli, monkeypatch):
+def test_a_second_interrupt_ends_it_at_once(here, cli, monkeypatch, own_signals):
     """Without the end of the update, and without a checkpoint."""
     with monkeypatch.context() as patch:
         signal_at(patch, STAGE, UPDATE, send=[signal.SIGINT] * 2)

@@ -202,7 +202,10 @@ def test_half_precision_is_for_networks_that_are_not_trained(tmp_path):
     assert not torch.equal(weights(pupil), weights(full[0]))
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.filterwarnings(
+    "ignore:Guards may run slower on Python 3.13.0",
+    "ignore:Dynamo detected a call to a `functools.lru_cache`",
+)
 def test_compiled_networks_learn_the_same(tmp_path, monkeypatch):
     """As one graph each, by torch's reference compiler; the real one needs a GPU."""
     monkeypatch.setattr(state, "COMPILER", "aot_eager")

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from diffkd.errors import UserError
 from diffkd.io import processes
 from diffkd.io.processes import Processes
-from diffkd.training import surroundings
+from diffkd.training import launch, surroundings
 from diffkd.training.config import Training
 from diffkd.training.launch import make_accelerator
 from tests.training.stages import run_one, untimed, weights
@@ -55,7 +55,7 @@ UNREACHED = {  # read only together with what is refused or overruled, or by par
     **dict.fromkeys([
         "ACCELERATE_DEBUG_RDV_FILE", "CLEARML_PROJECT", "CLEARML_TASK", "MLFLOW_EXPERIMENT_NAME",
         "MLFLOW_NESTED_RUN", "MLFLOW_RUN_ID", "MLFLOW_TAGS", "NODE_RANK", "NPROC", "PJRT_DEVICE", "TPU_NAME",
-        "USE_TORCH_XLA", "systemdrive",
+        "USE_TORCH_XLA", "systemdrive", "CCL_WORKER_COUNT", "TP_SIZE",
     ]),
 }  # fmt: skip
 UNREACHED_PREFIXES = ("ACCELERATE_FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")  # of what is refused
@@ -195,3 +195,11 @@ def test_a_place_among_processes_that_is_none(monkeypatch):
 def test_what_changes_the_last_bits_is_recorded(monkeypatch):
     assert surroundings.rounding({}) == {}
     assert surroundings.rounding({"MKL_CBWR": "AVX2", "HOME": os.sep}) == {"MKL_CBWR": "AVX2"}
+
+
+def test_fsdp_on_cpus_where_torch_adds_gradients_up(monkeypatch):
+    """Only a change of the gradients' norm shows it, and with it how they are clipped."""
+    monkeypatch.setattr(launch, "is_torch_version", lambda relation, version: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"FSDP2 is wrong on CPUs before torch 2\.9"):
+        launch._apply_on_cpu(Mock())
