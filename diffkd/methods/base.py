@@ -87,7 +87,8 @@ class Stage:
     @property
     def students(self) -> list[Stage]:
         """The stage as each of its students has it: those of the step counts in `also`, then its own."""
-        others = [replace(self, name=f"{n}-steps", steps=n, also=()) for n in self.also]
+        suffix = self.name.removeprefix(f"{self.steps}-steps")
+        others = [replace(self, name=f"{n}-steps{suffix}", steps=n, also=()) for n in self.also]
         return [*others, replace(self, also=())]
 
     def optimization(self, network: str) -> Optimization:

@@ -34,7 +34,7 @@ def target(
     predicted: Predicted,
     derivative: Derivative = "jvp",
     step: float = STEP,
-    **cond: Tensor,
+    **cond: Any,
 ) -> Tensor:
     """The average velocity from t to r by the MeanFlow identity: v - (tau_t - tau_r) du/dtau of the student.
 

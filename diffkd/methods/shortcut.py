@@ -20,7 +20,7 @@ from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
 @torch.no_grad()
-def target(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, half: Tensor, **cond: Tensor) -> Tensor:
+def target(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, half: Tensor, **cond: Any) -> Tensor:
     """The average velocity of two steps of the student from t to s by way of their middle: (B, C, H, W).
 
     x_t: (B, C, H, W); t, s: (B,), s < t. half: (B,), the length that the student is given. Frans et al. 2024,

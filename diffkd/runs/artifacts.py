@@ -187,15 +187,16 @@ class RunArtifacts:
 
     def _show(self, records: list[dict[str, Any]]) -> None:
         """FID by steps, teacher and students side by side."""
-        by_role = [{r["steps"]: r for r in records if r["role"] == role} for role in ROLES]
-        teacher, students = by_role
+        teacher = {r["steps"]: r for r in records if r["role"] == "teacher"}
         best = self._teacher_best()
         rows = []
-        for steps in sorted(teacher.keys() | students.keys(), reverse=True):
-            pair = [role.get(steps) for role in by_role]
-            cells = [cell for r in pair for cell in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
-            ratio = f"{students[steps]['fid'] / best['fid']:.2f}" if steps in students and best else ""
-            rows.append([str(steps), *cells, ratio])
+        for steps in sorted({r["steps"] for r in records}, reverse=True):
+            students = [r for r in records if r["role"] == "student" and r["steps"] == steps]
+            for number, student in enumerate(students or [None]):  # of a chain, several of the same steps
+                pair = (None if number else teacher.get(steps), student)
+                cells = [c for r in pair for c in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
+                ratio = f"{student['fid'] / best['fid']:.2f}" if student and best else ""
+                rows.append([str(student["model"]) if student and number else str(steps), *cells, ratio])
         self.session.say("FID by sampling steps (nfe: network evaluations)")
         titles = ["steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"]
         tables.show(self.session.console, titles, rows)

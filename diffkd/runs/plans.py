@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain, count
+
 from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.absent import Unseen
@@ -11,6 +14,7 @@ from diffkd.methods.base import Method, Stage
 from diffkd.models import students
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
+from diffkd.runs.method_config import method_name
 
 TEACHER = "teacher"  # what the run's own is called where pairs are kept
 Plan = list[tuple[Method, Stage]]
@@ -21,16 +25,18 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
     plan: Plan = []
     student = config.student.build(teacher, config.seed)
     start = teacher
+    names = set[str]()  # of the students so far
     for method in config.method:
         stages = method.stages(start)
-        for stage in stages:
+        for number, stage in enumerate(stages):
+            stage = _named(stage, method_name(method), names)
             plan.append((method, stage))
             own = teacher if stage.teacher == "original" else start  # which it learns from
             if len(plan) > 1:
                 _check_teacher(stage, own)
             if stage.pairs is not None:
                 pairs.check(stage, own)
-            if stage is stages[0]:
+            if number == 0:
                 method.networks(own, student)
             start = student = students.with_network(student, student.network, stage.prediction)
             start.steps, start.sampler = stage.steps, stage.drawn
@@ -40,11 +46,24 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if stage.interval:
                 interval.check(student.network)
     _check_pairs(plan)
-    names = [one.name for _, stage in plan for one in stage.students]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two stages are called {name}; give the methods different step counts")
     return plan
+
+
+def _named(stage: Stage, method: str, taken: set[str]) -> Stage:
+    """The stage with names for its students that no other has: 1-steps, then 1-steps-dmd2, 1-steps-dmd2-2.
+
+    Raises UserError where two of its own are the same.
+    """
+    own = f"-{method.rpartition('.')[2]}"
+    for suffix in chain(("", own), (f"{own}-{n}" for n in count(2))):
+        named = replace(stage, name=f"{stage.name}{suffix}")
+        names = [one.name for one in named.students]
+        if len({*names}) < len(names):
+            raise UserError(f"method {method} has two students of the same number of steps; leave one out")
+        if not taken.intersection(names):
+            taken.update(names)
+            return named
+    raise AssertionError
 
 
 def maker(plan: Plan, index: int) -> str:

@@ -17,6 +17,7 @@ from diffkd.io.text import changes
 from diffkd.training.checkpoints import MOVABLE, is_resumable
 
 FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # of older runs; None, the default now, means the same
+ADDED = ("pairs", "spread_every")  # keys that the configs of older runs have not
 LOG, RECORDS = "log.jsonl", "metrics.json"
 FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
 FOLDERS = ("checkpoints", "pairs", "samples", "students", "teacher", "teachers")  # that it writes into
@@ -37,7 +38,9 @@ def check_config(folder: Path, config: Mapping[str, Any], allow: bool | None) ->
     differ = {
         key: (was, now)
         for key, (was, now) in differ.items()
-        if key not in MOVABLE and not (now is None and was == FORMER_DEFAULTS.get(key, now))
+        if key not in MOVABLE
+        and not (now is None and was == FORMER_DEFAULTS.get(key, now))
+        and not (was is None and key in ADDED)
     }
     described = [f"{key} was {was}, now {now}" for key, (was, now) in differ.items()]
     text = "; ".join(described[:3]) + ("; ..." if len(described) > 3 else "")

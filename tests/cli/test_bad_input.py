@@ -227,9 +227,13 @@ def test_a_config_in_another_encoding_or_a_folder(refused, here):
         (
             "distill",
             "method.name=progresive",
-            ["method 'progresive' is unknown", "denoising, feature, logits, output, progressive"],
+            ["method 'progresive' is unknown", "denoising, dmd2, f_distill, feature", "progressive"],
         ),
-        ("distill", "method=[{steps: [4, 2]}, {steps: [2]}]", ["two stages are called 2-steps"]),
+        (
+            "distill",
+            "method=[{steps: [4, 2]}, {steps: [2]}]",
+            ["2-steps-progressive", "its own 2 steps"],
+        ),
         ("distill", "teacher.null_label=3", ["null_label 3", "none"]),
         ("distill", "teacher.train=train.yaml", ["teacher needs either path", "or train"]),
         ("distill", "teacher={train: missing.yaml}", ["missing.yaml", "cannot be read"]),
@@ -262,7 +266,7 @@ def test_steps_of_a_teacher_of_1000(refused, cli, override, says):
     ("override", "says"),
     [
         ("method.steps=[6, 3]", ["6 steps", "1024 time steps"]),
-        ("method=[{steps: [4]}, {steps: [4]}]", ["two stages are called 4-steps"]),
+        ("method=[{steps: [4]}, {steps: [4]}]", ["stage 4-steps-progressive", "its own 4 steps"]),
         ("data={kind: folder, path: images, size: 8}", ["1x8x8", "3x8x8"]),
         ("evaluation={features: no.such.Network}", ["feature network 'no.such.Network'"]),
     ],

@@ -185,6 +185,14 @@ def test_seconds_are_the_students_and_two_nfe_are_both_shown(run: Path) -> None:
     assert page(run).table("steps")[1] == ["4", "8 / 4", "9.00", "9.50", "1.06", "6.00"]
 
 
+def test_a_chain_has_a_row_for_every_student(run: Path) -> None:
+    again = record("student", 1, 2.5) | {"model": "1-steps-dmd2"}
+    put_metrics(run, [record("teacher", 1, 62.5), record("student", 1, 3.75), again])
+    assert page(run).table("steps")[1:] == [
+        ["1-steps", "1", "–", "3.75", "0.06", "1.50"], ["1-steps-dmd2", "1", "62.50", "2.50", "0.04", "1.50"],
+    ]  # fmt: skip
+
+
 def test_the_summary_names_the_best_the_last_and_the_features(run: Path) -> None:
     first, note, *_ = page(run).texts["p"]
     assert first == (

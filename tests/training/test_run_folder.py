@@ -96,6 +96,12 @@ def test_a_default_that_is_now_derived_is_no_change(tmp_path, caplog):
         RunFolder(tmp_path, {**CONFIG, "evaluation": {**measured, "sampler": "heun"}})
 
 
+def test_keys_that_an_older_run_knew_nothing_of_are_no_change(tmp_path, caplog):
+    RunFolder(tmp_path, CONFIG).close()
+    RunFolder(tmp_path, {**CONFIG, "pairs": None, "spread_every": 50}).close()
+    assert not caplog.records
+
+
 def test_what_changes_the_students_is_never_allowed(tmp_path):
     RunFolder(tmp_path / "run", CONFIG).close()
     before = tree(tmp_path)

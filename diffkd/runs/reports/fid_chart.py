@@ -16,7 +16,12 @@ def section(measured: Measurements) -> str:
         nfe = dict.fromkeys(str(r.get("nfe", "–")) for r in (teacher, student) if r)
         fids = [page.number(r["fid"] if r else None) for r in (teacher, student)]
         more = [page.number(measured.ratio(student)), _seconds(student or teacher or {})]
-        rows.append([str(steps), " / ".join(nfe), *fids, *more])
+        before = [r for r in measured.earlier if r["steps"] == steps]  # of a chain
+        for r in before:
+            numbers = [page.number(value) for value in (r["fid"], measured.ratio(r))]
+            rows.append([str(r.get("model")), str(r.get("nfe", "–")), "–", *numbers, _seconds(r)])
+        title = student.get("model") if student and before else steps
+        rows.append([str(title), " / ".join(nfe), *fids, *more])
     if not rows:
         return ""
     titles = ["steps", "nfe", "teacher FID", "student FID", "student / teacher’s best", "s per 1000 images"]

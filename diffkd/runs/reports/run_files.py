@@ -14,10 +14,12 @@ Stages = dict[str, list[Record]]
 
 
 class Measurements(NamedTuple):
-    """metrics.json by steps, most first. best: the teacher's record of the lowest FID."""
+    """metrics.json by steps, most first. students: of several of the same steps the last; earlier: the
+    others. best: the teacher's record of the lowest FID."""
 
     teacher: dict[int, Record]
     students: dict[int, Record]
+    earlier: list[Record]
     best: Record | None
 
     def ratio(self, record: Record | None) -> float | None:
@@ -40,7 +42,10 @@ def measurements(path: Path) -> Measurements:
     usable.sort(key=lambda r: -r["steps"])
     teacher = {r["steps"]: r for r in usable if r.get("role") == "teacher"}
     students = {r["steps"]: r for r in usable if r.get("role") == "student"}
-    return Measurements(teacher, students, min(teacher.values(), key=lambda r: r["fid"], default=None))
+    earlier = [r for r in usable if r.get("role") == "student" and r is not students[r["steps"]]]
+    return Measurements(
+        teacher, students, earlier, min(teacher.values(), key=lambda r: r["fid"], default=None)
+    )
 
 
 def stages(path: Path, event: str | None = None) -> Stages:
