@@ -191,8 +191,9 @@ class RunArtifacts:
         best = self._teacher_best()
         rows = []
         for steps in sorted({r["steps"] for r in records}, reverse=True):
-            students = [r for r in records if r["role"] == "student" and r["steps"] == steps]
-            for number, student in enumerate(students or [None]):  # of a chain, several of the same steps
+            drawn = [r for r in records if r["role"] == "student" and r["steps"] == steps]
+            students: list[dict[str, Any] | None] = [*drawn] or [None]
+            for number, student in enumerate(students):  # of a chain, several of the same steps
                 pair = (None if number else teacher.get(steps), student)
                 cells = [c for r in pair for c in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
                 ratio = f"{student['fid'] / best['fid']:.2f}" if student and best else ""

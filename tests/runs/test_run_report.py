@@ -189,7 +189,8 @@ def test_a_chain_has_a_row_for_every_student(run: Path) -> None:
     again = record("student", 1, 2.5) | {"model": "1-steps-dmd2"}
     put_metrics(run, [record("teacher", 1, 62.5), record("student", 1, 3.75), again])
     assert page(run).table("steps")[1:] == [
-        ["1-steps", "1", "–", "3.75", "0.06", "1.50"], ["1-steps-dmd2", "1", "62.50", "2.50", "0.04", "1.50"],
+        ["1-steps", "1", "–", "3.75", "0.060", "1.50"],
+        ["1-steps-dmd2", "1", "62.50", "2.50", "0.040", "1.50"],
     ]  # fmt: skip
 
 
