@@ -67,7 +67,7 @@ def _apply_on_cpu(accelerator: Accelerator) -> None:
         if is_torch_version("<", FSDP_ON_CPU):
             raise UserError(
                 f"FSDP2 is wrong on CPUs before torch {FSDP_ON_CPU} (gradients are added up, not averaged), "
-                f"and this is torch {torch.__version__}; use a newer one, GPUs, or leave out --use_fsdp"
+                f"and this is torch {torch.__version__}; use a newer one, GPUs, or no FSDP"
             )
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
