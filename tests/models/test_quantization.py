@@ -75,7 +75,8 @@ def test_size():
     assert model[:2] == plain[:2]
     wide, linear = 16 * 24 * 9, 24 * 24
     scales = (24 * 9 + 24) * 5  # in float32, and zero points in 8 bits
-    assert plain.bytes - model.bytes == 3 * (wide + linear) - scales
+    older = 24 * 7  # torchao 0.17 has the linear layer's zero points in 64 bits
+    assert plain.bytes - model.bytes - 3 * (wide + linear) + scales in (0, -older)
 
 
 def test_it_is_evaluated_and_repeated(tmp_path, cli, monkeypatch):
