@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from diffkd.io.naming import called
 from diffkd.io.text import reason
 
 Derivative = Literal["jvp", "difference"]
+OF_DERIVATIVES = re.compile("forward.?(mode|AD)|functorch|jvp", re.IGNORECASE)  # in errors of torch
 STEP = 5e-3  # of a difference, in tangents: its errors are the step's square, and rounding over the step
 
 
@@ -60,8 +62,8 @@ def _jvp(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Se
         with sdpa_kernel(SDPBackend.MATH), _Differentiable():  # the one attention with such a derivative
             derivative: Tensor = torch.func.jvp(function, tuple(inputs), tuple(tangents))[1]
     except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        if not isinstance(error, NotImplementedError) and not OF_DERIVATIVES.search(str(error)):
+            raise  # not of the derivative, such as a lack of memory
         raise UserError(
             f"the network has a part without a forward-mode derivative ({reason(error)}); set "
             f"{called('method.derivative')} to difference"

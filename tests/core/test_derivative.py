@@ -110,3 +110,12 @@ def test_a_part_without_a_derivative_is_named_with_the_remedy():
     with pytest.raises(UserError, match=r"part without a forward-mode derivative.*derivative to difference"):
         directional(Opaque.apply, (x,), (v,))
     assert torch.allclose(directional(Opaque.apply, (x,), (v,), "difference"), 2 * v)
+
+
+def test_an_error_of_the_function_itself_is_not_laid_on_the_derivative():
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.ones(5, 2, dtype=x.dtype)
+
+    x = torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="shapes"):
+        directional(wrong, [x], [x])
