@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -83,6 +83,14 @@ class Stage:
     also: tuple[int, ...] = ()
     interval: bool = False
     pairs: Pairs | None = None
+
+    @classmethod
+    def for_steps(
+        cls, steps: Sequence[int], updates: int, learning_rate: float, warmup: int, **more: Any
+    ) -> Stage:
+        """One whose network is saved for each of these step counts; what follows goes on from the last."""
+        *also, last = steps
+        return cls(f"{last}-steps", updates, learning_rate, warmup, last, also=tuple(also), **more)
 
     @property
     def students(self) -> list[Stage]:

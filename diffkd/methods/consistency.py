@@ -63,10 +63,9 @@ class Consistency(Method):
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance)
         return [
-            Stage(
-                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
-                self.substeps, self.sampler, self.guidance, drawn="renoise", teacher="original",
-                also=tuple(self.steps[:-1]),
+            Stage.for_steps(
+                self.steps, self.updates, self.learning_rate, self.warmup, substeps=self.substeps,
+                sampler=self.sampler, guidance=self.guidance, drawn="renoise", teacher="original",
             )
         ]  # fmt: skip
 

@@ -55,9 +55,9 @@ class LCM(Method):
             )
         check_start(start, self.steps, self.guidance)
         return [
-            Stage(
-                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
-                guidance=self.guidance, drawn="renoise", teacher="original", also=tuple(self.steps[:-1]),
+            Stage.for_steps(
+                self.steps, self.updates, self.learning_rate, self.warmup,
+                guidance=self.guidance, drawn="renoise", teacher="original",
             )
         ]  # fmt: skip
 

@@ -85,9 +85,9 @@ class SCM(Method):
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance)
         return [
-            Stage(
-                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
-                guidance=self.guidance, drawn="renoise", teacher="original", also=tuple(self.steps[:-1]),
+            Stage.for_steps(
+                self.steps, self.updates, self.learning_rate, self.warmup,
+                guidance=self.guidance, drawn="renoise", teacher="original",
             )
         ]  # fmt: skip
 

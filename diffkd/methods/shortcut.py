@@ -80,11 +80,10 @@ class Shortcut(Method):
 
     def stages(self, start: Denoiser) -> list[Stage]:
         flow.check_start(start, self.steps, self.guidance)
-        *also, steps = self.steps
         return [
-            Stage(
-                f"{steps}-steps", self.updates, self.learning_rate, self.warmup, steps,
-                guidance=self.guidance, teacher=self.teacher, also=tuple(also), interval=True,
+            Stage.for_steps(
+                self.steps, self.updates, self.learning_rate, self.warmup,
+                guidance=self.guidance, teacher=self.teacher, interval=True,
             )
         ]  # fmt: skip
 

@@ -61,9 +61,8 @@ class TCM(Method):
                     "lower truncation"
                 )
         return [
-            Stage(
-                f"{self.steps[-1]}-steps", self.updates, self.learning_rate, self.warmup, self.steps[-1],
-                drawn="renoise", also=tuple(self.steps[:-1]),
+            Stage.for_steps(
+                self.steps, self.updates, self.learning_rate, self.warmup, drawn="renoise"
             )
         ]  # fmt: skip
 
