@@ -6,14 +6,14 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from torch import nn
 
-from diffkd.core import flow, samplers
+from diffkd.core import flow
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.shortcut import Shortcut, target
-from tests.gaussian import flow as exact_flow
-from tests.gaussian import flow_map, gaussian, linear
+from tests.gaussian import flow_map, gaussian
+from tests.methods.flow_maps import trained
 
 COSINE = Schedule.cosine(1024)
 
@@ -119,32 +119,9 @@ def test_lengths_are_those_of_halved_grids():
 @pytest.mark.parametrize("mode", ["distillation", "training"])
 def test_a_linear_student_converges_to_the_flow(mode):
     """Trained by the method's own losses, its one step and its two carry noise where the flow does."""
-    teacher = gaussian(COSINE, "v_prediction")
     method = Shortcut(mode=mode, steps=[2, 1], finest=64, share=0.5, updates=300)
-    student = linear(COSINE)
-    optimizer = torch.optim.Adam(student.network.parameters())
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(500, 1, 2, 2, dtype=torch.float64, generator=rng)
-    expected = exact_flow(COSINE, noise, torch.ones(500).double(), torch.zeros(500).double())
-
-    @torch.no_grad()
-    def errors():
-        drawn = [
-            samplers.ddim(student, noise, samplers.grid(n), interval=torch.full((500,), 1 / n).double())
-            for n in (1, 2)
-        ]
-        return [(x0 - expected).square().mean().sqrt().item() for x0 in drawn]
-
-    before, stage = errors(), method.stages(teacher)[0]
-    for update in range(method.updates):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - update / method.updates)
-        x0 = 0.3 + 0.5 * torch.randn(128, 1, 2, 2, generator=rng)
-        nets = {"student": student, "teacher": teacher}
-        loss = next(method.losses(nets, Batch(x0, {}), Step(stage, update), rng))
-        optimizer.zero_grad()
-        loss.value.backward()
-        optimizer.step()
-    assert max(errors()) < 0.1 * min(before), (before, errors())
+    before, after = trained(method, COSINE, method.updates)
+    assert max(after) < 0.1 * min(before), (before, after)
 
 
 def test_one_training_gives_students_of_every_step_count():
