@@ -25,7 +25,8 @@ def faults(
     before, after: the trees of the attack's folder.
     """
     found = [*_ending(attack, ended, root)] or [*_words(attack, ended)]
-    shown = ended.stdout + ended.stderr
+    # an output that was written is named as it is called
+    shown = ended.stderr + ("" if attack.what.startswith("out is") and ended.status == 0 else ended.stdout)
     if SECRET in shown:
         line = next(line for line in shown.splitlines() if SECRET in line)
         found.append(f"a secret is shown: {line[:100]}")

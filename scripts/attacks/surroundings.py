@@ -39,7 +39,7 @@ ENVIRONMENTS: list[dict[str, str | None]] = [  # None: without it
 ]  # fmt: skip
 LIMITS = {  # of a process, and their values
     "files": (resource.RLIMIT_NOFILE, [3, 6, 10, 16, 32]), "stack": (resource.RLIMIT_STACK, [1 << 17]),
-    "file size": (resource.RLIMIT_FSIZE, [0, 100, 5000, 40_000]), "processes": (resource.RLIMIT_NPROC, [1]),
+    "file size": (resource.RLIMIT_FSIZE, [200, 5000, 40_000]), "processes": (resource.RLIMIT_NPROC, [1]),
     "memory": (resource.RLIMIT_AS, [1 << 20, 20 << 20, 100 << 20, 300 << 20]),
 }  # fmt: skip
 
