@@ -15,34 +15,39 @@ from diffkd.core.flow import flow_time, time_at
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 
-MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which x0 is learned through a prediction of eps
 
-
-def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
-    """Raises UserError for a model of which no consistency model of these step counts can be made."""
+def check_start(
+    start: Denoiser, steps: Sequence[int], guidance: float = 1.0, teacher: str = "original"
+) -> None:
+    """Raises UserError for a model of which no consistency model of these step counts can be made, or which
+    is to teach at noise levels that it does not know."""
     for count in steps:
         start.schedule.check_steps(count, "renoise")
     if guidance != 1.0:
         start.check_guidance()
+    if teacher == "previous":
+        start.check_every_time()
     if start.prediction == "sample":
         raise UserError(
             "a network that predicts x0 itself (prediction type sample) does not return its input at t = 0, "
-            "as a consistency model does; use a teacher of v_prediction, or method progressive"
+            "as a consistency model does; put {name: output, prediction: v_prediction} before this method, "
+            "which makes it predict v"
         )
-    alpha, sigma = start.schedule.numbers(1.0)
-    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
-        raise UserError(
-            f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, too much for a "
-            "consistency model; put method progressive before this one, which begins with v_prediction"
-        )
+    start.check_from_noise()
 
 
-def check_mode(mode: str, guidance: float) -> None:
-    """Raises ValueError for guidance where no teacher is asked."""
-    if mode == "training" and guidance != 1.0:
+def check_mode(mode: str, guidance: float, teacher: str = "original") -> None:
+    """Raises ValueError for settings of the teacher where none is asked."""
+    if mode != "training":
+        return
+    if guidance != 1.0:
         raise ValueError(
             f"guidance {guidance:g} is the teacher's, whom mode: training does not ask; leave it out, or set "
             "mode: distillation"
+        )
+    if teacher != "original":
+        raise ValueError(
+            f"teacher: {teacher} is not asked in mode: training; leave it out, or set mode: distillation"
         )
 
 

@@ -14,6 +14,7 @@ from diffkd.errors import UserError
 from diffkd.io.naming import called
 
 INTERVAL = "interval"  # the conditioning that a network with an interval embedding takes
+MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which an epsilon network's x0 is of use
 StockSampler = Literal["ddim", "renoise"]  # those that a stock pipeline draws with, to the bit
 
 
@@ -144,6 +145,24 @@ class Denoiser(nn.Module):
                 "guidance needs a label that means no class, and this model has none; "
                 f"use {called('guidance')} 1, or name it as {called('null_label')} where the model was "
                 "trained with one"
+            )
+
+    def check_from_noise(self) -> None:
+        """Raises UserError for an epsilon network whose x0 of pure noise is its own error enlarged."""
+        alpha, sigma = self.schedule.numbers(1.0)
+        if self.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
+            raise UserError(
+                f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, its error too; "
+                "put {name: output, prediction: v_prediction} before this method, which makes it predict v"
+            )
+
+    def check_every_time(self) -> None:
+        """Raises UserError for a student of its own few steps, as the teacher of a method that asks it at
+        every noise level."""
+        if self.steps is not None:
+            raise UserError(
+                f"teacher: previous is a student of {self.steps} steps, which knows no other noise levels; "
+                "set method.teacher: original"
             )
 
 

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser, Predicted
 from diffkd.core.schedules import Schedule
-from diffkd.errors import UserError
-
-MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which a velocity is learned through a prediction of eps
 
 _APART = 1e-5  # half the span of a difference in t: less than half a cell of any table
 
@@ -59,15 +56,15 @@ def rates(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
-    """Raises UserError for a model that cannot become a velocity, drawn in these step counts."""
+def check_start(
+    start: Denoiser, steps: Sequence[int], guidance: float = 1.0, teacher: str = "original"
+) -> None:
+    """Raises UserError for a model that cannot become a velocity, drawn in these step counts, or which is to
+    teach at noise levels that it does not know."""
     for count in steps:
         start.schedule.check_steps(count)
     if guidance != 1.0:
         start.check_guidance()
-    alpha, sigma = start.schedule.numbers(1.0)
-    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
-        raise UserError(
-            f"an epsilon network's velocity at t = 1 is its output times {sigma / alpha:.0f}, too much to "
-            "learn; put method progressive before this one, which begins with v_prediction"
-        )
+    if teacher == "previous":
+        start.check_every_time()
+    start.check_from_noise()

@@ -17,10 +17,8 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.core.schedules import Schedule
-from diffkd.errors import UserError
 from diffkd.io.prefetch import to_device
 
-MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which an epsilon network's x0 is of use
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys"
 ]
@@ -44,17 +42,9 @@ def check_start(start: Denoiser, steps: int, guidance: float, teacher: str = "or
     start.schedule.check_steps(steps, "renoise")
     if guidance != 1.0:
         start.check_guidance()
-    if teacher == "previous" and start.steps is not None:
-        raise UserError(
-            f"teacher: previous is a student of {start.steps} steps, which knows no other noise levels; set "
-            "method.teacher: original"
-        )
-    alpha, sigma = start.schedule.numbers(1.0)
-    if start.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
-        raise UserError(
-            f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, too much for a "
-            "student's draws; put method progressive before this one, which begins with v_prediction"
-        )
+    if teacher == "previous":
+        start.check_every_time()
+    start.check_from_noise()
 
 
 @torch.no_grad()
@@ -144,7 +134,7 @@ def descent(x: Tensor, direction: Tensor) -> Tensor:
 
 
 def score_identity(x: Tensor, real: Tensor, fake: Tensor, alpha: float, size: Tensor) -> Tensor:
-    """((1 - alpha) delta² + delta (fake - x)) / size, delta = real - fake (Zhou et al. 2024, section 4.3).
+    """((1 - alpha) delta² + delta (fake - x)) / size, delta = real - fake: the loss of Zhou et al. 2024.
 
     x: the student's images; real, fake: the predictions at x noised, through which gradients pass. With a
     constant size and alpha = 1/2, its expected gradient is half that of E delta² for a fake network that

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffkd.core.denoiser import Denoiser
@@ -63,6 +63,15 @@ class Adversarial(Method):
     simulate: bool = Field(
         True, description="whether later steps start from the student's own images, or from noised data"
     )
+
+    @model_validator(mode="after")
+    def _guides_a_prediction(self) -> Adversarial:
+        if self.guidance != 1.0 and self.distance == 0:
+            raise ValueError(
+                f"guidance {self.guidance:g} is of the teacher's prediction, which distance: 0 does not ask; "
+                "leave it out, or give distance a weight"
+            )
+        return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance, self.teacher)

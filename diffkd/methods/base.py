@@ -58,7 +58,8 @@ class Stage:
     """One stretch of training with its own step count, optimizers, EMA and learning-rate ramp.
 
     name: of the student that it ends with. steps: the student's sampling steps, None for a model that has
-    none of its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken.
+    none of its own. substeps, sampler: teacher steps that one student step replaces, and how they are taken,
+    None where the teacher takes none.
     guidance: of the teacher's predictions. prediction: what the student outputs, None for what it already
     does. drawn: the sampler that the student is trained for, which decides the stock scheduler it is saved
     with. networks: by name, the trained networks that do not learn as the stage says. teacher: whether it
@@ -74,7 +75,7 @@ class Stage:
     warmup: int = 0
     steps: int | None = None
     substeps: int = 1
-    sampler: str = "ddim"
+    sampler: str | None = None
     guidance: float = 1.0
     prediction: str | None = None
     drawn: StockSampler = "ddim"

@@ -31,6 +31,9 @@ class Consistency(Method):
         "distillation",
         description="where x_s comes from: a step of the teacher, or the data and x_t's own noise",
     )
+    teacher: Literal["original", "previous"] = Field(
+        "original", description="the run's teacher, or the last student"
+    )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
@@ -57,15 +60,16 @@ class Consistency(Method):
 
     @model_validator(mode="after")
     def _guided_by_a_teacher(self) -> Consistency:
-        check_mode(self.mode, self.guidance)
+        check_mode(self.mode, self.guidance, self.teacher)
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        check_start(start, self.steps, self.guidance, self.teacher)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup, substeps=self.substeps,
-                sampler=self.sampler, guidance=self.guidance, drawn="renoise", teacher="original",
+                sampler=self.sampler if self.mode == "distillation" else None, guidance=self.guidance,
+                drawn="renoise", teacher=self.teacher,
             )
         ]  # fmt: skip
 
@@ -107,6 +111,7 @@ def solve(
     teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, stage: Stage, cond: Mapping[str, Any]
 ) -> Tensor:
     """Where the teacher's sampler goes from x_t in the stage's sub-steps from t to s: (B, C, H, W)."""
+    assert stage.sampler is not None
     fractions = (
         torch.arange(stage.substeps + 1, dtype=torch.float64, device=t.device)[:, None] / stage.substeps
     )

@@ -88,11 +88,11 @@ class IMM(Method):
 
     @model_validator(mode="after")
     def _guided_by_a_teacher(self) -> IMM:
-        check_mode(self.mode, self.guidance)
+        check_mode(self.mode, self.guidance, self.teacher)
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        flow.check_start(start, self.steps, self.guidance)
+        flow.check_start(start, self.steps, self.guidance, self.teacher)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,

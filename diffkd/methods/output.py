@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,8 +23,11 @@ class Output(Method):
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is unguided")
+    prediction: Literal["v_prediction"] | None = Field(
+        None, description="what the student predicts; default what it begins with"
+    )
     weight: Weighting | None = Field(
-        None, description="of the squared error in x0; default the error in the student's own output"
+        None, description="of the squared error in x0; default the error in the teacher's own output"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     label_dropout: float = Field(
@@ -32,12 +35,13 @@ class Output(Method):
     )
 
     def stages(self, start: Denoiser) -> list[Stage]:
+        """One, of no steps of its own where its teacher has none, so that any method can go on from it."""
         if self.guidance != 1.0:
             start.check_guidance()
         return [
             Stage(
                 "output", self.updates, self.learning_rate, self.warmup, start.steps, guidance=self.guidance,
-                drawn=start.sampler,
+                prediction=self.prediction, drawn=start.sampler,
             )
         ]  # fmt: skip
 
@@ -53,8 +57,8 @@ class Output(Method):
         # 2. the teacher's prediction, guided
         with torch.no_grad():
             target = teacher(x_t, t, guidance=step.stage.guidance, **cond)
-        # 3. the student's error, weighted
+        # 3. the student's error, weighted: near noise an epsilon teacher is good in eps alone
         gap = squared_error(student(x_t, t, **cond), target)
-        name = self.weight or weighting_for(student.prediction)
+        name = self.weight or weighting_for(teacher.prediction)
         loss = weight(name, student.schedule.snr(t), gamma=self.gamma).float() * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

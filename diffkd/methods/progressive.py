@@ -137,6 +137,7 @@ class Progressive(Method):
                     rates[0],
                     self.warmup,
                     before,
+                    sampler="ddim",
                     guidance=guidance,
                     prediction="v_prediction",
                 )  # fmt: skip
@@ -170,7 +171,7 @@ class Progressive(Method):
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
         student, teacher, stage = nets["student"], nets["teacher"], step.stage
-        assert stage.steps is not None
+        assert stage.steps is not None and stage.sampler is not None
         x0 = batch.x0
         # 1. a step of the student's grid, t = i / N to s = (i - 1) / N
         t, s = grid_times(len(x0), stage.steps, rng, x0.device)

@@ -35,7 +35,7 @@ class TimeWeight(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         angles = t.double()[:, None] * math.pi * torch.arange(1, WAVES + 1, device=t.device)
         waves = torch.cat([angles.sin(), angles.cos()], 1).to(self.last.weight.dtype)
-        value: Tensor = self.last(waves)[:, 0]
+        value: Tensor = self.last(waves)[:, 0].clone()  # no view: FSDP2 hooks onto the output
         return value
 
 
@@ -50,6 +50,9 @@ class SCM(Method):
     mode: Literal["distillation", "training"] = Field(
         "distillation",
         description="whose velocity the tangent follows: the teacher's, or that of each noised image",
+    )
+    teacher: Literal["original", "previous"] = Field(
+        "original", description="the run's teacher, or the last student"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
@@ -79,15 +82,15 @@ class SCM(Method):
 
     @model_validator(mode="after")
     def _guided_by_a_teacher(self) -> SCM:
-        check_mode(self.mode, self.guidance)
+        check_mode(self.mode, self.guidance, self.teacher)
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
+        check_start(start, self.steps, self.guidance, self.teacher)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
-                guidance=self.guidance, drawn="renoise", teacher="original",
+                guidance=self.guidance, drawn="renoise", teacher=self.teacher,
             )
         ]  # fmt: skip
 

@@ -23,9 +23,9 @@ from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 def target(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, half: Tensor, **cond: Any) -> Tensor:
     """The average velocity of two steps of the student from t to s by way of their middle: (B, C, H, W).
 
-    x_t: (B, C, H, W); t, s: (B,), s < t. half: (B,), the length that the student is given. Frans et al. 2024,
-    equation 4, for steps that are even in t, and so not quite in the flow's time. In float64, as it subtracts
-    states.
+    x_t: (B, C, H, W); t, s: (B,), s < t. half: (B,), the length that the student is given. Frans et al. 2024
+    (self-consistency), for steps that are even in t, and so not quite in the flow's time. In float64, as it
+    subtracts states.
     """
     x_t = x_t.double()
     x_s = samplers.ddim(student, x_t, torch.stack([t, (t + s) / 2, s]), interval=half, **cond)
@@ -67,7 +67,7 @@ class Shortcut(Method):
 
     @model_validator(mode="after")
     def _powers_of_two(self) -> Shortcut:
-        check_mode(self.mode, self.guidance)
+        check_mode(self.mode, self.guidance, self.teacher)
         if self.finest & (self.finest - 1):
             raise ValueError(f"finest {self.finest} is not a power of two; use one, such as 64")
         for steps in self.steps:
@@ -79,7 +79,7 @@ class Shortcut(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        flow.check_start(start, self.steps, self.guidance)
+        flow.check_start(start, self.steps, self.guidance, self.teacher)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,

@@ -59,7 +59,6 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     with open_run(config, accelerator, images, console, options, inputs) as session:
         teacher.to(accelerator.device)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
-        baked_in = teacher.guidance_baked_in if guidance == 1 else guidance  # of the teacher's own
         artifacts = RunArtifacts(session, config, images, source, guidance)
         session.say(announcement.data(images))
         session.say(announcement.teacher(teacher, str(source.path), images))
@@ -69,6 +68,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
         watch = _spread_watch(session, config, images, source, teacher, artifacts)
+        taught = [plans.taught(plan, index, teacher) for index in range(len(plan))]
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
         for index, (method, stage) in enumerate(plan):
@@ -91,8 +91,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                         _as_drawn(student, one, main=session.main), place / one.name,
                         teacher=str(source.path), method=type(method).__name__,
                         config=config_files.resolved(config), stage=stage.name, classes=images.classes,
-                        class_counts=images.class_counts, guidance_baked_in=baked_in,
-                        teacher_sampler=stage.sampler,
+                        class_counts=images.class_counts, **taught[index],
                     )  # fmt: skip
                 del student
             for one in stage.students:

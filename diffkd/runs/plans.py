@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain, count
+from typing import Any
 
 from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
@@ -69,6 +70,24 @@ def _named(stage: Stage, method: str, taken: set[str]) -> Stage:
 def maker(plan: Plan, index: int) -> str:
     """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
     return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else TEACHER
+
+
+def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
+    """What the card of a stage's students says of how they were taught. teacher: the run's own.
+
+    guidance_baked_in: the stage's own weight; where that is 1, what the model that it learns from has baked
+    in, the student before it or the run's teacher. teacher_sampler: by which the teacher's steps, or its
+    pairs, were taken; left out where it takes no steps.
+    """
+    stage = plan[index][1]
+    baked_in = stage.guidance
+    if baked_in == 1:
+        before = index and stage.teacher == "previous"
+        baked_in = (
+            taught(plan, index - 1, teacher)["guidance_baked_in"] if before else teacher.guidance_baked_in
+        )
+    sampler = stage.sampler if stage.pairs is None else stage.pairs.sampler
+    return {"guidance_baked_in": baked_in} | ({} if sampler is None else {"teacher_sampler": sampler})
 
 
 def _check_pairs(plan: Plan) -> None:

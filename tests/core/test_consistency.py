@@ -68,9 +68,9 @@ def test_starts_that_do_not_fit():
     check_start(start("v_prediction", COSINE), [4, 2, 1])
     check_start(start("flow"), [1])
     check_start(gaussian(from_diffusers(DDPMScheduler(beta_start=0.00085, beta_end=0.012)), "epsilon"), [1])
-    with pytest.raises(UserError, match="sample.*does not return its input"):
+    with pytest.raises(UserError, match="sample.*does not return its input.*put .name: output"):
         check_start(start("sample"), [1])
-    with pytest.raises(UserError, match="at t = 1 is its output times 157, too much.*progressive"):
+    with pytest.raises(UserError, match="x0 at t = 1 is its output times 157.*put .name: output"):
         check_start(start("epsilon"), [1])
     with pytest.raises(UserError, match="3 steps does not fit"):
         check_start(start("v_prediction"), [3])
@@ -79,3 +79,10 @@ def test_starts_that_do_not_fit():
     with pytest.raises(ValueError, match="guidance 2 .*set mode: distillation"):
         check_mode("training", 2.0)
     check_mode("training", 1.0)
+    with pytest.raises(ValueError, match="teacher: previous is not asked .*set mode: distillation"):
+        check_mode("training", 1.0, "previous")
+    few = start("v_prediction")
+    few.steps = 4
+    check_start(few, [1])
+    with pytest.raises(UserError, match=r"a student of 4 steps, which knows no other .*: original"):
+        check_start(few, [1], 1.0, "previous")

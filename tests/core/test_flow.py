@@ -96,9 +96,14 @@ def test_rates_are_shaped_to_multiply_a_state(schedule):
 def test_what_cannot_become_a_velocity_is_refused():
     linear = SCHEDULES["linear"]
     flow.check_start(gaussian(linear, "v_prediction"), [1, 2, 500])
-    with pytest.raises(UserError, match=r"velocity at t = 1 is its output times 157.*put method progressive"):
+    with pytest.raises(UserError, match="x0 at t = 1 is its output times 157.*put .name: output"):
         flow.check_start(gaussian(linear, "epsilon"), [1])
     with pytest.raises(UserError, match="a student of 3 steps does not fit"):
         flow.check_start(gaussian(linear), [1, 3])
     with pytest.raises(UserError, match="guidance needs a label"):
         flow.check_start(gaussian(linear), [1], 1.5)
+    few = gaussian(linear, "v_prediction")
+    few.steps = 4
+    flow.check_start(few, [1])
+    with pytest.raises(UserError, match=r"a student of 4 steps, which knows no other .*: original"):
+        flow.check_start(few, [1], 1.0, "previous")

@@ -174,6 +174,14 @@ def test_the_score_identity_has_the_expected_gradient(alpha, t):
     assert ((found - exact).abs() < 3.5 * error).all() and (exact.abs() > 10 * error).any()
 
 
+def test_the_score_identity_as_its_authors_write_it():
+    """delta ((D - x) - alpha delta) / size, of mingyuanzhou/SiD's training/sid_loss.py."""
+    x, real, fake = torch.randn(3, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    size = scores.error_size(x, real)
+    expected = ((real - fake) * ((real - x) - 1.2 * (real - fake)) / size).mean((1, 2, 3))
+    assert torch.allclose(scores.score_identity(x, real, fake, 1.2, size), expected)
+
+
 @pytest.mark.parametrize("t", TIMES)
 def test_at_one_half_the_score_identity_descends_the_fisher_divergence(t):
     half = exact_gradient(expected_identity(t, 0.5))
@@ -204,7 +212,7 @@ def test_the_denoising_error_is_that_of_the_output(prediction):
 def test_models_without_an_x0_at_pure_noise_are_refused():
     scores.check_start(gaussian(COSINE), 4, 1.0)
     for schedule, prediction, steps, guidance, message in (
-        (LINEAR, "epsilon", 1, 1.0, r"x0 at t = 1 is its output times 157.*; put method progressive before"),
+        (LINEAR, "epsilon", 1, 1.0, r"x0 at t = 1 is its output times 157.*; put .name: output"),
         (COSINE, "sample", 3, 1.0, "a student of 3 steps does not fit"),
         (COSINE, "sample", 1, 2.0, "guidance needs a label"),
     ):

@@ -108,4 +108,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="a student of 3 steps does not fit"):
         Adversarial(steps=3).stages(gaussian(COSINE))
     with pytest.raises(UserError, match="guidance needs a label"):
-        Adversarial(guidance=2).stages(gaussian(COSINE))
+        Adversarial(guidance=2, distance=1).stages(gaussian(COSINE))
+    with pytest.raises(ValueError, match="guidance 2 is of the teacher's prediction, which distance: 0"):
+        Adversarial(guidance=2)

@@ -136,7 +136,11 @@ def test_one_stage_several_students():
     stage = only(Consistency(steps=[8, 2, 1], sampler="heun", substeps=3))
     assert (stage.name, stage.steps, stage.also, stage.drawn) == ("1-steps", 1, (8, 2), "renoise")
     assert (stage.sampler, stage.substeps, stage.teacher) == ("heun", 3, "original")
+    previous = only(Consistency(teacher="previous"))
+    assert previous.teacher == "previous" and only(Consistency(mode="training")).sampler is None
     with pytest.raises(UserError, match="1024 steps drawn by renoise"):
         only(Consistency(steps=[1024]))
     with pytest.raises(ValueError, match="mode: training"):
         Consistency(mode="training", guidance=1.5)
+    with pytest.raises(ValueError, match="teacher: previous is not asked in mode: training"):
+        Consistency(mode="training", teacher="previous")

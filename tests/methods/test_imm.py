@@ -188,5 +188,5 @@ def test_what_does_not_fit_is_refused():
         IMM(guidance=2.0)
     with pytest.raises(UserError, match="guidance needs a label"):
         IMM(mode="distillation", guidance=2.0).stages(gaussian(COSINE, "v_prediction"))
-    with pytest.raises(UserError, match="velocity at t = 1.*put method progressive before"):
+    with pytest.raises(UserError, match="x0 at t = 1 is its output times 157.*put .name: output"):
         IMM().stages(gaussian(from_diffusers(DDPMScheduler()), "epsilon"))

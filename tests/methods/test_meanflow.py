@@ -200,7 +200,7 @@ def test_one_training_gives_students_of_every_step_count():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="velocity at t = 1.*put method progressive before"):
+    with pytest.raises(UserError, match="x0 at t = 1 is its output times 157.*put .name: output"):
         MeanFlow().stages(gaussian(LINEAR, "epsilon"))
     with pytest.raises(UserError, match="student of 3 steps does not fit"):
         MeanFlow(steps=[3]).stages(gaussian(COSINE, "v_prediction"))

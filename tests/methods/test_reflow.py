@@ -124,7 +124,7 @@ def test_a_straight_flow_draws_the_same_in_any_number_of_steps():
 
 
 def test_marginals_stay_and_the_cost_of_transport_falls():
-    """Of noise to images, as pairs and independently: Liu et al. 2022, theorems 3.3 and 3.5."""
+    """Of noise to images, as pairs and independently: Liu et al. 2022, sections 3.1 and 3.2."""
     noise, x0 = drawn(COSINE, 2000)
     with torch.no_grad():
         images = samplers.sample(straight(COSINE), noise, 4)

@@ -138,5 +138,5 @@ def test_what_does_not_fit_is_refused():
         Shortcut(finest=48)
     with pytest.raises(ValidationError, match="mode: training does not ask"):
         Shortcut(mode="training", guidance=2.0)
-    with pytest.raises(UserError, match="velocity at t = 1.*put method progressive before"):
+    with pytest.raises(UserError, match="x0 at t = 1 is its output times 157.*put .name: output"):
         Shortcut().stages(gaussian(from_diffusers(DDPMScheduler()), "epsilon"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import unescape
 
 import pytest
 
@@ -56,25 +57,40 @@ def test_a_truncated_second_stage_learns_from_the_first(tmp_path, monkeypatch, c
         assert diffkd.load(students / f"{steps}-steps").sampler == "renoise"
 
 
-def test_an_epsilon_teacher_becomes_a_consistency_model_after_one_halving(
+def test_an_epsilon_teacher_becomes_a_consistency_model_once_it_predicts_v(
     tmp_path, monkeypatch, cli, make_pipeline, seen
 ):
-    """The chain of configs/cifar10/ect.yaml."""
+    """The remedy that every method names. What each student was guided with is on its card."""
     monkeypatch.chdir(tmp_path)
-    teacher = make_pipeline(tmp_path, prediction="epsilon", scheduler="linear")
-    training = {"name": "consistency", "mode": "training", "steps": [2, 1], "updates": 3}
-    write("run.yaml", RUN, teacher={"path": str(teacher)}, method=training)
+    teacher = make_pipeline(tmp_path, prediction="epsilon", scheduler="linear", classes=11)
+    source = {"path": str(teacher), "null_label": 10}
+    chain = [
+        {
+            "name": "output", "prediction": "v_prediction", "guidance": 1.5, "updates": 2,
+            "learning_rate": 1e-2,
+        },
+        {"name": "consistency", "teacher": "previous", "steps": [2], "updates": 2, "learning_rate": 1e-2},
+        {"name": "dmd2", "updates": 2, "learning_rate": 1e-2},
+    ]  # fmt: skip
+    write("run.yaml", RUN, teacher=source, method=chain[1:])
     code, _, err = cli("distill", "run.yaml")
-    assert code == 2 and "put method progressive before this one" in err
-    write("run.yaml", RUN, teacher={"path": str(teacher)}, method=[
-        {"name": "progressive", "steps": [500], "updates": 2, "updates_v": 2}, training,
-    ])  # fmt: skip
+    assert code == 2 and err.count("\n") == 1
+    assert "put {name: output, prediction: v_prediction} before this method" in err
+    write("run.yaml", RUN, teacher=source, method=chain)
     code, _, err = cli("distill", "run.yaml")
     assert (code, err) == (0, "")
+    students = tmp_path / "run/students"
     assert [(name, prediction) for name, _, prediction in seen] == [
-        ("1000-steps", "epsilon"), ("500-steps", "v_prediction"), ("1-steps", "epsilon"),
+        ("output", "epsilon"), ("2-steps", "v_prediction"), ("1-steps", "epsilon"),
     ]  # fmt: skip
-    assert diffkd.load(tmp_path / "run/students/1-steps").prediction == "v_prediction"
+    assert same(seen[1][1], network(students / "output")) and same(seen[2][1], network(teacher))
+    made = {name: diffkd.load(students / name) for name in ("output", "2-steps", "1-steps")}
+    assert {student.prediction for student in made.values()} == {"v_prediction"}
+    assert [student.steps for student in made.values()] == [None, 2, 1]
+    assert [student.guidance_baked_in for student in made.values()] == [1.5, 1.5, 1.0]
+    cards = [json.loads((students / name / "diffkd.json").read_text()) for name in made]
+    assert [card.get("teacher_sampler") for card in cards] == [None, "ddim", None]
+    assert "| guidance baked in | 1.5 |" in unescape((students / "2-steps/README.md").read_text())
 
 
 def test_a_second_stage_without_a_first_is_refused(tmp_path, monkeypatch, cli, make_pipeline):

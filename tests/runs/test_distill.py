@@ -297,19 +297,22 @@ def test_a_folder_of_images_needs_no_change_of_code(here, cli):
     assert all(p.shape == (16, 16, 3) for p in pictures) and np.std(pictures) > 5
 
 
-CHAIN = ["method.0.updates=1", "method.0.updates_v=1", "method.1.updates=1"]
+HALVED = [f"{n}-steps" for n in (1000, 500, 250, 125, 25, 5, 1)]
+CHAIN = ["method.0.updates=1", "method.1.updates=1"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "options", "counts"),
+    ("config", "options", "names"),
     [
-        ("progressive", ["method.updates=1", "method.updates_v=1"], (1000, 500, 250, 125, 25, 5, 1)),
-        ("dmd2", [*CHAIN, "training.micro_batches=1"], (1000, 500, 1)),
-        ("sid", CHAIN, (1000, 500, 1)),
+        ("progressive", ["method.updates=1", "method.updates_v=1"], HALVED),
+        ("dmd2", [*CHAIN, "training.micro_batches=1"], ["output", "1-steps"]),
+        ("sid", CHAIN, ["output", "1-steps"]),
+        ("ect", CHAIN, ["output", "2-steps", "1-steps"]),
+        ("meanflow", CHAIN, ["output", "2-steps", "1-steps"]),
     ],
 )
-def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(config, options, counts, here, cli):
+def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(config, options, names, here, cli):
     """google/ddpm-cifar10-32 with random weights, saved as that repository is; an update a stage on CPU."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -356,11 +359,11 @@ def test_the_cifar10_config_on_a_teacher_of_that_very_architecture(config, optio
     )
     assert (code, err) == (0, "")
     students = here / f"runs/cifar10-{config}/students"
-    assert {p.name for p in students.iterdir()} == {f"{n}-steps" for n in counts}
+    assert {p.name for p in students.iterdir()} == {*names}
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(students / "1-steps")
     assert pipeline.unet.num_parameters() == network.num_parameters()
     assert type(pipeline.scheduler).__name__ == (
-        "DDIMScheduler" if config == "progressive" else "LCMScheduler"
+        "DDIMScheduler" if config in ("progressive", "meanflow") else "LCMScheduler"
     )

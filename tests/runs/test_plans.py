@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from diffkd.core.schedules import Schedule
+import pytest
+from diffusers import DDPMScheduler
+
+from diffkd import methods
+from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.errors import UserError
 from diffkd.runs import plans
 from diffkd.runs.config import Distill
 from tests.tiny import student
@@ -23,3 +28,89 @@ def test_stages_of_one_step_count_have_the_names_of_their_methods():
         "4-steps", "1-steps", "1-steps-dmd2", "1-steps-dmd2-2", "4-steps-consistency", "2-steps-consistency",
     ]  # fmt: skip
     assert [stage.teacher for _, stage in plan] == ["previous", "previous", *["original"] * 3]
+
+
+def planned(*chain, **teacher):
+    """The plan of these methods, of an epsilon teacher."""
+    config = Distill.model_validate({
+        "out": "run", "teacher": {"path": "teacher"}, "data": {"kind": "digits"}, "evaluation": None,
+        "method": list(chain),
+    })  # fmt: skip
+    model = student(5, "epsilon", from_diffusers(DDPMScheduler()), steps=None)
+    model.num_classes, model.null_label = 4, 4
+    for name, value in teacher.items():
+        setattr(model, name, value)
+    return plans.plan(config, model), model
+
+
+TO_V = {"name": "output", "prediction": "v_prediction"}
+
+
+@pytest.mark.parametrize("name", sorted({*methods.names()} - {"logits", "denoising"}))
+def test_every_method_takes_an_epsilon_teacher_at_once_or_after_it_predicts_v(name):
+    """An epsilon network has no x0 at pure noise: a method sees to that itself, or names the remedy."""
+    more = {"steps": [10, 5, 1]} if name == "progressive" else {}
+    chain = [{"name": "consistency"}] * (name == "tcm") + [{"name": name, **more}]
+    if name in ("progressive", "output", "feature", "regression", "reflow"):
+        planned(*chain)
+    else:
+        with pytest.raises(UserError) as refused:
+            planned(*chain)
+        assert "put {name: output, prediction: v_prediction} before this method" in str(refused.value)
+    last = planned(TO_V, *chain)[0][-1][1]
+    assert last.name.removesuffix(f"-{name}") in ("1-steps", name)
+
+
+def test_a_student_that_knows_all_times_teaches_any_method_and_one_of_few_steps_does_not():
+    for name in ("consistency", "scm", "lcm", "meanflow", "shortcut", "imm", "dmd2", "f_distill", "sid"):
+        more = {"mode": "distillation"} if name == "imm" else {}
+        method = {"name": name, "teacher": "previous", **more}
+        assert planned(TO_V, method)[0][-1][1].teacher == "previous"
+        with pytest.raises(UserError, match="a student of 5 steps, which knows no other noise levels; set"):
+            planned({"name": "progressive", "steps": [5]}, method)
+
+
+@pytest.mark.parametrize(
+    ("chain", "baked_in", "samplers"),
+    [
+        (  # each stage learns from the student before it
+            [{"name": "progressive", "steps": [10, 5], "guidance": 1.1, "sampler": "heun"}],
+            [1.1, 1.1, 1.1], ["ddim", "heun", "ddim"],
+        ),
+        (  # from the run's own teacher, unguided; then guided by itself
+            [
+                {"name": "progressive", "steps": [5], "guidance": 1.1}, {"name": "dmd2", "guidance": 1.0},
+                {"name": "dmd2", "guidance": 1.3},
+            ],
+            [1.1, 1.1, 1.0, 1.3], ["ddim", "ddim", None, None],
+        ),
+        (  # pairs of the student before it, which has guidance baked in
+            [
+                {"name": "progressive", "steps": [5], "guidance": 1.1},
+                {"name": "regression", "teacher": "previous", "pair_steps": 5},
+                {"name": "regression", "pair_steps": 8, "sampler": "heun"},
+            ],
+            [1.1, 1.1, 1.1, 1.0], ["ddim", "ddim", "ddim", "heun"],
+        ),
+        (  # the boundary of tcm is the guided student's
+            [TO_V, {"name": "consistency", "guidance": 1.2, "sampler": "heun"}, {"name": "tcm"}],
+            [1.0, 1.2, 1.2], [None, "heun", None],
+        ),
+        (
+            [TO_V, {"name": "consistency", "mode": "training"}, {"name": "lcm", "guidance": 0.5}],
+            [1.0, 1.0, 0.5], [None, None, "ddim"],
+        ),
+    ],
+    ids=["progressive", "dmd2", "pairs", "tcm", "lcm"],
+)  # fmt: skip
+def test_cards_say_how_each_student_was_taught(chain, baked_in, samplers):
+    plan, teacher = planned(*chain)
+    cards = [plans.taught(plan, index, teacher) for index in range(len(plan))]
+    assert [card["guidance_baked_in"] for card in cards] == baked_in
+    assert [card.get("teacher_sampler") for card in cards] == samplers
+
+
+def test_a_teacher_with_guidance_baked_in_passes_it_on():
+    plan, teacher = planned(TO_V, {"name": "dmd2"}, {"name": "dmd2", "guidance": 3.0}, guidance_baked_in=2.0)
+    cards = [plans.taught(plan, index, teacher) for index in range(3)]
+    assert [card["guidance_baked_in"] for card in cards] == [2.0, 2.0, 3.0]

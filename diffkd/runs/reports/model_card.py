@@ -15,7 +15,7 @@ from diffkd.runs.reports import markdown, teacher_sampling
 
 PIPELINE_FACTS = (
     "sampler", "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes",
-    "clip", "teacher", "teacher_sampler", "method",
+    "clip", "teacher", "teacher_sampler", "guidance_baked_in", "method",
 )  # fmt: skip
 NAMED = 50  # classes that a card lists
 CLASSIFIER_FACTS = (
