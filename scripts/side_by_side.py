@@ -8,16 +8,16 @@ Reads samples/*.png and metrics.json of the run (extra `report`).
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from diffkd.generation import grids
 
 TILES = 10  # one of each class, as labels come in turn
-TEACHER, STUDENT = "#6b7787", "#0c7d74"
+INK, TEACHER, STUDENT = "black", "#6b7787", "#0c7d74"
 
 
 def tiles(path: Path) -> list[np.ndarray]:
@@ -40,26 +40,35 @@ def rows(run: Path) -> list[tuple[str, str, list[np.ndarray]]]:
     return [row[2:] for row in sorted(found, key=lambda row: row[:2])]
 
 
+def strips(out: Path, drawn: Sequence[tuple[str, str, Sequence[np.ndarray]]], left: float) -> None:
+    """A picture of rows: a title, its colour, TILES images of (H, W) or (H, W, 3). left: the titles' share of
+    the width. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 0.5 * len(drawn)), dpi=110)
+    grid = figure.add_gridspec(
+        len(drawn), TILES, left=left, right=0.995, top=0.995, bottom=0.005, wspace=0.06, hspace=0.1
+    )
+    for y, (title, colour, images) in enumerate(drawn):
+        for x, image in enumerate(images):
+            axes = figure.add_subplot(grid[y, x])
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_off()
+        figure.text(
+            left - 0.01, 1 - (y + 0.5) / len(drawn), title, ha="right", va="center", fontsize=9, color=colour
+        )
+    figure.savefig(out, facecolor="white")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("out", type=Path, help="the PNG to write")
     given = parser.parse_args()
-    drawn = rows(given.run)
-    figure = Figure(figsize=(7.2, 0.5 * len(drawn)), dpi=110)
-    grid = figure.add_gridspec(
-        len(drawn), TILES, left=0.29, right=0.995, top=0.995, bottom=0.005, wspace=0.06, hspace=0.1
-    )
-    for y, (role, title, images) in enumerate(drawn):
-        for x, image in enumerate(images):
-            axes = figure.add_subplot(grid[y, x])
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_axis_off()
-        colour = TEACHER if role == "teacher" else STUDENT
-        figure.text(
-            0.28, 1 - (y + 0.5) / len(drawn), title, ha="right", va="center", fontsize=9, color=colour
-        )
-    figure.savefig(given.out, facecolor="white")
+    drawn = [
+        (title, TEACHER if role == "teacher" else STUDENT, images) for role, title, images in rows(given.run)
+    ]
+    strips(given.out, drawn, left=0.29)
     print(f"{given.out}: {given.out.stat().st_size // 1000} kB")
 
 

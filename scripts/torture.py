@@ -3,11 +3,12 @@ for byte, with runs that were not killed.
 
     python scripts/torture.py --kills 40
 
-Half of the runs are of one process, half of two. A kill is SIGKILL, now and then SIGTERM, to one process:
-after a random time, in an update between the gradient and the step, in an evaluation between two batches,
-or at a fault point: just before one of the file operations (open, rename, remove, ...) in checkpoints/,
-students/, samples/, the teacher's folder, metrics.json or log.jsonl. The last line sums up; the exit
-status is 1 if anything differs. Ten minutes on two cores.
+Half of the runs are of one process, half of two; half are a progressive distillation, half a chain of methods
+with pairs, target networks and several networks that learn. A kill is SIGKILL, now and then SIGTERM, to one
+process: after a random time, in an update between the gradient of one of its losses and the step, in an
+evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations (open,
+rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json or
+log.jsonl. The last line sums up; the exit status is 1 if anything differs. Twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from diffkd.runs import config, session
 from diffkd.training import update
 
 MEASURED = {  # what depends on the machine, not on the run
-    "images_per_second", "peak_memory_gb", "seconds", "peak_memory_bytes", "created", "device", "commit",
+    "images_per_second", "cpu_seconds_per_update", "peak_memory_gb", "seconds", "peak_memory_bytes",
+    "created", "device", "commit",
 }  # fmt: skip
 TEACHER = {
     "out": "runs/teacher",
@@ -49,12 +51,21 @@ DISTILL = {
     "out": "runs/students",
     "teacher": {"train": "teacher.yaml"},
     "data": {"kind": "digits"},
-    "method": {"name": "progressive", "steps": [4, 2, 1], "updates": [10, 10, 12], "warmup": 0},
     "training": TEACHER["training"],
     "evaluation": TEACHER["evaluation"],
     "pictures": 16,
 }
-PLACES = ("checkpoints", "students", "samples", "teacher/teacher", "metrics.json", "log.jsonl")
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "halving": [{"name": "progressive", "steps": [4, 2, 1], "updates": [10, 10, 12], "warmup": 0}],
+    "networks": [
+        {"name": "regression", "pairs": 48, "pair_steps": 4, "updates": 7},
+        {"name": "lcm", "steps": [4, 2], "target_decay": 0.5, "updates": 8},
+        {"name": "scm", "steps": [1], "updates": 7},
+        {"name": "dmd2", "steps": 2, "fake_updates": 2, "gan": 0.1, "updates": 7},
+        {"name": "adversarial", "r1": 1.0, "updates": 7},
+    ],
+}
+PLACES = ("checkpoints", "students", "samples", "pairs", "teacher/teacher", "metrics.json", "log.jsonl")
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 
@@ -140,14 +151,14 @@ def start(folder: Path, processes: int, fault: dict[str, Any]) -> tuple[int, str
     return done.returncode, done.stderr
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, chain: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
-    (folder / "distill.yaml").write_text(yaml.safe_dump(DISTILL))
+    (folder / "distill.yaml").write_text(yaml.safe_dump({**DISTILL, "method": CHAINS[chain]}))
     return folder
 
 
-def draw(rng: random.Random, processes: int) -> dict[str, Any]:
+def draw(rng: random.Random, processes: int, chain: str) -> dict[str, Any]:
     kind = rng.choice(["time", "disk", "disk", "disk", "update", "evaluation"])
     fault: dict[str, Any] = {
         "kind": kind,
@@ -157,7 +168,8 @@ def draw(rng: random.Random, processes: int) -> dict[str, Any]:
     if kind == "time":
         return {**fault, "at": rng.uniform(0, 1.5)}
     if kind == "disk":  # only the main process writes
-        return {**fault, "rank": 0, "place": rng.choice(PLACES), "at": rng.randint(1, 12)}
+        places = [place for place in PLACES if place != "pairs" or chain == "networks"]
+        return {**fault, "rank": 0, "place": rng.choice(places), "at": rng.randint(1, 12)}
     return {**fault, "at": rng.randint(1, 12)}
 
 
@@ -208,19 +220,21 @@ def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
     done: Counter[str] = Counter()
     runs = compared = 0
     different: list[str] = []
-    for processes, share in ((1, kills - kills // 2), (2, kills // 2)):
-        now = prepare(place / "now")  # always the same path: records hold it
+    groups = [(processes, chain) for processes in (1, 2) for chain in CHAINS]
+    for number, (processes, chain) in enumerate(groups):
+        share = (kills + len(groups) - 1 - number) // len(groups)
+        now = prepare(place / "now", chain)  # always the same path: records hold it
         never = {"kind": "never"}
         status, err = start(now, processes, never)
         if status:
             raise SystemExit(f"the run without kills ended with {status}: {err}")
-        whole = now.rename(place / f"whole-{processes}")
+        whole = now.rename(place / f"whole-{chain}-{processes}")
         left = share
         while left:
             runs += 1
-            now, status = prepare(place / "now"), 1
+            now, status = prepare(place / "now", chain), 1
             while status:
-                fault = draw(rng, processes) if left else never
+                fault = draw(rng, processes, chain) if left else never
                 struck = now / "struck"
                 struck.unlink(missing_ok=True)
                 status, err = start(now, processes, {**fault, "struck": str(struck)})
@@ -229,7 +243,7 @@ def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
                     kind = f"{fault['kind']} {fault.get('place', '')}".strip()
                     done[kind] += 1
                     name = signal.Signals(fault["signal"]).name
-                    say(f"run {runs}, of {processes}: {name}, {kind}")
+                    say(f"run {runs}, {chain} of {processes}: {name}, {kind}")
                 elif status:
                     raise SystemExit(f"run {runs} ended with {status} though nothing was killed: {err}")
             count, wrong = differences(whole, now.rename(place / f"run-{runs}"))

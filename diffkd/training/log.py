@@ -33,7 +33,7 @@ class TrainingLog:
     def _reset(self) -> None:
         self.sums = {}
         self.pending: list[tuple[list[Loss], Tensor]] = []
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self.updates = 0
 
     def add(self, losses: list[Loss], norm: Tensor) -> None:
@@ -74,7 +74,8 @@ class TrainingLog:
         np.add.at(sums[1], bins, 1)
 
     def read(self, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-        """The means of the interval over all processes; starts a new interval."""
+        """The means of the interval over all processes, with its speed and this process's CPU time, of all its
+        threads; starts a new interval."""
         self._add_up()
         record: dict[str, Any] = {}
         for key, value in self.sums.items():
@@ -89,6 +90,7 @@ class TrainingLog:
                 record[key] = means[0]
         seconds = time.perf_counter() - self.started
         record["images_per_second"] = self.updates * batch_size / max(seconds, 1e-9)
+        record["cpu_seconds_per_update"] = (time.process_time() - self.cpu_started) / max(self.updates, 1)
         record["peak_memory_gb"] = round(_peak_memory(self.device), 3)
         self._reset()
         return record

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from diffkd.training.trainer import run_stage
 from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
-MEASURED = ("images_per_second", "peak_memory_gb")
+MEASURED = ("images_per_second", "cpu_seconds_per_update", "peak_memory_gb")
 
 
 def images(count: int = 64) -> Images:
@@ -135,16 +135,48 @@ def check_losses(method: Method) -> None:
     assert all(torch.equal(a, b) for a, b in zip(teacher_before, nets["teacher"].parameters(), strict=True))
 
 
+class Killed(Exception):
+    """The end of a process, in one that goes on."""
+
+
+class Dying:
+    """A method whose process ends in this update, once the network of its first loss has been updated.
+
+    die: how; it does not return.
+    """
+
+    def __init__(self, method: Method, update: int, die: Callable[[], object]) -> None:
+        self.method, self.update, self.die = method, update, die
+        self.after_update = method.after_update
+
+    def losses(self, nets: Any, batch: Batch, step: Step, rng: torch.Generator) -> Iterator[Loss]:
+        losses = self.method.losses(nets, batch, step, rng)
+        yield next(losses)
+        if step.update == self.update:
+            self.die()
+        yield from losses
+
+
+def killed() -> NoReturn:
+    raise Killed
+
+
 def train(
-    method: Method, folder: Path, *, updates: int = 6, stop_at: int | None = None
+    method: Method,
+    folder: Path,
+    *,
+    updates: int = 6,
+    stop_at: int | None = None,
+    killed_in: int | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Trains the first stage, shortened; returns the networks, and the log without its timings."""
     nets, run, done = nets_of(method), RunFolder(folder, {}), [0]
     stage = replace(method.stages(nets["teacher"])[0], updates=updates)
     training = Training(batch_size=8, micro_batches=2, log_every=1)
-    with suppress(Interrupted):
+    dying: Any = method if killed_in is None else Dying(method, killed_in, killed)
+    with suppress(Interrupted, Killed):
         run_stage(
-            Accelerator(), method, stage, nets, examples(method, stage), training, run, seed=0, stage_index=0,
+            Accelerator(), dying, stage, nets, examples(method, stage), training, run, seed=0, stage_index=0,
             on_update=lambda update, record: done.append(update),
             should_stop=lambda: done[-1] + 1 == stop_at,
         )  # fmt: skip
@@ -154,9 +186,12 @@ def train(
 
 
 def check_resumes(method: Method, folder: Path) -> None:
-    """A run that was stopped and resumed ends with the bits of an unbroken one: weights, averages, log."""
+    """A run that was stopped, then killed amid the losses of a later update, ends with the bits of an unbroken
+    one: weights, averages, log."""
     whole, records = train(method, folder / "whole")
     train(method, folder / "parts", stop_at=3)
+    _, more = train(method, folder / "parts", killed_in=4)
+    assert len(more) == 4  # it had gone on from the third
     parts, again = train(method, folder / "parts")
     assert len(records) == 6 and records == again
     for name, net in whole.items():

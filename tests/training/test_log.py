@@ -42,6 +42,20 @@ def test_a_model_without_noise_levels_logs_plain_means():
     assert not [key for key in record if key.endswith("_by_noise")]
 
 
+def test_an_update_costs_its_share_of_the_interval(monkeypatch):
+    """By the process's own time, in which others on the machine do not count. Fake updates are part of one."""
+    monkeypatch.setattr(log.time, "process_time", iter([10.0, 16.0, 16.0, 17.0, 17.0]).__next__)
+    meter = TrainingLog(torch.device("cpu"))
+
+    def record(*networks):
+        for network in networks:
+            meter.add([Loss(network, torch.tensor(1.0))], torch.tensor(1.0))
+        return meter.read(Accelerator(), 8)["cpu_seconds_per_update"]
+
+    assert record("student", "fake", "student", "fake", "student") == 2
+    assert record("student") == 1
+
+
 def test_a_log_interval_resumes_where_it_stopped(tmp_path):
     """The means of an interval that was interrupted equal those of an unbroken one, to the bit."""
     training = Training(batch_size=8, log_every=12, checkpoint_every=50)
