@@ -1,8 +1,9 @@
 """A stage trained by several processes, for tests/forking.py.
 
-Its argument is JSON of folder, world (how many processes there are), kind, method (one of METHODS, or any
-other by its name, with the networks of tests/methods/conformance.py), updates, stop_at (asked of the last
-process alone). The main process leaves NAME.safetensors of each trained network beside the run's own files.
+Its argument is JSON of folder, world (how many processes there are), kind, method (one of METHODS or of
+VARIANTS, or any other by its name; all but the first have the networks of tests/methods/conformance.py),
+updates, stop_at (asked of the last process alone), precision. The main process leaves NAME.safetensors of
+each network but the teacher beside the run's own files.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from diffkd.training.run_folder import RunFolder
 from diffkd.training.sharding import unsharded
 from diffkd.training.trainer import run_stage
 from tests.methods.conformance import COSINE, examples, nets_of
+from tests.methods.variants import VARIANTS
 from tests.tiny import student
 from tests.two_networks import TwoNetworks
 
@@ -51,10 +53,14 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
+def method_of(name: str) -> Method:
+    return {**METHODS, **VARIANTS}.get(name) or methods.find(name)()
+
+
 def models_of(name: str) -> dict[str, Any]:
     """A teacher, and a student that is smaller if the method is for such; what the method adds."""
     if name not in METHODS:
-        return nets_of(methods.find(name)())
+        return nets_of(method_of(name))
     teacher: Any = student(3, "v_prediction", COSINE)
     if name == "logits":
         torch.manual_seed(3)
@@ -69,9 +75,12 @@ def models_of(name: str) -> dict[str, Any]:
 def work(options: dict[str, Any]) -> None:
     folder = Path(options["folder"])
     name = options.get("method", "one")
-    method, nets = METHODS.get(name) or methods.find(name)(), models_of(name)
+    method, nets = method_of(name), models_of(name)
     stage = replace(method.stages(nets["teacher"])[0], updates=options.get("updates", 50), learning_rate=5e-4)
-    training = Training(batch_size=16, micro_batches=4, log_every=7, checkpoint_every=10)
+    training = Training(
+        batch_size=16, micro_batches=4, log_every=7, checkpoint_every=10,
+        precision=options.get("precision", "float32"),
+    )  # fmt: skip
     accelerator = make_accelerator(training)
     kind = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
     found = (accelerator.num_processes, kind.get(accelerator.distributed_type, "copies"))
@@ -90,12 +99,12 @@ def work(options: dict[str, Any]) -> None:
     finally:
         run.close()
     for name, net in nets.items():
+        if name == "teacher":
+            continue
         if name == "student":  # whole in the main process
             weights = net.network.state_dict() if accelerator.is_main_process else {}
-        elif any(p.requires_grad for p in net.parameters()):
-            weights = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}
         else:
-            continue
+            weights = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}
         if accelerator.is_main_process:
             save_file(weights, folder / f"{name}.safetensors")
 

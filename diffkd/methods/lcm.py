@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from diffkd.core import samplers
+from diffkd.core.averages import follow
 from diffkd.core.consistency import check_start, start_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import pseudo_huber, squared_error
@@ -26,7 +26,7 @@ class LCM(Method):
 
     reference: ClassVar[str] = "Luo et al. 2023, https://arxiv.org/abs/2310.04378"
     needs: ClassVar[Needs] = Needs(
-        networks=("target",), memory="weights of target", calls="1 student, 1 target, 1 teacher (2 if guided)"
+        networks=("target",), memory="weights of target", calls="1 student, 1 target, 1 teacher"
     )
 
     teacher: Literal["original", "previous"] = Field(
@@ -88,13 +88,9 @@ class LCM(Method):
         gap = squared_error(denoised.detach(), target).sqrt()
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap})
 
-    @torch.no_grad()
     def after_update(self, nets: Mapping[str, Any], step: Step) -> None:
         if "target" in nets:
-            for slow, fast in zip(nets["target"].parameters(), nets["student"].parameters(), strict=True):
-                # of a sharded student each process needs the whole
-                whole = fast.full_tensor() if isinstance(fast, DTensor) else fast
-                slow.lerp_(whole, 1 - self.target_decay)
+            follow(nets["target"], nets["student"], self.target_decay)
 
 
 def _distance(x: Tensor, y: Tensor, c: float) -> Tensor:

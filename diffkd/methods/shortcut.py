@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkd.core import flow, samplers
+from diffkd.core.averages import follow
 from diffkd.core.consistency import check_mode
 from diffkd.core.denoiser import Denoiser, Predicted
 from diffkd.core.losses import squared_error
@@ -17,6 +18,7 @@ from diffkd.core.noise import grid_times, steps_of_grids
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+from diffkd.models.students.copies import copy_of
 
 
 @torch.no_grad()
@@ -39,7 +41,9 @@ class Shortcut(Method):
 
     reference: ClassVar[str] = "Frans et al. 2024, https://arxiv.org/abs/2410.12557"
     needs: ClassVar[Needs] = Needs(
-        calls="1 student, 2 of it for a quarter of the batch, 1 teacher for the rest"
+        networks=("target with target_decay",),
+        memory="weights of target",
+        calls="1 student, 2 of it (or of target) for a quarter of the batch, 1 teacher for the rest",
     )
 
     mode: Literal["distillation", "training"] = Field(
@@ -60,6 +64,12 @@ class Shortcut(Method):
     guidance: float = Field(1.0, ge=0, description="guidance weight baked in; 1 is unguided")
     share: float = Field(
         0.25, ge=0, le=1, description="of examples that learn two steps in one; the others learn the velocity"
+    )
+    target_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the averaged student that takes the two steps, 0.999 in the paper; 0: itself",
     )
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(6e-4, gt=0, description="after the warm-up; falls linearly to zero")
@@ -87,6 +97,9 @@ class Shortcut(Method):
             )
         ]  # fmt: skip
 
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"target": copy_of(student).requires_grad_(False)} if self.target_decay else {}
+
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
@@ -105,12 +118,14 @@ class Shortcut(Method):
         x_t, predicted = alpha * x0 + sigma * eps, Predicted(x0[k:], eps[k:])
         # 3. the student's average velocity
         u = flow.velocity(student.predict(x_t, t, interval=length, **cond))
-        # 4. its target: two steps of half the length, where the finest is 0; for the others the velocity
+        # 4. its target: two steps of half the length, where the finest is 0, of the student or its average;
+        # for the others the velocity
         parts = []
         if k:
             first, half = {key: value[:k] for key, value in cond.items()}, length[:k] / 2
             half = torch.where(half > 1 / self.finest, half, 0.0)
-            parts.append(target(student, x_t[:k], t[:k], s[:k], half, **first).to(u.dtype))
+            two = target(nets.get("target", student), x_t[:k], t[:k], s[:k], half, **first)
+            parts.append(two.to(u.dtype))
         if k < count:
             if self.mode == "distillation":
                 others = {key: value[k:] for key, value in cond.items()}
@@ -122,3 +137,7 @@ class Shortcut(Method):
         # 5. the squared error
         error = squared_error(u, torch.cat(parts))
         yield Loss("student", error.mean(), {"t": t, "loss": error.detach(), "gap": error.detach().sqrt()})
+
+    def after_update(self, nets: Mapping[str, Any], step: Step) -> None:
+        if "target" in nets:
+            follow(nets["target"], nets["student"], self.target_decay)

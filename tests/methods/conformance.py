@@ -186,7 +186,7 @@ def train(
 
 
 def check_resumes(method: Method, folder: Path) -> None:
-    """A run that was stopped, then killed amid the losses of a later update, ends with the bits of an unbroken
+    """A run that was stopped, and then killed amid the losses of an update, ends with the bits of an unbroken
     one: weights, averages, log."""
     whole, records = train(method, folder / "whole")
     train(method, folder / "parts", stop_at=3)

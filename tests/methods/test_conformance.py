@@ -13,20 +13,22 @@ from diffkd.methods.base import Method, Step
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
 from tests.methods.conformance import check_losses, check_resumes, losses_of, nets_of, train
+from tests.methods.variants import VARIANTS
+from tests.parallel import method_of
 from tests.two_networks import TwoNetworks
 
 ROOT = Path(__file__).parents[2]
-METHODS = [*methods.names(), "tests.two_networks"]
+METHODS = [*methods.names(), "tests.two_networks", *VARIANTS]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_the_contract(name):
-    check_losses(methods.find(name)())
+    check_losses(method_of(name))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_equals_an_unbroken_one(name, tmp_path):
-    check_resumes(methods.find(name)(), tmp_path)
+    check_resumes(method_of(name), tmp_path)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.shortcut import Shortcut, target
-from tests.gaussian import flow_map, gaussian
+from tests.gaussian import flow_map, gaussian, linear
 from tests.methods.flow_maps import trained
 
 COSINE = Schedule.cosine(1024)
@@ -115,11 +115,43 @@ def test_lengths_are_those_of_halved_grids():
         assert [{*called.tolist()} for called in student.network.lengths] == lengths
 
 
+def test_an_average_takes_the_two_steps():
+    """Of length 0 on a finest grid of two; the student is asked for its one alone."""
+    student, average, teacher = curved(), curved(), gaussian(COSINE, "v_prediction")
+    method = Shortcut(steps=[1], finest=2, share=1.0, target_decay=0.9)
+    nets = {"student": student, "teacher": teacher, "target": average}
+    step = Step(method.stages(teacher)[0], 0)
+    rng = torch.Generator().manual_seed(2)
+    loss = next(method.losses(nets, Batch(torch.zeros(3, 1, 4, 4), {}), step, rng))
+    assert [called.tolist() for called in student.network.lengths] == [[1.0] * 3]
+    assert [called.tolist() for called in average.network.lengths] == [[0.0] * 3] * 2
+    one, nought = torch.ones(3).double(), torch.zeros(3).double()
+    rng = torch.Generator().manual_seed(2)
+    torch.rand((), generator=rng, dtype=torch.float64)
+    torch.randint(1, (3,), generator=rng)
+    torch.rand(3, generator=rng, dtype=torch.float64)
+    torch.randint(1, 3, (3,), generator=rng)
+    eps = torch.randn(3, 1, 4, 4, generator=rng)
+    student.network.lengths.clear()
+    error = velocity_of(student, eps.double(), one, one) - target(average, eps, one, nought, nought)
+    assert torch.allclose(loss.metrics["gap"].double(), error.square().mean((1, 2, 3)).sqrt(), rtol=1e-4)
+
+
+def test_the_average_follows_the_student():
+    method, student = Shortcut(target_decay=0.75), linear(COSINE)
+    average = method.networks(student, student)["target"]
+    assert not any(p.requires_grad for p in average.parameters())
+    student.network.weights.data += 1
+    method.after_update({"student": student, "target": average}, Step(method.stages(student)[0], 0))
+    assert torch.equal(average.network.weights, torch.full((2, 3), 0.25).double())
+    assert not Shortcut().networks(student, student)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["distillation", "training"])
-def test_a_linear_student_converges_to_the_flow(mode):
+@pytest.mark.parametrize(("mode", "decay"), [("distillation", 0.0), ("training", 0.0), ("training", 0.9)])
+def test_a_linear_student_converges_to_the_flow(mode, decay):
     """Trained by the method's own losses, its one step and its two carry noise where the flow does."""
-    method = Shortcut(mode=mode, steps=[2, 1], finest=64, share=0.5, updates=300)
+    method = Shortcut(mode=mode, steps=[2, 1], finest=64, share=0.5, target_decay=decay, updates=300)
     before, after = trained(method, COSINE, method.updates)
     assert max(after) < 0.1 * min(before), (before, after)
 
