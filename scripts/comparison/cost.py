@@ -8,26 +8,20 @@ gradients of weights about one, and heads and other small networks count as the 
 from __future__ import annotations
 
 import json
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import stages
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
-from comparison.plan import briefly
-from diffkd.core import interval, samplers
+from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
-from diffkd.data.images import Examples, Images
+from diffkd.data.images import Images
 from diffkd.methods.base import Method, Stage
-from diffkd.models import students
 from diffkd.models.sizes import CPU_ATTENTION
 from diffkd.training.config import Training
-from diffkd.training.run_folder import RunFolder
-from diffkd.training.trainer import run_stage
 
 UPDATES = 2  # that passes are counted in
 
@@ -55,58 +49,22 @@ class Passes:
         return self.training + self.pairs
 
 
-class Paired:
-    """Images with a noise for each, in place of a cache of pairs."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def indices(self, size: int, rng: torch.Generator) -> Tensor:
-        return self.images.indices(size, rng)
-
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor]:
-        x0, labels = self.images.batch(size, rng)
-        return x0, labels, torch.randn(x0.shape, generator=rng)
-
-
 def passes(plan: list[tuple[Method, Stage]], teacher: Denoiser, images: Images, training: Training) -> Passes:
     """Of a run of these stages. Every stage is trained for a few updates, from the teacher's own weights, on
     which the number of passes does not depend."""
     one = _one_pass(teacher, training.batch_size)
     update, trained, drawn = [], 0.0, 0.0
     for method, stage in plan:
+        brief = replace(stage, updates=UPDATES)
+        nets = stages.networks_of(method, brief, teacher)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            train(method, briefly(stage, UPDATES), teacher, images, training)
+            stages.train(method, brief, nets, images, training)
         update.append(counter.get_total_flops() / UPDATES / one)
         trained += update[-1] * stage.updates
         if stage.pairs is not None:
-            images_drawn, evaluations = (
-                stage.pairs.count,
-                samplers.nfe(stage.pairs.sampler, stage.pairs.steps),
-            )
-            drawn += images_drawn * evaluations * (1 if stage.guidance == 1 else 2) / training.batch_size
+            evaluations = samplers.nfe(stage.pairs.sampler, stage.pairs.steps) * (1 + (stage.guidance != 1))
+            drawn += stage.pairs.count * evaluations / training.batch_size
     return Passes(trained, drawn, tuple(update))
-
-
-def train(method: Method, stage: Stage, teacher: Denoiser, images: Images, training: Training) -> None:
-    """A stage from the teacher's weights, as `diffkd distill` trains it, into a folder that is removed."""
-    student = students.copy_of(teacher).train().requires_grad_(True)
-    if stage.prediction is not None:
-        student.prediction = stage.prediction
-    student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None
-    if stage.interval:
-        interval.attach(student.network)
-    nets = {"teacher": teacher.requires_grad_(False), "student": student}
-    examples: Examples = images if stage.pairs is None else Paired(images)
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder) / "run", {})
-        try:
-            run_stage(
-                Accelerator(cpu=True), method, stage, nets | method.networks(teacher, student), examples,
-                training, run, seed=0, stage_index=0,
-            )  # fmt: skip
-        finally:
-            run.close()
 
 
 def _one_pass(teacher: Denoiser, batch: int) -> int:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,3 @@ def shortened(method: Any) -> Any:
     if isinstance(method.get("updates"), list):
         fewer["updates"] = [TRIAL_UPDATES] * len(method["updates"])
     return {**method, **fewer, **({"pairs": 256} if "pairs" in method else {})}
-
-
-def briefly(stage: Stage, updates: int) -> Stage:
-    return replace(stage, updates=updates)
