@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import time
 from pathlib import Path
 
 import diffusers
@@ -23,6 +24,12 @@ def describe(device: torch.device) -> str:
         f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}, commit {commit()}"
     )
+
+
+def seconds(device: torch.device) -> float:
+    """A clock. On a CPU of the process's own time, in which other work on the machine does not count."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:

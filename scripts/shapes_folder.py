@@ -22,7 +22,7 @@ FACTORS = 14  # numbers that an image is drawn from, beside its class
 
 
 class Shapes(NamedTuple):
-    """images: (N, 3, SIZE, SIZE) uint8. labels: (N,) int64, of CLASSES in turn. factors: (N, FACTORS), each in
+    """images: (N, 3, SIZE, SIZE) uint8. labels: (N,), of CLASSES in turn. factors: (N, FACTORS), each within
     [-1, 1]: the shape's place, size, sine and cosine of its turn, its colour, the background's colour, its
     slope and the strength of its waves."""
 
