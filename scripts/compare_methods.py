@@ -53,6 +53,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         known = ", ".join(plan.COMPARISONS[given.data].methods)
         parser.error(f"--methods {unknown[0]} is not in the list; use some of {known}")
+    titles = [one.title for one in plan.COMPARISONS[given.data].features]
+    if given.measure not in (None, *titles):
+        parser.error(f"--measure {given.measure} is not in the list; use one of {', '.join(titles)}")
     suffix = "" if given.data == "digits" else f"-{given.data}"
     given.out = given.out or Path(f"runs/compare{suffix}{'-trial' * given.trial}")
     return given
@@ -73,12 +76,10 @@ def main(arguments: Sequence[str]) -> int:
     students = {method: plan.students_of(found) for method, found in plans.items()}
     if given.measure is not None:
         finished = [run for run in runs if run.finished(students[run.method])]
-        Measures(comparison, given.measure, comparison.training.data.load(), _samples(given)).measure(
-            [
-                *teachers(comparison),
-                *(model for run in finished for model in _models(run, students[run.method])),
-            ]
-        )
+        features = next(one for one in comparison.features if one.title == given.measure)
+        found = [model for run in finished for model in _models(run, students[run.method])]
+        measures = Measures(comparison, features, comparison.training.data.load(), _samples(given))
+        measures.measure([*teachers(comparison), *found])
         return 0
 
     left = [run for run in runs if not run.finished(students[run.method])]
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     measuring = [
         Job(
             f"measuring by {one.title} features",
-            [sys.executable, __file__, *arguments, "--measure", one.name],
+            [sys.executable, __file__, *arguments, "--measure", one.title],
             given.out / f"measuring-{one.title}.log",
         )
         for one in comparison.features
@@ -116,7 +117,7 @@ def write(
 ) -> None:
     """results.json, table.md and the pictures."""
     images, teacher = comparison.training.data.load(), plan.opened(comparison)
-    by = {one.title: Measures(comparison, one.name, images, _samples(given)) for one in comparison.features}
+    by = {one.title: Measures(comparison, one, images, _samples(given)) for one in comparison.features}
     found: dict[str, list[plan.Run]] = {}
     for run in finished:
         found.setdefault(run.method, []).append(run)

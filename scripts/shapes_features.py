@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from shapes_folder import CLASSES, FACTORS, draw
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "runs/shapes_features.safetensors"
+SHAPES, NUMBERS = 8, 14  # what it learns to tell of an image
 SEED, IMAGES, UPDATES, BATCH, RATE = 1, 8192, 1200, 128, 2e-3
 
 
@@ -33,7 +33,7 @@ class ShapesFeatures(nn.Module):
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
             nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(), nn.Linear(128, 64), nn.Tanh(),
         )  # fmt: skip
-        self.tell = nn.Linear(64, len(CLASSES) + FACTORS)
+        self.tell = nn.Linear(64, SHAPES + NUMBERS)
         if weights is not None:
             self.load_state_dict(load_file(weights))
             self.double()
@@ -44,6 +44,8 @@ class ShapesFeatures(nn.Module):
 
 
 def main(path: Path = WEIGHTS) -> tuple[float, float]:
+    from shapes_folder import draw  # as a feature network, this file is on its own
+
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     found = draw(IMAGES + 1024, SEED)
@@ -52,7 +54,7 @@ def main(path: Path = WEIGHTS) -> tuple[float, float]:
     network = ShapesFeatures(weights=None)
 
     def told(x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, numbers = network.tell(network.embed(x)).split([len(CLASSES), FACTORS], 1)
+        logits, numbers = network.tell(network.embed(x)).split([SHAPES, NUMBERS], 1)
         return logits, numbers
 
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comparison.plan import Comparison, Run
+from comparison.plan import Comparison, Features, Run
 from diffkd.data.images import Images
 from diffkd.io.files import append_json, read_records
 from diffkd.io.processes import Processes
-from diffkd.metrics import features
 from diffkd.metrics.base import MAIN
 from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
@@ -23,6 +22,7 @@ from diffkd.metrics.evaluation.image_stream import default_count
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target
+from diffkd.metrics.features import locate
 from diffkd.runs.measurement import Measurement
 
 VALUES = ("fid", "kid", "precision", "recall", "density", "coverage", "psnr")
@@ -56,15 +56,15 @@ def student(run: Run, name: str, steps: int, drawn: str) -> Model:
 
 
 class Measures:
-    """By one feature network, on the comparison's data. samples: images of a model, default as many as the
-    data has."""
+    """By one feature network, on the comparison's data; by its first one also how near students come to the
+    teacher. samples: images of a model, default as many as the data has."""
 
     def __init__(
-        self, comparison: Comparison, features_name: str, images: Images, samples: int | None
+        self, comparison: Comparison, features: Features, images: Images, samples: int | None
     ) -> None:
-        self.comparison = comparison
+        self.comparison, self.features, self.samples = comparison, locate(features.name), samples
+        self.with_teacher = features == comparison.features[0]
         self.reference = Reference(comparison.training.data, DataSource(images))
-        self.name, self.samples = features.locate(features_name), samples
         plain = self._config(False)
         described = networks.load(plain, plain.chosen()).descriptions[MAIN]
         self.described = json.loads(json.dumps(described))
@@ -73,7 +73,7 @@ class Measures:
 
     def _config(self, agreement: bool) -> Evaluation:
         names = ["fid", "kid", "prdc", *["agreement"] * agreement]
-        return Evaluation(features=self.name, metrics=names, samples=self.samples)
+        return Evaluation(features=self.features, metrics=names, samples=self.samples)
 
     def _measurement(self, agreement: bool) -> Measurement:
         """One for all models: the teacher's images, which many are compared with, are drawn once."""
@@ -81,7 +81,7 @@ class Measures:
 
     def find(self, model: Model) -> Record | None:
         """The record of a model that was measured so before."""
-        chosen = {metric.name for metric in self._config(model.follows).chosen()}
+        chosen = {metric.name for metric in self._config(self._compared(model)).chosen()}
         wanted = {
             "features": self.described, "samples": self.count, "steps": model.steps, "seed": 0,
             "guidance": model.guidance,
@@ -94,18 +94,22 @@ class Measures:
                 return dict(record)
         return None
 
+    def _compared(self, model: Model) -> bool:
+        return model.follows and self.with_teacher
+
     def measure(self, models: Sequence[Model]) -> None:
         """Those that were not measured yet."""
         for model in models:
             if self.find(model) is None:
-                with_teacher = {
+                compared = self._compared(model)
+                teacher = {
                     "teacher": str(self.comparison.teacher), "teacher_steps": AGREEMENT_STEPS,
                     "teacher_guidance": self.comparison.guidance,
                 }  # fmt: skip
                 target = Target(
                     str(model.path), steps=(model.steps,), guidance=model.guidance,
-                    **(with_teacher if model.follows else {}),
+                    **(teacher if compared else {}),
                 )  # fmt: skip
-                [record] = self._of(model.follows).records(target)
+                [record] = self._of(compared).records(target)
                 append_json(model.run / "metrics.json", {**record, "role": ROLE})
                 print(f"{model.title}: FID {record['fid']:.3f}", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 from diffkd.runs.reports import markdown
 
 MAIN_STEPS = (1, 2, 4)
+MEASURE = "progressive"  # whose cost that of the others is to equal
 FORMATS = {"kid": ".4f", "psnr": ".1f"}
 MEASURED = ("kid", "precision", "recall", "density", "coverage", "psnr")
 
@@ -57,8 +58,8 @@ def markdown_of(results: Mapping[str, Any]) -> str:
         f"{results['count']:,} images of each model, with the data's labels. Mean and sample standard "
         f"deviation over training seeds {', '.join(map(str, results['seeds']))}; commit {results['commit']}. "
         f"In parentheses the ratio to the teacher at {steps} steps, {compared}. CPU seconds are those of "
-        "training by one thread, drawing of pairs included; a pass is one of the student's network over a "
-        "batch, and a backward pass counts as about two.",
+        f"training by one thread, drawing of pairs included, and their ratio to those of {MEASURE}; a pass "
+        "is one of the student's network over a batch, and a backward pass counts as about two.",
     ]
     for features in results["features"]:
         lines += ["", f"## FID, {features} features", "", *_summary(results, features)]
@@ -76,9 +77,16 @@ def _summary(results: Mapping[str, Any], features: str) -> Iterable[str]:
         rows.append([f"teacher, w = {guidance:g}", *cells, "", ""])
     for name, method in results["methods"].items():
         cells = [_fid(results, student_at(method, n), features) for n in MAIN_STEPS]
-        cost = [spread(method["seconds"], ".0f"), f"{method['passes']:,.0f}"]
+        cost = [_seconds(results, method), f"{method['passes']:,.0f}"]
         rows.append([name, *cells, *cost])
     return markdown.table(titles, rows, "--:")
+
+
+def _seconds(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
+    text, measure = spread(method["seconds"], ".0f"), results["methods"].get(MEASURE)
+    if measure is None:
+        return text
+    return f"{text} ({statistics.mean(method['seconds']) / statistics.mean(measure['seconds']):.2f})"
 
 
 def _fid(results: Mapping[str, Any], row: Row | None, features: str) -> str:
