@@ -6,14 +6,20 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 PACKAGE = Path(__file__).parents[1]
 CONTRACT = "base"  # the one file among the methods that is none
+LEGEND = """
+pairs: noises and the teacher's images of them, which a run draws first
+fake: a denoiser of the student's images, which learns all the while
+heads: a small discriminator on blocks of a network
+target: an average of the student
+weight: of each time in the loss, by a small network
+diffkd methods NAME says what one takes in memory and network calls, and its settings."""
 
 
 def methods(
@@ -29,19 +35,21 @@ def methods(
     if name is not None:
         print("\n".join(_in_full(name)))
         return
-    rows = [("method", "paper", "needs", "what it does"), *map(_summary, _names())]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for title, paper, needs, phrase in rows:
-        print(f"{title:{widths[0]}}  {paper:{widths[1]}}  {needs:{widths[2]}}  {phrase}")
+    titles = ("method", "paper", "learns from", "more networks", "what it does")
+    rows = [titles, *map(_summary, _names())]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for *cells, phrase in rows:
+        padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
+        print("  ".join([*padded, phrase]))
+    print(LEGEND)
 
 
 def _names() -> list[str]:
     return sorted(p.stem for p in (PACKAGE / "methods").glob("[a-z]*.py") if p.stem != CONTRACT)
 
 
-def _summary(name: str) -> tuple[str, str, str, str]:
-    """(name, paper, what it needs, what it does), read from the source: importing torch for a list takes
-    seconds."""
+def _summary(name: str) -> tuple[str, str, str, str, str]:
+    """The cells of its row, read from the source: importing torch for a list takes seconds."""
     tree = ast.parse((PACKAGE / "methods" / f"{name}.py").read_text(encoding="utf-8"))
     said = {
         ast.unparse(line.target): line.value
@@ -53,14 +61,15 @@ def _summary(name: str) -> tuple[str, str, str, str]:
     paper: str = ast.literal_eval(said["reference"]).rpartition(", http")[0]
     call = said.get("needs")
     given = call.keywords if isinstance(call, ast.Call) else []
-    needs = _needs(**{word.arg: ast.literal_eval(word.value) for word in given if word.arg})
-    return name, paper, needs, (ast.get_docstring(tree) or "").partition("\n")[0]
+    needs: dict[str, Any] = {word.arg: ast.literal_eval(word.value) for word in given if word.arg}
+    phrase = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return name, paper, _source(**needs), ", ".join(needs.get("networks", ())) or "none", phrase
 
 
-def _needs(*, data: bool = True, pairs: bool = False, networks: Sequence[str] = (), **more: str) -> str:
-    """What a method takes beside a teacher and a student: the fields of `methods.base.Needs`."""
-    parts = ["data"] * data + ["pairs"] * pairs + [*networks]
-    return ", ".join(parts) or "nothing"
+def _source(*, data: bool = True, pairs: bool = False, after: str = "", **more: Any) -> str:
+    """What a method learns from: fields of `methods.base.Needs`."""
+    source = "pairs" if pairs else "images" if data else "its teacher alone"
+    return f"{source}, after {after}" if after else source
 
 
 def _in_full(name: str) -> list[str]:
@@ -77,8 +86,15 @@ def _in_full(name: str) -> list[str]:
     more = needs.memory or (
         f"a student's for each of {', '.join(needs.networks)}" if needs.networks else "none"
     )
-    lines += [f"needs: {_needs(**vars(needs))}", f"memory over teacher and student: {more}"]
-    lines += [f"network calls in an update: {needs.calls}"] if needs.calls else []
+    guided = "guidance" in kind.model_fields and "teacher" in needs.calls
+    lines += [f"learns from: {_source(**vars(needs))}"]
+    lines += [f"networks beside teacher and student: {', '.join(needs.networks) or 'none'}"]
+    lines += [f"memory over teacher and student: {more}"]
+    lines += (
+        [f"network calls in an update: {needs.calls}" + guided * "; guidance doubles the teacher's"]
+        if needs.calls
+        else []
+    )
     if page := _page(name):
         lines.append(f"page: {page}")
     lines += ["", "config, as method: {name: " + name + ", ...}, with its defaults:"]

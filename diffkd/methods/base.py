@@ -42,12 +42,14 @@ class Needs:
     """What a method takes beside a teacher and a student, for its users.
 
     data: whether it learns from images, and not from their labels alone. pairs: whether it learns from noises
-    and what the teacher makes of them. networks: more that it trains or keeps. memory: those in words, where
-    they are not as large as the student. calls: of networks in one update, such as "1 student, 2 teacher".
+    and what the teacher makes of them. after: what it starts from, where that is no teacher. networks: more
+    that it trains or keeps. memory: what these and their activations take, in words; "" for no more than
+    teacher and student. calls: of networks in one update without guidance, such as "1 student, 2 teacher".
     """
 
     data: bool = True
     pairs: bool = False
+    after: str = ""
     networks: tuple[str, ...] = ()
     memory: str = ""
     calls: str = ""

@@ -25,7 +25,7 @@ class Consistency(Method):
     """Consistency distillation and training, with the curriculum of easy consistency tuning (ECT)."""
 
     reference: ClassVar[str] = "Song et al. 2023 and Geng et al. 2024, https://arxiv.org/abs/2406.14548"
-    needs: ClassVar[Needs] = Needs(calls="2 student, 1 teacher (distillation)")
+    needs: ClassVar[Needs] = Needs(calls="2 student, substeps of the teacher (distillation)")
 
     mode: Literal["distillation", "training"] = Field(
         "distillation",

@@ -37,7 +37,7 @@ class DMD2(Method):
         data=False,
         networks=("fake", "heads with gan"),
         memory="a student's for fake; little for heads",
-        calls="1 student, 1 teacher (2 guided), 1 fake; then fake_updates times 1 student and 1 fake",
+        calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 student and 1 fake",
     )
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")

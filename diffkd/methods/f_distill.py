@@ -38,7 +38,7 @@ class FDistill(Method):
     needs: ClassVar[Needs] = Needs(
         networks=("fake", "heads"),
         memory="a student's for fake; little for heads",
-        calls="1 student, 1 teacher (2 guided), 1 fake; then fake_updates times 1 student and 2 fake",
+        calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 student and 2 fake",
     )
 
     divergence: scores.Divergence = Field(

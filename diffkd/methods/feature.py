@@ -14,7 +14,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, relative_error, squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, drop_labels, grid_times
 from diffkd.errors import UserError
-from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
 class Projectors(nn.Module):
@@ -40,6 +40,11 @@ class Feature(Method):
     """Feature distillation: denoising, output matching and feature matching together."""
 
     reference: ClassVar[str] = "Kim et al. 2023, https://arxiv.org/abs/2305.15798"
+    needs: ClassVar[Needs] = Needs(
+        networks=("projectors where widths differ",),
+        memory="little for projectors; features of both",
+        calls="1 student, 1 teacher",
+    )
     hooks: ClassVar[bool] = True
 
     updates: int = Field(2000, ge=1, description="updates in all")

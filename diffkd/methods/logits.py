@@ -12,13 +12,14 @@ from torch import Tensor
 from diffkd.core.classifier import Classifier
 from diffkd.core.losses import UNLABELLED, Direction, cross_entropy, soft_kl
 from diffkd.core.noise import add_noise, grid_times
-from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
 class Logits(Method):
     """(1 - alpha) CE with the labels + alpha T^2 KL with the teacher; alpha = 0 is training by labels."""
 
     reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
+    needs: ClassVar[Needs] = Needs(calls="1 student, 1 teacher")
     kind: ClassVar[type[Any]] = Classifier
 
     alpha: float = Field(

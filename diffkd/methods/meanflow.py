@@ -71,7 +71,10 @@ class MeanFlow(Method):
     """One network for every step count: it learns the average velocity over steps of any length."""
 
     reference: ClassVar[str] = "Geng et al. 2025, https://arxiv.org/abs/2505.13447"
-    needs: ClassVar[Needs] = Needs(calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)")
+    needs: ClassVar[Needs] = Needs(
+        memory="with jvp its attention, which grows with the square of the tokens",
+        calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)",
+    )
 
     mode: Literal["distillation", "training"] = Field(
         "distillation",

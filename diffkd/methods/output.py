@@ -11,13 +11,14 @@ from pydantic import Field
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, drop_labels, grid_times
-from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
 class Output(Method):
     """Output matching alone: knowledge distillation of a denoiser as a regression onto its teacher."""
 
     reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
+    needs: ClassVar[Needs] = Needs(calls="1 student, 1 teacher")
 
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")

@@ -17,7 +17,7 @@ from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
-from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 Rate = Annotated[float, Field(gt=0)]
 MOST_STEPS = 100_000
@@ -57,6 +57,7 @@ class Progressive(Method):
     """Progressive distillation: each stage's student takes one step where its teacher took several."""
 
     reference: ClassVar[str] = "Salimans & Ho 2022, https://arxiv.org/abs/2202.00512"
+    needs: ClassVar[Needs] = Needs(calls="1 student, substeps of the teacher, 2 where steps are halved")
 
     steps: list[Annotated[int, Field(le=MOST_STEPS)]] = Field(
         [32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order"

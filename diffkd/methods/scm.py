@@ -44,7 +44,9 @@ class SCM(Method):
 
     reference: ClassVar[str] = "Lu & Song 2024, https://arxiv.org/abs/2410.11081"
     needs: ClassVar[Needs] = Needs(
-        networks=("weight",), calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)"
+        networks=("weight",),
+        memory="little for weight; a jvp's attention, which grows with the square of the tokens",
+        calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)",
     )
 
     mode: Literal["distillation", "training"] = Field(

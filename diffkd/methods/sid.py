@@ -34,8 +34,9 @@ class SiD(Method):
     needs: ClassVar[Needs] = Needs(
         data=False,
         networks=("fake",),
-        calls="1 student, 1 teacher (2 guided) and 1 fake, all with gradients; then fake_updates times "
-        "1 student and 1 fake",
+        memory="a student's for fake; the activations of teacher and fake",
+        calls="1 student, 1 teacher and 1 fake, all with gradients; then fake_updates times 1 student and 1 "
+        "fake",
     )
 
     alpha: float = Field(

@@ -89,7 +89,7 @@ def _place(accelerator: Accelerator, net: nn.Module, training: Training, half: t
     """
     network: Any = net.network if isinstance(net, Model) else net
     if _is_trained(net):
-        if training.gradient_checkpointing:
+        if training.gradient_checkpointing and isinstance(net, Model):  # others are small
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise UserError(
                     f"training.gradient_checkpointing is not supported by {type(network).__name__}; leave it "

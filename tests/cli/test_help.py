@@ -117,16 +117,22 @@ def test_completion_imports_no_torch():
 
 def test_methods_are_a_table(cli):
     code, out, err = cli("methods")
-    head, *rows = [re.split(r" {2,}", line) for line in out.splitlines()]
+    table, _, legend = out.partition("\n\n")
+    head, *rows = [re.split(r" {2,}", line) for line in table.splitlines()]
     assert (code, err, [row[0] for row in rows]) == (0, "", methods.names())
-    assert head == ["method", "paper", "needs", "what it does"]
-    for name, paper, needs, phrase in rows:
+    assert head == ["method", "paper", "learns from", "more networks", "what it does"]
+    sources = {row[0]: row[2] for row in rows}
+    assert (sources["dmd2"], sources["regression"]) == ("its teacher alone", "pairs")
+    assert sources["tcm"] == "images, after a consistency student"
+    for name, paper, source, networks, phrase in rows:
         kind = methods.find(name)
         assert kind.reference.startswith(f"{paper}, http")
-        parts = [word for word in ("data", "pairs") if getattr(kind.needs, word)] + [*kind.needs.networks]
-        assert needs == (", ".join(parts) or "nothing")
+        assert source.startswith("images") == kind.needs.data and (source == "pairs") == kind.needs.pairs
+        assert networks == (", ".join(kind.needs.networks) or "none")
+        told = {line.partition(":")[0] for line in legend.splitlines()} | {"none", "projectors"}
+        assert {part.partition(" ")[0] for part in networks.split(", ")} <= told
         assert phrase == (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-    assert len({line.index(row[3]) for line, row in zip(out.splitlines()[1:], rows, strict=True)}) == 1
+    assert len({line.index(row[4]) for line, row in zip(table.splitlines()[1:], rows, strict=True)}) == 1
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -136,9 +142,13 @@ def test_a_method_in_full(cli, name):
     assert (code, err) == (0, "") and kind.reference in out
     for key, field in kind.model_fields.items():
         assert re.search(rf"^  {key}: \S.*{re.escape(field.description or '')}$", out, re.MULTILINE)
-    assert re.search(r"^needs: \S", out, re.MULTILINE)
+    assert re.search(r"^learns from: (images|pairs|its teacher alone)", out, re.MULTILINE)
+    listed = ", ".join(kind.needs.networks) or "none"
+    assert re.search(rf"^networks beside teacher and student: {listed}$", out, re.MULTILINE)
     assert re.search(r"^memory over teacher and student: \S", out, re.MULTILINE)
-    assert (f"network calls in an update: {kind.needs.calls}" in out) == bool(kind.needs.calls)
+    assert kind.needs.calls and f"network calls in an update: {kind.needs.calls}" in out
+    guided = "guidance" in kind.model_fields and "teacher" in kind.needs.calls
+    assert ("guidance doubles the teacher's" in out) == guided
     page = re.search(r"^page: (.*)$", out, re.MULTILINE)
     assert page and re.search(rf"\b{name}\b", Path(page[1]).read_text(encoding="utf-8"))
 

@@ -14,15 +14,20 @@ from torch import nn
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import Interrupted, UserError
 from diffkd.io.files import sha256
+from diffkd.methods.adversarial import Adversarial
 from diffkd.methods.base import Loss, Optimization
 from diffkd.methods.denoising import Denoising
+from diffkd.methods.dmd2 import DMD2
+from diffkd.methods.feature import Feature
 from diffkd.methods.progressive import Progressive
+from diffkd.methods.scm import SCM
+from diffkd.methods.shortcut import Shortcut
 from diffkd.models import students
 from diffkd.training import checkpoints, state
 from diffkd.training.config import Training
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
-from tests.methods.conformance import images
+from tests.methods.conformance import images, nets_of
 from tests.tiny import student
 from tests.training.stages import COSINE, Scale, run_one, untimed, weights
 
@@ -157,6 +162,29 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     )
     assert [r["loss"] for r in plain[2]] == [r["loss"] for r in less[2]]
     assert torch.equal(weights(plain[0]), weights(less[0]))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DMD2(gan=0.1, fake_updates=1, blocks=["down_blocks.0", "up_blocks.0.resnets.0"]),
+        Adversarial(blocks=["mid_block.resnets.1"]), Feature(), SCM(), Shortcut(),
+    ],
+    ids=["dmd2", "adversarial", "feature", "scm", "shortcut"],
+)  # fmt: skip
+def test_nor_does_it_with_hooks_derivatives_and_small_networks(method, tmp_path):
+    nets = []
+    for again in (False, True):
+        nets.append(nets_of(method))
+        stage = replace(method.stages(nets[-1]["teacher"])[0], updates=2)
+        training = Training(batch_size=8, log_every=1, gradient_checkpointing=again)
+        run = RunFolder(tmp_path / str(again), {})
+        run_stage(Accelerator(), method, stage, nets[-1], images(), training, run, seed=0, stage_index=0)
+        run.close()
+        assert nets[-1]["student"].network.is_gradient_checkpointing is again
+    for name, net in nets[0].items():
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, nets[1][name].state_dict()[key]), (name, key)
 
 
 def test_a_network_without_gradient_checkpointing_is_refused(tmp_path):
