@@ -6,9 +6,9 @@ for byte, with runs that were not killed.
 Half of the runs are of one process, half of two; half are a progressive distillation, half a chain of methods
 with pairs, target networks and several networks that learn. A kill is SIGKILL, now and then SIGTERM, to one
 process: after a random time, in an update between the gradient of one of its losses and the step, in an
-evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations (open,
-rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json or
-log.jsonl. The last line sums up; the exit status is 1 if anything differs. Twenty minutes on two cores.
+evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations
+(open, rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json
+or log.jsonl. The last line sums up; the exit status is 1 if anything differs. Twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,13 +215,13 @@ def differences(whole: Path, tortured: Path) -> tuple[int, list[str]]:
     return len(same), different + [name for name in same if content(one[name]) != content(two[name])]
 
 
-def torture(kills: int, seed: int, place: Path, say: Any = print) -> int:
+def torture(kills: int, seed: int, place: Path, chains: Sequence[str], say: Any = print) -> int:
     """Returns how many files differ."""
     rng = random.Random(seed)
     done: Counter[str] = Counter()
     runs = compared = 0
     different: list[str] = []
-    groups = [(processes, chain) for processes in (1, 2) for chain in CHAINS]
+    groups = [(processes, chain) for processes in (1, 2) for chain in chains]
     for number, (processes, chain) in enumerate(groups):
         share = (kills + len(groups) - 1 - number) // len(groups)
         now = prepare(place / "now", chain)  # always the same path: records hold it
@@ -267,11 +268,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chain", choices=CHAINS, help="runs of this one alone; default both")
     parser.add_argument("--out", type=Path, help="folder to keep the runs in; default a temporary one")
     options = parser.parse_args()
     place = options.out or Path(tempfile.mkdtemp())
     try:
-        wrong = torture(options.kills, options.seed, place.resolve())
+        chains = [options.chain] if options.chain else [*CHAINS]
+        wrong = torture(options.kills, options.seed, place.resolve(), chains)
     finally:
         if options.out is None:
             shutil.rmtree(place)

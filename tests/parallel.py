@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from diffkd import methods
-from diffkd.core.classifier import Classifier
+from diffkd.core.classifier import Classifier, Model
 from diffkd.errors import Interrupted
 from diffkd.methods.base import Method
 from diffkd.methods.feature import Feature
@@ -101,7 +101,7 @@ def work(options: dict[str, Any]) -> None:
     for name, net in nets.items():
         if name == "teacher":
             continue
-        if name == "student":  # whole in the main process
+        if isinstance(net, Model):  # whole in the main process
             weights = net.network.state_dict() if accelerator.is_main_process else {}
         else:
             weights = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffkd.methods.base import Optimization
@@ -207,6 +208,15 @@ class Shards(Learner):
         finally:
             plugin.transformer_cls_names_to_wrap = configured
         return prepared[0], prepared[1]
+
+    @property
+    def bare(self) -> nn.Module:
+        """Its weights are shards: a call without a backward pass leaves some gathered, in tensors that the
+        optimizer does not know."""
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().bare
 
     def accumulating(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.network)

@@ -15,7 +15,7 @@ from diffkd.generation.generator import ImageGenerator, generate
 from diffkd.generation.pixels import to_uint8
 from diffkd.models import loading, students
 from diffkd.runs.reports import model_card
-from tests.models.test_unet2d import stock_pictures
+from tests.stock import stock_pictures
 from tests.tiny import student
 
 LINEAR = from_diffusers(DDPMScheduler())
@@ -70,7 +70,7 @@ def test_the_stock_pipeline_draws_the_same_pixels(tmp_path, classes, prediction,
 def test_it_does_so_without_diffkd(tmp_path, classes):
     denoiser, n = saved(tmp_path / "student", classes, "v_prediction", COSINE), 6
     labels = [i % classes for i in range(n)] if classes else None
-    stock = stock_pictures(tmp_path / "student", tmp_path, n, 4, labels)
+    (stock,) = stock_pictures([(tmp_path / "student", 4)], tmp_path, n, labels)
     ours = torch.cat(list(generate(denoiser, n, seed=5, labels=labels))).numpy()
     assert np.array_equal(ours, stock["pictures"])
 

@@ -1,9 +1,6 @@
 """Pipelines in and out: students draw the same images with diffusers alone."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -19,48 +16,11 @@ from diffkd.generation import sample as sampling
 from diffkd.models import loading
 from diffkd.models.unet import UNet2D
 from diffkd.runs.reports import model_card
+from tests.stock import stock_pictures
 from tests.tiny import student
 
 LINEAR = from_diffusers(DDPMScheduler())
 COSINE = Schedule.cosine(64)
-STOCK = textwrap.dedent("""
-    import sys, json
-    class Blocked:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "diffkd":
-                raise ImportError("diffkd is not installed here")
-    sys.meta_path.insert(0, Blocked())
-    try:
-        import diffkd
-    except ImportError:
-        pass
-    else:
-        raise SystemExit("diffkd could be imported")
-    import numpy as np, torch
-    from diffusers import DiffusionPipeline
-    folder, out = sys.argv[1:3]
-    n, steps, labels = (json.loads(text) for text in sys.argv[3:6])
-    torch.set_num_threads(int(sys.argv[6]))
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    cond = {"class_labels": labels} if labels is not None else {}
-    def draw(kind):
-        generators = [torch.Generator().manual_seed(5 + i) for i in range(n)]
-        options = dict(batch_size=n, generator=generators, num_inference_steps=steps, output_type=kind)
-        return pipeline(**options, **cond).images
-    pil = draw("pil")
-    pictures = np.stack([np.asarray(p).reshape(p.height, p.width, -1) for p in pil])
-    np.savez(out, pictures=pictures, floats=draw("np"), kind=type(pipeline).__name__)
-""")
-
-
-def stock_pictures(folder, tmp_path, n, steps, labels):
-    """The same images from a process that cannot import diffkd."""
-    command = [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "stock.npz"), str(n), str(steps)]
-    command += [json.dumps(labels), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return np.load(tmp_path / "stock.npz")
 
 
 @pytest.mark.slow
@@ -83,7 +43,7 @@ def test_a_student_draws_the_same_images_without_diffkd(
     loading.save(denoiser, folder)
     model_card.write(folder, model_card.describe(denoiser))
     labels = None if classes is None else [i % classes for i in range(n)]
-    stock = stock_pictures(folder, tmp_path, n, steps, labels)
+    (stock,) = stock_pictures([(folder, steps)], tmp_path, n, labels)
     sampling.sample_to(
         str(folder), tmp_path / "ours.npz", Console(quiet=True), n=n, seed=5, batch_size=n, device="cpu"
     )
