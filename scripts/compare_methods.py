@@ -67,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     comparison = plan.COMPARISONS[given.data]
+    if given.trial:
+        comparison = comparison.tried(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
     if given.measure is None:
         comparison.prepare()

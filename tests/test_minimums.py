@@ -16,7 +16,7 @@ import stages  # noqa: E402
 from comparison.cost import ATTENTION  # noqa: E402
 from minimums import SETTINGS, Bare  # noqa: E402
 
-BATCH = 32
+BATCH = 16
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -24,7 +24,8 @@ def test_a_minimum_has_the_passes_of_an_update(name):
     """By their arithmetic. Shares of a batch differ by one example, as they are drawn."""
     teacher = student(4, "v_prediction", COSINE, sampler="renoise", seed=1)
     teacher.num_classes, teacher.null_label = 3, 3
-    method = methods.find(name)(**SETTINGS[name], updates=1)
+    fewer = {"fake_updates": 2} if "fake_updates" in methods.find(name).model_fields else {}
+    method = methods.find(name)(**SETTINGS[name], **fewer, updates=1)
     stage = method.stages(teacher)[0]
     nets = stages.networks_of(method, stage, teacher)
     minimum = Bare(method, nets, BATCH, "float32")
@@ -32,4 +33,4 @@ def test_a_minimum_has_the_passes_of_an_update(name):
         minimum.update()
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as ours:
         stages.train(method, stage, nets, images(), Training(batch_size=BATCH))
-    assert ours.get_total_flops() == pytest.approx(bare.get_total_flops(), rel=0.02)
+    assert ours.get_total_flops() == pytest.approx(bare.get_total_flops(), rel=0.03)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Features:
 @dataclass(frozen=True)
 class Comparison:
     """folder: of the configs, one a method, with the teacher's. guidance: that the methods bake in. features:
-    the reported ones, then those that the settings were chosen by. make: the command that makes the data."""
+    the reported ones, then those that the settings were chosen by. make: the command that makes the data.
+    overrides: of the teacher's config."""
 
     folder: Path
     methods: tuple[str, ...]
@@ -45,11 +46,12 @@ class Comparison:
     guidance: float
     make: tuple[str, ...] = ()
     teacher_steps: tuple[int, ...] = (64, 4, 2, 1)
+    overrides: tuple[str, ...] = ()
 
     @cached_property
     def training(self) -> Train:
         """Of the teacher."""
-        return config_files.load(self.folder / "teacher.yaml", Train)
+        return config_files.load(self.folder / "teacher.yaml", Train, self.overrides)
 
     @property
     def teacher(self) -> Path:
@@ -63,7 +65,7 @@ class Comparison:
             if one.weights is not None and not one.weights.exists():
                 subprocess.run([sys.executable, one.name], check=True)
         if not self.teacher.exists():
-            subprocess.run([*DIFFKD, "train", self.folder / "teacher.yaml"], check=True)
+            subprocess.run([*DIFFKD, "train", self.folder / "teacher.yaml", *self.overrides], check=True)
 
     def runs(self, methods: Sequence[str], seeds: Sequence[int], out: Path, *, trial: bool) -> list[Run]:
         """Seed by seed, so that a table is whole as early as it can be. Raises UserError for a method without
@@ -72,6 +74,12 @@ class Comparison:
             if not self.config_of(method).exists():
                 raise UserError(f"{self.config_of(method)} does not exist; leave out the method {method}")
         return [Run(self, method, seed, out, trial) for seed in seeds for method in methods]
+
+    def tried(self, out: Path) -> Comparison:
+        """The same with a teacher of a few updates, where only the path is tried."""
+        brief = {"out": str(out / "teacher"), "denoising.updates": TRIAL_UPDATES, "evaluation": None}
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in brief.items())
+        return replace(self, teacher_steps=(8, 1), overrides=overrides)
 
     def config_of(self, method: str) -> Path:
         return self.folder / f"{method}.yaml"
