@@ -22,18 +22,30 @@ from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 def discrepancy(y: Tensor, target: Tensor, scale: Tensor, together: Tensor) -> Tensor:
     """Each particle's share in the squared MMD of its group, with the kernel exp(-scale |a - b| / D): (B,).
 
-    y, target: (B, ...) of D values each. scale: (B,), the same within a group. together: (B, B), whether two
-    are of one group. The mean over a group of M is sum_jk [k(y_j, y_k) + k(x_j, x_k) - 2 k(y_j, x_k)] / M²,
-    x the target, with its terms of j = k (Zhou, Ermon & Song 2025, algorithm 1).
+    y, target: (B, ...) of D values each. scale: (B,), the same within a group. together: whether two are of
+    one group: (B, B), or (B / M, M, M) for the blocks of M that follow each other, where no group is in two.
+    The mean over a group of M is sum_jk [k(y_j, y_k) + k(x_j, x_k) - 2 k(y_j, x_k)] / M², x the target, with
+    its terms of j = k (Zhou, Ermon & Song 2025, algorithm 1).
     """
-    y, target = y.flatten(1), target.flatten(1)
+    y, target = (x.reshape(*together.shape[:-1], -1) for x in (y, target))
+    rate = -scale.reshape(together.shape[:-1])[..., None] / y.shape[-1]
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-        return (-scale[:, None] / y.shape[1] * distances).exp()
+        return (rate * torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")).exp()
 
     terms = kernel(y, y) + kernel(target, target) - kernel(y, target) - kernel(target, y)
-    return torch.where(together, terms, 0.0).sum(1) / together.sum(1)
+    return (torch.where(together, terms, 0.0).sum(-1) / together.sum(-1)).flatten()
+
+
+def of_one_group(group: Tensor, size: int, cond: Mapping[str, Tensor]) -> Tensor:
+    """Whether two examples are of one group and have the same conditioning, without which their distributions
+    are not one: by blocks of a group, where all are whole, and not for all pairs of a batch."""
+    blocks = group.reshape(-1, size if len(group) % size == 0 else len(group))
+    alike = blocks[:, :, None] == blocks[:, None]
+    for value in cond.values():
+        values = value.reshape(*blocks.shape, -1).float()
+        alike &= torch.cdist(values, values, p=0) == 0
+    return alike
 
 
 def moved(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) -> Tensor:
@@ -123,8 +135,7 @@ class IMM(Method):
         # 4. the distance of their distributions, on the scale of what the network puts out: x_s moves by c v
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
         c = alpha_s * sigma_t - sigma_s * alpha_t
-        together = (group[:, None] == group) & _alike(cond, group)
-        loss = discrepancy(y_t, y_r, (self.scale / c).to(y_t), together)
+        loss = discrepancy(y_t, y_r, (self.scale / c).to(y_t), of_one_group(group, self.group, cond))
         # 5. weighted by the noise level
         loss = time_weight(schedule, t, self.b).to(loss) * loss
         gap = (y_t.detach() - y_r).square().flatten(1).mean(1).sqrt()
@@ -148,12 +159,3 @@ def _sorted(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return batch.x0, dict(batch.cond)
     order = batch.cond["class_labels"].argsort(stable=True)
     return batch.x0[order], {key: value[order] for key, value in batch.cond.items()}
-
-
-def _alike(cond: Mapping[str, Tensor], group: Tensor) -> Tensor:
-    """Whether two examples have the same conditioning, (B, B): only then are their distributions one."""
-    alike = torch.ones(len(group), len(group), dtype=torch.bool, device=group.device)
-    for value in cond.values():
-        values = value.flatten(1).float() if value.ndim > 1 else value[:, None].float()
-        alike &= torch.cdist(values, values, p=0) == 0
-    return alike

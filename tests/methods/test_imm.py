@@ -14,7 +14,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
-from diffkd.methods.imm import IMM, discrepancy, moved, time_weight
+from diffkd.methods.imm import IMM, discrepancy, moved, of_one_group, time_weight
 from tests.gaussian import flow as exact_flow
 from tests.gaussian import flow_map, gaussian
 from tests.methods.flow_maps import fit, moments
@@ -75,6 +75,19 @@ def test_the_discrepancy_is_the_papers_sum_over_groups():
 
         total = sum(k(y[i], y[j]) + k(x[i], x[j]) - k(y[i], x[j]) - k(x[i], y[j]) for i in rows for j in rows)
         assert found[rows].mean().item() == pytest.approx(total / size**2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(12, (3, 4, 4)), (10, (1, 10, 10))])
+def test_whole_groups_are_compared_by_themselves(count, shape):
+    """Block by block, with the values of all pairs of a batch; all pairs where the last is not whole."""
+    group = torch.arange(count) // 4
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3, 3])[:count]
+    y, x, scale = normal(count, 1, 2, 2), normal(count, 1, 2, 2, seed=1), (1.0 + group).double()
+    blocks = of_one_group(group, 4, {"class_labels": labels})
+    assert blocks.shape == shape
+    alike = (group[:, None] == group) & (labels[:, None] == labels)
+    whole = discrepancy(y, x, scale, alike)
+    assert torch.allclose(discrepancy(y, x, scale, blocks), whole, rtol=1e-12, atol=0)
 
 
 def test_its_gradient_is_zero_where_the_distributions_are_one():
@@ -182,8 +195,8 @@ def test_times_of_a_group():
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "group"), [("training", 64), ("distillation", 4)])
 def test_a_linear_student_draws_the_datas_mean_and_spread(mode, group):
-    """N(0.3, 0.5²) in one step, in two and in four of one training, a little too narrow: a particle is compared
-    with its own target too, and what is handed on in strides of `gap` is handed on with that."""
+    """N(0.3, 0.5²) in one step, in two and in four of one training, a little too narrow: a particle is
+    compared with its own target too, and what is handed on in strides of `gap` is handed on with that."""
     method = IMM(mode=mode, group=group, steps=[2, 1], updates=400)
     before, after = (
         [moments(student, n) for n in (1, 2, 4)] for student in fit(method, COSINE, method.updates)
