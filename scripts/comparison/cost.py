@@ -23,7 +23,7 @@ from diffkd.methods.base import Method, Stage
 from diffkd.models.sizes import CPU_ATTENTION
 from diffkd.training.config import Training
 
-UPDATES = 2  # that passes are counted in
+UPDATES, BATCH = 2, 32  # that passes are counted in
 
 
 def _backward_attention(grad: Any, query: Any, key: Any, value: Any, *more: Any, **options: Any) -> int:
@@ -50,15 +50,16 @@ class Passes:
 
 
 def passes(plan: list[tuple[Method, Stage]], teacher: Denoiser, images: Images, training: Training) -> Passes:
-    """Of a run of these stages. Every stage is trained for a few updates, from the teacher's own weights, on
-    which the number of passes does not depend."""
-    one = _one_pass(teacher, training.batch_size)
+    """Of a run of these stages. Each is trained for a few updates of a small batch, from the teacher's own
+    weights: the number of passes depends on neither."""
+    few = training.model_copy(update={"batch_size": BATCH, "micro_batches": None})
+    one = _one_pass(teacher, BATCH)
     update, trained, drawn = [], 0.0, 0.0
     for method, stage in plan:
         brief = replace(stage, updates=UPDATES)
         nets = stages.networks_of(method, brief, teacher)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            stages.train(method, brief, nets, images, training)
+            stages.train(method, brief, nets, images, few)
         update.append(counter.get_total_flops() / UPDATES / one)
         trained += update[-1] * stage.updates
         if stage.pairs is not None:
