@@ -30,6 +30,9 @@ if importlib.util.find_spec("deepspeed"):
     LAYOUTS |= {"zero-2x2": (2, "deepspeed"), "zero-4x1": (4, "deepspeed")}
     WAYS += [("zero-2x2", "zero-2x2"), ("zero-2x2", "1x4"), ("fsdp-2x2", "zero-2x2")]
 SEVERAL = [*VARIANTS, "scm", "meanflow", "lcm", "sid", "f_distill"]  # networks, or a derivative of one
+ENLARGED = {  # rounding: of a difference of two outputs over its step, of weights of heads that change nothing
+    "scm-difference": 10, "adversarial-r1": 10,
+}  # fmt: skip
 SHARDS_ON_CPU = is_torch_version(">=", FSDP_ON_CPU)
 NO_ZERO = [name for name in LAYOUTS if "zero" not in name]
 
@@ -121,11 +124,11 @@ def test_the_student_is_the_same_however_the_work_is_divided(trained, method, la
         weights = distance(alone / "student.safetensors", folder / "student.safetensors")
         print(f"{method} {layout}: weights {weights:.1e}", *(f"{key} {worst[key]:.1e}" for key in worst))
         assert weights < 1e-6 and worst["learning_rate"] == 0
-        enlarged = 10 if method == "scm-difference" else 1  # of nearly equal values, over a small step
+        enlarged = ENLARGED.get(method, 1)
         assert max(worst["loss"], worst.get("gap", 0)) < 2e-6 * enlarged
         assert worst["grad_norm"] < 1e-5 * enlarged
         for other in networks(alone) - {"student"}:  # "two" ends with the average of its second one
-            assert distance(alone / f"{other}.safetensors", folder / f"{other}.safetensors") < 2e-6, other
+            assert distance(alone / f"{other}.safetensors", folder / f"{other}.safetensors") < 2e-6 * enlarged
 
 
 @pytest.mark.slow
