@@ -83,7 +83,8 @@ def _plain(plot: Any, steps: Sequence[int] = ()) -> None:
         plot.set_xticks(steps, map(str, steps))
         plot.xaxis.set_minor_formatter("")
     low, high = plot.get_ylim()
-    fine = (1, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5) if high < 200 * low else (1,)
+    parts = {3: (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), 20: (1, 2, 3, 5, 7), 200: (1, 2, 5)}
+    fine = next((subs for most, subs in parts.items() if high < most * low), (1,))
     plot.yaxis.set_major_locator(LogLocator(subs=fine))
     plot.yaxis.set_minor_formatter("")
     plot.yaxis.set_major_formatter("{x:g}")

@@ -52,14 +52,15 @@ def least_steps(method: Mapping[str, Any]) -> Row:
 def markdown_of(results: Mapping[str, Any]) -> str:
     w, steps = results["guidance"], best_teacher(results, results["guidance"])["steps"]
     compared = f"guided with w = {w:g}, then unguided" if w != 1 else "unguided"
+    beside = f", and their ratio to those of {MEASURE}" if MEASURE in results["methods"] else ""
     lines = [
         f"# Every method at one cost: {results['data']}",
         "",
         f"{results['count']:,} images of each model, with the data's labels. Mean and sample standard "
         f"deviation over training seeds {', '.join(map(str, results['seeds']))}; commit {results['commit']}. "
         f"In parentheses the ratio to the teacher at {steps} steps, {compared}. CPU seconds are those of "
-        f"training by one thread, drawing of pairs included, and their ratio to those of {MEASURE}; a pass "
-        "is one of the student's network over a batch, and a backward pass counts as about two.",
+        f"training by one thread, drawing of pairs included{beside}; a pass is one of the student's network "
+        "over a batch, and a backward pass counts as about two.",
     ]
     for features in results["features"]:
         lines += ["", f"## FID, {features} features", "", *_summary(results, features)]
