@@ -134,13 +134,13 @@ def test_the_student_is_the_same_however_the_work_is_divided(trained, method, la
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["2x2", "fsdp-2x2"])
 def test_half_precision_is_the_same_in_shards(tmp_path, launched, layout):
-    """Autocast alone: nothing else that a network is called with is rounded, least of all its times."""
+    """In one update: Adam magnifies the rounding of its gradients in the next. Autocast alone rounds, and not
+    what a network is called with, such as its times."""
     for name in ("1x4", layout):
-        train(launched, tmp_path / name, name, method="one", updates=8, precision="bf16")
-    alone, parts = (tmp_path / name for name in ("1x4", layout))
-    assert distance(alone / "student.safetensors", parts / "student.safetensors") < 1e-5
-    losses = [[record["loss"] for record in log(folder)] for folder in (alone, parts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        train(launched, tmp_path / name, name, method="one", updates=1, precision="bf16")
+    (alone,), (parts,) = (log(tmp_path / name) for name in ("1x4", layout))
+    assert parts["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert parts["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
