@@ -18,6 +18,11 @@ from comparison import cost, plan, table  # noqa: E402
 from comparison.jobs import Job, side_by_side  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(cost, "BATCH", 8)
+
+
 def teacher():
     made = student(4, "v_prediction", COSINE, steps=None, seed=1)
     made.num_classes, made.null_label = 3, 3
