@@ -70,9 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.trial:
         comparison = comparison.tried(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
+    runs = comparison.runs(given.methods or comparison.methods, given.seeds, given.out, trial=given.trial)
     if given.measure is None:
         comparison.prepare()
-    runs = comparison.runs(given.methods or comparison.methods, given.seeds, given.out, trial=given.trial)
     teacher = plan.opened(comparison)
     plans = {run.method: run.plan(teacher) for run in runs if run.seed == given.seeds[0]}
     students = {method: plan.students_of(found) for method, found in plans.items()}

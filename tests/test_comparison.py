@@ -120,16 +120,18 @@ def test_the_table_has_means_spreads_and_ratios_to_both_teachers():
             row("teacher", 64, 0.4), row("teacher", 1, 8.0),
         ],
         "methods": {
-            "progressive": {"seconds": [50.0], "passes": 2000.4, "students": [row("1-steps", 1, 0.8)]},
+            "progressive": {
+                "seeds": [0], "seconds": [50.0], "passes": 2000.4, "students": [row("1-steps", 1, 0.8)],
+            },
             "chain": {
-                "seconds": [100.0, 102.0], "passes": 4000.0,
+                "seeds": [0, 1], "seconds": [100.0, 102.0], "passes": 4000.0,
                 "students": [row("1-steps", 1, 5.0, 6.0), row("1-steps-dmd2", 1, 0.3, 0.5)],
             },
         },
     }  # fmt: skip
     lines = table.markdown_of(results).splitlines()
     assert "| chain | 0.400 ± 0.141 (2.00, 1.00) |  |  | 101 ± 1 (2.02) | 4,000 |" in lines
-    assert "| progressive | 0.800 (4.00, 2.00) |  |  | 50 (1.00) | 2,000 |" in lines
+    assert "| progressive (1 of 2 seeds) | 0.800 (4.00, 2.00) |  |  | 50 (1.00) | 2,000 |" in lines
     assert "| teacher, w = 1.5 | 9.000 (45.00, 22.50) |  |  |  |  |" in lines
     assert (
         "| chain | 1-steps | 5.500 ± 0.707 (27.50, 13.75) | 0.0100 ± 0.0000 |  | 0.500 ± 0.000 |  |  |  |"

@@ -79,8 +79,14 @@ def _summary(results: Mapping[str, Any], features: str) -> Iterable[str]:
     for name, method in results["methods"].items():
         cells = [_fid(results, student_at(method, n), features) for n in MAIN_STEPS]
         cost = [_seconds(results, method), f"{method['passes']:,.0f}"]
-        rows.append([name, *cells, *cost])
+        rows.append([_title(results, name), *cells, *cost])
     return markdown.table(titles, rows, "--:")
+
+
+def _title(results: Mapping[str, Any], name: str) -> str:
+    """The method's name, and how many seeds it has where not all are finished."""
+    done, wanted = len(results["methods"][name]["seeds"]), len(results["seeds"])
+    return name if done == wanted else f"{name} ({done} of {wanted} seeds)"
 
 
 def _seconds(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
@@ -106,7 +112,10 @@ def _details(results: Mapping[str, Any], features: str) -> Iterable[str]:
             [f"teacher, w = {row['guidance']:g}", f"{row['steps']}-steps", *_cells(results, row, features)]
         )
     for name, method in results["methods"].items():
-        rows += [[name, row["model"], *_cells(results, row, features)] for row in method["students"]]
+        rows += [
+            [_title(results, name), row["model"], *_cells(results, row, features)]
+            for row in method["students"]
+        ]
     return markdown.table(titles, rows, "--:")
 
 
