@@ -8,8 +8,8 @@ with pairs, target networks and several networks that learn. A kill is SIGKILL, 
 process: after a random time, in an update between the gradient of one of its losses and the step, in an
 evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations
 (open, rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json
-or log.jsonl. The last line sums up; the exit status is 1 if anything differs. With --chain halving ten minutes
-on two cores, without it several times that.
+or log.jsonl. The last line sums up; the exit status is 1 if anything differs. With --chain halving ten
+minutes on two cores, without it several times that.
 """
 
 from __future__ import annotations
