@@ -74,7 +74,7 @@ class TrainingLog:
         np.add.at(sums[1], bins, 1)
 
     def read(self, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-        """The means of the interval over all processes, with its speed and this process's CPU time, of all its
+        """The means of the interval over all processes, its speed, and this process's CPU time of all its
         threads; starts a new interval."""
         self._add_up()
         record: dict[str, Any] = {}

@@ -34,7 +34,8 @@ TEACHER: dict[str, Any] = {
 }
 UNMEASURED = {"evaluation": None, "pictures": 0}
 DEEP_TEACHER = {**TEACHER, **UNMEASURED, "model": {"channels": [8, 16], "layers": 2, "norm_groups": 4}}
-MEASURED = ("images_per_second", "cpu_seconds_per_update", "peak_memory_gb")  # in the log, and different in every run
+# in the log, and different in every run
+MEASURED = ("images_per_second", "cpu_seconds_per_update", "peak_memory_gb")
 
 
 def write(path: str | Path, content: dict[str, Any], **more: Any) -> Path:

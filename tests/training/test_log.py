@@ -43,7 +43,7 @@ def test_a_model_without_noise_levels_logs_plain_means():
 
 
 def test_an_update_costs_its_share_of_the_interval(monkeypatch):
-    """By the process's own time, in which others on the machine do not count. Fake updates are part of one."""
+    """By the process's own time, in which others on the machine do not count. Fake updates are a part."""
     monkeypatch.setattr(log.time, "process_time", iter([10.0, 16.0, 16.0, 17.0, 17.0]).__next__)
     meter = TrainingLog(torch.device("cpu"))
 
