@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffkd.core.denoiser import Denoiser
+from diffkd.core import samplers
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.losses import squared_error, weight, weighting_for
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.core.schedules import Schedule
@@ -36,15 +37,26 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 # what the student is given, and at which noise its images are compared
 
 
-def check_start(start: Denoiser, steps: int, guidance: float, teacher: str = "original") -> None:
+def check_start(
+    start: Denoiser, steps: int, guidance: float, teacher: str = "original", drawn: StockSampler = "renoise"
+) -> None:
     """Raises UserError for a model of which no student can be made that draws from noise by its x0, or which
     is to teach at noise levels that it does not know."""
-    start.schedule.check_steps(steps, "renoise")
+    start.schedule.check_steps(steps, drawn)
     if guidance != 1.0:
         start.check_guidance()
     if teacher == "previous":
         start.check_every_time()
     start.check_from_noise()
+
+
+def check_drawn(drawn: StockSampler, simulate: bool) -> None:
+    """Raises ValueError for later steps that start from noised data where the student is drawn by ddim."""
+    if drawn == "ddim" and not simulate:
+        raise ValueError(
+            "simulate: false starts later steps from noised data, and those of a student drawn by ddim start "
+            "from its own; leave one of the two out"
+        )
 
 
 @torch.no_grad()
@@ -78,10 +90,23 @@ def student_inputs(
 
 
 def draw(
-    student: Denoiser, x0: Tensor, steps: int, rng: torch.Generator, *, simulated: bool = True, **cond: Tensor
+    student: Denoiser,
+    x0: Tensor,
+    steps: int,
+    rng: torch.Generator,
+    *,
+    drawn: StockSampler = "renoise",
+    simulated: bool = True,
+    **cond: Any,
 ) -> Tensor:
-    """The student's images, (B, C, H, W), from its inputs (see `student_inputs`). Gradients pass through its
-    last step alone."""
+    """The student's images, (B, C, H, W), as many as x0.
+
+    By renoise, which samples anew from what every step gives, they are what one step makes of its inputs (see
+    `student_inputs`), and gradients pass through this step. By ddim only the last step gives an image, and
+    gradients pass through all of them.
+    """
+    if drawn == "ddim":
+        return samplers.ddim(student, _noise_like(x0, rng), samplers.grid(steps), **cond)
     x_t, t = student_inputs(student, x0, steps, rng, simulated=simulated, **cond)
     x: Tensor = student(x_t, t, **cond)
     return x

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.discriminator import Heads, accuracy, block_shapes, finite_r1, hinge, minus_logit, seen
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import check_start, draw
+from diffkd.core.scores import check_drawn, check_start, draw
 from diffkd.core.times import draw_times
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
@@ -34,6 +34,9 @@ class Adversarial(Method):
     )
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
+    drawn: StockSampler = Field(
+        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
+    )
     teacher: Literal["original", "previous"] = Field(
         "original", description="whose features the heads see: the run's teacher's or the last student's"
     )
@@ -65,7 +68,8 @@ class Adversarial(Method):
     )
 
     @model_validator(mode="after")
-    def _guides_a_prediction(self) -> Adversarial:
+    def _fits_together(self) -> Adversarial:
+        check_drawn(self.drawn, self.simulate)
         if self.guidance != 1.0 and self.distance == 0:
             raise ValueError(
                 f"guidance {self.guidance:g} is of the teacher's prediction, which distance: 0 does not ask; "
@@ -74,12 +78,12 @@ class Adversarial(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
         heads = Optimization(self.critic_learning_rate or self.learning_rate)
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn="renoise", networks={"heads": heads}, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks={"heads": heads}, teacher=self.teacher,
             )
         ]  # fmt: skip
 
@@ -95,7 +99,7 @@ class Adversarial(Method):
         cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
+            return draw(student, x0, self.steps, rng, drawn=self.drawn, simulated=self.simulate, **cond)
 
         def noised(x: Tensor) -> tuple[Tensor, Tensor]:
             law = (self.noise_mean, self.noise_std)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.discriminator import (
     Heads,
     accuracy,
@@ -21,7 +21,15 @@ from diffkd.core.discriminator import (
 )
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import check_start, denoising_error, descent, draw, error_size, noise_times
+from diffkd.core.scores import (
+    check_drawn,
+    check_start,
+    denoising_error,
+    descent,
+    draw,
+    error_size,
+    noise_times,
+)
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -41,6 +49,9 @@ class DMD2(Method):
     )
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
+    drawn: StockSampler = Field(
+        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
+    )
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
     teacher: Literal["original", "previous"] = Field(
         "original", description="whose distribution is matched: the run's teacher's or the last student's"
@@ -71,7 +82,8 @@ class DMD2(Method):
     )
 
     @model_validator(mode="after")
-    def _has_times(self) -> DMD2:
+    def _fits_together(self) -> DMD2:
+        check_drawn(self.drawn, self.simulate)
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}; exchange them")
         return self
@@ -85,7 +97,7 @@ class DMD2(Method):
         return self.gan > 0
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {"fake": Optimization(fake_rate)}
         if self.gan:
@@ -93,7 +105,7 @@ class DMD2(Method):
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn="renoise", networks=networks, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks=networks, teacher=self.teacher,
             )
         ]  # fmt: skip
 
@@ -115,7 +127,7 @@ class DMD2(Method):
         cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            return draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
+            return draw(student, x0, self.steps, rng, drawn=self.drawn, simulated=self.simulate, **cond)
 
         # 1. the student's images, noised
         x = images()

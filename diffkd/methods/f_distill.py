@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffkd.core import scores
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.discriminator import (
     Heads,
     accuracy,
@@ -45,6 +45,9 @@ class FDistill(Method):
         "jensen_shannon", description="of the student's distribution from the teacher's; reverse_kl is dmd2's"
     )
     steps: int = Field(1, ge=1, description="sampling steps of the student")
+    drawn: StockSampler = Field(
+        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
+    )
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
     teacher: Literal["original", "previous"] = Field(
         "original", description="whose distribution is matched: the run's teacher's or the last student's"
@@ -78,7 +81,8 @@ class FDistill(Method):
     bins: int = Field(10, ge=1, description="equal bins of noise in which the ratio's mean is made 1")
 
     @model_validator(mode="after")
-    def _has_ranges(self) -> FDistill:
+    def _fits_together(self) -> FDistill:
+        scores.check_drawn(self.drawn, self.simulate)
         for low, high in (("t_min", "t_max"), ("ratio_min", "ratio_max")):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(
@@ -87,7 +91,7 @@ class FDistill(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        scores.check_start(start, self.steps, self.guidance, self.teacher)
+        scores.check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {
             "fake": Optimization(fake_rate), "heads": Optimization(self.gan_learning_rate or fake_rate),
@@ -95,7 +99,7 @@ class FDistill(Method):
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn="renoise", networks=networks, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks=networks, teacher=self.teacher,
             )
         ]  # fmt: skip
 
@@ -113,7 +117,9 @@ class FDistill(Method):
         cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            return scores.draw(student, x0, self.steps, rng, simulated=self.simulate, **cond)
+            return scores.draw(
+                student, x0, self.steps, rng, drawn=self.drawn, simulated=self.simulate, **cond
+            )
 
         # 1. the student's images, noised
         x = images()

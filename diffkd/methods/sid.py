@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
 from diffkd.core.scores import (
@@ -46,6 +46,9 @@ class SiD(Method):
         description="1/2 is the Fisher divergence's own gradient; the paper's are 1 and 1.2",
     )
     steps: int = Field(1, ge=1, description="sampling steps of the student")
+    drawn: StockSampler = Field(
+        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
+    )
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
     teacher: Literal["original", "previous"] = Field(
         "original", description="whose distribution is matched: the run's teacher's or the last student's"
@@ -67,12 +70,12 @@ class SiD(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
         fake = Optimization(self.fake_learning_rate or self.learning_rate)
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn="renoise", networks={"fake": fake}, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks={"fake": fake}, teacher=self.teacher,
             )
         ]  # fmt: skip
 
@@ -88,7 +91,7 @@ class SiD(Method):
         cond: dict[str, Any] = dict(batch.cond)
 
         def images() -> Tensor:
-            return draw(student, batch.x0, self.steps, rng, **cond)
+            return draw(student, batch.x0, self.steps, rng, drawn=self.drawn, **cond)
 
         # 1. the student's images, noised
         x = images()

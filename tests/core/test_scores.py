@@ -270,6 +270,26 @@ def test_one_step_takes_pure_noise():
         assert (t == 1).all() and 0.7 < x_t.std() < 1.3 and net.network.calls == 0
 
 
+def test_images_by_ddim_are_those_of_its_sampler_and_teach_every_step():
+    """The gradient is that of finite differences of the whole sampler."""
+    net, like = student(3, "v_prediction", COSINE).double(), torch.empty(2, 1, 8, 8, dtype=torch.float64)
+    labels, weight = torch.tensor([0, 2]), net.network.conv_in.weight
+
+    def images():
+        rng = torch.Generator().manual_seed(5)
+        return scores.draw(net, like, 4, rng, drawn="ddim", class_labels=labels)
+
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(images(), samplers.ddim(net, noise, [1.0, 0.75, 0.5, 0.25, 0.0], class_labels=labels))
+    (found,) = torch.autograd.grad(images().square().sum(), weight)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    sums = []
+    for step in (1e-5, -2e-5):
+        weight.data += step * direction
+        sums.append(images().square().sum().item())
+    assert (found * direction).sum().item() == pytest.approx((sums[0] - sums[1]) / 2e-5, rel=1e-6)
+
+
 # times
 
 

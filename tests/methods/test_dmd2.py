@@ -9,8 +9,11 @@ from pydantic import ValidationError
 
 from diffkd.core.discriminator import logistic, non_saturating
 from diffkd.errors import UserError
+from diffkd.methods.adversarial import Adversarial
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.dmd2 import DMD2
+from diffkd.methods.f_distill import FDistill
+from diffkd.methods.sid import SiD
 from tests.gaussian import gaussian
 from tests.methods.matching import (
     COSINE,
@@ -129,6 +132,28 @@ def test_it_sets_hooks_only_for_a_discriminator():
 # settings
 
 
+@pytest.mark.parametrize("method", [DMD2, FDistill, SiD, Adversarial])
+def test_a_student_drawn_by_ddim_is_saved_so_and_learns_through_every_step(method):
+    net = student(3, "v_prediction", COSINE, steps=None)
+    teacher = student(3, "v_prediction", COSINE, steps=None, seed=1).requires_grad_(False)
+    batch = Batch(torch.randn(4, 1, 8, 8), {"class_labels": torch.arange(4) % 3})
+    for drawn, learning in (("ddim", 2), ("renoise", 1)):
+        own = method(steps=2, drawn=drawn)
+        (stage,) = own.stages(net)
+        assert (stage.drawn, stage.steps) == (drawn, 2)
+        outputs = []
+        handle = net.network.register_forward_hook(lambda *call, into=outputs: into.append(call[2].sample))
+        nets = {"student": net, "teacher": teacher, **own.networks(teacher, net)}
+        for parameter in nets["fake"].parameters() if "fake" in nets else ():
+            parameter.data *= 1.1  # as the teacher it would leave the student where it is
+        loss = next(own.losses(nets, batch, Step(stage, 0), torch.Generator().manual_seed(0)))
+        handle.remove()
+        with_graph = [output for output in outputs if output.requires_grad]
+        assert (len(outputs), len(with_graph)) == (2, learning)
+        for gradient in torch.autograd.grad(loss.value, with_graph):
+            assert (gradient.abs().flatten(1).sum(1) > 0).all()
+
+
 def test_its_stage():
     method = DMD2(steps=2, guidance=1.5, learning_rate=1e-4, fake_learning_rate=3e-4, gan=1e-3)
     teacher = student(4, "v_prediction", COSINE)
@@ -147,6 +172,9 @@ def test_what_does_not_fit_is_refused():
         DMD2(guidance=2).stages(gaussian(COSINE))
     with pytest.raises(ValidationError, match=r"t_min 0\.9 is above t_max 0\.5; exchange them"):
         DMD2(t_min=0.9, t_max=0.5)
+    for method in (DMD2, FDistill, Adversarial):
+        with pytest.raises(ValidationError, match="simulate: false starts .* leave one of the two out"):
+            method(steps=2, drawn="ddim", simulate=False)
     with pytest.raises(
         UserError, match=r"method\.blocks names 'mid', which the network does not have; it has"
     ):
