@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.images import Examples, Images
 from diffkd.data.pairs import PairCache, Recipe
 from diffkd.methods.base import Method, Stage
 from diffkd.models import students
+from diffkd.runs import distill
 from diffkd.training.config import Training
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
@@ -25,14 +25,7 @@ PAIRS = 1024
 
 def networks_of(method: Method, stage: Stage, teacher: Denoiser) -> dict[str, Any]:
     """The teacher, a student that begins as it, and the method's own."""
-    student = students.copy_of(teacher).train().requires_grad_(True)
-    if stage.prediction is not None:
-        student.prediction = stage.prediction
-    student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None
-    if stage.interval:
-        interval.attach(student.network)
-    teacher.requires_grad_(False)
-    return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
+    return distill.networks_of(method, stage, teacher, students.copy_of(teacher).train())
 
 
 def train(

@@ -156,14 +156,21 @@ def _train(
     watch: SpreadWatch | None,
 ) -> None:
     """Trains nets["student"] in place. The teacher must not be used for anything else afterwards."""
-    teacher, student = nets["teacher"].requires_grad_(False), nets["student"].requires_grad_(True)
+    trained = networks_of(method, stage, nets["teacher"], nets["student"])
+    look = watch.of_stage(stage, index, nets["student"]) if watch else None
+    session.run_stage(method, stage, trained, examples, index, look=look)
+
+
+def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:
+    """All networks of a stage by name, these two made ready for it in place and the method's own made."""
+    teacher.requires_grad_(False)
+    student.requires_grad_(True)
     if stage.prediction is not None:
         student.prediction = stage.prediction
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
     if stage.interval:
         interval.attach(student.network)
-    look = watch.of_stage(stage, index, student) if watch else None
-    session.run_stage(method, stage, nets | method.networks(teacher, student), examples, index, look=look)
+    return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
 
 
 def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:

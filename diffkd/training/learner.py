@@ -209,14 +209,20 @@ class Shards(Learner):
             plugin.transformer_cls_names_to_wrap = configured
         return prepared[0], prepared[1]
 
-    @property
-    def bare(self) -> nn.Module:
-        """Its weights are shards: a call without a backward pass leaves some gathered, in tensors that the
-        optimizer does not know."""
+    def _reshard(self) -> None:
+        """A call without a backward pass leaves weights gathered, in tensors that the optimizer does not
+        know."""
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().bare
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        self._reshard()
+        return super().tensors()
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._reshard()
+        super().load(tensors)
 
     def accumulating(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.network)
@@ -232,6 +238,7 @@ class Shards(Learner):
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
+        self._reshard()
         bare = super().finish()
         gathered = [unsharded(param, self.accelerator) for param in bare.parameters()]
         if self._whole is None:
