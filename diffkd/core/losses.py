@@ -48,7 +48,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     """sqrt(|x - y|^2 + c^2) - c of each example, the norm over all its values: two (B, ...) -> (B,).
 
     Squared for differences below c, whose gradient grows with them, and the norm itself above, whose gradient
-    does not. c = 0.00054 sqrt(d) for d values (Song & Dhariwal 2024, section 3.3); c = 0 is the norm.
+    does not. c = 0.00054 sqrt(d) for d values (Song & Dhariwal 2024); c = 0 is the norm.
     """
     squares = (x - y).square().flatten(1).sum(1)
     if c == 0:

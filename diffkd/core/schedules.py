@@ -51,7 +51,8 @@ class Schedule:
 
     @staticmethod
     def cosine(num_train_timesteps: int = 1024) -> Schedule:
-        """Cosine (Nichol & Dhariwal 2021, eq. 17) rescaled to zero terminal SNR (Lin et al. 2024, alg. 1)."""
+        """Cosine (Nichol & Dhariwal 2021, section 3.2), rescaled to zero terminal SNR (Lin et al. 2024,
+        algorithm 1)."""
         from diffusers import DDIMScheduler
 
         return from_diffusers(
@@ -232,7 +233,7 @@ def to_diffusers(
 def read_prediction(prediction: str, x_t: Any, output: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
     """Any network output as (x0, eps), each shaped like x_t: tensors, or numbers for linear coefficients.
 
-    v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D); flow: u = eps - x0 (Liu et al. 2023).
+    v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D); flow: u = eps - x0 (Liu et al. 2022).
     """
     if prediction == "epsilon":
         return (x_t - sigma * output) / alpha, output

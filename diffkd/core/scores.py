@@ -177,7 +177,7 @@ def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
     """h(r) of the ratio r of the teacher's density to the student's, shaped like it.
 
     The gradient of the divergence is that of the reverse KL with h(r) as the weight of every example (Xu et
-    al. 2025, theorem 1).
+    al. 2025).
     """
     return WEIGHTS[name](ratio)
 

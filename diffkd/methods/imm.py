@@ -25,7 +25,7 @@ def discrepancy(y: Tensor, target: Tensor, scale: Tensor, together: Tensor) -> T
     y, target: (B, ...) of D values each. scale: (B,), the same within a group. together: whether two are of
     one group: (B, B), or (B / M, M, M) for the blocks of M that follow each other, where no group is in two.
     The mean over a group of M is sum_jk [k(y_j, y_k) + k(x_j, x_k) - 2 k(y_j, x_k)] / M², x the target, with
-    its terms of j = k (Zhou, Ermon & Song 2025, algorithm 1).
+    its terms of j = k (Zhou, Ermon & Song 2025, equation 67).
     """
     y, target = (x.reshape(*together.shape[:-1], -1) for x in (y, target))
     rate = -scale.reshape(together.shape[:-1])[..., None] / y.shape[-1]
@@ -60,7 +60,7 @@ def moved(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) 
 def time_weight(schedule: Schedule, t: Tensor, b: float) -> Tensor:
     """1/2 sigmoid(b - lambda) (-d lambda / dt) alpha, lambda = log(alpha² / sigma²): (B,) float64.
 
-    Zhou, Ermon & Song 2025, section 5, with a = 1. It is finite at alpha = 0.
+    Zhou, Ermon & Song 2025, equation 13, with a = 1. It is finite at alpha = 0.
     """
     alpha, sigma = schedule.at(t)
     d_alpha, d_sigma = flow.rates(schedule, t, like=alpha)

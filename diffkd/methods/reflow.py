@@ -24,7 +24,7 @@ def line(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tens
     """The state at t of the straight line from an image to the noise that it was made of, and eps there.
 
     x0, noise: (B, C, H, W); t: (B,). Straight in the flow's coordinates (`core.flow`), in which it is Liu et
-    al. 2022, equation 1: x_t = alpha x0 + sigma eps, with the one eps for which x_1 is the noise. At zero
+    al. 2022, algorithm 1: x_t = alpha x0 + sigma eps, with the one eps for which x_1 is the noise. At zero
     terminal SNR that is the noise itself; else x_1 holds a little of the image.
     """
     alpha, sigma = schedule.at(t, like=x0)

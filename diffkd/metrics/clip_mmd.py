@@ -16,7 +16,7 @@ from diffkd.metrics.distances import BLOCK, pair, squared_distances
 def cmmd(
     x: Tensor | np.ndarray, y: Tensor | np.ndarray, *, bandwidth: float = 10.0, scale: float = 1000.0
 ) -> float:
-    """CMMD: scale times the squared MMD of a Gaussian kernel (Jayasumana et al. 2024, section 4).
+    """CMMD: scale times the squared MMD of a Gaussian kernel (Jayasumana et al. 2024).
 
     The kernel is exp(-|x - y|² / (2 bandwidth²)). x: (N, d), y: (M, d), CLIP embeddings of unit length. The
     biased estimate, as published: a pair of a sample with itself counts.

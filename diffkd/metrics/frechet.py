@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians: the formula of FID (Heusel et al. 2017, equation 6)."""
+"""The Fréchet distance between two Gaussians: the formula of FID (Heusel et al. 2017)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class DensityCoverage(NamedTuple):
 
 
 def precision_recall(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1 and 2).
+    """Improved precision and recall (Kynkäänniemi et al. 2019).
 
     real: (N, d), fake: (M, d). The ball around a sample reaches to its k-th nearest neighbour in its own set
     and leaves that one out, as in the code of Naeem et al.: exact copies alone show the difference.

@@ -25,7 +25,7 @@ def norm_scores(network: nn.Module) -> dict[str, Tensor]:
 
 
 def taylor_scores(teacher: Denoiser, batches: Iterable[Batch], rng: torch.Generator) -> dict[str, Tensor]:
-    """Importance for the teacher's denoising loss, summed over batches (Molchanov et al. 2019, equation 8).
+    """Importance for the teacher's denoising loss, summed over batches (Molchanov et al. 2019).
 
     rng: draws the times and the noise.
     """
