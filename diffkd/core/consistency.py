@@ -16,17 +16,12 @@ from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 
 
-def check_start(
-    start: Denoiser, steps: Sequence[int], guidance: float = 1.0, teacher: str = "original"
-) -> None:
-    """Raises UserError for a model of which no consistency model of these step counts can be made, or which
-    is to teach at noise levels that it does not know."""
+def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
+    """Raises UserError for a model of which no consistency model of these step counts can be made."""
     for count in steps:
         start.schedule.check_steps(count, "renoise")
     if guidance != 1.0:
         start.check_guidance()
-    if teacher == "previous":
-        start.check_every_time()
     if start.prediction == "sample":
         raise UserError(
             "a network that predicts x0 itself (prediction type sample) does not return its input at t = 0, "

@@ -156,15 +156,6 @@ class Denoiser(nn.Module):
                 "put {name: output, prediction: v_prediction} before this method, which makes it predict v"
             )
 
-    def check_every_time(self) -> None:
-        """Raises UserError for a student of its own few steps, as the teacher of a method that asks it at
-        every noise level."""
-        if self.steps is not None:
-            raise UserError(
-                f"teacher: previous is a student of {self.steps} steps, which knows no other noise levels; "
-                "set method.teacher: original"
-            )
-
 
 def _shape_of(network: nn.Module) -> tuple[int, int, int] | None:
     config = getattr(network, "config", None)

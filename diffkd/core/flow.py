@@ -56,15 +56,10 @@ def rates(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def check_start(
-    start: Denoiser, steps: Sequence[int], guidance: float = 1.0, teacher: str = "original"
-) -> None:
-    """Raises UserError for a model that cannot become a velocity, drawn in these step counts, or which is to
-    teach at noise levels that it does not know."""
+def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
+    """Raises UserError for a model that cannot become a velocity, drawn in these step counts."""
     for count in steps:
         start.schedule.check_steps(count)
     if guidance != 1.0:
         start.check_guidance()
-    if teacher == "previous":
-        start.check_every_time()
     start.check_from_noise()

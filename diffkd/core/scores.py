@@ -37,16 +37,11 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 # what the student is given, and at which noise its images are compared
 
 
-def check_start(
-    start: Denoiser, steps: int, guidance: float, teacher: str = "original", drawn: StockSampler = "renoise"
-) -> None:
-    """Raises UserError for a model of which no student can be made that draws from noise by its x0, or which
-    is to teach at noise levels that it does not know."""
+def check_start(start: Denoiser, steps: int, guidance: float, drawn: StockSampler = "renoise") -> None:
+    """Raises UserError for a model of which no student can be made that draws from noise by its x0."""
     start.schedule.check_steps(steps, drawn)
     if guidance != 1.0:
         start.check_guidance()
-    if teacher == "previous":
-        start.check_every_time()
     start.check_from_noise()
 
 

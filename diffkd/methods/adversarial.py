@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -37,8 +37,9 @@ class Adversarial(Method):
     drawn: StockSampler = Field(
         "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="whose features the heads see: the run's teacher's or the last student's"
+    teacher: str = Field(
+        "original",
+        description="whose features the heads see: the run's teacher's, or previous, or a student's",
     )
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(1e-4, gt=0, description="the student's; falls linearly to zero")
@@ -78,12 +79,13 @@ class Adversarial(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
+        check_start(start, self.steps, self.guidance, self.drawn)
         heads = Optimization(self.critic_learning_rate or self.learning_rate)
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn=self.drawn, networks={"heads": heads}, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks={"heads": heads},
+                teacher=self.teacher, every_time=True,
             )
         ]  # fmt: skip
 

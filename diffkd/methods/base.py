@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ class Stage:
     None where the teacher takes none.
     guidance: of the teacher's predictions. prediction: what the student outputs, None for what it already
     does. drawn: the sampler that the student is trained for, which decides the stock scheduler it is saved
-    with. networks: by name, the trained networks that do not learn as the stage says. teacher: whether it
-    learns from the run's own teacher, or from the last student before it. also: more step counts, for each of
+    with. networks: by name, the trained networks that do not learn as the stage says. teacher: which it
+    learns from: `original`, the run's own; `previous`, the last student before it; or the name of a student
+    before it. every_time: whether it asks that one at every noise level. also: more step counts, for each of
     which the trained network is saved as a student of its own, before the one of `steps`. interval: whether
     the student takes the length of a step as a second number while it trains (`core.interval`), which is
     folded into what is saved. pairs: what the batches are made of in place of the data.
@@ -82,7 +83,8 @@ class Stage:
     prediction: str | None = None
     drawn: StockSampler = "ddim"
     networks: Mapping[str, Optimization] = field(default_factory=dict)
-    teacher: Literal["previous", "original"] = "previous"
+    teacher: str = "previous"
+    every_time: bool = False
     also: tuple[int, ...] = ()
     interval: bool = False
     pairs: Pairs | None = None

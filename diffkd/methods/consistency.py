@@ -31,8 +31,8 @@ class Consistency(Method):
         "distillation",
         description="where x_s comes from: a step of the teacher, or the data and x_t's own noise",
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
@@ -64,12 +64,12 @@ class Consistency(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup, substeps=self.substeps,
                 sampler=self.sampler if self.mode == "distillation" else None, guidance=self.guidance,
-                drawn="renoise", teacher=self.teacher,
+                drawn="renoise", teacher=self.teacher, every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
 

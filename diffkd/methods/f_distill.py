@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -49,8 +49,9 @@ class FDistill(Method):
         "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="whose distribution is matched: the run's teacher's or the last student's"
+    teacher: str = Field(
+        "original",
+        description="whose distribution is matched: the run's teacher's, or previous, or a student's",
     )
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(2e-4, gt=0, description="the student's; falls linearly to zero")
@@ -91,7 +92,7 @@ class FDistill(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        scores.check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
+        scores.check_start(start, self.steps, self.guidance, self.drawn)
         fake_rate = self.fake_learning_rate or self.learning_rate
         networks = {
             "fake": Optimization(fake_rate), "heads": Optimization(self.gan_learning_rate or fake_rate),
@@ -99,7 +100,8 @@ class FDistill(Method):
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn=self.drawn, networks=networks, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks=networks,
+                teacher=self.teacher, every_time=True,
             )
         ]  # fmt: skip
 

@@ -78,8 +78,8 @@ class IMM(Method):
         "training",
         description="how x_r is made of x_t: by a step of the teacher, or of the data with its noise",
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, all of one training"
@@ -104,11 +104,12 @@ class IMM(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        flow.check_start(start, self.steps, self.guidance, self.teacher)
+        flow.check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
                 guidance=self.guidance, teacher=self.teacher, interval=True,
+                every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
 

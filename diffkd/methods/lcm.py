@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,8 +29,8 @@ class LCM(Method):
         networks=("target",), memory="weights of target", calls="1 student, 1 target, 1 teacher"
     )
 
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
@@ -56,11 +56,12 @@ class LCM(Method):
             raise UserError(
                 f"method.skip {self.skip} is more than the teacher's {total} time steps; use a smaller one"
             )
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
                 sampler="ddim", guidance=self.guidance, drawn="renoise", teacher=self.teacher,
+                every_time=True,
             )
         ]  # fmt: skip
 

@@ -80,8 +80,8 @@ class MeanFlow(Method):
         "distillation",
         description="whose velocity is averaged: the teacher's, or that of each noised image",
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, all of one training"
@@ -115,11 +115,12 @@ class MeanFlow(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        flow.check_start(start, self.steps, self.guidance, self.teacher)
+        flow.check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
                 guidance=self.guidance, teacher=self.teacher, interval=True,
+                every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
 

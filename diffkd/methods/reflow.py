@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -47,8 +47,8 @@ class Reflow(Method):
     pairs: Positive = Field(50_000, description="noises that the teacher makes images of, to learn from")
     pair_steps: Positive = Field(64, description="the teacher's steps for these images")
     sampler: SamplerName = Field("ddim", description="of the teacher: ddim, heun or dpmpp_2m")
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="whose flow: of the run's teacher, or of the last student"
+    teacher: str = Field(
+        "original", description="whose flow: the run's teacher's, or previous, or a student's"
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of these images; 1 is unguided")
     updates: int = Field(2000, ge=1, description="updates in which the flow is made straight")

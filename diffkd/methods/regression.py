@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -36,8 +36,8 @@ class Regression(Method):
     pairs: Positive = Field(50_000, description="noises that the teacher makes images of, to learn from")
     pair_steps: Positive = Field(64, description="the teacher's steps for these images")
     sampler: SamplerName = Field("ddim", description="of the teacher: ddim, heun or dpmpp_2m")
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="whose images: of the run's teacher, or of the last student"
+    teacher: str = Field(
+        "original", description="whose images: the run's teacher's, or previous, or a student's"
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of these images; 1 is unguided")
     huber: float = Field(

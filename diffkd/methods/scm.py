@@ -53,8 +53,8 @@ class SCM(Method):
         "distillation",
         description="whose velocity the tangent follows: the teacher's, or that of each noised image",
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
@@ -88,11 +88,12 @@ class SCM(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher)
+        check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
                 guidance=self.guidance, drawn="renoise", teacher=self.teacher,
+                every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
 

@@ -49,8 +49,8 @@ class Shortcut(Method):
     mode: Literal["distillation", "training"] = Field(
         "distillation", description="whose velocity is learned: the teacher's, or that of each noised image"
     )
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="the run's teacher, or the last student"
+    teacher: str = Field(
+        "original", description="the run's teacher, or previous for the last student, or a student's name"
     )
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, powers of two"
@@ -89,11 +89,12 @@ class Shortcut(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        flow.check_start(start, self.steps, self.guidance, self.teacher)
+        flow.check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
                 guidance=self.guidance, teacher=self.teacher, interval=True,
+                every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -50,8 +50,9 @@ class SiD(Method):
         "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
-    teacher: Literal["original", "previous"] = Field(
-        "original", description="whose distribution is matched: the run's teacher's or the last student's"
+    teacher: str = Field(
+        "original",
+        description="whose distribution is matched: the run's teacher's, or previous, or a student's",
     )
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(2e-4, gt=0, description="the student's; falls linearly to zero")
@@ -70,12 +71,13 @@ class SiD(Method):
         return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance, self.teacher, self.drawn)
+        check_start(start, self.steps, self.guidance, self.drawn)
         fake = Optimization(self.fake_learning_rate or self.learning_rate)
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn=self.drawn, networks={"fake": fake}, teacher=self.teacher,
+                guidance=self.guidance, drawn=self.drawn, networks={"fake": fake},
+                teacher=self.teacher, every_time=True,
             )
         ]  # fmt: skip
 

@@ -75,8 +75,10 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             folder = place / stage.name
             if not all((place / one.name).exists() for one in stage.students):
                 student = students.copy_of(current) if index else _first_student(config, current, images)
-                if index and stage.teacher == "original":
-                    current = source.load(accelerator.device)
+                if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
+                    device = accelerator.device
+                    own = made_by == plans.TEACHER
+                    current = source.load(device) if own else loading.load(place / made_by, device=device)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
                 examples: Examples = images

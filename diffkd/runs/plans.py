@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import chain, count
 from typing import Any
@@ -26,22 +27,22 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
     plan: Plan = []
     student = config.student.build(teacher, config.seed)
     start = teacher
-    names = set[str]()  # of the students so far
+    teachers = {"original": teacher, "previous": teacher}  # and the students so far, by name
     for method in config.method:
         stages = method.stages(start)
         for number, stage in enumerate(stages):
-            stage = _named(stage, method_name(method), names)
+            stage = _named(stage, method_name(method), teachers)
             plan.append((method, stage))
-            own = teacher if stage.teacher == "original" else start  # which it learns from
-            if len(plan) > 1:
-                _check_teacher(stage, own)
+            own = _find(teachers, stage)  # which it learns from
+            _check_teacher(stage, own, run=own is teacher)
             if stage.pairs is not None:
                 pairs.check(stage, own)
             if number == 0:
                 method.networks(own, student)
-            start = student = students.with_network(student, student.network, stage.prediction)
-            start.steps, start.sampler = stage.steps, stage.drawn
             for one in stage.students:
+                start = student = students.with_network(student, student.network, stage.prediction)
+                start.steps, start.sampler = one.steps, one.drawn
+                teachers["previous"] = teachers[one.name] = start
                 if one.steps is not None:
                     start.schedule.check_steps(one.steps, one.drawn)
             if stage.interval:
@@ -50,7 +51,16 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
     return plan
 
 
-def _named(stage: Stage, method: str, taken: set[str]) -> Stage:
+def _find(teachers: Mapping[str, Denoiser], stage: Stage) -> Denoiser:
+    if stage.teacher not in teachers:
+        raise UserError(
+            f"stage {stage.name} is to learn from {stage.teacher!r}, which is no student before it; "
+            f"method.teacher is one of {', '.join(teachers)}"
+        )
+    return teachers[stage.teacher]
+
+
+def _named(stage: Stage, method: str, taken: Collection[str]) -> Stage:
     """The stage with names for its students that no other has: 1-steps, then 1-steps-dmd2, 1-steps-dmd2-2.
 
     Raises UserError where two of its own are the same.
@@ -61,30 +71,32 @@ def _named(stage: Stage, method: str, taken: set[str]) -> Stage:
         names = [one.name for one in named.students]
         if len({*names}) < len(names):
             raise UserError(f"method {method} has two students of the same number of steps; leave one out")
-        if not taken.intersection(names):
-            taken.update(names)
+        if not {*taken}.intersection(names):
             return named
     raise AssertionError
 
 
 def maker(plan: Plan, index: int) -> str:
-    """What the teacher of a stage is called: the run's own, or the last student of the stage before."""
-    return plan[index - 1][1].name if index and plan[index][1].teacher == "previous" else TEACHER
+    """What the teacher of a stage is called: the run's own, or the student that it is."""
+    name = plan[index][1].teacher
+    if name == "previous" and index:
+        return plan[index - 1][1].name
+    return TEACHER if name in ("original", "previous") else name
 
 
 def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
     """What the card of a stage's students says of how they were taught. teacher: the run's own.
 
     guidance_baked_in: the stage's own weight; where that is 1, what the model that it learns from has baked
-    in, the student before it or the run's teacher. teacher_sampler: by which the teacher's steps, or its
-    pairs, were taken; left out where it takes no steps.
+    in. teacher_sampler: by which the teacher's steps, or its pairs, were taken; left out where it takes none.
     """
     stage = plan[index][1]
     baked_in = stage.guidance
     if baked_in == 1:
-        before = index and stage.teacher == "previous"
+        made_by = maker(plan, index)
+        stages = [number for number, (_, one) in enumerate(plan) if made_by in {x.name for x in one.students}]
         baked_in = (
-            taught(plan, index - 1, teacher)["guidance_baked_in"] if before else teacher.guidance_baked_in
+            taught(plan, stages[0], teacher)["guidance_baked_in"] if stages else teacher.guidance_baked_in
         )
     sampler = stage.sampler if stage.pairs is None else stage.pairs.sampler
     return {"guidance_baked_in": baked_in} | ({} if sampler is None else {"teacher_sampler": sampler})
@@ -104,17 +116,29 @@ def _check_pairs(plan: Plan) -> None:
                 )
 
 
-def _check_teacher(stage: Stage, teacher: Denoiser) -> None:
-    """Raises UserError where a student of few steps is to teach in others, which it knows nothing of. (One
-    drawn by renoise may be a consistency model, which knows all times.)"""
-    wanted = stage.substeps * (stage.steps or 0)
-    if stage.teacher == "original" or stage.pairs is not None or teacher.sampler != "ddim":
+def _check_teacher(stage: Stage, teacher: Denoiser, *, run: bool) -> None:
+    """Raises UserError where a student of few steps is to teach at noise levels that it knows nothing of.
+
+    One drawn by renoise may be a consistency model, whose trajectories begin at any.
+
+    run: whether it is the run's own teacher.
+    """
+    if teacher.steps is None or stage.pairs is not None:
         return
-    if wanted and teacher.steps not in (None, wanted):
+    who = "the student before it" if stage.teacher == "previous" else f"student {stage.teacher}"
+    who = "the run's teacher" if run else who
+    if stage.every_time:
+        other = "take for a teacher the model that it was made of" if run else "set method.teacher: original"
         raise UserError(
-            f"stage {stage.name} learns from the student before it, which knows its own {teacher.steps} "
-            f"steps and no others; let {stage.substeps} x {stage.steps} be these (method.substeps), or set "
-            "method.teacher: original where the method has it"
+            f"stage {stage.name} asks its teacher at every noise level, and {who} is a student of "
+            f"{teacher.steps} steps, which knows no others; {other}"
+        )
+    wanted = stage.substeps * (stage.steps or 0)
+    if stage.sampler and wanted and teacher.sampler == "ddim" and wanted != teacher.steps:
+        other = "take another teacher" if run else "set method.teacher: original where the method has it"
+        raise UserError(
+            f"stage {stage.name} learns from {who}, which knows its own {teacher.steps} steps and no others; "
+            f"let {stage.substeps} x {stage.steps} be these (method.substeps), or {other}"
         )
 
 

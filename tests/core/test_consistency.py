@@ -81,8 +81,3 @@ def test_starts_that_do_not_fit():
     check_mode("training", 1.0)
     with pytest.raises(ValueError, match="teacher: previous is not asked .*set mode: distillation"):
         check_mode("training", 1.0, "previous")
-    few = start("v_prediction")
-    few.steps = 4
-    check_start(few, [1])
-    with pytest.raises(UserError, match=r"a student of 4 steps, which knows no other .*: original"):
-        check_start(few, [1], 1.0, "previous")

@@ -102,8 +102,3 @@ def test_what_cannot_become_a_velocity_is_refused():
         flow.check_start(gaussian(linear), [1, 3])
     with pytest.raises(UserError, match="guidance needs a label"):
         flow.check_start(gaussian(linear), [1], 1.5)
-    few = gaussian(linear, "v_prediction")
-    few.steps = 4
-    flow.check_start(few, [1])
-    with pytest.raises(UserError, match=r"a student of 4 steps, which knows no other .*: original"):
-        flow.check_start(few, [1], 1.0, "previous")

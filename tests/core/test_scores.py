@@ -218,11 +218,6 @@ def test_models_without_an_x0_at_pure_noise_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             scores.check_start(gaussian(schedule, prediction), steps, guidance)
-    few = gaussian(COSINE)
-    few.steps = 4
-    scores.check_start(few, 1, 1.0)
-    with pytest.raises(UserError, match=r"a student of 4 steps, which knows no other .*: original"):
-        scores.check_start(few, 1, 1.0, "previous")
 
 
 def test_simulated_inputs_are_states_of_the_students_own_sampling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,30 @@ def test_a_stage_learns_from_the_original_teacher_and_starts_from_the_last_stude
     assert same(halved["teacher"], original) and same(regressed["teacher"], original)
     assert same(regressed["student"], last) and not same(last, original)
     assert opened.count(str(tiny_teacher)) == 2, "again only where a stage asks for it"
+
+
+def test_a_stage_learns_from_a_student_by_its_name(here, cli, tiny_teacher, teachers):
+    """A copy of the teacher that has seen more of the data teaches both kinds of stages after it."""
+    tuned = {"name": "feature", "output": 0, "feature": 0, "updates": 3}
+    matched = {"name": "dmd2", "updates": 2, "teacher": "feature"}
+    config = configure(tiny_teacher, method=[tuned, HALVED, matched, {**REGRESSION, "teacher": "feature"}])
+    assert cli("distill", "distill.yaml").code == 0
+    copy = network(here / "run/students/feature")
+    assert not same(copy, network(tiny_teacher))
+    names = ["feature", "2-steps", "1-steps", "1-steps-regression"]
+    assert [one["name"] for one in teachers] == names
+    assert all(same(one["teacher"], copy) for one in teachers[1:])
+    for before, one in zip(names, teachers[1:], strict=False):
+        assert same(one["student"], network(here / "run/students" / before))
+    assert (here / "run/pairs/feature/pairs.json").exists() and not (here / "run/pairs/teacher").exists()
+    # a run that was ended in between goes on from the same ones
+    before = network(here / "run/students/1-steps-regression")
+    for name in names[2:]:
+        shutil.rmtree(here / "run/students" / name)
+    del teachers[:]
+    assert cli("distill", config.name).code == 0
+    assert [one["name"] for one in teachers] == names[2:]
+    assert same(before, network(here / "run/students/1-steps-regression"))
 
 
 def test_a_student_teaches_in_its_own_steps_only(here, cli, tiny_teacher):

@@ -61,13 +61,53 @@ def test_every_method_takes_an_epsilon_teacher_at_once_or_after_it_predicts_v(na
     assert last.name.removesuffix(f"-{name}") in ("1-steps", name)
 
 
-def test_a_student_that_knows_all_times_teaches_any_method_and_one_of_few_steps_does_not():
-    for name in ("consistency", "scm", "lcm", "meanflow", "shortcut", "imm", "dmd2", "f_distill", "sid"):
-        more = {"mode": "distillation"} if name == "imm" else {}
-        method = {"name": name, "teacher": "previous", **more}
-        assert planned(TO_V, method)[0][-1][1].teacher == "previous"
-        with pytest.raises(UserError, match="a student of 5 steps, which knows no other noise levels; set"):
-            planned({"name": "progressive", "steps": [5]}, method)
+EVERY_TIME = (
+    "consistency", "scm", "lcm", "meanflow", "shortcut", "imm", "dmd2", "f_distill", "sid", "adversarial",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY_TIME)
+def test_a_student_that_knows_all_times_teaches_any_method_and_one_of_few_steps_does_not(name):
+    mode = {"mode": "distillation"} if name == "imm" else {}
+    method = {"name": name, **mode}
+    previous = {**method, "teacher": "previous"}
+    assert planned(TO_V, previous)[0][-1][1].teacher == "previous"
+    message = "every noise level, and the student before it is a student of 5 steps, which knows no"
+    with pytest.raises(UserError, match=message):
+        planned({"name": "progressive", "steps": [5]}, previous)
+    message = "every noise level, and the run's teacher is a student of 5 steps, which knows no"
+    for sampler in ("ddim", "renoise"):
+        with pytest.raises(UserError, match=message):
+            planned(method, steps=5, sampler=sampler, prediction="v_prediction")
+    if name in ("consistency", "scm", "meanflow", "shortcut", "imm"):
+        planned({"name": name, "mode": "training"}, steps=5, sampler="ddim", prediction="v_prediction")
+
+
+def test_a_teacher_by_name_is_a_student_before_the_stage():
+    tuned = {"name": "output", "prediction": "v_prediction"}
+    halved = {"name": "progressive", "steps": [10, 5]}
+    plan, _ = planned(tuned, halved, {"name": "dmd2", "teacher": "output"})
+    assert plan[-1][1].teacher == "output" and plans.maker(plan, len(plan) - 1) == "output"
+    for name in ("1-steps", "teacher", "10"):
+        message = rf"learn from '{name}', .* is one of original, previous, output, 10-steps, 5-steps$"
+        with pytest.raises(UserError, match=message):
+            planned(tuned, halved, {"name": "dmd2", "teacher": name})
+    with pytest.raises(
+        UserError, match="and student 10-steps is a student of 10 steps, which knows no others"
+    ):
+        planned(tuned, halved, {"name": "dmd2", "teacher": "10-steps"})
+    one = {"name": "regression", "teacher": "10-steps", "pair_steps": 10}
+    assert planned(tuned, halved, one)[0][-1][1].teacher == "10-steps"
+    with pytest.raises(UserError, match="is itself a student of 5 steps of ddim and draws in no others"):
+        planned(tuned, halved, {**one, "teacher": "5-steps"})
+
+
+def test_a_run_goes_on_from_a_student_of_few_steps_in_those_steps():
+    few = {"steps": 4, "sampler": "ddim", "prediction": "v_prediction"}
+    planned({"name": "progressive", "steps": [2, 1]}, **few)
+    planned({"name": "progressive", "steps": [1], "substeps": 4}, **few)
+    with pytest.raises(UserError, match=r"the run's teacher, which knows its own 4 .* let 2 x 1 be these"):
+        planned({"name": "progressive", "steps": [1]}, **few)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +140,15 @@ def test_a_student_that_knows_all_times_teaches_any_method_and_one_of_few_steps_
             [TO_V, {"name": "consistency", "mode": "training"}, {"name": "lcm", "guidance": 0.5}],
             [1.0, 1.0, 0.5], [None, None, "ddim"],
         ),
+        (  # from the first student, whose guidance it keeps, and not that of the one between
+            [
+                {"name": "feature", "guidance": 1.2}, {"name": "progressive", "steps": [5], "guidance": 1.1},
+                {"name": "dmd2", "teacher": "feature"},
+            ],
+            [1.2, 1.1, 1.1, 1.2], [None, "ddim", "ddim", None],
+        ),
     ],
-    ids=["progressive", "dmd2", "pairs", "tcm", "lcm"],
+    ids=["progressive", "dmd2", "pairs", "tcm", "lcm", "by name"],
 )  # fmt: skip
 def test_cards_say_how_each_student_was_taught(chain, baked_in, samplers):
     plan, teacher = planned(*chain)
