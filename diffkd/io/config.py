@@ -54,6 +54,7 @@ def _bools_as_strings(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 Positive = Annotated[int, Field(ge=1)]
 MOST_IMAGES, LARGEST_BATCH = 100_000_000, 1 << 20  # beyond these a slip, which memory or hours would show
 

@@ -15,6 +15,7 @@ from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
 from diffkd.core.scores import check_drawn, check_start, draw
 from diffkd.core.times import draw_times
+from diffkd.io.config import Beta
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 
@@ -46,6 +47,9 @@ class Adversarial(Method):
     warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
     critic_updates: int = Field(1, ge=1, description="updates of the heads for one of the student")
     critic_learning_rate: float | None = Field(None, gt=0, description="of the heads; default the student's")
+    betas: tuple[Beta, Beta] | None = Field(
+        (0.0, 0.99), description="of AdamW, the student's and the heads'; null is what training says"
+    )
     blocks: list[str] | None = Field(
         None, min_length=1, description="the teacher's modules that have a head; default every block"
     )
@@ -80,11 +84,14 @@ class Adversarial(Method):
 
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance, self.drawn)
-        heads = Optimization(self.critic_learning_rate or self.learning_rate)
+        networks = {
+            "student": Optimization(betas=self.betas),
+            "heads": Optimization(self.critic_learning_rate or self.learning_rate, self.betas),
+        }
         return [
             Stage(
                 f"{self.steps}-steps", self.updates, self.learning_rate, self.warmup, self.steps,
-                guidance=self.guidance, drawn=self.drawn, networks={"heads": heads},
+                guidance=self.guidance, drawn=self.drawn, networks=networks,
                 teacher=self.teacher, every_time=True,
             )
         ]  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from diffkd.errors import UserError
-from diffkd.io.config import LARGEST_BATCH, Strict
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from diffkd.io.config import LARGEST_BATCH, Beta, Strict
 
 
 class Training(Strict):

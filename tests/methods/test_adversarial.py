@@ -104,6 +104,14 @@ def test_it_has_heads_on_every_block_of_its_teacher_or_on_those_named():
         Adversarial(blocks=["middle"]).networks(net, net)
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.5, 0.9), None])
+def test_student_and_heads_learn_without_momentum_or_by_the_betas_that_are_given(betas):
+    given = {} if betas == (0.0, 0.99) else {"betas": betas}
+    (stage,) = Adversarial(learning_rate=1e-3, critic_learning_rate=2e-3, **given).stages(gaussian(COSINE))
+    assert [stage.optimization(name).betas for name in ("student", "heads")] == [betas, betas]
+    assert stage.rate(100) == stage.rate(100, "student") == stage.rate(100, "heads") / 2
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="a student of 3 steps does not fit"):
         Adversarial(steps=3).stages(gaussian(COSINE))
