@@ -125,20 +125,21 @@ def _check_teacher(stage: Stage, teacher: Denoiser, *, run: bool) -> None:
     """
     if teacher.steps is None or stage.pairs is not None:
         return
-    who = "the student before it" if stage.teacher == "previous" else f"student {stage.teacher}"
-    who = "the run's teacher" if run else who
+    if run:
+        who, instead = "the run's teacher", "take the model that it was made of for a teacher"
+    else:
+        who = "the student before it" if stage.teacher == "previous" else f"student {stage.teacher}"
+        instead = "set method.teacher: original where the method has it"
     if stage.every_time:
-        other = "take for a teacher the model that it was made of" if run else "set method.teacher: original"
         raise UserError(
             f"stage {stage.name} asks its teacher at every noise level, and {who} is a student of "
-            f"{teacher.steps} steps, which knows no others; {other}"
+            f"{teacher.steps} steps, which knows no others; {instead}"
         )
     wanted = stage.substeps * (stage.steps or 0)
     if stage.sampler and wanted and teacher.sampler == "ddim" and wanted != teacher.steps:
-        other = "take another teacher" if run else "set method.teacher: original where the method has it"
         raise UserError(
             f"stage {stage.name} learns from {who}, which knows its own {teacher.steps} steps and no others; "
-            f"let {stage.substeps} x {stage.steps} be these (method.substeps), or {other}"
+            f"let {stage.substeps} x {stage.steps} be these (method.substeps), or {instead}"
         )
 
 
