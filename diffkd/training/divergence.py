@@ -23,7 +23,7 @@ from diffkd.training.log import NOISE_BINS, noise_bin
 
 WINDOW = 200  # updates over which the median loss is taken
 MIN_UPDATES = 20  # before the median means anything
-FACTOR, PATIENCE = 10.0, 50  # a loss above this many medians for that many updates gets a warning
+FACTOR, PATIENCE = 10.0, 50  # a loss this many times its median size for that many updates gets a warning
 
 
 class NonFinite(UserError):
@@ -44,11 +44,14 @@ class DivergenceMonitor:
         self.warned = False
 
     def completed(self, loss: float, update: int, *, warn: bool) -> None:
-        """loss: the student's, averaged over all processes. warn: whether this process writes the warning."""
+        """loss: the student's, averaged over all processes, of either sign: its size counts.
+
+        warn: whether this process writes the warning.
+        """
         self.in_a_row = 0
-        typical = median(self.losses) if len(self.losses) >= MIN_UPDATES else float("inf")
+        typical = median(map(abs, self.losses)) if len(self.losses) >= MIN_UPDATES else float("inf")
         self.losses.append(loss)
-        self.high = self.high + 1 if loss > FACTOR * typical else 0
+        self.high = self.high + 1 if abs(loss) > FACTOR * typical else 0
         if self.high == PATIENCE and not self.warned:
             self.warned = True
             if warn:

@@ -145,6 +145,17 @@ def test_a_diverging_loss_gets_one_warning(caplog):
     assert "up to update 200 (20)" in caplog.text
 
 
+def test_losses_of_either_sign_are_told_by_their_size(caplog):
+    """Those of sid and of adversarial are below zero in a good stage."""
+    monitor = DivergenceMonitor("1-steps", 3)
+    for update in range(1, 301):
+        monitor.completed((-0.02, -0.01, 0.005)[update % 3], update, warn=True)
+    assert not caplog.records
+    for update in range(301, 351):
+        monitor.completed(-0.3, update, warn=True)
+    assert "more than 10 times its median (0.015) for 50 updates, up to update 350 (-0.3)" in caplog.text
+
+
 def test_a_loss_that_is_large_from_the_start_gets_no_warning(caplog):
     monitor = DivergenceMonitor("4-steps", 3)
     for update in range(1, 300):
