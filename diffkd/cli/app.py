@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 EXAMPLES: dict[Callable[..., int | None], str] = {
     train.train: "diffkd train configs/digits/teacher.yaml",
-    distill.distill: "diffkd distill configs/digits/progressive.yaml",
-    sample.sample: "diffkd sample runs/digits-progressive/students/4-steps --out images",
+    distill.distill: "diffkd distill configs/digits/best.yaml",
+    sample.sample: "diffkd sample runs/digits-best/students/4-steps-dmd2 --out images",
     evaluate.evaluate: "diffkd evaluate images --reference digits",
     fid.fid: "diffkd fid images digits",
     compare.compare: "diffkd compare one.json two.json",
