@@ -1,6 +1,6 @@
 """One picture of a run: the same noise drawn by its teacher and by each of its students, with their FIDs.
 
-    python scripts/side_by_side.py runs/digits-progressive docs/quickstart.png
+    python scripts/side_by_side.py runs/digits-best docs/quickstart.png
 
 Reads samples/*.png and metrics.json of the run (extra `report`).
 """
@@ -28,16 +28,16 @@ def tiles(path: Path) -> list[np.ndarray]:
 
 def rows(run: Path) -> list[tuple[str, str, list[np.ndarray]]]:
     """(role, title, tiles): the teacher from many steps to few, then the students."""
-    fids = {(r["role"], r["steps"]): r["fid"] for r in json.loads((run / "metrics.json").read_text())}
+    fids = {(r["model"], r["steps"]): r["fid"] for r in json.loads((run / "metrics.json").read_text())}
     found = []
     for path in (run / "samples").glob("*.png"):
-        role = "teacher" if path.stem.startswith("teacher") else "student"
-        steps = int(re.search(r"(\d+)-steps", path.stem)[1])
-        title = f"{role}, {steps} step{'s' * (steps != 1)}"
-        if (role, steps) in fids:
-            title += f"   FID {fids[role, steps]:.2f}"
-        found.append((role == "student", -steps, role, title, tiles(path)))
-    return [row[2:] for row in sorted(found, key=lambda row: row[:2])]
+        teacher, steps, method = re.fullmatch(r"(teacher-)?(\d+)-steps(?:-(.+))?", path.stem).groups()
+        role, name = ("teacher", "teacher") if teacher else ("student", path.stem)
+        title = f"{role}, {steps} step{'s' * (steps != '1')}" + (f", {method}" if method else "")
+        if (name, int(steps)) in fids:
+            title += f"   FID {fids[name, int(steps)]:.2f}"
+        found.append((role == "student", -int(steps), name, role, title, tiles(path)))
+    return [row[3:] for row in sorted(found, key=lambda row: row[:3])]
 
 
 def strips(out: Path, drawn: Sequence[tuple[str, str, Sequence[np.ndarray]]], left: float) -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     drawn = [
         (title, TEACHER if role == "teacher" else STUDENT, images) for role, title, images in rows(given.run)
     ]
-    strips(given.out, drawn, left=0.29)
+    strips(given.out, drawn, left=0.34)
     print(f"{given.out}: {given.out.stat().st_size // 1000} kB")
 
 
