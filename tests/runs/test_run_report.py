@@ -247,6 +247,17 @@ def test_strips_carry_the_fid_of_their_model(run: Path) -> None:
     assert captions[-1] == "student, 1 stepFID 3.75"
 
 
+def test_students_of_one_step_count_have_each_its_own_strip_value_and_mark(run: Path) -> None:
+    again = record("student", 1, 2.5) | {"model": "1-steps-dmd2"}
+    one = page(run).source.count("<use ")  # a mark of a plot
+    put_metrics(run, [*json.loads((run / "metrics.json").read_text()), again])
+    put_grid(run, "1-steps-dmd2")
+    result = page(run)
+    assert result.texts["figcaption"][-2:] == ["student, 1 stepFID 3.75", "student, 1 step, dmd2FID 2.50"]
+    assert "of an earlier stage" in result.texts["text"]
+    assert result.source.count("<use ") == one + 2, "in the plot, and in its legend"
+
+
 def test_columns_stay_aligned_and_a_broken_picture_is_left_out(run: Path) -> None:
     short = put_grid(run, "4-steps", rows=1)
     (run / "samples" / "2-steps.png").write_bytes((run / "samples" / "1-steps.png").read_bytes()[:200])

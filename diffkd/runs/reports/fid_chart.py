@@ -63,6 +63,11 @@ def _chart(measured: Measurements) -> str:
                 textcoords="offset points",
                 ha="left" if above else "center", va="bottom" if above else "top", fontsize=8.5, color=colour,
             )  # fmt: skip
+    if before := [(r["steps"], r["fid"]) for r in measured.earlier if r["fid"] > 0]:
+        axes.plot(
+            *zip(*before, strict=True), "s", color=plots.STUDENT, markerfacecolor="none", markersize=4.5,
+            label="of an earlier stage",
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.margins(x=0.09, y=0.14)
     every = _all_steps(measured)

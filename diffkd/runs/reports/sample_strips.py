@@ -23,18 +23,22 @@ TILE_SIZE = 128  # the most pixels of a strip's tile, so that a page of many mod
 def section(folder: Path, measured: Measurements) -> str:
     """A strip for each grid in the folder: the teacher before the students, many steps before few."""
     strips = []
+    students = {r.get("model"): r for r in (*measured.students.values(), *measured.earlier)}
     for path in folder.glob("*.png"):
-        is_student, steps = not path.stem.startswith("teacher"), re.search(r"(\d+)-steps", path.stem)
-        count = int(steps[1]) if steps else None
-        if tiles := _tiles(path):
-            strips.append((is_student, -(count or math.inf), path.stem, count, tiles))
+        if not (tiles := _tiles(path)):
+            continue
+        role = "teacher" if path.stem.startswith("teacher") else "student"
+        title, count = path.stem, 0
+        if found := re.search(r"(\d+)-steps(?:-(.+))?", path.stem):
+            count, method = int(found[1]), found[2]
+            title = ", ".join([role, page.steps(count), *([method] if method else [])])
+        record = students.get(path.stem) if role == "student" else measured.teacher.get(count)
+        strips.append((role == "student", -(count or math.inf), path.stem, role, title, record, tiles))
     strips.sort(key=lambda strip: strip[:3])
     width = min((len(tiles) for *_, tiles in strips), default=0)
     rows = ""
-    for is_student, _, stem, count, tiles in strips:
-        role, records = ("student", measured.students) if is_student else ("teacher", measured.teacher)
-        title = f"{role}, {page.steps(count)}" if count else stem
-        fid = f"<span>FID {page.number(records[count]['fid'])}</span>" if count and count in records else ""
+    for *_, role, title, record, tiles in strips:
+        fid = f"<span>FID {page.number(record['fid'])}</span>" if record else ""
         caption = f"<figcaption><b>{page.escaped(title)}</b>{fid}</figcaption>"
         rows += f'<figure class="strip {role}">{caption}{_strip(tiles[:width], title)}</figure>'
     why = "Every column starts from one noise and one label; each row shows what one model makes of them."
