@@ -19,6 +19,7 @@ from diffkd.io.text import reason
 Derivative = Literal["jvp", "difference"]
 OF_DERIVATIVES = re.compile("forward.?(mode|AD)|functorch|jvp", re.IGNORECASE)  # in errors of torch
 STEP = 5e-3  # of a difference, in tangents: its errors are the step's square, and rounding over the step
+SHORTEST = 1e-3  # that a step of t is made where little is left of it, against rounding
 
 
 @torch.no_grad()
@@ -29,22 +30,24 @@ def directional(
     how: Derivative = "jvp",
     *,
     network: nn.Module | None = None,
-    step: float | Tensor = STEP,
-    room: Tensor | None = None,
+    step: float | tuple[Tensor, Tensor] = STEP,
 ) -> Tensor:
     """d/dh function(*(inputs + h tangents)) at h = 0, shaped like the function's value, without gradients and
     in full float32, whatever the training's precision.
 
     "jvp" is exact. "difference" is (f(h) - f(-h)) / 2h, two calls: for networks with parts that have no
-    forward-mode derivative, and to smooth the fast waves of an embedded time. step: h, of all or of each
-    example. room: (B,), how far ahead each can go, where that is less than a step. network: what the function
-    calls, while it is trained. Raises UserError where "jvp" finds no derivative.
+    forward-mode derivative, and to smooth the fast waves of an embedded time. step: h, or how far each
+    example goes behind and ahead, (B,) both. network: what the function calls, while it is trained. Raises
+    UserError where "jvp" finds no derivative.
     """
     with full_float32(inputs[0].device.type, network):
         if how == "jvp":
             return _jvp(function, inputs, tangents)
-        behind = torch.as_tensor(step, dtype=torch.float64, device=inputs[0].device).expand(len(inputs[0]))
-        ahead = behind if room is None else room.clamp(max=step)
+        if isinstance(step, tuple):
+            behind, ahead = step
+        else:
+            each = torch.full((len(inputs[0]),), step, dtype=torch.float64, device=inputs[0].device)
+            behind = ahead = each
 
         def at(h: Tensor) -> Tensor:
             return function(*(x + _shaped(h, x) * v for x, v in zip(inputs, tangents, strict=True)))

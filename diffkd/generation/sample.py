@@ -28,7 +28,7 @@ from diffkd.io.places import check_writable, free_bytes, free_files
 from diffkd.io.processes import Processes, usable_device
 from diffkd.io.progress import bar, say
 from diffkd.io.system_errors import CAUSES, system_error
-from diffkd.io.text import format_bytes, log, reason
+from diffkd.io.text import counted, format_bytes, log, reason
 from diffkd.models import loading
 
 GRID_IMAGES = 64
@@ -153,7 +153,7 @@ def _generate(
         writer.close()
     if processes.main:
         steps, nfe = generator.steps, generator.nfe
-        say(console, f"{generator.n} images of {steps} steps (nfe {nfe}): {writer.out}")
+        say(console, f"{counted(generator.n, 'image')} in {counted(steps, 'step')} (nfe {nfe}): {writer.out}")
         if missing.any():
             say(console, _speed(int(missing.sum()), seconds, generator, runner, processes))
 

@@ -30,6 +30,11 @@ def quoted(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def counted(number: int, thing: str) -> str:
+    """1 step, 2 steps: for things whose plural ends in s."""
+    return f"{number:,} {thing}" + "s" * (number != 1)
+
+
 def is_number(text: str) -> bool:
     """Whether it is a whole number in ASCII digits, not too long for int()."""
     return text.isascii() and text.isdigit() and len(text) < 1000

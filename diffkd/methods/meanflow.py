@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkd.core import flow
 from diffkd.core.consistency import check_mode
 from diffkd.core.denoiser import Denoiser, Predicted
-from diffkd.core.derivative import STEP, Derivative, directional
+from diffkd.core.derivative import SHORTEST, STEP, Derivative, directional
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import steps_of_grids
 from diffkd.core.schedules import read_prediction
@@ -22,7 +22,6 @@ from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 SMALL = 1e-3  # mean squared error below which the adaptive weight is constant
-SHORTEST = 1e-3  # half the span of a difference, against rounding
 Law = tuple[float, Annotated[float, Field(gt=0)]]
 
 
@@ -53,15 +52,9 @@ def target(
 
     moving = d_alpha * predicted.x0 + d_sigma * predicted.eps
     tangents = (moving, torch.ones_like(t), d_alpha, d_sigma)
-    du_dt = directional(
-        u,
-        (x_t, t, alpha, sigma),
-        tangents,
-        derivative,
-        network=student.network,
-        step=(t - r).clamp(SHORTEST, step),
-        room=1 - t,
-    )
+    behind = (t - r).clamp(SHORTEST, step)
+    span = behind, torch.minimum(behind, 1 - t)
+    du_dt = directional(u, (x_t, t, alpha, sigma), tangents, derivative, network=student.network, step=span)
     dtau_dt = (d_sigma * alpha - d_alpha * sigma) / (alpha + sigma) ** 2
     length = flow.flow_time(student.schedule, t) - flow.flow_time(student.schedule, r)
     return flow.velocity(predicted) - length.to(dtau_dt).reshape(dtau_dt.shape) / dtau_dt * du_dt

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from diffkd.core import flow
 from diffkd.core.consistency import check_mode, check_start
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.derivative import Derivative, directional
+from diffkd.core.derivative import SHORTEST, STEP, Derivative, directional
 from diffkd.core.losses import squared_error
 from diffkd.core.schedules import read_prediction
 from diffkd.core.times import TimeLaw, draw_times
@@ -73,8 +74,9 @@ class SCM(Method):
     )
     c: float = Field(0.1, gt=0, description="added to a tangent's root mean square, which it is divided by")
     derivative: Derivative = Field(
-        "jvp", description="jvp, or difference for networks with parts that have no forward-mode derivative"
+        "difference", description="of the student: exact by jvp, or a difference, which is smoother in time"
     )
+    step: float = Field(0.02, gt=0, lt=0.5, description="half the span of a difference, in t")
     weighting: Literal["adaptive", "fixed"] = Field(
         "adaptive", description="weight of each time: learned by a network of its own, or the same"
     )
@@ -119,7 +121,7 @@ class SCM(Method):
         x0_t, eps_t = student.predict(x_t, t, **cond)
         output = cos * eps_t - sin * x0_t
         share = min(1.0, step.progress / self.tangent_warmup) if self.tangent_warmup else 1.0
-        g = tangent(student, x_t, t, output.detach(), velocity, share, self.derivative, **cond)
+        g = tangent(student, x_t, t, output.detach(), velocity, share, self.derivative, self.step, **cond)
         size = g.square().flatten(1).mean(1).sqrt()
         g = g / (size + self.c).reshape(-1, *[1] * (g.ndim - 1))
         # 4. L = e^w |F - sg(F) - g|^2 / d - w
@@ -140,6 +142,7 @@ def tangent(
     velocity: Tensor,
     share: float = 1.0,
     how: Derivative = "jvp",
+    step: float = STEP,
     **cond: Any,
 ) -> Tensor:
     """g = cos(a) df/da along dx/da = velocity, not normalised: (B, C, H, W), without gradients.
@@ -148,14 +151,14 @@ def tangent(
 
         g = -cos² (F - dx/da) - r cos sin (x + dF/da)
 
-    output: F at x_t, without gradients. share: r, of the part that can be unstable. The derivative taken is
-    that of cos sin dF/da, whose directions are finite, and 0, at zero terminal SNR.
+    output: F at x_t, without gradients. share: r, of the part that can be unstable. step: of a difference, in
+    t, which goes neither above 1 nor below 0. The derivative is taken in t, in which everything is finite:
+    dF/da = (dF/dt) / (da/dt).
     """
     schedule = student.schedule
     cos, sin = schedule.at(t, like=x_t)
-    # cos sin dt/da = -dt/dlambda, lambda = log(cos / sin)
-    half_log_snr = schedule.half_log_snr(t)
-    dt = directional(schedule.time_of, (half_log_snr,), (-torch.ones_like(half_log_snr),))
+    d_cos, d_sin = flow.rates(schedule, t, like=x_t)
+    da_dt = cos * d_sin - sin * d_cos
 
     def output_at(x: Tensor, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """F as a function of everything that changes with the angle."""
@@ -164,6 +167,7 @@ def tangent(
         value: Tensor = cos * eps - sin * x0
         return value
 
-    along = (cos * sin * velocity, dt, -cos * sin * sin, cos * sin * cos)
-    derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network)
-    return -cos * cos * (output - velocity) - share * (cos * sin * x_t + derivative)
+    along = (da_dt * velocity, torch.ones_like(t), d_cos, d_sin)
+    span = t.clamp(SHORTEST, step), (1 - t).clamp(max=step)
+    derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network, step=span)
+    return -cos * cos * (output - velocity) - share * cos * sin * (x_t + derivative / da_dt)

@@ -9,6 +9,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError, printable
+from diffkd.io.text import counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.features import STANDARD_SAMPLES
@@ -47,7 +48,7 @@ def teacher(denoiser: Denoiser, path: str, images: Images | Unseen) -> str:
     said += [f"{parameters / 1e6:.3g} M parameters", f"predicts {denoiser.prediction}"]
     said += [f"T = {denoiser.schedule.num_train_timesteps}", f"drawn by {denoiser.sampler}"]
     if denoiser.steps:
-        said.append(f"a student of {denoiser.steps} steps itself")
+        said.append(f"a student of {counted(denoiser.steps, 'step')} itself")
     if denoiser.guidance_baked_in != 1:
         said.append(f"guidance {denoiser.guidance_baked_in:g} baked in")
     if denoiser.num_classes is not None:

@@ -41,8 +41,9 @@ def test_a_difference_goes_no_further_ahead_than_there_is_room():
         reached.append(x)
         return x**2
 
-    found = directional(square, (x,), (v,), "difference", step=0.1, room=room)
-    ahead = room.clamp(max=0.1)[:, None]
+    ahead = room.clamp(max=0.1)
+    found = directional(square, (x,), (v,), "difference", step=(torch.full_like(ahead, 0.1), ahead))
+    ahead = ahead[:, None]
     assert torch.allclose(reached[0], x + ahead * v) and torch.allclose(reached[1], x - 0.1 * v)
     assert torch.allclose(found, 2 * x * v + (ahead - 0.1) * v**2)
 

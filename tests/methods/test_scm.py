@@ -32,8 +32,8 @@ def v_of(denoiser, x_t, t):
     return (alpha * eps - sigma * x0).detach()
 
 
-def tangent_of(student, x_t, t, velocity, share=1.0, how="jvp"):
-    return tangent(student, x_t, t, v_of(student, x_t, t), velocity, share, how)
+def tangent_of(student, x_t, t, velocity, share=1.0, how="jvp", step=1e-3):
+    return tangent(student, x_t, t, v_of(student, x_t, t), velocity, share, how, step)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
@@ -51,7 +51,7 @@ def test_the_tangent_is_the_derivative_along_the_trajectory(prediction, how):
 
     h = 1e-3
     expected = SHORT.at(t, like=x_t)[0] * (f(h) - f(-h)) / (2 * h)
-    found = tangent_of(student, x_t, t, velocity, how=how)
+    found = tangent_of(student, x_t, t, velocity, how=how, step=2e-4)
     assert not found.requires_grad
     assert torch.allclose(found, expected, atol=1e-4 if how == "jvp" else 1e-3)
 
@@ -67,10 +67,65 @@ def test_the_exact_student_has_no_tangent_along_the_teacher(prediction):
     assert moved.isfinite().all() and (moved[2:].abs().flatten(1).amax(1) > 1e-3).all()
 
 
-def test_at_zero_terminal_snr_the_tangent_is_zero():
+@pytest.mark.parametrize("how", ["jvp", "difference"])
+def test_at_zero_terminal_snr_the_tangent_is_zero(how):
     """There cos = 0, and the angle's tangent is infinite."""
     student, (x_t, t) = Denoiser(Rough(), COSINE, "v_prediction", shape=(1, 4, 4)), states([1.0, 1.0])
-    assert torch.equal(tangent_of(student, x_t, t, torch.cos(x_t)), torch.zeros_like(x_t))
+    assert torch.equal(tangent_of(student, x_t, t, torch.cos(x_t), how=how), torch.zeros_like(x_t))
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_a_wide_difference_is_of_second_order(t):
+    """So the exact student's tangent is smaller by four, or more, at half the step."""
+    x_t, times = states([t])
+    velocity = v_of(gaussian(COSINE, "v_prediction"), x_t, times)
+    wide, narrow = (
+        tangent_of(exact(COSINE), x_t, times, velocity, how="difference", step=step).abs().mean().item()
+        for step in (0.08, 0.04)
+    )
+    assert 3.7 < wide / narrow < 8 and 1e-6 < narrow < 2e-3
+
+
+class Waves(torch.nn.Module):
+    """A network that a table's whole indices never let see what it does between them."""
+
+    def __init__(self, height):
+        super().__init__()
+        self.height = height
+
+    def forward(self, x, time):
+        index = time.to(x).reshape(-1, 1, 1, 1)
+        return torch.sin(3 * x + index / 300) + self.height * torch.sin(2 * math.pi * index)
+
+
+def test_a_wide_difference_does_not_follow_waves_between_the_entries_of_a_table():
+    x_t, t = states([0.75, 0.5, 0.25])
+    velocity = torch.cos(2 * x_t)
+
+    def found(height, how):
+        student = Denoiser(Waves(height), Schedule.cosine(1000), "v_prediction", shape=(1, 4, 4))
+        return tangent_of(student, x_t, t, velocity, how=how, step=0.02)
+
+    smooth = found(0.0, "jvp")
+    assert (found(0.05, "difference") - smooth).abs().max() < 0.01 * smooth.abs().max() + 0.01
+    assert (found(0.05, "jvp") - smooth).abs().max() > 10 * smooth.abs().max()
+
+
+def test_a_difference_stays_within_the_times():
+    """From 0, before the first entry of the table, to 1, whatever its step is."""
+    asked = []
+
+    class Asked(Rough):
+        def forward(self, x, time):
+            asked.append(time)
+            return super().forward(x, time)
+
+    student = Denoiser(Asked(), SHORT, "v_prediction", shape=(1, 4, 4))
+    x_t, t = states([0.999, 0.9, 0.5, 0.1, 0.002])
+    tangent(student, x_t, t, torch.zeros_like(x_t), torch.cos(x_t), how="difference", step=0.3)
+    ahead, behind = asked
+    assert ahead.max() <= 63 and behind.min() >= -1
+    assert torch.allclose(ahead - behind, 64 * torch.tensor([0.301, 0.4, 0.6, 0.4, 0.302]), atol=0.1)
 
 
 def test_without_its_unstable_part_the_tangent_is_that_of_a_regression():
@@ -101,7 +156,7 @@ def test_in_training_the_exact_student_has_no_tangent_in_the_mean():
 @pytest.mark.parametrize("update", [0, 5, 50])
 def test_one_update_by_hand(mode, update):
     """Normalised tangents, their warm-up, the adaptive weight; the gradient is -2 e^w g / d."""
-    method = SCM(mode=mode, updates=100, tangent_warmup=0.1, c=0.2)
+    method = SCM(mode=mode, updates=100, tangent_warmup=0.1, c=0.2, derivative="jvp")
     teacher, student = gaussian(COSINE, "v_prediction"), exact(COSINE, a=0.2, b=-0.1)
     weight = TimeWeight()
     weight.last.bias.data.fill_(0.7)
