@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.core.interval import attached
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
@@ -25,13 +26,25 @@ class Predicted(NamedTuple):
     eps: Tensor
 
 
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Any]
+
+
+def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
+    """How most networks are called; a family whose networks take something else has a function like this."""
+    return network(x_t, time, **cond)
+
+
 class Denoiser(nn.Module):
     """A network read as a prediction of x0: (B, C, H, W), (B,) -> (B, C, H, W).
 
-    network: called as network(x_t, time, **cond); may return a tensor, a tuple, or an object with `.sample`.
+    network: called as call(network, x_t, time, cond), by default network(x_t, time, **cond); may return a
+    tensor, a tuple, or an object with `.sample`.
     prediction: what it outputs, one of epsilon, v_prediction, sample, flow.
     shape: (C, H, W) of one image; read from the network's config where it has one.
     num_classes, null_label: how many class labels it takes, and the label that means "no class".
+    example: what else it takes as `cond`, of one example, zeros: such as a prompt's embedding.
+    codec: what turns images into the space that it works in and back; None where that is pixels.
+    conditioner: what turns prompts into `cond`; None for a model without.
     clip: bound on x0 while sampling images (never inside a distillation target), None for none.
     steps: its own number of sampling steps, None for a model that was not distilled.
     sampler: ddim or renoise, the one that it samples with by default and is saved for.
@@ -55,6 +68,10 @@ class Denoiser(nn.Module):
         steps: int | None = None,
         sampler: StockSampler = "ddim",
         guidance_baked_in: float = 1.0,
+        call: Call = call,
+        example: Cond | None = None,
+        codec: Codec | None = None,
+        conditioner: Conditioner | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -75,7 +92,10 @@ class Denoiser(nn.Module):
         self.steps = steps
         self.sampler: StockSampler = sampler
         self.guidance_baked_in = guidance_baked_in
+        self.call, self.codec, self.conditioner = call, codec, conditioner
+        self.example = dict(example or {})
         self.name = "the model"
+        self._null: tuple[str, ...] = ()
         self.opened_with: dict[str, str] = {}  # options of `loading.load`, without which it is another model
 
     @property
@@ -112,23 +132,44 @@ class Denoiser(nn.Module):
         x_t = x_t.to(self.dtype)
         if (second := attached(self.network)) is not None:
             second.value = cond.pop(INTERVAL, None)
-        output = self.network(x_t, self.schedule.network_time(t, x_t), **cond)
+        output: Any = self.call(self.network, x_t, self.schedule.network_time(t, x_t), cond)
         sample: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return sample
 
-    def _with_null(
-        self, x_t: Tensor, t: Time, cond: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Time, dict[str, Any]]:
-        """The batch doubled: the first half conditional, the second with the null label."""
+    def _with_null(self, x_t: Tensor, t: Time, cond: Cond) -> tuple[Tensor, Time, dict[str, Any]]:
+        """The batch doubled: the first half conditional, the second not."""
         self.check_guidance()
-        labels = cond["class_labels"]
-        both = torch.cat([labels, torch.full_like(labels, self.null_label or 0)])
+        null = self.null_of(cond)
         t2 = t if isinstance(t, float) else torch.cat([t, t])
-        doubled = {key: torch.cat([value, value]) for key, value in cond.items()}
-        return torch.cat([x_t, x_t]), t2, {**doubled, "class_labels": both}
+        return (
+            torch.cat([x_t, x_t]), t2, {key: torch.cat([value, null[key]]) for key, value in cond.items()}
+        )  # fmt: skip
+
+    def null_of(self, cond: Cond) -> dict[str, Tensor]:
+        """The same conditioning without its label or prompt: what guidance leads away from, and what stands
+        in its place where it is dropped in training. Unchanged where nothing means "no condition"."""
+        null = dict(cond)
+        if "class_labels" in cond and self.null_label is not None:
+            null["class_labels"] = torch.full_like(cond["class_labels"], self.null_label)
+        for key, value in self.null.items():
+            null[key] = value.to(cond[key].dtype).expand_as(cond[key])
+        return null
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        """The encoding of no prompt, each (1, ...): {} until `set_null` gave it, and for models without
+        prompts."""
+        return {key: getattr(self, f"null_{key}") for key in self._null}
+
+    def set_null(self, null: Cond) -> None:
+        """null: what the conditioner makes of no prompt, each (1, ...)."""
+        self._null = tuple(null)
+        for key, value in null.items():
+            self.register_buffer(f"null_{key}", value.detach().to(self.device), persistent=False)
 
     def example_inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x_t, t and cond to call it with for one image: zeros, the time of pure noise, the first class."""
+        """x_t, t and cond to call it with for one image: zeros, the time of pure noise, the first class or
+        an empty prompt."""
         if self.shape is None:
             raise UserError(
                 "the network's config has no sample_size, so the size of its images is unknown; add it"
@@ -136,11 +177,12 @@ class Denoiser(nn.Module):
         x = torch.zeros(1, *self.shape, device=self.device)
         labels = torch.zeros(1, dtype=torch.long, device=self.device)
         cond = {} if self.num_classes is None else {"class_labels": labels}
+        cond |= {key: value.to(self.device) for key, value in self.example.items()}
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:
-        """Raises UserError where the network has no label that means "no class"."""
-        if self.null_label is None:
+        """Raises UserError where the model has nothing that means "no condition"."""
+        if self.conditioner is None and not self._null and self.null_label is None:
             raise UserError(
                 "guidance needs a label that means no class, and this model has none; "
                 f"use {called('guidance')} 1, or name it as {called('null_label')} where the model was "

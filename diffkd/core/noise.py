@@ -1,9 +1,9 @@
-"""The random numbers of training: seeds of every update; times, noise and dropped labels drawn from them."""
+"""The random numbers of training: seeds of every update; times and noise drawn from them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,15 +44,3 @@ def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, rng: torch.Generator) -
     alpha, sigma = schedule.at(t, like=x0)
     x_t: Tensor = alpha * x0 + sigma * eps
     return x_t
-
-
-def drop_labels(
-    cond: Mapping[str, Tensor], null_label: int | None, share: float, rng: torch.Generator
-) -> dict[str, Tensor]:
-    """The conditioning with this share of its labels, if any, replaced by the null label, if there is one."""
-    dropped = dict(cond)
-    if "class_labels" in cond and null_label is not None and share > 0:
-        labels = cond["class_labels"]
-        mask = to_device(torch.rand(len(labels), generator=rng) < share, labels.device)
-        dropped["class_labels"] = torch.where(mask, null_label, labels)
-    return dropped

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight
-from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.core.noise import add_noise, grid_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -43,7 +44,7 @@ class Denoising(Method):
         t, _ = grid_times(len(x0), schedule.num_train_timesteps, rng, x0.device)
         x_t = add_noise(schedule, x0, t, rng)
         # 2. some labels dropped
-        cond = drop_labels(batch.cond, student.null_label, self.label_dropout, rng)
+        cond = dropped(batch.cond, student.null_of(batch.cond), self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)
         loss = weight(self.weight, schedule.snr(t), gamma=self.gamma).float() * error

@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffkd.core.activations import capture_activations
+from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, relative_error, squared_error, weight, weighting_for
-from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
@@ -119,7 +120,7 @@ class Feature(Method):
         steps = step.stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
         x_t = add_noise(student.schedule, x0, t, rng)
-        cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
+        cond = dropped(batch.cond, teacher.null_of(batch.cond), self.label_dropout, rng)
         # 2. the teacher's features and guided output; the first half of a guided batch is conditional
         with torch.no_grad(), capture_activations(teacher.network, list(pairs)) as theirs:
             target = teacher(x_t, t, guidance=step.stage.guidance, **cond)

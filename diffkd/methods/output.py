@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
-from diffkd.core.noise import add_noise, drop_labels, grid_times
+from diffkd.core.noise import add_noise, grid_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -54,7 +55,7 @@ class Output(Method):
         steps = step.stage.steps or student.schedule.num_train_timesteps
         t, _ = grid_times(len(x0), steps, rng, x0.device)
         x_t = add_noise(student.schedule, x0, t, rng)
-        cond = drop_labels(batch.cond, teacher.null_label, self.label_dropout, rng)
+        cond = dropped(batch.cond, teacher.null_of(batch.cond), self.label_dropout, rng)
         # 2. the teacher's prediction, guided
         with torch.no_grad():
             target = teacher(x_t, t, guidance=step.stage.guidance, **cond)

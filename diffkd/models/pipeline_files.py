@@ -15,7 +15,6 @@ from diffkd.io.text import from_json, quoted, read_text, reason
 
 INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"
-WEIGHTS = f"{STEM}.safetensors"
 SHARD = "-of-"  # in the names of sharded weights
 MAX_NUMBER = 1 << 20  # in a config, other than T and the sides of an image
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -34,13 +33,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def weights_of(place: Path, name: str, variant: str | None = None) -> tuple[str | None, list[Path]]:
+def weights_of(
+    place: Path, name: str, variant: str | None = None, stem: str = STEM
+) -> tuple[str | None, list[Path]]:
     """The variant of a component's weights that is read, None for the plain ones, and its safetensors files.
 
-    variant: the one to read; by default the plain weights, or the only variant that there is. Raises
-    UserError where there are none, or where an index of sharded weights is refused (`shards`).
+    variant: the one to read; by default the plain weights, or the only variant that there is. stem: of the
+    files' names. Raises UserError where there are none, or where an index of sharded weights is refused
+    (`shards`).
     """
-    found = variants_of(place)
+    found = variants_of(place, stem)
     if variant is None and None not in found and len(found) == 1:
         (variant,) = found
     if variant in found:
@@ -55,21 +57,21 @@ def weights_of(place: Path, name: str, variant: str | None = None) -> tuple[str 
     pickled = sorted(p.name for p in place.glob("*") if p.suffix in PICKLE_SUFFIXES)
     there = f", only {pickled[0]}" if pickled else ""
     raise UserError(
-        f"{name} has no safetensors weights ({place / WEIGHTS}){there}, and pickled ones are never "
-        "opened; if you trust the source, convert them with "
+        f"{name} has no safetensors weights ({place / f'{stem}.safetensors'}){there}, and pickled ones are "
+        "never opened; if you trust the source, convert them with "
         "pipeline.save_pretrained(folder, safe_serialization=True)"
     )
 
 
-def variants_of(place: Path) -> dict[str | None, Path]:
+def variants_of(place: Path, stem: str = STEM) -> dict[str | None, Path]:
     """By variant, None for the plain weights: their file, or their index, which diffusers reads first."""
     found = dict[str | None, Path]()
-    for file in sorted(place.glob(f"{STEM}.*safetensors")):  # shards have more than the stem before the dot
-        middle = file.name.removeprefix(STEM).removesuffix(".safetensors")
+    for file in sorted(place.glob(f"{stem}.*safetensors")):  # shards have more than the stem before the dot
+        middle = file.name.removeprefix(stem).removesuffix(".safetensors")
         if SHARD not in middle:
             found[middle[1:] or None] = file
-    for file in place.glob(f"{WEIGHTS}.index.*json"):
-        middle = file.name.removeprefix(f"{WEIGHTS}.index.").removesuffix("json")
+    for file in place.glob(f"{stem}.safetensors.index.*json"):
+        middle = file.name.removeprefix(f"{stem}.safetensors.index.").removesuffix("json")
         found[middle[:-1] or None] = file
     return found
 

@@ -1,38 +1,53 @@
-"""UNet2DModel networks: built from a config, reinitialized, and with a fast dtype while diffkd runs them."""
+"""UNets: with a fast dtype while diffkd runs them; UNet2DModels built from a config, reinitialized."""
 
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import Field
+from torch import nn
 
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
 
+AnyUNet = TypeVar("AnyUNet", UNet2DModel, UNet2DConditionModel)
 
-class FastUNet2DModel(UNet2DModel):
-    """A UNet2DModel that reads its dtype off one weight. The stock class walks through all of its modules for
-    it, twice in every forward pass: a fifth of the digits network's time at batch 1 (docs/performance.md)."""
+
+class _FastDtype:
+    """The stock classes walk through all of their modules for their dtype, twice in every forward pass: a
+    fifth of the digits network's time at batch 1 (docs/performance.md). This reads it off one weight."""
+
+    conv_in: nn.Conv2d
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.conv_in.weight.dtype
-        return dtype
+        return self.conv_in.weight.dtype
 
 
-def to_fast(network: UNet2DModel) -> UNet2DModel:
+class FastUNet2DModel(_FastDtype, UNet2DModel):
+    pass
+
+
+class FastUNet2DConditionModel(_FastDtype, UNet2DConditionModel):
+    pass
+
+
+FAST = {UNet2DModel: FastUNet2DModel, UNet2DConditionModel: FastUNet2DConditionModel}
+
+
+def to_fast(network: AnyUNet) -> AnyUNet:
     """The same network, its class replaced in place."""
-    network.__class__ = FastUNet2DModel
+    network.__class__ = FAST.get(type(network), type(network))
     return network
 
 
-def to_stock(network: UNet2DModel) -> UNet2DModel:
+def to_stock(network: AnyUNet) -> AnyUNet:
     """A shallow copy of the stock class, which diffusers can save by its name; weights are shared."""
-    shared: UNet2DModel = copy.copy(network)
-    shared.__class__ = UNet2DModel
+    shared: AnyUNet = copy.copy(network)
+    shared.__class__ = next((stock for stock, fast in FAST.items() if type(network) is fast), type(network))
     return shared
 
 

@@ -36,14 +36,3 @@ def test_times_noise_and_dropped_labels_have_their_distributions():
     assert x_t.mean() == pytest.approx(alpha2**0.5, abs=0.02) and x_t.var() == pytest.approx(
         1 - alpha2, rel=0.05
     )
-    labels = torch.arange(4000) % 3
-    for null, share in ((None, 0.5), (3, 0.0)):
-        state = rng.get_state()
-        assert torch.equal(
-            noise.drop_labels({"class_labels": labels}, null, share, rng)["class_labels"], labels
-        )
-        assert torch.equal(rng.get_state(), state)
-    given = {"class_labels": labels}
-    assert (noise.drop_labels(given, 3, 1.0, rng)["class_labels"] == 3).all()
-    assert given["class_labels"] is labels and labels.max() == 2
-    assert noise.drop_labels({}, 3, 0.5, rng) == {}

@@ -7,13 +7,8 @@ Weights come from a folder that save_pretrained of transformers wrote, or from t
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.text import from_json, quoted, read_text, reason
+from diffkd.models import transformers_models
 from diffkd.models.pipeline_files import check_index
 
 
@@ -97,43 +93,10 @@ class VisionFeatures(nn.Module):
 
 def _load(kind: Kind, weights: str) -> Any:
     """The network of transformers in float32; UserError where any of its weights would not be the file's."""
-    transformers = _transformers(kind)
+    transformers_models.library(f"feature network {kind.name}")
     folder = _folder(kind, weights)
     _check(kind, weights, folder)
-    try:
-        with _silent(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights, then reads them
-            network, info = getattr(transformers, kind.architecture).from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                attn_implementation="sdpa",  # a config may name a kernel that is downloaded code
-                ignore_mismatched_sizes=True,  # refused below, with a name
-                output_loading_info=True,
-            )
-    except Exception as error:  # transformers, safetensors and the config's checks raise many kinds of error
-        raise UserError(
-            f"{weights} cannot be loaded as a {kind.architecture} ({reason(error)}); "
-            "is it complete? copy or download it again"
-        ) from error
-    # transformers only warns of these, and fills them with random numbers; 4 gives names, 5 names and shapes
-    misfits = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    lost = sorted(misfits.union(info["missing_keys"]))
-    if lost:
-        raise UserError(
-            f"{weights} has no {lost[0]} of the right shape, one of {len(lost)} weights that a "
-            f"{kind.architecture} would get at random; give a folder that has all of them"
-        )
-    return network.float()
-
-
-def _transformers(kind: Kind) -> ModuleType:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise UserError(
-            f"feature network {kind.name} needs transformers ({reason(error)}); "
-            "install it with pip install transformers"
-        ) from error
+    return transformers_models.load(kind.architecture, folder, weights)
 
 
 def _folder(kind: Kind, weights: str) -> Path:
@@ -187,20 +150,3 @@ def _recipe(kind: Kind, weights: str) -> str:
         f'python -c "from transformers import {kind.architecture} as M; '
         f"M.from_pretrained({weights!r}).save_pretrained('DIR')\""
     )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Silences progress bars, logs and warnings of transformers, and restores its settings."""
-    logging = importlib.import_module("transformers.utils.logging")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -9,14 +9,12 @@ from typing import Any
 import psutil
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, UNet2DModel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import schedulers, validation
-from diffkd.models.pipeline_files import read_object
+from diffkd.models import networks, schedulers
 from diffkd.models.source import CARD, Source
 from diffkd.models.unet import to_fast, to_stock
 
@@ -26,13 +24,10 @@ NETWORK = UNet2DModel
 
 def load(source: Source) -> Denoiser:
     """A pipeline, or a UNet alone, as a Denoiser in float32 (see `Family.load`)."""
-    entry = source.index.get("unet", ["diffusers", "UNet2DModel"])
-    if not isinstance(entry, list) or entry[-1:] != ["UNet2DModel"]:
-        raise UserError(
-            f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
-            "UNet2DModel"
-        )
-    network = _network(source)
+    network = networks.read(source, "unet", UNet2DModel, _check_memory)
+    _check_config(network.config, source.name)
+    _check_classes(network.config.num_class_embeds, source)
+    network = to_fast(network)
     # a DDIMPipeline makes a DDIMScheduler of whatever its folder has
     ddim = "DDIMScheduler" if source.index.get("_class_name") == "DDIMPipeline" else None
     sampling = schedulers.read(source, converted_to=ddim)
@@ -46,34 +41,6 @@ def load(source: Source) -> Denoiser:
         steps=source.card.get("steps"),
         sampler=sampling.sampler,
     )
-
-
-def _network(source: Source) -> UNet2DModel:
-    name, place = source.name, source.place_of("unet")
-    try:
-        variant = validation.check_network(UNet2DModel, place, name, variant=source.variant)
-        _check_memory(read_object(place / "config.json"), name)
-        network, loading = UNet2DModel.from_pretrained(
-            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, variant=variant
-        )
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many types for an invalid config
-        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
-        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
-    if loading["missing_keys"]:
-        raise UserError(
-            f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
-        )
-    if loading["unexpected_keys"]:
-        raise UserError(
-            f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json "
-            "knows nothing; give the config that they were trained with"
-        )
-    _check_config(network.config, name)
-    _check_classes(network.config.num_class_embeds, source)
-    torch.nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
-    return to_fast(network)
 
 
 def _check_memory(config: dict[str, Any], name: str) -> None:
@@ -105,26 +72,15 @@ def _check_classes(embeddings: int | None, source: Source) -> None:
 
 def _check_config(config: Any, name: str) -> None:
     """Raises UserError for a network that `Denoiser` does not describe."""
-    for key, supported in (("time_embedding_type", "positional"), ("class_embed_type", None)):
-        if config[key] != supported:
-            raise UserError(
-                f"{name} has {key} {quoted(config[key])}, which is not supported; supported is {supported}"
-            )
+    networks.check_supported(
+        config, name, {"time_embedding_type": ("positional",), "class_embed_type": (None,)}
+    )
     if config.out_channels != config.in_channels:
         raise UserError(
             f"{name} has out_channels {config.out_channels} and in_channels {config.in_channels}, perhaps "
             "for a learned variance; supported are networks that predict the image alone"
         )
-    size = config.sample_size
-    sides = (size, size) if type(size) is int else size
-    if size is not None and not (
-        isinstance(sides, tuple | list)
-        and len(sides) == 2
-        and all(type(side) is int and side > 0 for side in sides)
-    ):
-        raise UserError(
-            f"{name} has sample_size {quoted(size)}; supported is a positive integer, or height and width"
-        )
+    networks.check_sample_size(config, name)
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
@@ -132,11 +88,9 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     `class_labels`, for classes; else a DDIMPipeline, or a DDPMPipeline for renoise, as DDIMPipeline would
     replace its scheduler."""
     network: Any = denoiser.network
-    if any(map(is_traceable_wrapper_subclass, network.parameters())):
-        raise UserError("a stock pipeline cannot hold 8-bit weights; save the model loaded without quantize")
+    networks.check_saved(network)
     if next(network.parameters()).dtype not in (torch.float32, torch.float16):
         raise UserError("stock pixel pipelines cannot make images in bfloat16; save in float32 or float16")
-    network.to(memory_format=torch.contiguous_format)  # safetensors needs it, and on a GPU it is another
     scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
     unconditional = DDPMPipeline if denoiser.sampler == "renoise" else DDIMPipeline
     pipeline = unconditional if network.config.num_class_embeds is None else ConsistencyModelPipeline

@@ -27,13 +27,18 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         steps=denoiser.steps,
         sampler=denoiser.sampler,
         guidance_baked_in=denoiser.guidance_baked_in,
+        call=denoiser.call,
+        example=denoiser.example,
+        codec=denoiser.codec,
+        conditioner=denoiser.conditioner,
     )
+    changed.set_null(denoiser.null)
     return changed.train(network.training)
 
 
 def copy_of(denoiser: Denoiser) -> Denoiser:
     """A denoiser of the same architecture and weights that shares none of them."""
-    return copy.deepcopy(with_network(denoiser, denoiser.network))
+    return with_network(denoiser, copy.deepcopy(denoiser.network))
 
 
 def reinitialized(student: Denoiser, seed: int) -> Denoiser:

@@ -1,0 +1,128 @@
+"""Autoencoders of latent models: AutoencoderKL and AutoencoderTiny, as stock pipelines use them."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from diffkd.errors import UserError
+from diffkd.io.text import quoted
+from diffkd.models import fingerprints, networks, validation
+from diffkd.models.pipeline_files import read_object, variants_of
+from diffkd.models.source import Source
+
+SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
+LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
+
+
+class Autoencoder:
+    """The codec of a pipeline's `vae`: latents are scaled by its scaling factor, or normalised by its means
+    and standard deviations where it has them. Its weights are read when it is first used, in float32."""
+
+    def __init__(self, source: Source) -> None:
+        entry = source.index.get("vae")
+        kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind not in SUPPORTED:
+            raise UserError(
+                f"{source.name} has an autoencoder of type {quoted(entry)}, which is not supported; use "
+                f"{' or '.join(SUPPORTED)}"
+            )
+        self.name, self.place, self.kind = source.name, source.folder / "vae", getattr(diffusers, kind)
+        self.variant = source.variant if source.variant in variants_of(self.place) else None
+        validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
+        self.device = torch.device("cpu")
+        config = {**_defaults(self.kind), **read_object(self.place / "config.json")}
+        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        self.factor = 2 ** (len(widths or ()) - 1)
+        self.channels = config["latent_channels"]
+        self.scaling = config["scaling_factor"]
+        if type(self.scaling) not in (int, float) or not 0 < self.scaling < math.inf:
+            raise UserError(
+                f"{self.name}: {self.place / 'config.json'} has scaling_factor {quoted(self.scaling)}, which "
+                "is not a number above 0; repair it"
+            )
+        self.statistics = self._statistics(config)
+
+    def _statistics(self, config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Means and standard deviations of the channels, (C, 1, 1) each, where the config has both."""
+        given = [config.get(key) for key in ("latents_mean", "latents_std")]
+        if given[0] is None or given[1] is None:
+            return None
+        if not all(isinstance(values, list) and len(values) == self.channels for values in given):
+            raise UserError(
+                f"{self.name}: {self.place / 'config.json'} has latents_mean and latents_std that are not "
+                f"{self.channels} numbers each; repair it"
+            )
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in given)
+        return mean, std
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of config and weights."""
+        return fingerprints.of_folder(self.place)
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide."""
+        if height % self.factor or width % self.factor:
+            raise UserError(
+                f"images of {width}x{height} do not divide by {self.factor}, the scale of the latents of "
+                f"{self.name}; use multiples of it"
+            )
+        return self.channels, height // self.factor, width // self.factor
+
+    @cached_property
+    def network(self) -> Any:
+        network = networks.read_from(self.place, self.name, self.kind, self.variant)
+        network.eval().requires_grad_(False).to(self.device)
+        if hasattr(network, "enable_slicing"):
+            network.enable_slicing()  # one image at a time, with the same result and less memory
+        return network
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        if "network" in self.__dict__:
+            self.network.to(device)
+
+    def close(self) -> None:
+        """Frees its weights."""
+        self.__dict__.pop("network", None)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
+        encoded = self.network.encode(images.to(self.device, torch.float32))
+        if not hasattr(encoded, "latent_dist"):  # of an AutoencoderTiny, which has no distribution
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        else:
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        if self.statistics is None:
+            return mean * self.scaling, std * self.scaling
+        of_mean, of_std = (values.to(mean) for values in self.statistics)
+        return (mean - of_mean) * self.scaling / of_std, std * self.scaling / of_std
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents, scaled -> images (B, 3, H, W) in about [-1, 1], by the stock pipelines' operations."""
+        x0 = x0.to(self.device, torch.float32)
+        if self.statistics is None:
+            latents = x0 / self.scaling
+        else:
+            mean, std = (values.to(x0) for values in self.statistics)
+            latents = x0 * std / self.scaling + mean
+        if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "enable_tiling"):
+            self.network.enable_tiling()
+        images: Tensor = self.network.decode(latents, return_dict=False)[0]
+        return images
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """The values that a config takes where it does not name them."""
+    import inspect
+
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}

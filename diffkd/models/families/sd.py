@@ -1,0 +1,166 @@
+"""Latent text-to-image UNets: Stable Diffusion and SDXL, read from and written to their stock pipelines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from diffkd.core.conditioning import Cond
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import to_diffusers
+from diffkd.errors import UserError
+from diffkd.io.files import write_json
+from diffkd.io.text import quoted
+from diffkd.models import networks, schedulers
+from diffkd.models.codecs import Autoencoder
+from diffkd.models.conditioners import ClipPrompts
+from diffkd.models.pipeline_files import INDEX
+from diffkd.models.source import Source
+from diffkd.models.unet import to_fast, to_stock
+
+XL = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", XL)
+NETWORK = UNet2DConditionModel
+EMBEDDED = 16  # width of the guidance embedding of students that have guidance baked in
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+}
+
+
+def load(source: Source) -> Denoiser:
+    """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoders and autoencoder are checked,
+    and read when they are first used."""
+    if source.network is not None:
+        raise UserError(
+            f"{source.name} is a UNet2DConditionModel alone, without its text encoder and its autoencoder; "
+            "give the folder of their pipeline"
+        )
+    two = source.index["_class_name"] == XL
+    network = networks.read(source, "unet", UNet2DConditionModel)
+    _check_config(network.config, source.name, two=two)
+    network = to_fast(network)
+    sampling = schedulers.read(source)
+    codec = Autoencoder(source)
+    zeros = two and bool(source.index.get("force_zeros_for_empty_prompt", True))
+    conditioner = ClipPrompts(source, two=two, zeros=zeros)
+    _check_widths(network.config, codec, conditioner)
+    if _ignores_guidance(network):
+        _remove_guidance_embedding(network)
+    return Denoiser(
+        network,
+        sampling.schedule,
+        sampling.prediction,
+        clip=sampling.clip if two else None,  # StableDiffusionPipeline turns clip_sample off
+        steps=source.card.get("steps"),
+        sampler=sampling.sampler,
+        call=call,
+        example=conditioner.example,
+        codec=codec,
+        conditioner=conditioner,
+    )
+
+
+def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
+    """cond: encoder_hidden_states (B, 77, D), and for SDXL text_embeds (B, P) and time_ids (B, 6)."""
+    added = {key: cond[key].to(x_t.dtype) for key in ("text_embeds", "time_ids") if key in cond}
+    states = cond["encoder_hidden_states"].to(x_t.dtype)
+    return network(
+        x_t, time, encoder_hidden_states=states, added_cond_kwargs=added or None, return_dict=False
+    )
+
+
+def _check_config(config: Any, name: str, *, two: bool) -> None:
+    """Raises UserError for a network that `call` does not describe."""
+    if config.in_channels != config.out_channels:
+        kind = {8: "an image-editing", 9: "an inpainting"}.get(config.in_channels, "another")
+        raise UserError(
+            f"{name} has in_channels {config.in_channels} and out_channels {config.out_channels}, "
+            f"the network of {kind} pipeline; supported are those that take noised latents alone"
+        )
+    networks.check_supported(config, name, SUPPORTED)
+    if (config.addition_embed_type == "text_time") != two:
+        wants = "text_time" if two else "none"
+        raise UserError(
+            f"{name} has addition_embed_type {quoted(config.addition_embed_type)}, and its pipeline's is "
+            f"{wants}; is model_index.json the one that it was saved with?"
+        )
+    networks.check_sample_size(config, name)
+
+
+def _check_widths(config: Any, codec: Autoencoder, conditioner: ClipPrompts) -> None:
+    """Raises UserError where encoder, autoencoder and network do not fit each other."""
+    width, latents = conditioner.example["encoder_hidden_states"].shape[-1], codec.channels
+    if config.cross_attention_dim != width:
+        raise UserError(
+            f"{codec.name} has text encoders of width {width}, and its network takes "
+            f"{config.cross_attention_dim}; are they of one model?"
+        )
+    if config.in_channels != latents:
+        raise UserError(
+            f"{codec.name} has an autoencoder of {latents} channels, and its network takes "
+            f"{config.in_channels}; are they of one model?"
+        )
+
+
+def save(denoiser: Denoiser, folder: Path) -> None:
+    """The teacher's pipeline with another network and scheduler; all else is copied.
+
+    A student's network gets a guidance embedding of zeros: stock pipelines do without guidance where there
+    is an embedding of it, and draw the student's images at their default arguments.
+    """
+    network: Any = denoiser.network
+    networks.check_saved(network)
+    conditioner = denoiser.conditioner
+    assert isinstance(conditioner, ClipPrompts)
+    source = conditioner.source
+    folder.mkdir(parents=True, exist_ok=True)
+    with _guidance_embedding(network) if denoiser.steps is not None else nullcontext():
+        to_stock(network).save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
+    scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
+    scheduler.save_pretrained(folder / "scheduler")
+    index = dict(source.index)
+    for component, entry in index.items():
+        if component in ("unet", "scheduler") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        shutil.copytree(source.folder / component, folder / component, dirs_exist_ok=True)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    write_json(folder / INDEX, index)
+
+
+def _ignores_guidance(network: Any) -> bool:
+    """Whether it has a guidance embedding of zeros, as `save` gives it to a student."""
+    embedding = network.time_embedding.cond_proj
+    return embedding is not None and not embedding.weight.any()
+
+
+def _remove_guidance_embedding(network: Any) -> None:
+    network.time_embedding.cond_proj = None
+    network.register_to_config(time_cond_proj_dim=None)
+
+
+@contextmanager
+def _guidance_embedding(network: Any) -> Iterator[None]:
+    """With one of zeros, unless there is one."""
+    if network.time_embedding.cond_proj is not None:
+        yield
+        return
+    like = network.time_embedding.linear_1.weight  # (time_embed_dim, channels)
+    embedding = nn.Linear(EMBEDDED, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
+    nn.init.zeros_(embedding.weight)
+    network.time_embedding.cond_proj = embedding
+    network.register_to_config(time_cond_proj_dim=EMBEDDED)
+    try:
+        yield
+    finally:
+        _remove_guidance_embedding(network)

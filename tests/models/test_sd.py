@@ -1,0 +1,157 @@
+"""Stable Diffusion and SDXL: the stock pipeline's encoding, loop and images; students that open in it."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from diffkd.core import samplers
+from diffkd.models import loading
+from tests import text_to_image
+
+PROMPTS = ["a small red ring above a large blue square", "two stars", ""]
+
+
+@pytest.fixture(scope="module", params=["sd", "xl"])
+def stock(request, tmp_path_factory):
+    """A stock pipeline and the folder that it was saved to."""
+    work = tmp_path_factory.mktemp(request.param)
+    made = text_to_image.pipeline(work / "parts", xl=request.param == "xl")
+    made.save_pretrained(work / "teacher", safe_serialization=True)
+    return made, work / "teacher"
+
+
+def is_xl(pipeline):
+    return isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+
+
+def latents(count, seed=0):
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    return torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
+
+
+def conditioned(denoiser, prompts):
+    denoiser.set_null(denoiser.conditioner.null())
+    return denoiser.conditioner.embed(prompts, size=(32, 32))
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(stock):
+    pipeline, folder = stock
+    denoiser = loading.load(folder)
+    cond, null = conditioned(denoiser, PROMPTS), denoiser.null
+    given, none, *pooled = pipeline.encode_prompt(
+        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    assert torch.allclose(cond["encoder_hidden_states"], given, atol=1e-6)
+    assert torch.allclose(null["encoder_hidden_states"].expand_as(none), none, atol=1e-6)
+    if is_xl(pipeline):
+        assert torch.allclose(cond["text_embeds"], pooled[0], atol=1e-6)
+        assert not null["text_embeds"].any() and not null["encoder_hidden_states"].any()
+        assert cond["time_ids"].tolist() == [[32.0, 32, 0, 0, 32, 32]] * 3
+    negative = denoiser.conditioner.null("blue")
+    _, none, *pooled = pipeline.encode_prompt(
+        ["x"],
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=["blue"],
+    )
+    assert torch.allclose(negative["encoder_hidden_states"], none, atol=1e-6)
+    if is_xl(pipeline):
+        assert torch.allclose(negative["text_embeds"], pooled[1], atol=1e-6)
+
+
+def test_a_long_prompt_is_cut_and_a_line_says_what_is_lost(stock, caplog):
+    pipeline, folder = stock
+    prompt = ["q" * 100 + " end"]
+    cond = loading.load(folder).conditioner.embed(prompt, size=(32, 32))
+    (line,) = [record.getMessage() for record in caplog.records if "cut off" in record.getMessage()]
+    assert "77 tokens" in line and "end" in line
+    given = pipeline.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    assert torch.allclose(cond["encoder_hidden_states"], given[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_the_samplers_latents_are_the_pipelines(stock, steps, guidance):
+    pipeline, folder = stock
+    denoiser = loading.load(folder)
+    cond = conditioned(denoiser, PROMPTS)
+    ours = samplers.sample(denoiser, latents(3), steps, guidance=guidance, **cond)
+    stock_scheduler = pipeline.scheduler
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        stock_scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=guidance, latents=latents(3), output_type="latent",
+    ).images  # fmt: skip
+    pipeline.scheduler = stock_scheduler
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "renoise"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_student_opens_in_stock_at_default_arguments(stock, tmp_path, sampler, steps):
+    """Whatever guidance and negative prompt say."""
+    _, folder = stock
+    student = loading.load(folder)
+    student.steps, student.sampler, student.clip = steps, sampler, None
+    loading.save(student, tmp_path / "student")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=steps, generator=generators, output_type="latent", height=32, width=32,
+        negative_prompt=["ugly"] * 3,
+    ).images  # fmt: skip
+    again = loading.load(tmp_path / "student")
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+
+    def fresh(x):
+        return samplers.randn(x.shape, generators, x)
+
+    first = fresh(torch.empty(3, 4, 8, 8))
+    ours = samplers.sample(again, first, steps, sampler, fresh=fresh, **conditioned(again, PROMPTS))
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+    images = pipeline(PROMPTS, num_inference_steps=steps, latents=first, output_type="np").images
+    decoded = again.codec.decode(pipeline(
+        PROMPTS, num_inference_steps=steps, latents=first, output_type="latent").images
+    )  # fmt: skip
+    if sampler == "ddim":
+        shades = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        assert np.abs(shades - images).max() < 1e-5
+
+
+def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
+    """No guidance embedding; every other component byte by byte."""
+    _, folder = stock
+    loading.save(loading.load(folder), tmp_path / "again")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", safety_checker=None)
+    assert again.unet.config.time_cond_proj_dim is None
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if path.is_file() and relative.parts[0] not in ("unet", "scheduler", "model_index.json"):
+            assert (tmp_path / "again" / relative).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
+    pipeline = text_to_image.pipeline(tmp_path / "parts", tiny_vae=kind == "AutoencoderTiny")
+    pipeline.save_pretrained(tmp_path / "model", safe_serialization=True)
+    codec = loading.load(tmp_path / "model").codec
+    assert codec.shape(32, 48) == ((4, 8, 12) if kind == "AutoencoderKL" else (4, 8, 12))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = codec.moments(images)
+    encoded = pipeline.vae.encode(images)
+    scale = pipeline.vae.config.scaling_factor
+    expected = encoded.latent_dist.mean if kind == "AutoencoderKL" else encoded.latents
+    assert torch.allclose(mean, expected * scale, atol=1e-6)
+    assert (std > 0).all() if kind == "AutoencoderKL" else not std.any()
+    decoded = pipeline.vae.decode(mean / scale).sample
+    assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
+    codec.close()
+    assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
