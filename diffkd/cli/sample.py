@@ -15,7 +15,21 @@ def sample(
     out: Annotated[
         Path, typer.Option("--out", help="A folder of PNGs, or one .npz file (arr_0, uint8, NHWC).")
     ],
-    n: Annotated[int, typer.Option("-n", min=1, max=100_000_000, help="How many images.")] = 64,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", min=1, max=100_000_000, help="How many images: default 64, or 1 of each prompt."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for text-to-image models.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file of prompts, one a line; -n images of each, in turn.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What guidance leads away from, in place of the empty prompt.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, max=1 << 14, help="Of the images of a latent model; default its own.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=1 << 14, help="The same.")] = None,
     classes: Annotated[
         str, typer.Option(help="Labels: balanced, data (as often as there), or in turn, as 0-9 or 3,5,7.")
     ] = "balanced",
@@ -74,14 +88,22 @@ def sample(
     from rich.console import Console
 
     prepare_libraries()
+    from diffkd.errors import UserError
+    from diffkd.generation.prompts import read_prompts
     from diffkd.generation.sample import sample_to
 
+    if prompt is not None and prompts is not None:
+        raise UserError("--prompt and --prompts are both given; leave out one")
+    if (height is None) != (width is None):
+        raise UserError("--height and --width go together; give both, or none for the model's own")
+    chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(prompts)
+    size = None if height is None or width is None else (height, width)
     options = {
         key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
     }
     sample_to(
-        model, out, Console(), n=n, classes=classes, seed=seed, steps=steps, sampler=sampler,
-        batch_size=batch_size, dtype=dtype, mode=mode, image_format=image_format, workers=workers,
-        device=device, overwrite=overwrite, quantize=quantize, variant=variant, scheduler=scheduler,
-        options=options,
+        model, out, Console(), n=n, classes=classes, prompts=chosen, negative=negative, size=size, seed=seed,
+        steps=steps, sampler=sampler, batch_size=batch_size, dtype=dtype, mode=mode,
+        image_format=image_format, workers=workers, device=device, overwrite=overwrite, quantize=quantize,
+        variant=variant, scheduler=scheduler, options=options,
     )  # fmt: skip

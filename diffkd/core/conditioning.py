@@ -29,6 +29,13 @@ class Codec(Protocol):
     def decode(self, x0: Tensor) -> Tensor:
         """Latents, scaled -> images (B, 3, H, W) in about [-1, 1]."""
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a latent's place."""
+
+    def to(self, device: torch.device) -> None:
+        """Where it computes."""
+
     def close(self) -> None:
         """Frees its weights."""
 
@@ -46,6 +53,13 @@ class Conditioner(Protocol):
 
     def null(self, prompt: str | None = None) -> dict[str, Tensor]:
         """What stands for no prompt, or for a negative one, each (1, ...)."""
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        """What it makes of one prompt, as zeros."""
+
+    def to(self, device: torch.device) -> None:
+        """Where it computes."""
 
     def close(self) -> None:
         """Frees its weights."""

@@ -161,6 +161,12 @@ class Denoiser(nn.Module):
         prompts."""
         return {key: getattr(self, f"null_{key}") for key in self._null}
 
+    @property
+    def around(self) -> dict[str, Codec | Conditioner]:
+        """Codec and conditioner, by these names; {} for models without."""
+        there = {"codec": self.codec, "conditioner": self.conditioner}
+        return {key: value for key, value in there.items() if value is not None}
+
     def set_null(self, null: Cond) -> None:
         """null: what the conditioner makes of no prompt, each (1, ...)."""
         self._null = tuple(null)

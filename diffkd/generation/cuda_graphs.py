@@ -15,7 +15,7 @@ from diffkd.io.text import reason
 
 Mode = Literal["auto", "eager", "graph", "compile"]
 MODES: tuple[str, ...] = ("auto", "eager", "graph", "compile")
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Tensor, ...]
 Function = Callable[..., tuple[Tensor, ...]]
 # The cost and gain of compilation that `auto` assumes; not measured on a GPU.
 COMPILE_SECONDS = 60.0
@@ -112,7 +112,7 @@ class Graph:
     """A function as one CUDA graph: a call copies the inputs in, replays it, and copies the outputs out."""
 
     def __init__(self, function: Function, inputs: Inputs) -> None:
-        self.inputs = tuple(None if x is None else x.clone() for x in inputs)
+        self.inputs = tuple(x.clone() for x in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what libraries set up in their first calls must not be captured
@@ -123,10 +123,9 @@ class Graph:
         with torch.cuda.graph(self.graph):
             self.outputs = function(*self.inputs)
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for static, given in zip(self.inputs, inputs, strict=True):
-            if static is not None and given is not None:
-                static.copy_(given, non_blocking=True)
+            static.copy_(given, non_blocking=True)
         self.graph.replay()
         return tuple(x.clone() for x in self.outputs)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # Both lossless: an image that changed on saving would change the FID.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,16 +42,23 @@ def file_name(index: int, suffix: str) -> str:
     return f"{index:06d}.{suffix}"
 
 
-def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffix: str) -> None:
-    """Writes images[k] as the file of index indices[k], atomically: to a temporary file, synced, renamed."""
+def write_images(
+    folder: Path,
+    indices: Sequence[int],
+    images: np.ndarray,
+    suffix: str,
+    prompts: Sequence[str] | None = None,
+) -> None:
+    """Writes images[k] as the file of index indices[k], atomically: to a temporary file, synced, renamed.
+    prompts: of each, kept in a PNG as the text "prompt"."""
     kind, options = FORMATS[suffix]
     written: list[tuple[str, str]] = []
     try:
-        for index, image in zip(indices, images, strict=True):
+        for k, (index, image) in enumerate(zip(indices, images, strict=True)):
             name = file_name(index, suffix)
             temporary = f"{folder}/.{name}.tmp"
             encoded = io.BytesIO()
-            to_image(image).save(encoded, kind, **options)
+            to_image(image).save(encoded, kind, **options, **(_text(prompts[k]) if prompts else {}))
             written.append((temporary, f"{folder}/{name}"))
             with open(temporary, "wb", buffering=0) as stream:
                 left = encoded.getbuffer()
@@ -64,6 +72,13 @@ def write_images(folder: Path, indices: Sequence[int], images: np.ndarray, suffi
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         raise
+
+
+def _text(prompt: str) -> dict[str, Any]:
+    """As what only PNGs take, and other formats leave out."""
+    text = PngInfo()
+    text.add_itxt("prompt", prompt)
+    return {"pnginfo": text}
 
 
 def _sync(folder: Path, paths: Sequence[str]) -> None:

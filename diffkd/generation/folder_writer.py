@@ -68,7 +68,9 @@ class FolderWriter(ImageWriter):
         return IMAGE.fullmatch(name) is not None
 
     def _submit(self, pool: Executor, indices: np.ndarray, images: np.ndarray) -> None:
-        task = pool.submit(write_images, self.folder, indices.tolist(), images, self.format)
+        prompts = self.prompts or ()
+        texts = [prompts[i % len(prompts)] for i in indices.tolist()] if prompts else None
+        task = pool.submit(write_images, self.folder, indices.tolist(), images, self.format, texts)
         self._waiting.append(task)
 
     def first(self, count: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from diffkd.errors import UserError
 from diffkd.generation import cuda_graphs
 from diffkd.generation.labels import labels_for
 from diffkd.generation.pixels import check_finite, host_arrays, to_pixels
+from diffkd.generation.prompts import PromptEmbeddings, check_prompts
 from diffkd.generation.timing import Timer
 from diffkd.io.prefetch import prefetch, to_device
 from diffkd.io.text import log
@@ -24,10 +25,13 @@ from diffkd.io.text import log
 class ImageGenerator:
     """n images of a denoiser, in batches: batch k holds the images from k * batch_size on.
 
-    steps, sampler: default the denoiser's own. labels: repeated in turn; default every class in turn. Image i
-    starts from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it where a
-    sampler is stochastic, so the stock pipeline given these generators draws the same images. mode: auto,
-    eager, graph or compile (`cuda_graphs.prepare`). options: guidance, eta.
+    steps, sampler: default the denoiser's own. labels, or prompts: repeated in turn; labels default to every
+    class in turn. negative: a prompt that guidance leads away from, in place of the empty one. size: height
+    and width, for models of latents; default the model's own. mode: auto, eager, graph or compile
+    (`cuda_graphs.prepare`). options: guidance, eta.
+
+    Image i starts from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it
+    where a sampler is stochastic, so the stock pipeline given these generators draws the same images.
 
     States are float32. On CUDA the network's weights are converted to channels_last in place. Raises
     UserError for arguments that do not fit the model, and for a batch too large for the memory, naming one
@@ -42,6 +46,9 @@ class ImageGenerator:
         steps: int | None = None,
         seed: int = 0,
         labels: Sequence[int] | Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
         batch_size: int = 64,
         sampler: str | None = None,
         mode: str = "auto",
@@ -56,10 +63,6 @@ class ImageGenerator:
             )
         if not 0 <= seed < 2**63 - n:
             raise UserError(f"seed {seed} is out of range; use 0 to {2**63 - n - 1}")
-        if denoiser.shape is None:
-            raise UserError(
-                "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
-            )
         if steps > denoiser.schedule.num_train_timesteps:
             raise UserError(
                 f"{steps} steps are more than the {denoiser.schedule.num_train_timesteps} time steps of "
@@ -70,7 +73,22 @@ class ImageGenerator:
         _say_what_it_was_made_for(denoiser, steps, sampler, options.get("guidance", 1.0))
         self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
         self.options, self.mode = options, mode
+        self.shape, self.size = _shapes(denoiser, size)
         self.labels = labels_for(denoiser, n, labels)
+        check_prompts(denoiser, prompts, negative)
+        if negative is not None and options.get("guidance", 1.0) == 1.0:
+            raise UserError(
+                "a negative prompt is what guidance leads away from; give a guidance other than 1"
+            )
+        self.embeddings: PromptEmbeddings | None = None
+        if denoiser.codec is not None:
+            denoiser.codec.to(denoiser.device)
+        if denoiser.conditioner is not None:
+            assert prompts is not None
+            denoiser.conditioner.to(denoiser.device)
+            self.embeddings = PromptEmbeddings(denoiser.conditioner, prompts, n, self.size)
+        self.negative = negative
+        self.keys = ["class_labels"] * (self.labels is not None) + [*denoiser.example]
         self.batch_size = max(1, min(batch_size, n))
         self.device = denoiser.device
         eta = {"eta": options["eta"]} if "eta" in options else {}
@@ -89,26 +107,34 @@ class ImageGenerator:
     def num_batches(self) -> int:
         return -(-self.n // self.batch_size)
 
-    def sample(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def sample(self, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """x0 (B, C, H, W). noise: (noises_per_image, B, C, H, W), the first state, then fresh noise in the
-        order of its use. labels: (B,)."""
+        order of its use. cond: each (B, ...)."""
         first, *fresh = noise.unbind()
         if self.device.type == "cuda":
             first = first.contiguous(memory_format=torch.channels_last)
-        cond: dict[str, Any] = {} if labels is None else {"class_labels": labels}
-        rest = iter(fresh)
+        rest, given = iter(fresh), cast("dict[str, Any]", dict(cond))
         return samplers.sample(
-            self.denoiser, first, self.steps, self.sampler, fresh=lambda x: next(rest), **cond, **self.options
+            self.denoiser, first, self.steps, self.sampler, fresh=lambda x: next(rest),
+            **given, **self.options,
         )  # fmt: skip
 
-    def pixels(self, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From noise to pixels: uint8 (B, H, W, C), and whether all of x0 is finite."""
-        return to_pixels(self.sample(noise, labels))
+    def pixels(self, noise: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
+        """From noise to pixels: uint8 (B, H, W, C), and whether all of them are finite. cond: the values of
+        what a batch is conditioned on, in its order."""
+        return self.decoded(self.sample(noise, dict(zip(self.keys, cond, strict=True))))
+
+    def decoded(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 to pixels, as `pixels`."""
+        codec = self.denoiser.codec
+        return to_pixels(x0 if codec is None else codec.decode(x0))
 
     @torch.inference_mode()
     def prepare(self) -> cuda_graphs.Runner:
         """Warms up, captures or compiles, once; on a CPU there is nothing to do unless mode is `compile`."""
         if self.runner is None:
+            if self.embeddings is not None and self.options.get("guidance", 1.0) != 1.0:
+                self.denoiser.set_null(self.embeddings.conditioner.null(self.negative))
             fits = cuda_graphs.largest_fitting(self._prepare, self.batch_size)
             if fits < self.batch_size:
                 self.runner = None  # prepared for another size
@@ -120,16 +146,12 @@ class ImageGenerator:
         return self.runner
 
     def _prepare(self, batch: int) -> None:
-        noise = torch.zeros(self.noises_per_image, batch, *self._shape, device=self.device)
-        labels = None if self.labels is None else torch.zeros(batch, dtype=torch.long, device=self.device)
+        noise = torch.zeros(self.noises_per_image, batch, *self.shape, device=self.device)
+        first = self._cond(0)
+        cond = [first[key][:1].expand(batch, *first[key].shape[1:]).contiguous() for key in self.keys]
         self.runner = cuda_graphs.prepare(
-            self.pixels, (noise, labels), self.mode, self.device, self.num_batches
+            self.pixels, (noise, *cond), self.mode, self.device, self.num_batches
         )
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        assert self.denoiser.shape is not None
-        return self.denoiser.shape
 
     def batches(self, chosen: Iterable[int] | None = None) -> Iterator[Tensor]:
         """uint8 (B, H, W, C) on the device: every batch, or the chosen ones, unchanged. Raises UserError for
@@ -157,23 +179,26 @@ class ImageGenerator:
         for batch in numbers:
             with self.timer.host("noise"):
                 noise = next(noises)
-                labels = self._labels(batch)
-            yield self._run_batch(runner, noise, labels)
+                cond = self._cond(batch)
+            yield self._run_batch(runner, noise, cond)
 
     def _run_batch(
-        self, runner: cuda_graphs.Runner, noise: Tensor, labels: Tensor | None
+        self, runner: cuda_graphs.Runner, noise: Tensor, cond: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         if not runner.fixed_shape:
             with self.timer.device("network"):
-                x0 = self.sample(noise, labels)
+                x0 = self.sample(noise, cond)
             with self.timer.device("conversion"):
-                return to_pixels(x0)
+                return self.decoded(x0)
         count, missing = noise.shape[1], self.batch_size - noise.shape[1]
         if missing:  # the last batch: padded with its first image
             noise = torch.cat([noise, noise[:, :1].expand(-1, missing, -1, -1, -1)], 1)
-            labels = None if labels is None else torch.cat([labels, labels[:1].expand(missing)])
+            cond = {
+                key: torch.cat([value, value[:1].expand(missing, *value.shape[1:])])
+                for key, value in cond.items()
+            }
         with self.timer.device("network and conversion"):
-            pixels, finite = runner.call(noise, labels)
+            pixels, finite = runner.call(noise, *(cond[key] for key in self.keys))
         return pixels[:count], finite
 
     def image_range(self, batch: int) -> tuple[int, int]:
@@ -186,16 +211,35 @@ class ImageGenerator:
         like = torch.empty(0)
         noise = torch.stack(
             [
-                samplers.randn((len(generators), *self._shape), generators, like)
+                samplers.randn((len(generators), *self.shape), generators, like)
                 for _ in range(self.noises_per_image)
             ]
         )
         return to_device(noise, self.device)
 
-    def _labels(self, batch: int) -> Tensor | None:
-        if self.labels is None:
-            return None
-        return to_device(self.labels[slice(*self.image_range(batch))], self.device)
+    def _cond(self, batch: int) -> dict[str, Tensor]:
+        """What a batch is conditioned on, on the device."""
+        start, stop = self.image_range(batch)
+        cond = {} if self.labels is None else {"class_labels": self.labels[start:stop]}
+        if self.embeddings is not None:
+            cond |= self.embeddings.batch(start, stop)
+        return {key: to_device(value, self.device) for key, value in cond.items()}
+
+
+def _shapes(denoiser: Denoiser, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """(C, H, W) of what the network draws, and the images' height and width. Raises UserError where a size
+    does not fit the model."""
+    codec = denoiser.codec
+    if size is not None and codec is None:
+        raise UserError(f"{denoiser.name} draws pixels of its own size; leave out the height and width")
+    if codec is not None and size is not None:
+        return codec.shape(*size), size
+    if denoiser.shape is None:
+        raise UserError(
+            "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
+        )
+    factor = 1 if codec is None else codec.factor
+    return denoiser.shape, (denoiser.shape[1] * factor, denoiser.shape[2] * factor)
 
 
 def _say_what_it_was_made_for(denoiser: Denoiser, steps: int, sampler: str, guidance: float) -> None:
@@ -226,6 +270,9 @@ def generate(
     steps: int | None = None,
     seed: int = 0,
     labels: Sequence[int] | Tensor | None = None,
+    prompts: Sequence[str] | None = None,
+    negative: str | None = None,
+    size: tuple[int, int] | None = None,
     batch_size: int = 64,
     sampler: str | None = None,
     mode: str = "auto",
@@ -237,7 +284,7 @@ def generate(
     share: (rank, world), to generate only the batches rank, rank + world, ..., unchanged.
     """
     generator = ImageGenerator(
-        denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
-        **options,
+        denoiser, n, steps=steps, seed=seed, labels=labels, prompts=prompts, negative=negative, size=size,
+        batch_size=batch_size, sampler=sampler, mode=mode, **options,
     )  # fmt: skip
     yield from generator.batches(range(share[0], generator.num_batches, share[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffkd.generation.folder_writer import FolderWriter
 from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.labels import parse_classes, requested_labels
 from diffkd.generation.npz_writer import NpzWriter
+from diffkd.generation.prompts import check_prompts, described
 from diffkd.generation.resume import ResumePlan
 from diffkd.generation.timing import Timer
 from diffkd.generation.writer import ImageWriter
@@ -32,6 +34,7 @@ from diffkd.io.text import counted, format_bytes, log, reason
 from diffkd.models import loading
 
 GRID_IMAGES = 64
+DEFAULT_IMAGES = 64
 MAX_WORKERS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,8 +44,11 @@ def sample_to(
     out: Path,
     console: Console,
     *,
-    n: int,
+    n: int | None = None,
     classes: str = "balanced",
+    prompts: Sequence[str] | None = None,
+    negative: str | None = None,
+    size: tuple[int, int] | None = None,
     seed: int = 0,
     steps: int | None = None,
     sampler: str | None = None,
@@ -60,6 +66,7 @@ def sample_to(
 ) -> None:
     """Generates n images, or those of them that are missing; all processes of a launcher share the work.
 
+    n: default 64, with prompts one for each; n of each with prompts, image i of prompt i modulo their number.
     Raises UserError before anything is written, and Unfinished where writing fails, as on a full disk; the
     images that are complete stay.
     """
@@ -75,11 +82,14 @@ def sample_to(
     )  # fmt: skip
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is not a student); give --steps")
+    check_prompts(denoiser, prompts, negative)
+    n = DEFAULT_IMAGES if n is None and not prompts else (n or 1) * len(prompts or (None,))
     labels = requested_labels(requested, denoiser, model, n)
     generator = ImageGenerator(
-        denoiser, n, steps=steps, seed=seed, labels=labels, batch_size=batch_size, sampler=sampler, mode=mode,
-        **(options or {}),
+        denoiser, n, steps=steps, seed=seed, labels=labels, prompts=prompts, negative=negative, size=size,
+        batch_size=batch_size, sampler=sampler, mode=mode, **(options or {}),
     )  # fmt: skip
+    writer.prompts = prompts
     settings = {
         "model": digest(denoiser.network.state_dict()), "steps": generator.steps,
         "sampler": generator.sampler, **(options or {}), "seed": seed, "clip": denoiser.clip,
@@ -87,6 +97,9 @@ def sample_to(
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": writer.format,
         **denoiser.opened_with,
     }  # fmt: skip
+    if prompts:
+        settings |= {"prompts": described(prompts), "negative": negative, "size": [*generator.size]}
+        settings |= {key: value.key for key, value in denoiser.around.items()}
     plan: ResumePlan = processes.agree(writer.plan(settings, n, overwrite) if processes.main else None)
     if plan.complete:
         if processes.main:
@@ -94,7 +107,7 @@ def sample_to(
             say(console, f"all {n} images exist already: {out}")
         return
     if processes.main:
-        _check_room(writer, plan, denoiser.shape)
+        _check_room(writer, plan, generator)
     _generate(generator, writer, plan, settings, overwrite, console, processes)
 
 
@@ -158,11 +171,12 @@ def _generate(
             say(console, _speed(int(missing.sum()), seconds, generator, runner, processes))
 
 
-def _check_room(writer: ImageWriter, plan: ResumePlan, shape: tuple[int, int, int] | None) -> None:
+def _check_room(writer: ImageWriter, plan: ResumePlan, generator: ImageGenerator) -> None:
     """Raises Unfinished, before anything is drawn, where the disk surely has no room for what is missing."""
     where, missing = writer.out.absolute().parent, int(plan.missing.sum())
     if writer.format == "npz":  # the parts, and then all of it
-        size, room = (missing + len(plan.missing)) * math.prod(shape or (0,)), free_bytes(where)
+        channels = generator.shape[0] if generator.denoiser.codec is None else 3
+        size, room = (missing + len(plan.missing)) * channels * math.prod(generator.size), free_bytes(where)
         if size > room:
             needs = f"{format_bytes(size)}, and the disk has {format_bytes(room)}"
             raise Unfinished(f"--out {writer.out} needs {needs}; make room, or use another place")

@@ -12,7 +12,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class ImageWriter(ABC):
     """
 
     format: str
+    prompts: Sequence[str] | None = None  # image i is of the one at i, modulo their number
 
     def __init__(self, out: Path, folder: Path, workers: int) -> None:
         self.out, self.folder, self.workers = out, folder, workers

@@ -24,7 +24,7 @@ def inputs_of(images, count):
     """The inputs of one batch, as `sample` and `pixels` take them."""
     rng = torch.Generator().manual_seed(1)
     noise = torch.randn(images.noises_per_image, count, *images.denoiser.shape, generator=rng)
-    return noise, None if images.labels is None else images.labels[:count]
+    return noise, {} if images.labels is None else {"class_labels": images.labels[:count]}
 
 
 # compiled -------------------------------------------------------------------------------------------------

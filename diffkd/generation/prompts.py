@@ -1,0 +1,91 @@
+"""Which prompt each image gets, and what the model is conditioned on for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffkd.core.conditioning import Conditioner
+from diffkd.core.denoiser import Denoiser
+from diffkd.errors import UserError
+from diffkd.io.text import quoted, read_text, reason
+
+HELD = 1 << 30  # bytes of embeddings that are made at once, after which the encoders are freed
+MAX_LINE = 100_000  # characters: no encoder takes so many, and a file of one line may be of another kind
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out. Raises UserError."""
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts {path} cannot be read ({reason(error)}); give a text file") from error
+    for number, line in enumerate(lines, 1):
+        if "\0" in line or len(line) > MAX_LINE:
+            what = "a NUL" if "\0" in line else f"{len(line):,} characters"
+            raise UserError(
+                f"--prompts {path} has {what} in line {number}; give a text file, a prompt a line"
+            )
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"--prompts {path} has no prompts; give one a line")
+    return prompts
+
+
+def check_prompts(denoiser: Denoiser, prompts: Sequence[str] | None, negative: str | None = None) -> None:
+    """Raises UserError for prompts of a model that takes none, and the reverse."""
+    if denoiser.conditioner is None:
+        for what, given in (("prompts", prompts), ("a negative prompt", negative)):
+            if given is not None:
+                raise UserError(
+                    f"{what} {quoted(given, 60)} given, and {denoiser.name} takes none; leave it out"
+                )
+    elif not prompts:
+        raise UserError(f"{denoiser.name} draws from prompts; give --prompt, or --prompts with a file")
+
+
+def described(prompts: Sequence[str]) -> dict[str, int | str]:
+    """How a record names them: their number and sha256."""
+    return {"count": len(prompts), "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+
+
+class PromptEmbeddings:
+    """What a model is conditioned on for images 0 to n - 1, whose prompts are those given, in turn.
+
+    size: height and width of the images. Each prompt is encoded once, all of them before the first image if
+    they fit into `held` bytes: then the encoders are freed. Else those of each batch, with the encoders kept.
+    """
+
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        prompts: Sequence[str],
+        n: int,
+        size: tuple[int, int] | None,
+        held: int = HELD,
+    ) -> None:
+        self.conditioner, self.prompts, self.size = conditioner, prompts, size
+        self._unique = list(dict.fromkeys(prompts[: max(1, n)]))
+        self._place = {prompt: place for place, prompt in enumerate(self._unique)}
+        one = sum(value.numel() * value.element_size() for value in conditioner.example.values())
+        self._all: dict[str, Tensor] | None = None
+        self._fits = one * len(self._unique) <= held
+
+    def batch(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Of images start to stop - 1, on the CPU."""
+        wanted = [self.prompts[i % len(self.prompts)] for i in range(start, stop)]
+        if not self._fits:
+            unique = list(dict.fromkeys(wanted))
+            made = self.conditioner.embed(unique, self.size)
+            places = [unique.index(prompt) for prompt in wanted]
+        else:
+            if self._all is None:
+                self._all = self.conditioner.embed(self._unique, self.size)
+                self.conditioner.close()
+            made, places = self._all, [self._place[prompt] for prompt in wanted]
+        chosen = torch.tensor(places)
+        return {key: value[chosen] for key, value in made.items()}
