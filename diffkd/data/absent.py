@@ -39,13 +39,13 @@ class Unseen:
         """There is nothing to be found again: places in the batch."""
         return torch.arange(size)
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """x0 of the right shape, NaN so that no method can learn from it unnoticed, and random labels."""
         x0 = torch.full((size, *self.shape), torch.nan)
         if not self.class_counts:
-            return x0, None
+            return x0, {}
         shares = torch.tensor(self.class_counts, dtype=torch.float64)
-        return x0, torch.multinomial(shares, size, replacement=True, generator=rng)
+        return x0, {"class_labels": torch.multinomial(shares, size, replacement=True, generator=rng)}
 
 
 class NoData(Strict):

@@ -22,8 +22,9 @@ class Examples(Protocol):
 
     def batch(
         self, size: int, rng: torch.Generator
-    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
-        """x0 (B, C, H, W) float32 and labels (B,), of pairs also the noise; depends on rng alone."""
+    ) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], Tensor]:
+        """x0 (B, C, H, W) float32 and what it is conditioned on, (B, ...) each, such as class_labels; of
+        pairs also the noise. It depends on rng alone."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Images:
         """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""
         return torch.randint(len(self), (size,), generator=rng)
 
-    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """A random batch: x0 (B, C, H, W) float32 in [-1, 1] and labels; depends on rng alone."""
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """A random batch: x0 (B, C, H, W) float32 in [-1, 1] and its class_labels; depends on rng alone."""
         indices = self.indices(size, rng)
         x0 = self.uint8(indices).float() / 127.5 - 1
         if self.flip:
             flipped = torch.rand(size, generator=rng) < 0.5
             x0[flipped] = x0[flipped].flip(-1)
-        return x0, None if self.labels is None else self.labels[indices]
+        return x0, {} if self.labels is None else {"class_labels": self.labels[indices]}

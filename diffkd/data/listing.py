@@ -1,4 +1,5 @@
-"""What a folder of images holds: its image files; classes by subfolder, or with captions by metadata."""
+"""What a folder of images holds: its image files; classes by subfolder or metadata, captions by metadata or
+text files of the same names."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ ClassOrder = Literal["name", "number"]
 @dataclass(frozen=True)
 class Listing:
     """paths: the image files, sorted. labels: of each, by metadata or else by subfolder; None where some have
-    none. classes: their names. captions: of each, "" for none; [] without metadata. loose: images that lie
-    in the folder itself. passed_over: files that are no images by their suffix."""
+    none. classes: their names. captions: of each, "" for none; [] where no image has one. loose: images that
+    lie in the folder itself. passed_over: files that are no images by their suffix."""
 
     paths: list[Path]
     labels: list[int] | None = None
@@ -62,8 +63,21 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
         labels = [number[name] for name in of_path]
     key = next((key for key in CAPTIONS if any(key in row for row in about.values())), None)
     captions = [str(about.get(path, {}).get(key) or "") for path in paths] if key else []
-    passed_over = sorted(set(files).difference(paths, metadata))
+    there = {*files} if key is None else set[Path]()
+    beside = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt") in there}
+    if beside:
+        captions = [_caption(beside[path]) if path in beside else "" for path in paths]
+    passed_over = sorted(set(files).difference(paths, metadata, beside.values()))
     return Listing(paths, labels, classes, captions, loose, passed_over)
+
+
+def _caption(path: Path) -> str:
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a caption ({reason(error)}); repair or remove it"
+        ) from error
 
 
 def sorted_classes(names: set[str], order: ClassOrder, where: object) -> list[str]:
@@ -142,8 +156,15 @@ def _metadata(files: list[Path], paths: list[Path]) -> dict[Path, dict[str, Any]
                 raise UserError(f"{file}, line {line}: {quoted(name)} is there twice; keep one of the two")
             else:
                 about[path] = row
+    if absent and any(key in row for row in about.values() for key in CAPTIONS):
+        raise UserError(
+            f"{len(absent)} images that {files[0]} has captions of are not there "
+            f"({', '.join(absent[:3])}, ...); bring them, or take them out of it"
+        )
     if absent:
         log.warning("%d images that %s names are not there (%s, ...)", len(absent), files[0], absent[0])
+    if files and not about and not absent:
+        raise UserError(f"{files[0]} is empty; give a row for each image, or remove it")
     return about
 
 

@@ -19,7 +19,7 @@ from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, sizes
 from diffkd.runs import announcement
 from diffkd.runs.config import Distill, Teacher, Train
-from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
+from diffkd.runs.model_evaluator import ModelEvaluator, prompts_for, teacher_steps
 from diffkd.runs.reports import model_card, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
 
@@ -148,7 +148,8 @@ class RunArtifacts:
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
         drawn = []
         with self.session.bar(f"pictures of {name}", count) as advance:
-            for batch in generate(denoiser, count, steps=steps, batch_size=64, **options):
+            prompts = prompts_for(denoiser, self.images, count)
+            for batch in generate(denoiser, count, steps=steps, batch_size=64, prompts=prompts, **options):
                 drawn.append(batch.cpu().numpy())
                 advance(sum(map(len, drawn)), "")
         grids.save(grids.grid(np.concatenate(drawn)), path)

@@ -172,6 +172,10 @@ class Distill(TrainingRun):
     pairs: Path | None = Field(
         None, description="folder of pairs, for methods that need them; default pairs/ of the run's own"
     )
+    cache: Path | None = Field(
+        None,
+        description="folder of latents and embeddings, of a latent model; default cache/ of the run's own",
+    )
     spread_every: int | None = Field(
         50, ge=1, description="updates between looks at the spread of a student's images; null for none"
     )

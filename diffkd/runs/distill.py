@@ -15,10 +15,11 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
 from diffkd.data.absent import NoData, Unseen
 from diffkd.data.images import Examples, Images
+from diffkd.data.latents import LatentCache
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
 from diffkd.models import loading, students
-from diffkd.runs import announcement, config_files, pairs, plans
+from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.config import Distill, Teacher, Train
 from diffkd.runs.method_config import method_name
@@ -45,19 +46,21 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     if isinstance(data, NoData):
         images = data.of(teacher.shape, teacher.num_classes)
     assert images is not None
+    cached = latents.cache(config, teacher, images)
     plans.check_fits(teacher, images)
     plan = plans.plan(config, teacher)
     config.check(accelerator)
     if teacher_run is not None:
         check_run(config, accelerator, options)
         train(teacher_run, console, options)
-        teacher = source.load()
+        teacher = latents.fit(source.load(), cached)
     for index, (_, stage) in enumerate(plan):
         if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
             pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER)  # or refuses others, now
     inputs = {"teacher": identity(teacher)}
     with open_run(config, accelerator, images, console, options, inputs) as session:
-        teacher.to(accelerator.device)
+        latents.fill(session, cached)
+        latents.fit(teacher.to(accelerator.device), cached)
         guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
         artifacts = RunArtifacts(session, config, images, source, guidance)
         session.say(announcement.data(images))
@@ -67,21 +70,24 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         artifacts.teacher_curve(teacher)
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
-        watch = _spread_watch(session, config, images, source, teacher, artifacts)
+        watch = _spread_watch(session, config, images, cached, source, teacher, artifacts)
         taught = [plans.taught(plan, index, teacher) for index in range(len(plan))]
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
         for index, (method, stage) in enumerate(plan):
             folder = place / stage.name
             if not all((place / one.name).exists() for one in stage.students):
-                student = students.copy_of(current) if index else _first_student(config, current, images)
+                student = (
+                    students.copy_of(current) if index else _first_student(config, current, cached or images)
+                )
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
                     device = accelerator.device
                     own = made_by == plans.TEACHER
                     current = source.load(device) if own else loading.load(place / made_by, device=device)
+                    latents.fit(current, cached)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
-                examples: Examples = images
+                examples: Examples = cached or images
                 if stage.pairs is not None:
                     maker = plans.maker(plan, index)
                     examples = pairs.cache(config, stage, current, images.class_counts, maker)
@@ -97,7 +103,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                     )  # fmt: skip
                 del student
             for one in stage.students:
-                current = loading.load(place / one.name, device=accelerator.device)
+                current = latents.fit(loading.load(place / one.name, device=accelerator.device), cached)
                 steps = current.steps or max(artifacts.teacher_steps(current))
                 artifacts.measure(one.name, "student", current, steps, place / one.name)
                 artifacts.preview(one.name, current, steps)
@@ -118,6 +124,7 @@ def _spread_watch(
     session: Session,
     config: Distill,
     images: Images | Unseen,
+    cached: LatentCache | None,
     source: Teacher,
     teacher: Denoiser,
     artifacts: RunArtifacts,
@@ -132,18 +139,17 @@ def _spread_watch(
         return generate(opened, count, steps=steps, seed=config.seed, labels=labels, **options)
 
     conditional = teacher.num_classes is not None
-    return SpreadWatch(session, config.spread_every, config.evaluation, conditional, images, drawn)
+    return SpreadWatch(session, config.spread_every, config.evaluation, conditional, images, drawn, cached)
 
 
-def _first_student(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Denoiser:
+def _first_student(config: Distill, teacher: Denoiser, examples: Images | Unseen | LatentCache) -> Denoiser:
     """The first stage's student, before it is trained."""
     rng = generator_for((config.seed, 0, 0), 0)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for _ in range(IMPORTANCE_BATCHES):
-            x0, labels = images.batch(min(config.training.batch_size, len(images)), rng)
-            unconditional = teacher.num_classes is None
-            yield x0, {} if unconditional or labels is None else {"class_labels": labels}
+            x0, cond = examples.batch(min(config.training.batch_size, len(examples)), rng)
+            yield x0, {} if teacher.num_classes is None else cond
 
     return config.student.build(teacher, config.seed, batches())
 

@@ -15,8 +15,14 @@ from diffkd.methods.base import Stage
 from diffkd.metrics import features
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
-from diffkd.metrics.evaluation.image_sources import DataSource
-from diffkd.metrics.evaluation.image_stream import ImageStream, cached, identity, sampled_images
+from diffkd.metrics.evaluation.image_sources import DataSource, spread
+from diffkd.metrics.evaluation.image_stream import (
+    ImageStream,
+    cached,
+    default_count,
+    identity,
+    sampled_images,
+)
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.runs.config import Distill, Teacher, Train, teacher_metric
 from diffkd.runs.session import Session
@@ -28,6 +34,13 @@ def teacher_steps(evaluation: Evaluation | None, denoiser: Denoiser) -> list[int
     """The step counts at which to measure a model that has none of its own."""
     wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [PREVIEW_STEPS]
     return [min(steps, denoiser.schedule.num_train_timesteps) for steps in wanted]
+
+
+def prompts_for(denoiser: Denoiser, images: Images | Unseen, count: int) -> list[str] | None:
+    """Captions of the data for so many images, evenly spaced; None for a model without prompts."""
+    if denoiser.conditioner is None or not isinstance(images, Images):
+        return None
+    return [images.captions[i] for i in spread(len(images), count).tolist()]
 
 
 class ModelEvaluator:
@@ -59,7 +72,7 @@ class ModelEvaluator:
 
         path, null_label: where the model is saved, and its null label where the config had to name it.
         """
-        stream = sampled_images(denoiser, self.config, self._evaluator.reference, steps, guidance=guidance)
+        stream = self._sampled(denoiser, steps, guidance)
         teacher = self._teacher_images
         started = time.monotonic()
         with self.session.image_bar(f"measuring {name} at {steps} steps", stream.count) as on_images:
@@ -77,6 +90,11 @@ class ModelEvaluator:
         drawing, rest = self._cost
         most = max(self.config.teacher_steps or [PREVIEW_STEPS])
         return sum((stage.steps or most) * drawing + rest for stage in stages)
+
+    def _sampled(self, denoiser: Denoiser, steps: int, guidance: float) -> ImageStream:
+        reference = self._evaluator.reference
+        prompts = prompts_for(denoiser, self.images, default_count(self.config, reference))
+        return sampled_images(denoiser, self.config, reference, steps, guidance=guidance, prompts=prompts)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -99,8 +117,7 @@ class ModelEvaluator:
         def sampled() -> tuple[Denoiser, ImageStream]:
             denoiser = teacher.load(self.session.accelerator.device)
             steps = max(teacher_steps(self.config, denoiser))
-            reference = self._evaluator.reference
-            return denoiser, sampled_images(denoiser, self.config, reference, steps, guidance=self.guidance)
+            return denoiser, self._sampled(denoiser, steps, self.guidance)
 
         denoiser, images = sampled()
         protocol = images.protocol | identity(denoiser, str(teacher.path), teacher.null_label)

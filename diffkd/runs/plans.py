@@ -147,7 +147,7 @@ def check_fits(denoiser: Denoiser, images: Images | Unseen) -> None:
     """Raises UserError where the model does not take the data's images or labels."""
     if isinstance(images, Unseen):
         return  # made to fit
-    if denoiser.shape != images.shape:
+    if denoiser.codec is None and denoiser.shape != images.shape:
         raise UserError(
             f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "
             "(channels x height x width); set data.size and data.channels to the model's"

@@ -23,12 +23,14 @@ from diffkd.core.denoiser import INTERVAL, Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
+from diffkd.data.latents import LatentCache
 from diffkd.generation.labels import proportional
 from diffkd.generation.pixels import to_pixels
 from diffkd.io.text import from_json, log
 from diffkd.methods.base import Stage
 from diffkd.metrics import features
 from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.image_sources import spread as chosen
 from diffkd.metrics.features.digits import MAX_SIDE
 from diffkd.runs.session import Session
 from diffkd.training.run_files import LOG
@@ -93,9 +95,11 @@ class SpreadWatch:
         conditional: bool,
         images: Images | Unseen,
         teacher: Callable[[int, Tensor | None], Iterable[Tensor]],
+        cache: LatentCache | None = None,
     ) -> None:
         self.session, self.every, self.evaluation = session, every, evaluation
         self.conditional, self.images, self.teacher = conditional, images, teacher
+        self.cache = cache  # of a model of latents, which are looked at in place of images
 
     def of_stage(self, stage: Stage, index: int, student: Denoiser) -> Callable[[int], None] | None:
         """Looks at the student as it begins; what is to be called with the number of updates done, by every
@@ -150,13 +154,16 @@ class SpreadWatch:
         """Images from always the same noises, as the student is drawn at the stage's end."""
         assert stage.steps is not None
         generator = torch.Generator().manual_seed(derived_seed(self.session.seed, *EVENT.encode()))
-        noise, labels = torch.randn(DRAWN, *self.images.shape, generator=generator), self._labels
+        shape = self.images.shape if self.cache is None else self.cache.shape
+        noise, labels = torch.randn(DRAWN, *shape, generator=generator), self._labels
         drawn = []
         training, processes = self.session.training, self.session.accelerator.num_processes
         eager = torch.compiler.set_stance("force_eager") if training.compile else nullcontext()
         with torch.no_grad(), torch.random.fork_rng(), eager:  # whatever its layers draw
             for part in torch.arange(DRAWN).split(training.batch_size // training.parts(processes)):
                 cond: dict[str, Any] = {} if labels is None else {"class_labels": labels[part]}
+                if self.cache is not None:
+                    cond = self.cache.cond(chosen(len(self.cache), DRAWN)[part])
                 if stage.interval:
                     cond[INTERVAL] = torch.full((len(part),), 1 / stage.steps, dtype=torch.float64)
                 x0 = samplers.find(stage.drawn)(
@@ -167,12 +174,17 @@ class SpreadWatch:
                 pixels, finite = to_pixels(x0)
                 if not finite:
                     return None
-                drawn.append(pixels)
+                drawn.append(pixels if self.cache is None else x0)
         return drawn
 
     @cached_property
     def _of_data(self) -> float:
         images = self.images
+        if self.cache is not None:
+            x0, _ = self.cache.batch(
+                LOOKED_AT, torch.Generator().manual_seed(derived_seed(self.session.seed))
+            )
+            return self._spread(x0.split(DRAWN), None)
         if isinstance(images, Unseen):
             return self._spread(self.teacher(DRAWN, self._labels), self._labels)
         chosen = torch.arange(0, len(images), -(-len(images) // LOOKED_AT))
@@ -182,8 +194,10 @@ class SpreadWatch:
 
     @torch.no_grad()
     def _spread(self, batches: Iterable[Tensor], labels: Tensor | None) -> float:
-        """batches: uint8 (B, H, W, C)."""
+        """batches: uint8 (B, H, W, C), or latents (B, C, H, W)."""
         device = self.session.accelerator.device
+        if self.cache is not None:
+            return within_classes(torch.cat([pooled(x0.to(device)) for x0 in batches]), labels)
         found = [self._network(batch.to(device).permute(0, 3, 1, 2)) for batch in batches]
         return within_classes(torch.cat(found), labels)
 
@@ -205,6 +219,10 @@ class Pooled(nn.Module):
     """Colours of at most 8x8 parts of an image: features that need no network."""
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 127.5 - 1
-        height, width = x.shape[2:]
-        return F.adaptive_avg_pool2d(x, (min(8, height), min(8, width))).flatten(1)
+        return pooled(images.float() / 127.5 - 1)
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Means of at most 8x8 parts: (B, C, H, W) -> (B, d)."""
+    height, width = x.shape[2:]
+    return F.adaptive_avg_pool2d(x, (min(8, height), min(8, width))).flatten(1)

@@ -36,10 +36,9 @@ def micro_batches(
     batches = []
     for micro in range(rank * share, (rank + 1) * share):
         rng = generator_for(key, micro)
-        x0, labels, *noise = images.batch(training.batch_size // parts, rng)
-        cond = {}
-        if getattr(student, "num_classes", None) is not None and labels is not None:
-            cond["class_labels"] = labels
+        x0, cond, *noise = images.batch(training.batch_size // parts, rng)
+        if getattr(student, "num_classes", None) is None:
+            cond.pop("class_labels", None)
         batches.append((rng, Batch(x0, cond, *noise).to(accelerator.device)))
     return batches
 

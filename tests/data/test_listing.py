@@ -161,9 +161,9 @@ def test_metadata_in_subfolders_and_without_labels(tmp_path, image_folder):
 
 def test_images_that_are_not_there_are_said(tmp_path, image_folder, caplog):
     root = image_folder(tmp_path, count=2)
-    write(root, [{"file_name": name, "text": "t"} for name in ("000.png", "gone.png", "../x.png")])
+    write(root, [{"file_name": name, "artist": "t"} for name in ("000.png", "gone.png", "../x.png")])
     with caplog.at_level(logging.WARNING, "diffkd"):
-        assert folder(root).captions == ["t", ""]
+        assert len(folder(root)) == 2
     assert "2 images" in caplog.text and "gone.png" in caplog.text
 
 
@@ -202,3 +202,23 @@ def test_metadata_that_is_broken(tmp_path, image_folder, content):
     (root / "metadata.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"metadata\.jsonl"):
         folder(root)
+
+
+def test_captions_by_text_files_of_the_same_name(tmp_path, caplog):
+    for name, text in {"a.png": "a red  ring\n", "b.png": None, "c.png": "\ufeffa star"}.items():
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        if text is not None:
+            (tmp_path / name).with_suffix(".txt").write_text(text, encoding="utf-8")
+    found = list_folder(tmp_path)
+    assert found.captions == ["a red ring", "", "a star"] and found.passed_over == []
+
+
+def test_captions_of_images_that_are_not_there(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"file_name": f"{name}.png", "text": name} for name in "abcde"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"4 images .* are not there \(b.png, c.png, d.png, ...\)"):
+        list_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="metadata.jsonl is empty"):
+        list_folder(tmp_path)

@@ -48,9 +48,9 @@ class Paired:
 
     def batch(
         self, size: int, rng: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        x0, labels = self.images.batch(size, rng)
-        return x0, labels, torch.randn(x0.shape, generator=rng)
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        x0, cond = self.images.batch(size, rng)
+        return x0, cond, torch.randn(x0.shape, generator=rng)
 
 
 def examples(method: Method, stage: Stage) -> Examples:

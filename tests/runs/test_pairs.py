@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import diffkd
 from diffkd.core import samplers
 from diffkd.data import pairs as stored
+from diffkd.data import shards
 from diffkd.generation.labels import proportional
 from diffkd.io.files import new_file
 from diffkd.models import loading
@@ -186,7 +187,7 @@ def test_a_full_disk_while_pairs_are_drawn(here, cli, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         return new_file(path)
 
-    monkeypatch.setattr(stored, "new_file", full)
+    monkeypatch.setattr(shards, "new_file", full)
     code, _, err = cli("distill", "distill.yaml")
     assert code == 1 and "the disk is full" in err and len(err.splitlines()) == 1
 

@@ -91,9 +91,7 @@ def test_micro_batches_add_up(tmp_path):
     expected = torch.zeros_like(weights(pupil))
     for micro in range(4):
         rng = torch.Generator().manual_seed(derived_seed(0, 0, 0, micro))
-        x0, labels = images().batch(2, rng)
-
-        batch = Batch(x0, {"class_labels": labels})
+        batch = Batch(*images().batch(2, rng))
         loss = next(
             method.losses(
                 {"student": pupil, "teacher": teacher}, batch, Step(method.stages(teacher)[0], 0), rng

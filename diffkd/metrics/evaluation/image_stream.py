@@ -14,6 +14,7 @@ from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.labels import labels_for
+from diffkd.generation.prompts import described
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.config import Evaluation
@@ -60,17 +61,18 @@ def sampled_images(
     *,
     guidance: float = 1.0,
     classes: Sequence[str] = (),
+    prompts: Sequence[str] | None = None,
 ) -> ImageStream:
     """Images that a model draws, as many as the config says or the reference has. classes: names of the
-    model's, where they are known."""
+    model's, where they are known. prompts: of the images, in turn."""
     count = default_count(config, reference)
     chosen, given = _labels(denoiser, config, reference, count, classes)
     labels = labels_for(denoiser, count, given)
     options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
     sampler = config.sampler or denoiser.sampler
     generator = ImageGenerator(  # now, so that what does not fit the model is refused early
-        denoiser, count, steps=steps, seed=config.seed, labels=labels, batch_size=config.batch_size,
-        sampler=sampler, **options,
+        denoiser, count, steps=steps, seed=config.seed, labels=labels, prompts=prompts,
+        batch_size=config.batch_size, sampler=sampler, **options,
     )  # fmt: skip
 
     def drawn(rank: int, world: int) -> Numbered:
@@ -81,6 +83,7 @@ def sampled_images(
         "steps": steps, "nfe": samplers.nfe(sampler, steps) * (1 if guidance == 1.0 else 2),
         "sampler": sampler, "guidance": guidance, "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
+        **({} if prompts is None else {"prompts": described(prompts)}),
     })  # fmt: skip
 
 

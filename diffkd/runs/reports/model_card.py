@@ -35,6 +35,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "clip": denoiser.clip,
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
+        **({} if denoiser.conditioner is None else {"prompts": True}),
         **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
         **more,
     }
@@ -62,6 +63,7 @@ def _code(*lines: str) -> list[str]:
 def _pipeline(card: Mapping[str, Any]) -> list[str]:
     steps, classes = card.get("steps"), card.get("num_classes")
     labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
+    drawn = '"what to draw"' if card.get("prompts") else f"batch_size=16{labels}"
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
@@ -78,7 +80,7 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
-            f"images = pipeline(batch_size=16{labels}, num_inference_steps={count}).images",
+            f"images = pipeline({drawn}, num_inference_steps={count}).images",
         ),
     ]
     if steps:

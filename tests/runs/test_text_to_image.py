@@ -1,0 +1,140 @@
+"""`diffkd distill` of a text-to-image teacher: captions and latents cached, students that open in stock."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import diffkd
+from diffkd.data import latents
+from diffkd.models.codecs import Autoencoder
+from tests import text_to_image
+from tests.runs.tiny import assert_same_runs, network, signal_at
+
+CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
+CONFIG = {
+    "out": "run",
+    "teacher": {"path": "teacher"},
+    "data": {"kind": "folder", "path": "images", "size": 32},
+    "method": {
+        "name": "progressive", "steps": [4, 2], "updates": 2, "learning_rate": 1e-4, "guidance": 3.0,
+    },
+    "training": {"batch_size": 4, "log_every": 1, "checkpoint_every": 1},
+    "evaluation": None,
+    "pictures": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sd", "xl"])
+def work(request, tmp_path_factory):
+    """A v-prediction teacher and a folder of captioned images."""
+    work = tmp_path_factory.mktemp(request.param)
+    made = text_to_image.pipeline(work / "parts", xl=request.param == "xl", prediction="v_prediction")
+    made.save_pretrained(work / "teacher", safe_serialization=True)
+    (work / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(work / "images" / f"{i}.png")
+        (work / "images" / f"{i}.txt").write_text(CAPTIONS[i % 5] + "\n")
+    return work
+
+
+@pytest.fixture
+def here(work, tmp_path, monkeypatch):
+    for name in ("teacher", "images"):
+        (tmp_path / name).symlink_to(work / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def test_a_run_from_captions_to_students(cli, here):
+    outcome = cli("distill", "run.yaml")
+    assert outcome.code == 0, outcome.stderr
+    cached = here / "run" / "cache"
+    assert (cached / "latents" / "000000.safetensors").exists()
+    assert json.loads((cached / "embeddings" / "embeddings.json").read_text())["size"] == [32, 32]
+    assert (here / "run" / "samples" / "2-steps.png").exists()
+    # the student draws in stock at default arguments what diffkd draws
+    folder = here / "run" / "students" / "2-steps"
+    student = diffkd.load(folder)
+    assert student.guidance_baked_in == 3.0 and student.steps == 2
+    (ours,) = diffkd.generate(student, 2, prompts=CAPTIONS[:2], seed=5)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    theirs = pipeline(
+        CAPTIONS[:2], num_inference_steps=2, generator=generators, output_type="np", height=32, width=32
+    ).images
+    assert np.abs(ours.numpy().astype(int) - np.rint(theirs * 255)).max() <= 1
+    card = (folder / "README.md").read_text()
+    assert "pipeline(" in card and "batch_size" not in card and "num_inference_steps=2" in card
+
+
+@pytest.mark.parametrize("method", ["dmd2", "consistency"])
+def test_methods_that_know_no_family(cli, here, method):
+    given = ("method={name: " + method + ", steps: [2, 1], updates: 2}").replace(
+        "[2, 1]", "2" if method == "dmd2" else "[2, 1]"
+    )
+    outcome = cli("distill", "run.yaml", given, "pictures=0", "spread_every=1")
+    assert outcome.code == 0, outcome.stderr
+    losses = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("spread" in line for line in losses)
+    assert network(here / "run" / "students" / "2-steps")
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, monkeypatch):
+    assert cli("distill", "run.yaml", "out=whole", "pictures=0").code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, "4-steps", 1, send=[signal.SIGTERM])
+        assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 130
+    assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 0
+    assert_same_runs(here / "whole", here / "broken")
+
+
+def test_a_cache_that_is_stopped_is_gone_on_with(cli, here, monkeypatch):
+    moments, calls = Autoencoder.moments, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return moments(*args)
+
+    monkeypatch.setattr(latents, "SHARD_BYTES", 4 * 2 * 4 * 4 * 64)
+    monkeypatch.setattr(Autoencoder, "moments", stopping)
+    assert cli("distill", "run.yaml", "pictures=0").code == 130
+    assert len([*(here / "run/cache/latents").glob("*.safetensors")]) == 1
+    assert cli("distill", "run.yaml", "pictures=0").code == 0
+    assert len(calls) == 4  # of three files
+
+
+def test_a_cache_is_shared_by_runs(cli, here):
+    assert cli("distill", "run.yaml", "cache=cache", "pictures=0", "method.steps=[2]").code == 0
+    before = {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
+    assert cli("distill", "run.yaml", "out=other", "cache=cache", "pictures=0", "method.steps=[2]").code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (("data.size=30",), ["30x30 do not divide by 4"]),
+        (("data={kind: none}",), ["data kind none"]),
+        (("data={kind: folder, path: bare, size: 32}",), ["has no captions", "metadata.jsonl"]),
+    ],
+)
+def test_data_that_does_not_fit(cli, here, changes, says):
+    (here / "bare").mkdir()
+    shutil.copy(here / "images" / "0.png", here / "bare" / "0.png")
+    outcome = cli("distill", "run.yaml", *changes)
+    assert outcome.code == 2 and all(word in outcome.stderr for word in says), outcome.stderr
+    assert not (here / "run").exists()
