@@ -140,8 +140,18 @@ class LatentCache:
         x0 = mean + std * torch.randn(mean.shape, generator=rng)
         return x0, self.cond(indices)
 
+    @property
+    def prompts(self) -> str:
+        """Digest of the captions and of what encodes them; "" for a model without prompts."""
+        if self.embeddings is None:
+            return ""
+        total = hashlib.sha256(repr(sorted(self.embeddings.recipe.items())).encode())
+        total.update(self._caption_of.numpy().tobytes())
+        return total.hexdigest()
+
     def cond(self, indices: Tensor) -> dict[str, Tensor]:
-        """What the images at these indices are conditioned on."""
+        """What the images at these indices, modulo their number, are conditioned on."""
+        indices = indices % len(self)
         cond = {} if self.images.labels is None else {"class_labels": self.images.labels[indices]}
         if self.embeddings is not None and self.conditioner is not None:
             places = self._caption_of[indices].tolist()

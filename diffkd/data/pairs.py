@@ -5,7 +5,7 @@ Only images and labels are stored: the noise of pair i is that of `torch.Generat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkd.core.conditioning import Cond
 from diffkd.core.samplers import randn
 from diffkd.data.shards import Shards
 
@@ -23,7 +24,8 @@ IN_SHARD, SHARD_BYTES = 256, 1 << 26  # pairs in a file, and at most so many byt
 @dataclass(frozen=True)
 class Recipe:
     """All that the images of pairs depend on. teacher: its identity. classes: how often each class is drawn,
-    in proportion; [] without labels. shape: (C, H, W). seed: noise of pair i is that of seed + i."""
+    in proportion; [] without labels. shape: (C, H, W). seed: noise of pair i is that of seed + i. prompts:
+    digest of what stands for the prompts, "" for a model without."""
 
     teacher: str
     sampler: str
@@ -32,19 +34,24 @@ class Recipe:
     seed: int
     classes: Sequence[int]
     shape: Sequence[int]
+    prompts: str = ""
 
     def described(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self), "classes": [*self.classes], "shape": [*self.shape]}
+        fields = {**asdict(self), "classes": [*self.classes], "shape": [*self.shape]}
+        return {"schema": SCHEMA, **{key: value for key, value in fields.items() if value != ""}}
 
 
 class PairCache:
     """The first `count` pairs of a recipe, in safetensors shards of one folder, as examples to learn from.
 
-    A shard's sha256 is checked when it is opened. Raises UserError as `Shards`.
+    cond: what pairs are conditioned on beside their label, by their indices (B,). A shard's sha256 is checked
+    when it is opened. Raises UserError as `Shards`.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, count: int) -> None:
-        self.folder, self.recipe, self.count = folder, recipe, count
+    def __init__(
+        self, folder: Path, recipe: Recipe, count: int, cond: Callable[[Tensor], Cond] = lambda indices: {}
+    ) -> None:
+        self.folder, self.recipe, self.count, self.cond = folder, recipe, count, cond
         in_shard = max(1, min(IN_SHARD, SHARD_BYTES // (4 * torch.Size(recipe.shape).numel())))
         self.files = Shards(folder, "pairs", recipe.described(), count, in_shard)
         self._shards: dict[int, dict[str, Tensor]] = {}
@@ -98,9 +105,11 @@ class PairCache:
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Random pairs: x0 (B, C, H, W) float32, their labels, and the noises that they were made of."""
-        indices = self.indices(size, rng).tolist()
+        chosen = self.indices(size, rng)
+        indices = chosen.tolist()
         size_of = self.files.in_shard
         found = [(self._shards[i // size_of], i % size_of) for i in indices]
         x0 = torch.stack([shard["x0"][place] for shard, place in found])
         cond = {"class_labels": [shard["labels"][i] for shard, i in found]} if self.recipe.classes else {}
-        return x0, {key: torch.stack(values) for key, values in cond.items()}, self.noise(indices)
+        labels = {key: torch.stack(values) for key, values in cond.items()}
+        return x0, {**self.cond(chosen), **labels}, self.noise(indices)

@@ -56,7 +56,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         teacher = latents.fit(source.load(), cached)
     for index, (_, stage) in enumerate(plan):
         if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
-            pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER)  # or refuses others, now
+            pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER, cached)  # or refuses, now
     inputs = {"teacher": identity(teacher)}
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(session, cached)
@@ -90,7 +90,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                 examples: Examples = cached or images
                 if stage.pairs is not None:
                     maker = plans.maker(plan, index)
-                    examples = pairs.cache(config, stage, current, images.class_counts, maker)
+                    examples = pairs.cache(config, stage, current, images.class_counts, maker, cached)
                     pairs.draw(session, examples, current, stage.name)
                 nets = {"teacher": current, "student": student}
                 _train(session, method, stage, nets, examples, index, watch)

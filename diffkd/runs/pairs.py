@@ -11,6 +11,7 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
+from diffkd.data.latents import LatentCache
 from diffkd.data.pairs import PairCache, Recipe
 from diffkd.errors import UserError
 from diffkd.generation.labels import proportional
@@ -44,11 +45,17 @@ def check(stage: Stage, teacher: Denoiser) -> None:
 
 
 def cache(
-    config: Distill, stage: Stage, teacher: Denoiser, class_counts: Sequence[int], maker: str
+    config: Distill,
+    stage: Stage,
+    teacher: Denoiser,
+    class_counts: Sequence[int],
+    maker: str,
+    latents: LatentCache | None = None,
 ) -> PairCache:
     """Where a stage's pairs are kept, drawn or not.
 
-    class_counts: in whose proportion the classes are drawn. maker: the teacher's name in this run, which with
+    class_counts: in whose proportion the classes are drawn. latents: of a model of prompts, pair i is of the
+    caption of image i, modulo their number. maker: the teacher's name in this run, which with
     the run's seed decides their noise: never that of images which are measured. Raises UserError where the
     folder holds others.
     """
@@ -58,8 +65,12 @@ def cache(
         identity(teacher), pairs.sampler, pairs.steps, stage.guidance,
         seed=derived_seed(config.seed, *b"pairs", *maker.encode()) >> 1,
         classes=[] if teacher.num_classes is None else [*class_counts], shape=teacher.shape,
+        prompts="" if latents is None else latents.prompts,
     )  # fmt: skip
-    return PairCache((config.pairs or config.out / "pairs") / maker, recipe, pairs.count)
+    folder = (config.pairs or config.out / "pairs") / maker
+    if latents is None or latents.embeddings is None:
+        return PairCache(folder, recipe, pairs.count)
+    return PairCache(folder, recipe, pairs.count, latents.cond)
 
 
 def draw(session: Session, cache: PairCache, teacher: Denoiser, name: str) -> None:
@@ -79,7 +90,7 @@ def draw(session: Session, cache: PairCache, teacher: Denoiser, name: str) -> No
             labels, parts = _labels(cache.recipe, shards[number]), []
             for part in torch.arange(len(shards[number])).split(batch):
                 chosen = None if labels is None else labels[part]
-                parts.append(_images(teacher, cache, (part + shards[number].start).tolist(), chosen))
+                parts.append(_images(teacher, cache, part + shards[number].start, chosen))
                 on_images(len(part))
             cache.write(number, torch.cat(parts), labels)
     accelerator.wait_for_everyone()
@@ -92,11 +103,12 @@ def _labels(recipe: Recipe, numbers: range) -> Tensor | None:
 
 
 @torch.no_grad()
-def _images(teacher: Denoiser, cache: PairCache, indices: Sequence[int], labels: Tensor | None) -> Tensor:
+def _images(teacher: Denoiser, cache: PairCache, indices: Tensor, labels: Tensor | None) -> Tensor:
     """What the teacher draws of these noises, on the host. Raises UserError for values beyond all numbers."""
     recipe = cache.recipe
-    cond: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(teacher.device)}
-    noise = cache.noise(indices).to(teacher.device)
+    given = {**cache.cond(indices), **({} if labels is None else {"class_labels": labels})}
+    cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in given.items()}
+    noise = cache.noise(indices.tolist()).to(teacher.device)
     x0 = samplers.sample(teacher, noise, recipe.steps, recipe.sampler, guidance=recipe.guidance, **cond)
     check_finite(x0.isfinite().all())
     return x0.float().cpu()

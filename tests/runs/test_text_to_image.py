@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -79,16 +80,34 @@ def test_a_run_from_captions_to_students(cli, here):
     assert "pipeline(" in card and "batch_size" not in card and "num_inference_steps=2" in card
 
 
-@pytest.mark.parametrize("method", ["dmd2", "consistency"])
-def test_methods_that_know_no_family(cli, here, method):
-    given = ("method={name: " + method + ", steps: [2, 1], updates: 2}").replace(
-        "[2, 1]", "2" if method == "dmd2" else "[2, 1]"
-    )
+SEVERAL: dict[str, Any] = {"steps": [2, 1]}
+METHODS: dict[str, dict[str, Any]] = {
+    "adversarial": {"steps": 2},
+    "consistency": SEVERAL,
+    "dmd2": {"steps": 2, "fake_updates": 1, "gan": 1e-3},
+    "f_distill": {"steps": 2, "fake_updates": 1},
+    "imm": {**SEVERAL, "group": 2},
+    "lcm": SEVERAL,
+    "meanflow": SEVERAL,
+    "reflow": {"steps": [2], "pairs": 6, "pair_steps": 2},
+    "regression": {"pairs": 6, "pair_steps": 2},
+    "scm": SEVERAL,
+    "shortcut": SEVERAL,
+    "sid": {"steps": 2, "fake_updates": 1},
+}
+BY_DEFAULT = ("dmd2", "consistency", "regression")
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in BY_DEFAULT else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+def test_methods_know_no_family(cli, here, method):
+    given = f"method={json.dumps({'name': method, 'updates': 2, **METHODS[method]})}"
     outcome = cli("distill", "run.yaml", given, "pictures=0", "spread_every=1")
     assert outcome.code == 0, outcome.stderr
     losses = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
     assert any("spread" in line for line in losses)
-    assert network(here / "run" / "students" / "2-steps")
+    assert all(network(folder) for folder in (here / "run" / "students").iterdir())
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, monkeypatch):
