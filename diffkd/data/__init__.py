@@ -10,5 +10,6 @@ from diffkd.data.absent import NoData
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
+from diffkd.data.shapes import Shapes
 
-Data = Annotated[Digits | Folder | HubDataset | NoData, Field(discriminator="kind")]
+Data = Annotated[Digits | Shapes | Folder | HubDataset | NoData, Field(discriminator="kind")]
