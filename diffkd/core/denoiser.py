@@ -15,6 +15,8 @@ from diffkd.errors import UserError
 from diffkd.io.naming import called
 
 INTERVAL = "interval"  # the conditioning that a network with an interval embedding takes
+GUIDANCE = "guidance_scale"  # the conditioning that says w of each example, as an input or for guidance
+USUAL_GUIDANCE = 7.5  # of stock text-to-image pipelines
 MOST_NOISE = 30.0  # sigma / alpha at t = 1 up to which an epsilon network's x0 is of use
 StockSampler = Literal["ddim", "renoise"]  # those that a stock pipeline draws with, to the bit
 
@@ -49,6 +51,8 @@ class Denoiser(nn.Module):
     steps: its own number of sampling steps, None for a model that was not distilled.
     sampler: ddim or renoise, the one that it samples with by default and is saved for.
     guidance_baked_in: the guidance weight that it was distilled with, 1 for none.
+    guidance_range: least and largest weight of a network that takes it as an input, None for one that does
+    not.
     name: what messages call it.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
@@ -68,6 +72,7 @@ class Denoiser(nn.Module):
         steps: int | None = None,
         sampler: StockSampler = "ddim",
         guidance_baked_in: float = 1.0,
+        guidance_range: tuple[float, float] | None = None,
         call: Call = call,
         example: Cond | None = None,
         codec: Codec | None = None,
@@ -91,7 +96,7 @@ class Denoiser(nn.Module):
         self.clip = clip
         self.steps = steps
         self.sampler: StockSampler = sampler
-        self.guidance_baked_in = guidance_baked_in
+        self.guidance_baked_in, self.guidance_range = guidance_baked_in, guidance_range
         self.call, self.codec, self.conditioner = call, codec, conditioner
         self.example = dict(example or {})
         self.name = "the model"
@@ -114,7 +119,8 @@ class Denoiser(nn.Module):
         return self.predict(x_t, t, guidance=guidance, **cond).x0
 
     def predict(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
-        """x0 and eps from one call. guidance: w in `uncond + w (cond - uncond)` (Ho & Salimans 2022)."""
+        """x0 and eps from one call. guidance: w in `uncond + w (cond - uncond)` (Ho & Salimans 2022). Or cond
+        has `guidance_scale` (B,), the w of each example, which is an input where the network has one."""
         output = self.output(x_t, t, guidance=guidance, **cond)
         alpha, sigma = self.schedule.at(t, like=x_t)
         return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
@@ -125,10 +131,13 @@ class Denoiser(nn.Module):
 
         cond: may hold `interval` (B,), t - r of the step from t to r, for a network that takes one.
         """
-        if guidance != 1.0:
+        weight: float | Tensor = guidance
+        if GUIDANCE in cond and self.guidance_range is None:
+            weight = cond.pop(GUIDANCE).to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1))
+        if isinstance(weight, Tensor) or weight != 1.0:
             x_t2, t2, cond2 = self._with_null(x_t, t, cond)
             given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
-            return null + guidance * (given - null)
+            return null + weight * (given - null)
         x_t = x_t.to(self.dtype)
         if (second := attached(self.network)) is not None:
             second.value = cond.pop(INTERVAL, None)
@@ -154,6 +163,14 @@ class Denoiser(nn.Module):
         for key, value in self.null.items():
             null[key] = value.to(cond[key].dtype).expand_as(cond[key])
         return null
+
+    @property
+    def usual_guidance(self) -> float:
+        """The weight that it is drawn with where none is named."""
+        if self.guidance_range is None:
+            return 1.0
+        least, largest = self.guidance_range
+        return min(max(USUAL_GUIDANCE, least), largest)
 
     @property
     def null(self) -> dict[str, Tensor]:
@@ -184,6 +201,8 @@ class Denoiser(nn.Module):
         labels = torch.zeros(1, dtype=torch.long, device=self.device)
         cond = {} if self.num_classes is None else {"class_labels": labels}
         cond |= {key: value.to(self.device) for key, value in self.example.items()}
+        if self.guidance_range is not None:
+            cond[GUIDANCE] = torch.full((1,), self.usual_guidance, device=self.device)
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:

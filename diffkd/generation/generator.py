@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkd.core import samplers
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.errors import UserError
 from diffkd.generation import cuda_graphs
 from diffkd.generation.labels import labels_for
@@ -76,6 +76,8 @@ class ImageGenerator:
         self.shape, self.size = _shapes(denoiser, size)
         self.labels = labels_for(denoiser, n, labels)
         check_prompts(denoiser, prompts, negative)
+        if negative is not None and denoiser.guidance_range is not None:
+            raise UserError(f"{denoiser.name} takes its guidance as an input, without a negative prompt")
         if negative is not None and options.get("guidance", 1.0) == 1.0:
             raise UserError(
                 "a negative prompt is what guidance leads away from; give a guidance other than 1"
@@ -89,6 +91,11 @@ class ImageGenerator:
             self.embeddings = PromptEmbeddings(denoiser.conditioner, prompts, n, self.size)
         self.negative = negative
         self.keys = ["class_labels"] * (self.labels is not None) + [*denoiser.example]
+        self.weight: float | None = None  # of a network that takes it as an input
+        if denoiser.guidance_range is not None:
+            self.keys.append(GUIDANCE)
+            self.weight = self.options.pop("guidance", denoiser.usual_guidance)
+            _check_range(denoiser, self.weight)
         self.batch_size = max(1, min(batch_size, n))
         self.device = denoiser.device
         eta = {"eta": options["eta"]} if "eta" in options else {}
@@ -223,7 +230,19 @@ class ImageGenerator:
         cond = {} if self.labels is None else {"class_labels": self.labels[start:stop]}
         if self.embeddings is not None:
             cond |= self.embeddings.batch(start, stop)
+        if self.weight is not None:
+            cond[GUIDANCE] = torch.full((stop - start,), self.weight)
         return {key: to_device(value, self.device) for key, value in cond.items()}
+
+
+def _check_range(denoiser: Denoiser, weight: float) -> None:
+    """A line where a network is given a weight that it was not trained for."""
+    assert denoiser.guidance_range is not None
+    least, largest = denoiser.guidance_range
+    if not least <= weight <= largest:
+        _say_once(
+            f"{denoiser.name} takes guidance from {least:g} to {largest:g}, and is drawn with {weight:g}"
+        )
 
 
 def _shapes(denoiser: Denoiser, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int]]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.io.config import Strict
 from diffkd.io.prefetch import to_device
+
+# least and largest of a guidance weight that is an input
+Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class Stage:
     before it. every_time: whether it asks that one at every noise level. also: more step counts, for each of
     which the trained network is saved as a student of its own, before the one of `steps`. interval: whether
     the student takes the length of a step as a second number while it trains (`core.interval`), which is
-    folded into what is saved. pairs: what the batches are made of in place of the data.
+    folded into what is saved. guidance_range: of weights that the student takes as an input, drawn evenly for
+    each example, in place of `guidance`; None for a student that goes on as it began. pairs: what the batches
+    are made of in place of the data.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Stage:
     every_time: bool = False
     also: tuple[int, ...] = ()
     interval: bool = False
+    guidance_range: tuple[float, float] | None = None
     pairs: Pairs | None = None
 
     @classmethod

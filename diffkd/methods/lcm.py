@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from diffkd.core.losses import pseudo_huber, squared_error
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
-from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+from diffkd.methods.base import Batch, Loss, Method, Needs, Range, Stage, Step
 from diffkd.models.students.copies import copy_of
 
 
@@ -36,8 +36,10 @@ class LCM(Method):
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
     skip: int = Field(20, ge=1, description="entries of the teacher's table from t to s, k in the paper")
-    guidance: float = Field(
-        1.0, ge=0, description="guidance weight baked in; 1 is unguided, text-to-image models take 3 to 15"
+    guidance: Annotated[float, Field(ge=0)] | Range = Field(
+        1.0,
+        description="guidance weight baked in, 1 for none; or least and largest of one that is an input of "
+        "the student, such as [3, 15]",
     )
     target_decay: float = Field(
         0.95,
@@ -56,12 +58,14 @@ class LCM(Method):
             raise UserError(
                 f"method.skip {self.skip} is more than the teacher's {total} time steps; use a smaller one"
             )
-        check_start(start, self.steps, self.guidance)
+        as_input = None if isinstance(self.guidance, float) else self.guidance
+        baked_in = self.guidance if isinstance(self.guidance, float) else 1.0
+        check_start(start, self.steps, baked_in if as_input is None else as_input[1])
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,
-                sampler="ddim", guidance=self.guidance, drawn="renoise", teacher=self.teacher,
-                every_time=True,
+                sampler="ddim", guidance=baked_in, guidance_range=as_input, drawn="renoise",
+                teacher=self.teacher, every_time=True,
             )
         ]  # fmt: skip
 

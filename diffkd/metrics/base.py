@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -51,7 +51,8 @@ class FeatureSet:
 class Batch:
     """Images `first`, `first + 1`, ... as they come: uint8 (B, H, W, C) with features (B, d).
 
-    teacher_images, teacher_features: of the same noise, for metrics that compare with a teacher.
+    teacher_images, teacher_features: of the same noise, for metrics that compare with a teacher. prompts: of
+    each image, where the images have any.
     """
 
     first: int
@@ -59,6 +60,7 @@ class Batch:
     features: Tensor
     teacher_images: Tensor | None = None
     teacher_features: Tensor | None = None
+    prompts: Sequence[str] | None = None
 
 
 class Running(Protocol):
@@ -87,6 +89,7 @@ class Metric(Strict, ABC):
     name: in configs, on the command line and in records. values: its numbers, as tables show them. more: keys
     of numbers that only records hold. network: the features that it is of, MAIN or a name that
     `features.load` knows. with_teacher: whether it compares with a teacher's images of the same noise.
+    with_prompts: whether it compares with what the images were to show.
     """
 
     name: ClassVar[str]
@@ -94,6 +97,7 @@ class Metric(Strict, ABC):
     more: ClassVar[tuple[str, ...]] = ()
     network: ClassVar[str] = MAIN
     with_teacher: ClassVar[bool] = False
+    with_prompts: ClassVar[bool] = False
 
     @property
     def stores_reference(self) -> bool:

@@ -135,6 +135,14 @@ def card(folder: Path) -> dict[str, Any]:
     guidance = content.get("guidance_baked_in", 1.0)
     if type(guidance) not in (int, float) or not 0 <= guidance <= MAX_NUMBER:
         raise UserError(f"{path} has guidance_baked_in {quoted(guidance)}, which is not a weight; repair it")
+    weights = content.get("guidance_range", [1.0, 1.0])
+    if not (
+        isinstance(weights, list)
+        and len(weights) == 2
+        and all(type(weight) in (int, float) and 0 <= weight <= MAX_NUMBER for weight in weights)
+        and weights[0] <= weights[1]
+    ):
+        raise UserError(f"{path} has guidance_range {quoted(weights)}, which is not two weights; repair it")
     metrics = content.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")

@@ -18,7 +18,7 @@ from diffkd.data.images import Examples, Images
 from diffkd.data.latents import LatentCache
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
-from diffkd.models import loading, students
+from diffkd.models import guidance_input, loading, students
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.config import Distill, Teacher, Train
@@ -61,7 +61,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(session, cached)
         latents.fit(teacher.to(accelerator.device), cached)
-        guidance = max((stage.guidance for _, stage in plan), key=lambda w: abs(w - 1))
+        guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
         artifacts = RunArtifacts(session, config, images, source, guidance)
         session.say(announcement.data(images))
         session.say(announcement.teacher(teacher, str(source.path), images))
@@ -178,6 +178,9 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
     if stage.interval:
         interval.attach(student.network)
+    if stage.guidance_range is not None and student.guidance_range is None:
+        guidance_input.attach(student.network)
+        student.guidance_range = stage.guidance_range
     return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
 
 

@@ -13,7 +13,7 @@ from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
-from diffkd.models import students
+from diffkd.models import guidance_input, students
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.method_config import method_name
@@ -42,11 +42,13 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             for one in stage.students:
                 start = student = students.with_network(student, student.network, stage.prediction)
                 start.steps, start.sampler = one.steps, one.drawn
+                start.guidance_range = stage.guidance_range or start.guidance_range
                 teachers["previous"] = teachers[one.name] = start
                 if one.steps is not None:
                     start.schedule.check_steps(one.steps, one.drawn)
             if stage.interval:
                 interval.check(student.network)
+            _check_guidance(stage, method, student)
     _check_pairs(plan)
     return plan
 
@@ -100,6 +102,38 @@ def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
         )
     sampler = stage.sampler if stage.pairs is None else stage.pairs.sampler
     return {"guidance_baked_in": baked_in} | ({} if sampler is None else {"teacher_sampler": sampler})
+
+
+def weight(stage: Stage, teacher: Denoiser) -> float:
+    """The guidance weight that a stage's student is compared with its teacher at."""
+    if stage.guidance_range is None:
+        return stage.guidance if stage.guidance != 1.0 else teacher.usual_guidance
+    return with_range(teacher, stage.guidance_range).usual_guidance
+
+
+def with_range(denoiser: Denoiser, guidance_range: tuple[float, float]) -> Denoiser:
+    taking = students.with_network(denoiser, denoiser.network)
+    taking.guidance_range = guidance_range
+    return taking
+
+
+def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
+    """Raises UserError where a student cannot take its guidance as an input, as this stage or one before it
+    wants."""
+    if stage.guidance_range is not None:
+        guidance_input.check(student.network)
+    if student.guidance_range is None:
+        return
+    if stage.guidance != 1.0:
+        raise UserError(
+            f"stage {stage.name} bakes in guidance {stage.guidance:g}, and its student takes the weight as "
+            "an input; leave out method.guidance"
+        )
+    if {"fake", "heads"}.intersection(method.needs.networks):
+        raise UserError(
+            f"stage {stage.name} compares with networks that do not know the weight which its student takes "
+            "as an input; bake one weight in for this method"
+        )
 
 
 def _check_pairs(plan: Plan) -> None:

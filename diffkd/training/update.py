@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffkd.core.denoiser import GUIDANCE
 from diffkd.core.noise import derived_seed, generator_for
 from diffkd.data.images import Examples
 from diffkd.io.prefetch import to_host
@@ -39,6 +40,9 @@ def micro_batches(
         x0, cond, *noise = images.batch(training.batch_size // parts, rng)
         if getattr(student, "num_classes", None) is None:
             cond.pop("class_labels", None)
+        if (weights := getattr(student, "guidance_range", None)) is not None:
+            least, largest = weights
+            cond[GUIDANCE] = least + (largest - least) * torch.rand(len(x0), generator=rng)
         batches.append((rng, Batch(x0, cond, *noise).to(accelerator.device)))
     return batches
 

@@ -11,15 +11,17 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 
 from diffkd.core import interval
 from diffkd.core.classifier import Classifier
+from diffkd.core.denoiser import GUIDANCE
 from diffkd.core.schedules import Schedule
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Examples, Images
 from diffkd.errors import Interrupted
 from diffkd.methods.base import Batch, Loss, Method, Stage, Step
-from diffkd.models import students
+from diffkd.models import guidance_input, students
 from diffkd.runs.classification.cnn import CNN
 from diffkd.training.config import Training
 from diffkd.training.run_folder import RunFolder
@@ -70,9 +72,15 @@ def nets_of(method: Method) -> dict[str, Any]:
     else:
         teacher = student(4, "v_prediction", COSINE, sampler="renoise", seed=1)
         teacher.num_classes, teacher.null_label = 3, 3
+        if method_range := method.stages(teacher)[0].guidance_range:
+            teacher.network = with_place_for_guidance()
         pupil = students.copy_of(teacher)
         if any(stage.interval for stage in method.stages(teacher)):
             interval.attach(pupil.network)
+        if method_range:
+            teacher.call = pupil.call = called_with_guidance
+            guidance_input.attach(pupil.network, 8)
+            pupil.guidance_range = method_range
         generator = torch.Generator().manual_seed(2)
         for parameter in pupil.network.parameters():
             parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
@@ -87,6 +95,26 @@ def nets_of(method: Method) -> dict[str, Any]:
     return {"teacher": teacher, "student": pupil, **more}
 
 
+def with_place_for_guidance() -> Any:
+    """A network of text-to-image models, of classes here, as the tiny ones of pixels have no place for w."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        cross_attention_dim=4, attention_head_dim=4, num_class_embeds=4,
+    )  # fmt: skip
+
+
+def called_with_guidance(network: Any, x_t: torch.Tensor, time: torch.Tensor, cond: Any) -> torch.Tensor:
+    weight = cond.get(GUIDANCE)
+    embedded = None if weight is None else guidance_input.embedded(weight, 8)
+    states = torch.ones(len(x_t), 2, 4)
+    output: torch.Tensor = network(
+        x_t, time, states, class_labels=cond["class_labels"], timestep_cond=embedded
+    ).sample
+    return output
+
+
 def losses_of(
     method: Method, nets: dict[str, Any], stage: Stage, seed: int, update: int = 0
 ) -> Iterator[Loss]:
@@ -96,7 +124,10 @@ def losses_of(
     noise = None if stage.pairs is None else torch.randn(x0.shape, generator=rng)
     if noise is None and not method.learns_from_data():
         x0 = torch.full_like(x0, torch.nan)
-    batch = Batch(x0, {"class_labels": torch.arange(6) % 3}, noise)
+    cond = {"class_labels": torch.arange(6) % 3}
+    if stage.guidance_range is not None:
+        cond[GUIDANCE] = torch.linspace(*stage.guidance_range, 6)
+    batch = Batch(x0, cond, noise)
     return method.losses(nets, batch, Step(stage, update), rng)
 
 

@@ -13,7 +13,7 @@ VARIANTS: dict[str, Method] = {
     "dmd2-gan": DMD2(steps=2, fake_updates=2, gan=0.1, gan_fake=0.1, guidance=1.5),
     "dmd2-ddim": DMD2(steps=2, fake_updates=1, drawn="ddim"),
     "adversarial-r1": Adversarial(steps=2, critic_updates=2, r1=1.0, distance=1.0),
-    "scm-difference": SCM(derivative="difference", tangent_warmup=0),
+    "scm-jvp": SCM(derivative="jvp", tangent_warmup=0),
     "meanflow-jvp": MeanFlow(derivative="jvp"),
     "shortcut-target": Shortcut(target_decay=0.5, share=0.5),
 }

@@ -31,7 +31,7 @@ if importlib.util.find_spec("deepspeed"):
     WAYS += [("zero-2x2", "zero-2x2"), ("zero-2x2", "1x4"), ("fsdp-2x2", "zero-2x2")]
 SEVERAL = [*VARIANTS, "scm", "meanflow", "lcm", "sid", "f_distill"]  # networks, or a derivative of one
 ENLARGED = {  # rounding: of a difference over its step, of weights of heads that change nothing
-    "scm-difference": 10, "adversarial-r1": 10,
+    "scm-jvp": 10, "adversarial-r1": 10,
 }  # fmt: skip
 SHARDS_ON_CPU = is_torch_version(">=", FSDP_ON_CPU)
 NO_ZERO = [name for name in LAYOUTS if "zero" not in name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,6 +21,7 @@ from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
 CONFIG = {
     "out": "run",
@@ -157,3 +159,74 @@ def test_data_that_does_not_fit(cli, here, changes, says):
     outcome = cli("distill", "run.yaml", *changes)
     assert outcome.code == 2 and all(word in outcome.stderr for word in says), outcome.stderr
     assert not (here / "run").exists()
+
+
+def test_a_student_takes_the_guidance_weight_as_an_input_and_keeps_it(cli, here):
+    """`guidance`, then halved: a stock call with guidance_scale draws it."""
+    method = [
+        {"name": "guidance", "range": [1, 9], "updates": 2, "learning_rate": 0.05, "warmup": 0},
+        {"name": "progressive", "steps": [4], "updates": 2, "learning_rate": 1e-3},
+    ]
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(method)}", "pictures=0")
+    assert outcome.code == 0, outcome.stderr
+    folder = here / "run" / "students" / "4-steps"
+    student = diffkd.load(folder)
+    assert student.guidance_range == [1, 9] and student.guidance_baked_in == 1.0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.config.time_cond_proj_dim == 256
+    drawn = {}
+    for weight in (2.0, 7.5):
+        (ours,) = diffkd.generate(student, 2, prompts=CAPTIONS[:2], seed=5, guidance=weight)
+        generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+        theirs = pipeline(
+            CAPTIONS[:2], num_inference_steps=4, generator=generators, output_type="np", height=32, width=32,
+            guidance_scale=weight,
+        ).images  # fmt: skip
+        drawn[weight] = ours.numpy().astype(int)
+        assert np.abs(drawn[weight] - np.rint(theirs * 255)).max() <= 1
+    assert np.abs(drawn[2.0] - drawn[7.5]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"name": "dmd2", "steps": 2}, ["do not know the weight", "bake one weight in"]),
+        ({"name": "progressive", "steps": [4], "guidance": 3.0}, ["bakes in guidance 3", "an input"]),
+    ],
+)
+def test_what_cannot_follow_a_student_that_takes_the_weight(cli, here, method, says):
+    chain = [{"name": "guidance", "range": [1, 9], "updates": 2}, {**method, "updates": 2}]
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(chain)}")
+    assert outcome.code == 2 and all(word in outcome.stderr for word in says), outcome.stderr
+    assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "prediction"),
+    [("sd15/progressive", "sd", "epsilon"), ("sdxl/guidance-then-progressive", "xl", "epsilon")],
+)
+def test_the_configs_of_public_teachers_on_tiny_ones_of_their_layout(
+    cli, tmp_path, monkeypatch, work, config, kind, prediction
+):
+    """Two updates of every stage."""
+    made = text_to_image.pipeline(tmp_path / "parts", xl=kind == "xl", prediction=prediction)
+    made.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load((ROOT / "configs" / f"{config}.yaml").read_text())
+    methods = content["method"] if isinstance(content["method"], list) else [content["method"]]
+    for method in methods:
+        method |= {"updates": 2, "warmup": 0} if "warmup" in method else {"updates": 2}
+        method |= {"updates_v": 2} if "updates_v" in method else {}
+    changes = {
+        "teacher": {"path": "teacher"}, "method": methods, "evaluation": None, "pictures": 0,
+        "data.path": str(work / "images"), "data.size": 32, "training.batch_size": 4,
+        "training.micro_batches": 2,
+    }  # fmt: skip
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    outcome = cli("distill", ROOT / "configs" / f"{config}.yaml", *given)
+    assert outcome.code == 0, outcome.stderr
+    students = tmp_path / content["out"] / "students"
+    last = diffkd.load(students / ("1-steps" if kind == "sd" else "4-steps"))
+    (drawn,) = diffkd.generate(last, 1, prompts=["a ring"])
+    assert drawn.shape == (1, 32, 32, 3)

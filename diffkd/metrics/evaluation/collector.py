@@ -90,14 +90,20 @@ class Collection:
         started = {m.name: m.running(networks[m.network], count, device) for m in metrics}
         self.running = {name: running for name, running in started.items() if running is not None}
 
-    def update(self, first: int, images: Tensor, by_teacher: Tensor | None = None) -> None:
+    def update(
+        self,
+        first: int,
+        images: Tensor,
+        by_teacher: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         """images, by_teacher: (B, H, W, C) uint8 of one shape; the teacher's if a metric compares with it."""
         features = {key: collector.update(first, images) for key, collector in self.collectors.items()}
         for metric in self.metrics:
             if metric.name in self.running:
                 collector = self.collectors[metric.network]
                 theirs = None if by_teacher is None or not metric.with_teacher else collector.of(by_teacher)
-                batch = Batch(first, images, features[metric.network], by_teacher, theirs)
+                batch = Batch(first, images, features[metric.network], by_teacher, theirs, prompts)
                 self.running[metric.name].update(batch)
 
     def merge_across(self, add: Add) -> None:

@@ -72,6 +72,8 @@ class Evaluator:
         elif teacher is None:
             name = called("teacher")
             raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
+        if stream.prompts is None and (of := next((m.name for m in self.metrics if m.with_prompts), None)):
+            raise UserError(f"{of} compares images with their prompts, and these have none; leave it out")
         stored = networks.stored_of_images(self.metrics)
         collection = Collection(self.metrics, self.networks, stream.count, device, stored)
         pixels, size = Pixels(stream.count), None
@@ -83,7 +85,7 @@ class Evaluator:
             if teacher is not None and by_teacher is not None:
                 _check_shapes(images, by_teacher, teacher)
                 by_teacher = by_teacher.to(device)
-            collection.update(first, images.to(device), by_teacher)
+            collection.update(first, images.to(device), by_teacher, stream.prompts_of(first, len(images)))
             on_images(len(images))
         collection.merge_across(add)
         if stream.there:

@@ -30,13 +30,20 @@ Batches = Callable[[int, int], Numbered]  # those that fall to process `rank` of
 @dataclass
 class ImageStream:
     """`count` images by batches. protocol: how they came about. there: whether they are stored somewhere, so
-    that their sha256 identifies them. notes: what a reader of their numbers must know."""
+    that their sha256 identifies them. notes: what a reader of their numbers must know. prompts: of the
+    images, in turn."""
 
     count: int
     batches: Batches
     protocol: dict[str, Any] = field(default_factory=dict)
     there: bool = False
     notes: Sequence[str] = ()
+    prompts: Sequence[str] | None = None
+
+    def prompts_of(self, first: int, count: int) -> list[str] | None:
+        """Of images `first` to first + count - 1."""
+        given = self.prompts
+        return None if given is None else [given[i % len(given)] for i in range(first, first + count)]
 
 
 def stored_images(source: Source, count: int | None, batch_size: int) -> ImageStream:
@@ -84,7 +91,7 @@ def sampled_images(
         "sampler": sampler, "guidance": guidance, "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({} if prompts is None else {"prompts": described(prompts)}),
-    })  # fmt: skip
+    }, prompts=prompts)  # fmt: skip
 
 
 def numbered(images: Iterable[Tensor], batch_size: int, rank: int, world: int) -> Numbered:

@@ -21,8 +21,9 @@ from diffkd.metrics.features.digits import DigitsFeatures
 from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.metrics.features.inception import InceptionV3
 from diffkd.metrics.features.resize import Resize
+from diffkd.metrics.features.shapes import ShapesFeatures
 
-NAMES = ("digits", "inception", "dinov2", "clip")
+NAMES = ("digits", "shapes", "inception", "dinov2", "clip")
 STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reported with
 
 
@@ -48,7 +49,9 @@ def load(
     if weights is not None:
         option = called("evaluation.weights")
         raise UserError(f"{option} {weights!r} is for inception, dinov2 and clip; the features are {name}")
-    return DigitsFeatures() if name == "digits" else _own(name)
+    if name == "digits":
+        return DigitsFeatures()
+    return ShapesFeatures() if name == "shapes" else _own(name)
 
 
 def locate(name: str) -> str:

@@ -6,18 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffkd.core.conditioning import Cond
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import quoted
-from diffkd.models import networks, schedulers
+from diffkd.models import guidance_input, networks, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
 from diffkd.models.pipeline_files import INDEX
@@ -28,6 +28,7 @@ XL = "StableDiffusionXLPipeline"
 PIPELINES = ("StableDiffusionPipeline", XL)
 NETWORK = UNet2DConditionModel
 EMBEDDED = 16  # width of the guidance embedding of students that have guidance baked in
+UNKNOWN_RANGE = (1.0, 15.0)  # of the weights that a network was trained for, where no card says it
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "class_embed_type": (None,),
@@ -54,8 +55,9 @@ def load(source: Source) -> Denoiser:
     zeros = two and bool(source.index.get("force_zeros_for_empty_prompt", True))
     conditioner = ClipPrompts(source, two=two, zeros=zeros)
     _check_widths(network.config, codec, conditioner)
-    if _ignores_guidance(network):
-        _remove_guidance_embedding(network)
+    if guidance_input.is_unused(network):
+        guidance_input.detach(network)
+    takes = network.config.time_cond_proj_dim is not None
     return Denoiser(
         network,
         sampling.schedule,
@@ -63,6 +65,7 @@ def load(source: Source) -> Denoiser:
         clip=sampling.clip if two else None,  # StableDiffusionPipeline turns clip_sample off
         steps=source.card.get("steps"),
         sampler=sampling.sampler,
+        guidance_range=source.card.get("guidance_range", UNKNOWN_RANGE) if takes else None,
         call=call,
         example=conditioner.example,
         codec=codec,
@@ -71,12 +74,18 @@ def load(source: Source) -> Denoiser:
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
-    """cond: encoder_hidden_states (B, 77, D), and for SDXL text_embeds (B, P) and time_ids (B, 6)."""
+    """cond: encoder_hidden_states (B, 77, D); for SDXL text_embeds (B, P) and time_ids (B, 6); for a network
+    that takes it guidance_scale (B,)."""
+    weight = None
+    if GUIDANCE in cond:
+        width = cast(Any, network).config.time_cond_proj_dim
+        weight = guidance_input.embedded(cond[GUIDANCE], width).to(x_t.dtype)
     added = {key: cond[key].to(x_t.dtype) for key in ("text_embeds", "time_ids") if key in cond}
     states = cond["encoder_hidden_states"].to(x_t.dtype)
     return network(
-        x_t, time, encoder_hidden_states=states, added_cond_kwargs=added or None, return_dict=False
-    )
+        x_t, time, encoder_hidden_states=states, timestep_cond=weight, added_cond_kwargs=added or None,
+        return_dict=False,
+    )  # fmt: skip
 
 
 def _check_config(config: Any, name: str, *, two: bool) -> None:
@@ -138,29 +147,14 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     write_json(folder / INDEX, index)
 
 
-def _ignores_guidance(network: Any) -> bool:
-    """Whether it has a guidance embedding of zeros, as `save` gives it to a student."""
-    embedding = network.time_embedding.cond_proj
-    return embedding is not None and not embedding.weight.any()
-
-
-def _remove_guidance_embedding(network: Any) -> None:
-    network.time_embedding.cond_proj = None
-    network.register_to_config(time_cond_proj_dim=None)
-
-
 @contextmanager
 def _guidance_embedding(network: Any) -> Iterator[None]:
     """With one of zeros, unless there is one."""
     if network.time_embedding.cond_proj is not None:
         yield
         return
-    like = network.time_embedding.linear_1.weight  # (time_embed_dim, channels)
-    embedding = nn.Linear(EMBEDDED, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
-    nn.init.zeros_(embedding.weight)
-    network.time_embedding.cond_proj = embedding
-    network.register_to_config(time_cond_proj_dim=EMBEDDED)
+    guidance_input.attach(network, EMBEDDED)
     try:
         yield
     finally:
-        _remove_guidance_embedding(network)
+        guidance_input.detach(network)

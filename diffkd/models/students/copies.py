@@ -27,6 +27,7 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         steps=denoiser.steps,
         sampler=denoiser.sampler,
         guidance_baked_in=denoiser.guidance_baked_in,
+        guidance_range=denoiser.guidance_range,
         call=denoiser.call,
         example=denoiser.example,
         codec=denoiser.codec,

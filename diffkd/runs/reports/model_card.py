@@ -15,7 +15,7 @@ from diffkd.runs.reports import markdown, teacher_sampling
 
 PIPELINE_FACTS = (
     "sampler", "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes",
-    "clip", "teacher", "teacher_sampler", "guidance_baked_in", "method",
+    "clip", "teacher", "teacher_sampler", "guidance_baked_in", "guidance_range", "method",
 )  # fmt: skip
 NAMED = 50  # classes that a card lists
 CLASSIFIER_FACTS = (
@@ -36,6 +36,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
+        **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
         **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
         **more,
     }

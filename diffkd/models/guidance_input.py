@@ -1,0 +1,53 @@
+"""The guidance weight as an input of a network (Meng et al. 2023), where diffusers has a place for it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from diffkd.errors import UserError
+
+WIDTH = 256  # of the embedding that a student gets, as the published LCM students have it
+
+
+def check(network: nn.Module) -> None:
+    """Raises UserError where a network has no place for it."""
+    if not isinstance(network, UNet2DConditionModel):
+        raise UserError(
+            f"a {type(network).__name__} has no place for a guidance weight as an input; bake one in "
+            "(method.guidance)"
+        )
+
+
+def attach(network: nn.Module, width: int = WIDTH) -> None:
+    """Gives the network an embedding of the weight, in place, which is 0 until it is trained: it takes
+    `timestep_cond`. Raises UserError as `check` does."""
+    check(network)
+    assert isinstance(network, UNet2DConditionModel)
+    like = network.time_embedding.linear_1.weight  # (width of the time's embedding, channels)
+    embedding = nn.Linear(width, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
+    nn.init.zeros_(embedding.weight)
+    network.time_embedding.cond_proj = embedding
+    network.register_to_config(time_cond_proj_dim=width)
+
+
+def detach(network: UNet2DConditionModel) -> None:
+    """Takes it away again."""
+    network.time_embedding.cond_proj = None
+    network.register_to_config(time_cond_proj_dim=None)
+
+
+def is_unused(network: UNet2DConditionModel) -> bool:
+    """Whether the network has one of zeros, whatever the weight is."""
+    embedding = network.time_embedding.cond_proj
+    return embedding is not None and not bool(embedding.weight.any())
+
+
+def embedded(weight: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of w - 1 as stock pipelines embed it: (B,) -> (B, width) float32."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=weight.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
+    angles = 1000 * (weight.float() - 1)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    return nn.functional.pad(waves, (0, width - 2 * half))
