@@ -15,7 +15,7 @@ from torch import Tensor
 from diffkd.data import shapes
 from diffkd.metrics.features.shapes import SHAPES_WEIGHTS, ShapesNetwork, asked
 
-SEED, IMAGES, HELD_OUT, UPDATES, BATCH, RATE = 1_000_003, 60_000, 4_000, 3_000, 256, 3e-3
+SEED, IMAGES, HELD_OUT, UPDATES, BATCH, RATE = 1_000_003, 60_000, 4_000, 1_200, 256, 3e-3
 
 
 def load(start: int, count: int) -> tuple[Tensor, Tensor]:

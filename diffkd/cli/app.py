@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffkd import __version__
-from diffkd.cli import benchmark, compare, distill, evaluate, fid, methods, sample, stats, train
+from diffkd.cli import benchmark, cache, compare, distill, evaluate, fid, methods, sample, stats, train
 from diffkd.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 EXAMPLES: dict[Callable[..., int | None], str] = {
     train.train: "diffkd train configs/digits/teacher.yaml",
     distill.distill: "diffkd distill configs/digits/best.yaml",
+    cache.cache: "diffkd cache configs/sd15/progressive.yaml",
     sample.sample: "diffkd sample runs/digits-best/students/4-steps-dmd2 --out images",
     evaluate.evaluate: "diffkd evaluate images --reference digits",
     fid.fid: "diffkd fid images digits",

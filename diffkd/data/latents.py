@@ -33,7 +33,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path, images: Images, codec: Codec, conditioner: Conditioner | None) -> None:
-        self.images, self.codec, self.conditioner = images, codec, conditioner
+        self.folder, self.images, self.codec, self.conditioner = folder, images, codec, conditioner
         height, width = images.shape[1:]
         self.shape = codec.shape(height, width)
         numbers = torch.Size(self.shape).numel() * (4 if images.flip else 2)
@@ -69,6 +69,11 @@ class LatentCache:
             numbers = [] if shards is None else range(len(shards.ranges()))
             found.append([number for number in numbers if shards and not shards.path(number).exists()])
         return found[0], found[1]
+
+    def left(self) -> int:
+        """How many captions and images are still to be computed."""
+        parts = zip((self.embeddings, self.latents), self.missing(), strict=True)
+        return sum(len(shards.ranges()[n]) for shards, numbers in parts if shards for n in numbers)
 
     def fill(self, rank: int, world: int, barrier: Callable[[], None], on_items: Progress) -> None:
         """Computes what is missing, each of `world` processes its share of the files. barrier: waits for the

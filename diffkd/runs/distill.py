@@ -59,7 +59,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER, cached)  # or refuses, now
     inputs = {"teacher": identity(teacher)}
     with open_run(config, accelerator, images, console, options, inputs) as session:
-        latents.fill(session, cached)
+        latents.fill(cached, accelerator, session.image_bar)
         latents.fit(teacher.to(accelerator.device), cached)
         guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
         artifacts = RunArtifacts(session, config, images, source, guidance)

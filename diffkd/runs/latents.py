@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from accelerate import Accelerator
+from rich.console import Console
+
 from diffkd.core.denoiser import Denoiser
-from diffkd.data.absent import Unseen
+from diffkd.data.absent import NoData, Unseen
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
 from diffkd.errors import UserError
+from diffkd.io import progress
 from diffkd.runs.config import Distill
-from diffkd.runs.session import Session
+from diffkd.training import launch
+
+Items = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> LatentCache | None:
@@ -43,19 +52,42 @@ def fit(denoiser: Denoiser, cache: LatentCache | None) -> Denoiser:
     return denoiser
 
 
-def fill(session: Session, cache: LatentCache | None) -> None:
-    """Computes what is missing, all processes together. Raises Interrupted to stop the run."""
+def fill(cache: LatentCache | None, accelerator: Accelerator, items: Items) -> int:
+    """Computes what is missing, all processes together; how many captions and images that were. items: counts
+    them for the user, as `Session.image_bar`, and may raise to stop."""
     if cache is None:
-        return
-    embeddings, latents = cache.missing()
-    parts = ((cache.embeddings, embeddings), (cache.latents, latents))
-    left = sum(len(shards.ranges()[number]) for shards, numbers in parts if shards for number in numbers)
-    if not left:
-        return
-    accelerator = session.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for part in (cache.codec, cache.conditioner):
-        if part is not None:
-            part.to(accelerator.device)
-    with session.image_bar("latents and embeddings", left) as on_items:
-        cache.fill(rank, world, accelerator.wait_for_everyone, on_items)
+        return 0
+    left = cache.left()
+    if left:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for part in (cache.codec, cache.conditioner):
+            if part is not None:
+                part.to(accelerator.device)
+        with items("latents and embeddings", left) as on_items:
+            cache.fill(rank, world, accelerator.wait_for_everyone, on_items)
+    return left
+
+
+def fill_alone(config: Distill, console: Console) -> None:
+    """`diffkd cache`: computes what a run would compute before it trains, and ends. Raises UserError where
+    the config is of a model of pixels."""
+    accelerator = launch.make_accelerator(config.training)
+    if isinstance(config.data, NoData) or config.teacher.train is not None:
+        raise UserError(
+            "diffkd cache is for a config with data, and with a teacher that is there (teacher.path)"
+        )
+    teacher = config.teacher.load()
+    found = cache(config, teacher, config.data.load())
+    if found is None:
+        raise UserError(f"{teacher.name} makes pixels, of which there is nothing to compute beforehand")
+
+    @contextmanager
+    def items(title: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown = accelerator.is_main_process
+        with progress.bar(console, title, total, unit="images", shown=shown) as advance:
+            yield progress.counter(advance, accelerator.num_processes)
+
+    made = fill(found, accelerator, items)
+    if accelerator.is_main_process:
+        what = f"{made:,} captions and images computed" if made else "nothing was missing"
+        progress.say(console, f"{what}: {found.folder}")

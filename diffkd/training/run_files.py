@@ -20,7 +20,8 @@ FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # of older runs; None, the def
 ADDED = ("pairs", "spread_every")  # keys that the configs of older runs have not
 LOG, RECORDS = "log.jsonl", "metrics.json"
 FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
-FOLDERS = ("checkpoints", "pairs", "samples", "students", "teacher", "teachers")  # that it writes into
+CACHE = "cache"  # what `diffkd cache` writes into the folder of a run that is still to begin
+FOLDERS = (CACHE, "checkpoints", "pairs", "samples", "students", "teacher", "teachers")  # that it writes into
 
 
 def check_config(folder: Path, config: Mapping[str, Any], allow: bool | None) -> str:
@@ -31,7 +32,7 @@ def check_config(folder: Path, config: Mapping[str, Any], allow: bool | None) ->
         raise UserError(f"out {folder} is a file; give a folder")
     known = folder / "config.yaml"
     if not known.is_file():
-        if any(not p.name.startswith(".") for p in folder.iterdir()):
+        if any(not p.name.startswith(".") and p.name != CACHE for p in folder.iterdir()):
             raise UserError(f"{folder} is not empty and does not hold a diffkd run; use another out")
         return ""
     differ = changes(recorded(known), plain(config))

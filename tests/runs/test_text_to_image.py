@@ -230,3 +230,18 @@ def test_the_configs_of_public_teachers_on_tiny_ones_of_their_layout(
     last = diffkd.load(students / ("1-steps" if kind == "sd" else "4-steps"))
     (drawn,) = diffkd.generate(last, 1, prompts=["a ring"])
     assert drawn.shape == (1, 32, 32, 3)
+
+
+def test_what_is_computed_beforehand_is_not_computed_again(cli, here, make_pipeline):
+    """`diffkd cache`, in two goes; then the run only trains."""
+    outcome = cli("cache", "run.yaml")
+    assert outcome.code == 0 and "15 captions and images computed: run/cache" in outcome.stdout
+    next((here / "run/cache/latents").glob("*.safetensors")).unlink()
+    assert "10 captions and images computed" in cli("cache", "run.yaml").stdout
+    assert "nothing was missing" in cli("cache", "run.yaml").stdout
+    before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*.safetensors")}
+    assert cli("distill", "run.yaml", "pictures=0", "method.steps=[2]").code == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    make_pipeline(here, name="pixels", size=32, channels=3)
+    outcome = cli("cache", "run.yaml", "teacher.path=pixels", "method.guidance=1")
+    assert outcome.code == 2 and "makes pixels" in outcome.stderr
