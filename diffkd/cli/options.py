@@ -51,7 +51,7 @@ StopAfter = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="inception, digits, dinov2, clip, or your own: a module, module.Class or file; default as the "
+        help="inception, digits, shapes, dinov2, clip, or your own: a module, module.Class or file; default as the "
         "reference."
     ),
 ]

@@ -45,7 +45,7 @@ def check_prompts(denoiser: Denoiser, prompts: Sequence[str] | None, negative: s
                     f"{what} {quoted(given, 60)} given, and {denoiser.name} takes none; leave it out"
                 )
     elif not prompts:
-        raise UserError(f"{denoiser.name} draws from prompts; give --prompt, or --prompts with a file")
+        raise UserError(f"{denoiser.name} draws from prompts; give one (--prompt), or a file (--prompts)")
 
 
 def described(prompts: Sequence[str]) -> dict[str, int | str]:

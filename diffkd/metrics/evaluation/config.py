@@ -25,7 +25,8 @@ class _Common(Strict):
     """How models are measured."""
 
     features: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, NAMES))] = Field(
-        "digits", description="digits, inception, dinov2, clip, or your own: a module, or module.Class"
+        "digits",
+        description="digits, shapes, inception, dinov2, clip, or your own: a module, or module.Class",
     )
     weights: str | None = Field(None, description="file or folder of the feature network's weights")
     resize: Resize | None = Field(
