@@ -51,8 +51,7 @@ StopAfter = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="inception, digits, shapes, dinov2, clip, or your own: a module, module.Class or file; default as the "
-        "reference."
+        help="inception, digits, shapes, dinov2, clip, or your own: module, module.Class or file; default as "
     ),
 ]
 Weights = Annotated[

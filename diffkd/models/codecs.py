@@ -13,7 +13,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import fingerprints, networks, validation
-from diffkd.models.pipeline_files import read_object, variants_of
+from diffkd.models.pipeline_files import variants_of
 from diffkd.models.source import Source
 
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
@@ -36,7 +36,7 @@ class Autoencoder:
         self.variant = source.variant if source.variant in variants_of(self.place) else None
         validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
         self.device = torch.device("cpu")
-        config = {**_defaults(self.kind), **read_object(self.place / "config.json")}
+        config = networks.config_of(self.place, self.kind)
         widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
         self.factor = 2 ** (len(widths or ()) - 1)
         self.channels = config["latent_channels"]
@@ -118,11 +118,3 @@ class Autoencoder:
             self.network.enable_tiling()
         images: Tensor = self.network.decode(latents, return_dict=False)[0]
         return images
-
-
-def _defaults(kind: Any) -> dict[str, Any]:
-    """The values that a config takes where it does not name them."""
-    import inspect
-
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not one.empty}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ def is_unused(network: UNet2DConditionModel) -> bool:
 def embedded(weight: Tensor, width: int) -> Tensor:
     """Sines, then cosines, of w - 1 as stock pipelines embed it: (B,) -> (B, width) float32."""
     half = width // 2
-    rates = torch.exp(torch.arange(half, device=weight.device) * -(torch.log(torch.tensor(1e4)) / (half - 1)))
+    rates = torch.exp(torch.arange(half, device=weight.device) * -(math.log(10_000) / (half - 1)))
     angles = 1000 * (weight.float() - 1)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], 1)
     return nn.functional.pad(waves, (0, width - 2 * half))

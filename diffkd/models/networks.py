@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,19 +67,26 @@ def read_from(
     return network
 
 
+def config_of(place: Path, kind: Any) -> dict[str, Any]:
+    """The config of a network that is still to be read, with the values that it does not name."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    return {**defaults, **read_object(place / "config.json")}
+
+
 def check_supported(config: Any, name: str, supported: dict[str, tuple[Any, ...]]) -> None:
     """Raises UserError where a network's config has a value that is not among the supported ones."""
     for key, values in supported.items():
         if config.get(key) not in values:
             raise UserError(
-                f"{name} has {key} {quoted(config[key])}, which is not supported; supported is "
+                f"{name} has {key} {quoted(config.get(key))}, which is not supported; supported is "
                 f"{' or '.join(map(str, values))}"
             )
 
 
 def check_sample_size(config: Any, name: str) -> None:
     """Raises UserError for a sample_size that is neither missing, nor a side, nor height and width."""
-    size = config.sample_size
+    size = config.get("sample_size")
     sides = (size, size) if type(size) is int else size
     if size is not None and not (
         isinstance(sides, tuple | list)

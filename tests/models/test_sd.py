@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 
 from diffkd.core import samplers
+from diffkd.errors import UserError
 from diffkd.models import loading
 from tests import text_to_image
 
@@ -135,7 +139,8 @@ def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         if path.is_file() and relative.parts[0] not in ("unet", "scheduler", "model_index.json"):
-            assert (tmp_path / "again" / relative).read_bytes() == path.read_bytes()
+            one, other = (tmp_path / "again" / relative).read_bytes(), path.read_bytes()
+            assert one == other or (path.name == "config.json" and json.loads(one) == json.loads(other))
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
@@ -155,3 +160,91 @@ def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
     assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
     codec.close()
     assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["variant", "only variant", "shards"])
+def test_students_of_variants_and_shards_open_without_naming_them(tmp_path, how):
+    """Their components lie under the plain names, each weight once."""
+    made = text_to_image.pipeline(tmp_path / "parts", prediction="v_prediction")
+    options = {"max_shard_size": "20KB"} if how == "shards" else {"variant": "fp16"}
+    made.to(torch.float16 if "variant" in how else torch.float32)
+    made.save_pretrained(tmp_path / "teacher", safe_serialization=True, **options)
+    if how == "variant":
+        text_to_image.pipeline(tmp_path / "parts", prediction="v_prediction", seed=1).save_pretrained(
+            tmp_path / "teacher", safe_serialization=True
+        )
+    student = loading.load(tmp_path / "teacher", variant="fp16" if how == "variant" else None)
+    student.steps = 2
+    loading.save(student, tmp_path / "student")
+    names = {path.name for path in (tmp_path / "student").rglob("*.safetensors*")}
+    assert not any("fp16" in name for name in names) or how == "shards"
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(PROMPTS, num_inference_steps=2, latents=latents(3), output_type="latent").images
+    again = loading.load(tmp_path / "student")
+    ours = samplers.sample(again, latents(3), 2, **conditioned(again, PROMPTS))
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+    first = loading.load(tmp_path / "teacher", variant="fp16" if how == "variant" else None)
+    one, other = (each.conditioner.embed(PROMPTS)["encoder_hidden_states"] for each in (first, again))
+    assert torch.equal(one, other) and pipeline.text_encoder.dtype == torch.float32
+
+
+def changed(folder, path, **values):
+    content = json.loads((folder / path).read_text())
+    (folder / path).write_text(json.dumps({**content, **values}))
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "says"),
+    [
+        ("model_index.json", {"../secret": ["diffusers", "X"]}, "component '../secret'"),
+        ("model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "component 'controlnet'"),
+        ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "autoencoder of type.*VQModel"),
+        ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder of"),
+        ("model_index.json", {"tokenizer": ["own", "Tokenizer"]}, "tokenizer of"),
+        ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "supported is UNet2DConditionModel"),
+        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "StableDiffusionInpaintPip"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor 0"),
+        ("text_encoder/config.json", {"hidden_size": -1}, "hidden_size -1"),
+        ("text_encoder/config.json", {"vocab_size": 1 << 20, "hidden_size": 1 << 12}, "much larger"),
+        ("text_encoder/config.json", {"model_type": "t5"}, "model_type 't5'"),
+    ],
+)
+def test_what_is_refused(stock, tmp_path, path, values, says):
+    folder = tmp_path / "model"
+    shutil.copytree(stock[1], folder)
+    changed(folder, path, **values)
+    with pytest.raises(UserError, match=says):
+        loading.load(folder)
+
+
+@pytest.mark.parametrize(("channels", "says"), [(9, "an inpainting pipeline"), (8, "an image-editing")])
+def test_networks_of_other_pipelines_are_said_by_name(tmp_path, channels, says):
+    made = text_to_image.pipeline(tmp_path / "parts", in_channels=channels)
+    made.save_pretrained(tmp_path / "model", safe_serialization=True)
+    with pytest.raises(UserError, match=says):
+        loading.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("tokenizer/*", "no tokenizer"),
+        ("vae/*.safetensors", "no safetensors weights"),
+        ("vae", "no folder vae"),
+    ],
+)
+def test_what_is_missing(stock, tmp_path, lost, says):
+    folder = tmp_path / "model"
+    shutil.copytree(stock[1], folder)
+    for path in folder.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=says):
+        loading.load(folder)
+
+
+def test_a_network_alone_is_refused(stock):
+    with pytest.raises(UserError, match="without its text encoder"):
+        loading.load(stock[1] / "unet")

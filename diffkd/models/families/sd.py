@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffkd.core.conditioning import Cond
@@ -20,7 +23,7 @@ from diffkd.io.text import quoted
 from diffkd.models import guidance_input, networks, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
-from diffkd.models.pipeline_files import INDEX
+from diffkd.models.pipeline_files import INDEX, STEM, read_object, variants_of, weights_of
 from diffkd.models.source import Source
 from diffkd.models.unet import to_fast, to_stock
 
@@ -29,6 +32,12 @@ PIPELINES = ("StableDiffusionPipeline", XL)
 NETWORK = UNet2DConditionModel
 EMBEDDED = 16  # width of the guidance embedding of students that have guidance baked in
 UNKNOWN_RANGE = (1.0, 15.0)  # of the weights that a network was trained for, where no card says it
+COPIED = {  # components that students have of their teacher, and the stem of their weights' names
+    "vae": STEM, "text_encoder": "model", "text_encoder_2": "model", "tokenizer": None, "tokenizer_2": None,
+    "safety_checker": "model", "feature_extractor": None, "image_encoder": "model",
+}  # fmt: skip
+FLOATS_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors says it
+FLOATS = frozenset(FLOATS_OF.values())
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "class_embed_type": (None,),
@@ -47,8 +56,9 @@ def load(source: Source) -> Denoiser:
             "give the folder of their pipeline"
         )
     two = source.index["_class_name"] == XL
+    _check_components(source)
+    _check_config(networks.config_of(source.place_of("unet"), UNet2DConditionModel), source.name, two=two)
     network = networks.read(source, "unet", UNet2DConditionModel)
-    _check_config(network.config, source.name, two=two)
     network = to_fast(network)
     sampling = schedulers.read(source)
     codec = Autoencoder(source)
@@ -73,6 +83,26 @@ def load(source: Source) -> Denoiser:
     )
 
 
+def _check_components(source: Source) -> None:
+    """Raises UserError for components that a student cannot have from its teacher."""
+    for component in source.index:
+        if not _has(source, component) or component in ("unet", "scheduler"):
+            continue
+        if component not in COPIED:
+            raise UserError(
+                f"{source.name} has a component {quoted(component)}, which is not supported; supported are "
+                f"unet, scheduler, {', '.join(COPIED)}"
+            )
+        place, stem = source.folder / component, COPIED[component]
+        if not place.is_dir():
+            raise UserError(
+                f"{source.name} has no folder {component}, which its index names; is it complete?"
+            )
+        if stem is not None:
+            asked = source.variant if source.variant in variants_of(place, stem) else None
+            weights_of(place, source.name, asked, stem)
+
+
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
     """cond: encoder_hidden_states (B, 77, D); for SDXL text_embeds (B, P) and time_ids (B, 6); for a network
     that takes it guidance_scale (B,)."""
@@ -88,20 +118,21 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
     )  # fmt: skip
 
 
-def _check_config(config: Any, name: str, *, two: bool) -> None:
+def _check_config(config: Mapping[str, Any], name: str, *, two: bool) -> None:
     """Raises UserError for a network that `call` does not describe."""
-    if config.in_channels != config.out_channels:
-        kind = {8: "an image-editing", 9: "an inpainting"}.get(config.in_channels, "another")
+    channels = config["in_channels"], config["out_channels"]
+    if channels[0] != channels[1]:
+        kind = {8: "an image-editing", 9: "an inpainting"}.get(channels[0], "another")
         raise UserError(
-            f"{name} has in_channels {config.in_channels} and out_channels {config.out_channels}, "
-            f"the network of {kind} pipeline; supported are those that take noised latents alone"
+            f"{name} has in_channels {quoted(channels[0])} and out_channels {quoted(channels[1])}, the "
+            f"network of {kind} pipeline; supported are those that take noised latents alone"
         )
     networks.check_supported(config, name, SUPPORTED)
-    if (config.addition_embed_type == "text_time") != two:
-        wants = "text_time" if two else "none"
+    added = config["addition_embed_type"]
+    if (added == "text_time") != two:
         raise UserError(
-            f"{name} has addition_embed_type {quoted(config.addition_embed_type)}, and its pipeline's is "
-            f"{wants}; is model_index.json the one that it was saved with?"
+            f"{name} has addition_embed_type {quoted(added)}, and its pipeline's is "
+            f"{'text_time' if two else 'none'}; is model_index.json the one that it was saved with?"
         )
     networks.check_sample_size(config, name)
 
@@ -130,7 +161,8 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     network: Any = denoiser.network
     networks.check_saved(network)
     conditioner = denoiser.conditioner
-    assert isinstance(conditioner, ClipPrompts)
+    if not isinstance(conditioner, ClipPrompts):
+        raise UserError("a text-to-image UNet is saved with the pipeline that it was loaded from; load it so")
     source = conditioner.source
     folder.mkdir(parents=True, exist_ok=True)
     with _guidance_embedding(network) if denoiser.steps is not None else nullcontext():
@@ -138,13 +170,49 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
     scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
     scheduler.save_pretrained(folder / "scheduler")
-    index = dict(source.index)
-    for component, entry in index.items():
-        if component in ("unet", "scheduler") or not isinstance(entry, list) or entry == [None, None]:
-            continue
-        shutil.copytree(source.folder / component, folder / component, dirs_exist_ok=True)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    write_json(folder / INDEX, index)
+    for component, stem in COPIED.items():
+        if _has(source, component):
+            _copy(source, component, stem, folder / component, network.dtype)
+    write_json(folder / INDEX, {**source.index, "scheduler": ["diffusers", type(scheduler).__name__]})
+
+
+def _has(source: Source, component: str) -> bool:
+    entry = source.index.get(component)
+    return isinstance(entry, list) and entry != [None, None]
+
+
+def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype: torch.dtype) -> None:
+    """The files of a component that is not trained: its configs, and of its weights those that are read,
+    under the plain name and in this dtype, so that stock pipelines open them without a word."""
+    place = source.folder / component
+    folder.mkdir(exist_ok=True)
+    for path in place.iterdir():
+        if path.suffix in (".json", ".txt") and not path.name.startswith(f"{stem}.safetensors.index"):
+            shutil.copy(path, folder / path.name)
+    if stem is None:
+        return
+    asked = source.variant if source.variant in variants_of(place, stem) else None
+    variant, files = weights_of(place, source.name, asked, stem)
+    index = variants_of(place, stem)[variant]
+    sharded = index.suffix == ".json"
+    if sharded:
+        shutil.copy(index, folder / f"{stem}.safetensors.index.json")
+    for path in files:
+        _copy_weights(path, folder / (path.name if sharded else f"{stem}.safetensors"), dtype)
+    config = read_object(folder / "config.json")
+    if named := [key for key in ("dtype", "torch_dtype") if key in config]:  # which transformers goes by
+        write_json(folder / "config.json", config | dict.fromkeys(named, str(dtype).removeprefix("torch.")))
+
+
+def _copy_weights(path: Path, to: Path, dtype: torch.dtype) -> None:
+    with safe_open(path, framework="pt") as file:
+        held = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        if not held.intersection(FLOATS) - {FLOATS_OF.get(dtype)}:
+            shutil.copy(path, to)
+            return
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    save_file(made, to, metadata={"format": "pt"})
 
 
 @contextmanager
