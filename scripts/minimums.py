@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffkd.core import interval
 from diffkd.core.classifier import Model
-from diffkd.core.derivative import directional
 from diffkd.methods.base import Method
 
 
@@ -108,8 +107,8 @@ def consistency(m: Bare) -> None:
 def scm(m: Bare) -> None:
     m.frozen("teacher")
     output = m("student")
-    tangent = directional(lambda x: m("student", x), (m.x,), (m.x,))  # torch's, of networks as they are
-    m.learn("student", error(output, tangent))
+    ahead, behind = m.frozen("student"), m.frozen("student")
+    m.learn("student", error(output, ahead - behind))
     m.learn("weight", m.nets["weight"](m.t).mean())
 
 

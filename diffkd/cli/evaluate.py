@@ -42,7 +42,7 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, agreement; comma-separated.",
+            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, prompt_accuracy, agreement; comma-separated.",
             autocompletion=among("fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "agreement"),
         ),
     ] = "fid",

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffkd.core.conditioning import Conditioner
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
+from diffkd.io.naming import called
 from diffkd.io.text import quoted, read_text, reason
 
 HELD = 1 << 30  # bytes of embeddings that are made at once, after which the encoders are freed
@@ -23,16 +24,14 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path} cannot be read ({reason(error)}); give a text file") from error
+        raise UserError(f"prompt file {path} cannot be read ({reason(error)}); give a text file") from error
     for number, line in enumerate(lines, 1):
         if "\0" in line or len(line) > MAX_LINE:
             what = "a NUL" if "\0" in line else f"{len(line):,} characters"
-            raise UserError(
-                f"--prompts {path} has {what} in line {number}; give a text file, a prompt a line"
-            )
+            raise UserError(f"{path} has {what} in line {number}; give a text file, a prompt a line")
     prompts = [line for line in lines if line]
     if not prompts:
-        raise UserError(f"--prompts {path} has no prompts; give one a line")
+        raise UserError(f"{path} has no prompts; give one a line")
     return prompts
 
 
@@ -45,7 +44,7 @@ def check_prompts(denoiser: Denoiser, prompts: Sequence[str] | None, negative: s
                     f"{what} {quoted(given, 60)} given, and {denoiser.name} takes none; leave it out"
                 )
     elif not prompts:
-        raise UserError(f"{denoiser.name} draws from prompts; give one (--prompt), or a file (--prompts)")
+        raise UserError(f"{denoiser.name} draws from prompts, and there are none; give {called('prompts')}")
 
 
 def described(prompts: Sequence[str]) -> dict[str, int | str]:

@@ -35,6 +35,7 @@ _FIRST = (
     "cmmd",
     "is",
     "prdc",
+    "prompt_accuracy",
     "agreement",
 )  # in tables; any other follows
 

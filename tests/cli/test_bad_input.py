@@ -400,10 +400,10 @@ HARMED = {
     "empty index": (put(INDEX, ""), [INDEX, "complete?"]),
     "index is a list": (put(INDEX, "[1]"), [INDEX, "not hold a JSON object"]),
     "index in another encoding": (put(INDEX, b'{"a": "\xff"}'), [INDEX, "complete?"]),
-    "no class": (put(INDEX, "{}"), ["supported are DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"]),
+    "no class": (put(INDEX, "{}"), ["supported are", "DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"]),
     "another family": (
-        edit(INDEX, _class_name="StableDiffusionPipeline"),
-        ["StableDiffusionPipeline", "supported are DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"],
+        edit(INDEX, _class_name="LDMPipeline"),
+        ["LDMPipeline", "supported are", "DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"],
     ),
     "another network": (
         edit(INDEX, unet=["diffusers", "UNet2DConditionModel"]),

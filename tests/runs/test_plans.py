@@ -46,7 +46,7 @@ def planned(*chain, **teacher):
 TO_V = {"name": "output", "prediction": "v_prediction"}
 
 
-@pytest.mark.parametrize("name", sorted({*methods.names()} - {"logits", "denoising"}))
+@pytest.mark.parametrize("name", sorted({*methods.names()} - {"logits", "denoising", "guidance"}))
 def test_every_method_takes_an_epsilon_teacher_at_once_or_after_it_predicts_v(name):
     """An epsilon network has no x0 at pure noise: a method sees to that itself, or names the remedy."""
     more = {"steps": [10, 5, 1]} if name == "progressive" else {}

@@ -147,8 +147,8 @@ def _load(path: str, device: torch.device, null_label: int | None, **options: An
     denoiser = loading.load(path, device=device, **options)
     if denoiser.conditioner is not None:
         raise UserError(
-            f"{path} draws from prompts, which it is not given here; draw its images with diffkd sample "
-            "--prompts FILE, and measure their folder"
+            f"{path} draws from prompts, which it is not given here; draw its images first (diffkd sample "
+            "with a file of prompts), and measure their folder"
         )
     if null_label is not None and denoiser.null_label is None:
         loading.set_null_label(denoiser, null_label)
