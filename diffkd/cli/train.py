@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from diffkd.cli.options import (
     Allow,
     ConfigFile,
@@ -23,9 +25,13 @@ def train(
 
     prepare_libraries()
     from diffkd.runs.config import Train
-    from diffkd.runs.config_files import load
+    from diffkd.runs.config_files import load_train
+    from diffkd.runs.text_to_image.train import train as train_text_to_image
     from diffkd.runs.train import train as train_teacher
 
     options = resume_options(allow, stop_after)
-    settings = load(config, Train, overrides or ())
-    run_or_print(settings, dry_run, lambda: train_teacher(settings, Console(), options))
+    settings = load_train(config, overrides or ())
+    if isinstance(settings, Train):
+        run_or_print(settings, dry_run, partial(train_teacher, settings, Console(), options))
+    else:
+        run_or_print(settings, dry_run, partial(train_text_to_image, settings, Console(), options))

@@ -18,7 +18,7 @@ from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, sizes
 from diffkd.runs import announcement
-from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, prompts_for, teacher_steps
 from diffkd.runs.reports import model_card, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
@@ -35,7 +35,7 @@ class RunArtifacts:
     def __init__(
         self,
         session: Session,
-        settings: Train | Distill,
+        settings: Settings,
         images: Images | Unseen,
         teacher: Teacher | None = None,
         guidance: float = 1.0,
@@ -66,9 +66,11 @@ class RunArtifacts:
                 f"student: {size} ({share:.2f} of the parameters of its teacher: {teacher_size})"
             )
 
-    def measure(self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path) -> None:
+    def measure(
+        self, name: str, role: str, denoiser: Denoiser, steps: int, folder: Path, guidance: float = 1.0
+    ) -> None:
         """Measures a model of this run, once; its record goes into metrics.json and into its card."""
-        record = self._measured(name, role, denoiser, steps, str(folder))
+        record = self._measured(name, role, denoiser, steps, str(folder), guidance=guidance)
         if record is not None and self.session.main:
             card = loading.card(folder)
             best = self._teacher_best() if role == "student" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -71,6 +71,17 @@ class TrainingRun(Strict):
             raise UserError(
                 f"training.compile needs CUDA, and the device is {accelerator.device.type}; leave it out"
             )
+
+
+class Settings(Protocol):
+    """What is read of the config of any run that measures what it trains."""
+
+    @property
+    def data(self) -> Any: ...
+    @property
+    def evaluation(self) -> Evaluation | None: ...
+    @property
+    def pictures(self) -> int: ...
 
 
 def _check_evaluation(evaluation: Evaluation) -> None:

@@ -17,7 +17,8 @@ from diffkd.io.config import Strict, validation_message
 from diffkd.io.strict_yaml import read_yaml
 from diffkd.io.text import quoted, reason
 from diffkd.runs.classification.config import DistillClassifier
-from diffkd.runs.config import Distill
+from diffkd.runs.config import Distill, Train
+from diffkd.runs.text_to_image.config import TrainTextToImage
 
 Config = TypeVar("Config", bound=Strict)
 
@@ -29,6 +30,15 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
     """
     with plugins.beside(path.parent):
         return _validated(_read(path, overrides), kind)
+
+
+def load_train(path: Path, overrides: Sequence[str] = ()) -> Train | TrainTextToImage:
+    """A config of `diffkd train`, of the kind that its model is."""
+    content = _read(path, overrides)
+    model = content.get("model")
+    of_text = isinstance(model, Mapping) and model.get("kind") == "text_to_image"
+    with plugins.beside(path.parent):
+        return _validated(content, TrainTextToImage) if of_text else _validated(content, Train)
 
 
 def load_distill(path: Path, overrides: Sequence[str] = ()) -> Distill | DistillClassifier:

@@ -25,6 +25,7 @@ from diffkd.runs.config import Distill, Teacher, Train
 from diffkd.runs.method_config import method_name
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.spread import SpreadWatch
+from diffkd.runs.text_to_image.train import train as train_text_to_image
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
@@ -40,9 +41,15 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     if source.train is None:
         teacher = source.load()
     else:
-        teacher_run = config_files.load(source.train, Train)
-        source = source.model_copy(update={"path": str(teacher_run.out / "teacher"), "train": None})
-        teacher = untrained_teacher(teacher_run, teacher_run.data.load())  # enough to check the rest against
+        found = config_files.load_train(source.train)
+        source = source.model_copy(update={"path": str(found.out / "teacher"), "train": None})
+        if isinstance(found, Train):
+            teacher_run = found
+            teacher = untrained_teacher(found, found.data.load())  # enough to check the rest against
+        else:  # whose encoders are needed for that
+            check_run(config, accelerator, options)
+            train_text_to_image(found, console, options)
+            teacher = source.load()
     if isinstance(data, NoData):
         images = data.of(teacher.shape, teacher.num_classes)
     assert images is not None

@@ -24,7 +24,7 @@ from diffkd.metrics.evaluation.image_stream import (
     sampled_images,
 )
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.runs.config import Distill, Teacher, Train, teacher_metric
+from diffkd.runs.config import Settings, Teacher, teacher_metric
 from diffkd.runs.session import Session
 
 PREVIEW_STEPS = 64  # of the pictures of a teacher that is not measured
@@ -53,7 +53,7 @@ class ModelEvaluator:
     def __init__(
         self,
         session: Session,
-        settings: Train | Distill,
+        settings: Settings,
         images: Images | Unseen,
         teacher: Teacher | None = None,
         guidance: float = 1.0,

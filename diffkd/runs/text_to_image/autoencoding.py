@@ -1,0 +1,40 @@
+"""The autoencoder of a text-to-image model: what is encoded and decoded again is to be the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field
+
+from diffkd.io.prefetch import to_device
+from diffkd.methods.base import Batch, Loss, Method, Stage, Step
+
+
+class Autoencoding(Method):
+    """Absolute error of the decoded images, and a small divergence of the latents from normal ones (Rombach
+    et al. 2022, without the adversarial and perceptual losses)."""
+
+    reference: ClassVar[str] = "Rombach et al. 2022, https://arxiv.org/abs/2112.10752"
+    kind: ClassVar[type[Any]] = AutoencoderKL
+
+    updates: int = Field(1000, ge=1, description="updates in all")
+    learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
+    warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
+    kl: float = Field(1e-6, ge=0, description="weight of the latents' divergence, per image")
+
+    def stages(self, start: AutoencoderKL) -> list[Stage]:
+        return [Stage("autoencoder", self.updates, self.learning_rate, self.warmup)]
+
+    def losses(
+        self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        vae, x0 = nets["student"], batch.x0
+        latents = vae.encode(x0).latent_dist
+        noise = to_device(torch.randn(latents.mean.shape, generator=rng), x0.device)
+        decoded = vae.decode(latents.mean + latents.std * noise).sample
+        error = (decoded - x0).abs().flatten(1).mean(1)
+        loss = error + self.kl * latents.kl()
+        yield Loss("student", loss.mean(), {"loss": loss.detach(), "error": error.detach()})

@@ -1,0 +1,175 @@
+"""`diffkd train` of a text-to-image model: from captioned shapes to a stock pipeline, and on to a student."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import diffkd
+from diffkd.data.shapes import Shapes
+from diffkd.methods.base import Batch, Step
+from diffkd.models.text_to_image import NewTextEncoder, Tokens, learn_tokenizer
+from diffkd.runs.text_to_image.autoencoding import Autoencoding
+from tests.runs.tiny import log, records, signal_at
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "out": "teacher",
+    "data": {"kind": "shapes", "count": 64},
+    "model": {
+        "kind": "text_to_image",
+        "autoencoder": {"channels": [8, 8, 8], "norm_groups": 4},
+        "text": {"width": 16, "heads": 2, "layers": 1},
+        "unet": {"channels": [8, 16], "norm_groups": 4, "heads": 2},
+    },
+    "schedule": {"num_train_timesteps": 64},
+    "autoencoding": {"updates": 3, "warmup": 0},
+    "denoising": {"updates": 3, "warmup": 0},
+    "training": {"batch_size": 8, "log_every": 1, "checkpoint_every": 1},
+    "evaluation": {
+        "features": "shapes", "metrics": ["fid", "prompt_accuracy"], "samples": 32, "teacher_steps": [4],
+    },
+    "pictures": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+def test_a_teacher_is_trained_and_distilled(cli, here):
+    outcome = cli("train", "teacher.yaml")
+    assert outcome.code == 0, outcome.stderr
+    (record,) = records(here / "teacher")
+    assert 0 <= record["prompt_accuracy"] <= 1 and record["fid"] > 0
+    assert record["protocol"]["prompts"]["count"] == 32 and record["protocol"]["guidance"] == 3.0
+    assert {line["stage"] for line in log(here / "teacher")} == {"autoencoder", "denoising"}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(here / "teacher" / "teacher", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    prompts = ["a small red ring above a large blue square", "a star"]
+    theirs = pipeline(
+        prompts, num_inference_steps=4, guidance_scale=3.0, output_type="np",
+        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+    ).images  # fmt: skip
+    teacher = diffkd.load(here / "teacher" / "teacher")
+    (ours,) = diffkd.generate(teacher, 2, prompts=prompts, steps=4, guidance=3.0)
+    assert np.abs(ours.numpy().astype(int) - np.rint(theirs * 255)).max() <= 1
+    # its latents have about unit spread
+    mean, _ = teacher.codec.moments(
+        torch.from_numpy(Shapes(kind="shapes", count=64).load().pixels) / 127.5 - 1
+    )
+    assert mean.std().item() == pytest.approx(1, rel=0.01)
+    # and it is distilled, trained first where it is not there
+    content = {
+        "out": "run", "teacher": {"train": "teacher.yaml"}, "data": CONFIG["data"],
+        "method": {"name": "progressive", "steps": [2], "updates": 2, "guidance": 3.0},
+        "training": CONFIG["training"], "evaluation": CONFIG["evaluation"], "pictures": 4,
+    }  # fmt: skip
+    (here / "distill.yaml").write_text(yaml.safe_dump(content))
+    outcome = cli("distill", "distill.yaml")
+    assert outcome.code == 0, outcome.stderr
+    assert [(r["model"], r["nfe"]) for r in records(here / "run")] == [("teacher", 8), ("2-steps", 2)]
+    assert all("prompt_accuracy" in record for record in records(here / "run"))
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoising"])
+def test_stopped_and_resumed_it_ends_with_the_same_bits(cli, here, monkeypatch, stage):
+    given = ("train", "teacher.yaml", "evaluation=null", "pictures=0")
+    assert cli(*given, "out=whole").code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, stage, 1, send=[signal.SIGTERM])
+        assert cli(*given, "out=broken").code == 130
+    assert cli(*given, "out=broken").code == 0
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        one, other = (
+            load_file(here / out / "teacher" / part / f"{stem}.safetensors") for out in ("whole", "broken")
+        )
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert log(here / "whole") == log(here / "broken")
+
+
+def test_the_tokenizer_knows_the_words_of_the_captions():
+    captions = Shapes(kind="shapes", count=500).load().captions
+    config = NewTextEncoder()
+    one, again = (learn_tokenizer(captions, config) for _ in range(2))
+    assert one.get_vocab() == again.get_vocab() and len(one) <= config.vocabulary
+    words = ["a", "small", "red", "ring", "above", "a", "large", "blue", "square"]
+    tokens = one.tokenize(" ".join(words))
+    assert tokens == [
+        f"{word}</w>" for word in ["a", "small", "red", "ring", "above", "a", "large", "blue", "square"]
+    ]
+    ids = Tokens(one, 24).embed(["a star", "two zebras"])["input_ids"]
+    assert ids.shape == (2, 24) and (ids[0] != ids[1]).any()
+    assert one.decode(ids[0], skip_special_tokens=True).strip() == "a star"
+    assert Tokens(one, 24).key != Tokens(one, 20).key
+
+
+def test_the_autoencoders_loss_by_hand():
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2)
+    method = Autoencoding(kl=0.1)
+    x0 = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch, step = Batch(x0, {}), Step(method.stages(vae)[0], 0)
+    (loss,) = method.losses({"student": vae}, batch, step, torch.Generator().manual_seed(1))
+    latents = vae.encode(x0).latent_dist
+    z = latents.mean + latents.std * torch.randn(
+        latents.mean.shape, generator=torch.Generator().manual_seed(1)
+    )
+    divergence = (latents.mean**2 + latents.var - 1 - latents.logvar).sum((1, 2, 3)) / 2
+    expected = (vae.decode(z).sample - x0).abs().mean((1, 2, 3)) + 0.1 * divergence
+    assert torch.allclose(loss.value, expected.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (("data={kind: digits}",), ["digits", "no captions"]),
+        (("data.side=34",), ["34x34", "divide by 4"]),
+        (("model.text.wide=3",), ["model.text.wide", "width"]),
+    ],
+)
+def test_what_is_refused(cli, here, changes, says):
+    outcome = cli("train", "teacher.yaml", *changes)
+    assert outcome.code == 2 and all(word in outcome.stderr for word in says), outcome.stderr
+    assert not (here / "teacher").exists()
+
+
+def test_a_config_says_all_that_it_means(cli, here):
+    outcome = cli("train", "teacher.yaml", "--dry-run")
+    content = yaml.safe_load(outcome.stdout)
+    assert content["model"]["text"]["vocabulary"] == 400 and content["autoencoding"]["kl"] == 1e-6
+    assert json.dumps(content["model"]["unet"]["channels"]) == "[8, 16]"
+
+
+def test_the_configs_of_shapes_fit_each_other(cli, tmp_path, monkeypatch):
+    """`configs/shapes`, at a tiny size: the teacher is trained, then distilled."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs" / "shapes", tmp_path / "shapes")
+    teacher = yaml.safe_load((tmp_path / "shapes" / "teacher.yaml").read_text())
+    small = {**teacher, **{key: CONFIG[key] for key in ("data", "model", "autoencoding", "denoising")}}
+    (tmp_path / "shapes" / "teacher.yaml").write_text(
+        yaml.safe_dump({**small, "evaluation": None, "pictures": 0})
+    )
+    outcome = cli(
+        "distill", "shapes/progressive.yaml", "data.count=64", "method.updates=1", "evaluation=null",
+        "pictures=0", "training.batch_size=8",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    made = diffkd.load(tmp_path / "runs/shapes-progressive/students/1-steps")
+    assert made.steps == 1 and made.guidance_baked_in == 3.0
