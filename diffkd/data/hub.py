@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
+from diffkd.data.listing import CAPTIONS
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
 from diffkd.io.naming import option
@@ -30,6 +31,9 @@ class HubDataset(ResizedDataset):
     split: str = Field("train", description="which split")
     image: str | None = Field(None, description="column of images; default the first of that type")
     label: str | None = Field(None, description="column of labels; default the first of type ClassLabel")
+    text: str | None = Field(
+        None, description="column of captions; default the one that is called text or caption, if any"
+    )
 
     def load(self) -> Images:
         rows = self._rows()
@@ -47,8 +51,9 @@ class HubDataset(ResizedDataset):
         )
         if not readable:
             raise UserError(f"dataset {self.path} (split {self.split}) holds no images")
+        captions = self._captions(rows, readable)
         if label is None:
-            return Images(self.path, pixels, flip=self.flip)
+            return Images(self.path, pixels, flip=self.flip, captions=captions)
         values = [int(v) for v in rows[label]]
         if min(values) < 0:
             raise UserError(
@@ -57,7 +62,23 @@ class HubDataset(ResizedDataset):
                 f"{option(', or set {}: false', 'data.labelled')}"
             )
         classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
-        return Images(self.path, pixels, torch.tensor([values[i] for i in readable]), classes, self.flip)
+        labels = torch.tensor([values[i] for i in readable])
+        return Images(self.path, pixels, labels, classes, self.flip, captions)
+
+    def _captions(self, rows: Any, readable: Sequence[int]) -> list[str]:
+        """Of the readable images; [] without a column of them. Of several captions the first counts."""
+        name = self.text or next((key for key in CAPTIONS if key in rows.features), None)
+        if name is None:
+            return []
+        if name not in rows.features:
+            raise UserError(f"dataset {self.path} has no column {name!r}; it has {', '.join(rows.features)}")
+        values = rows[name]
+        found = [values[i][0] if isinstance(values[i], list) and values[i] else values[i] for i in readable]
+        if not all(value is None or isinstance(value, str | list) for value in found):
+            if self.text is None:
+                return []
+            raise UserError(f"dataset {self.path} has no captions in column {name!r}; name another, or none")
+        return [value if isinstance(value, str) else "" for value in found]
 
     def _encoded(self, rows: Any, image: str) -> Any:
         """The rows with their images as encoded files, to be decoded like those of a folder."""

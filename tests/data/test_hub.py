@@ -94,3 +94,19 @@ def test_kind_chooses_the_class():
     assert type(parse({"kind": "digits"})) is Digits
     assert type(parse({"kind": "folder", "path": "x", "size": 8})) is Folder
     assert type(parse({"kind": "datasets", "path": "x", "size": 8})) is HubDataset
+
+
+def test_captions_are_a_column(tmp_path):
+    """By the name text or caption, or the one that is named; of several of an image the first."""
+    whole = saved()
+    captions = ["a zebra", None, "a bee", "another"]
+    whole.add_column("caption", captions).save_to_disk(tmp_path / "one")
+    assert hub(tmp_path / "one").captions == ["a zebra", "", "a bee", "another"]
+    assert hub(tmp_path / "one", labelled=False).captions == ["a zebra", "", "a bee", "another"]
+    whole.add_column("said", [["x", "y"], ["z"], [], ["w"]]).save_to_disk(tmp_path / "several")
+    assert hub(tmp_path / "several").captions == []
+    assert hub(tmp_path / "several", text="said").captions == ["x", "z", "", "w"]
+    with pytest.raises(UserError, match="no column 'spoken'"):
+        hub(tmp_path / "several", text="spoken")
+    with pytest.raises(UserError, match="no captions in column 'number'"):
+        hub(tmp_path / "several", text="number")
