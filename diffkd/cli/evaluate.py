@@ -43,7 +43,9 @@ def evaluate(
         str,
         typer.Option(
             help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, prompt_accuracy, agreement; comma-separated.",
-            autocompletion=among("fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "agreement"),
+            autocompletion=among(
+                "fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "prompt_accuracy", "agreement"
+            ),
         ),
     ] = "fid",
     samples: Annotated[
@@ -81,6 +83,9 @@ def evaluate(
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
     ] = None,
     quantize: Quantized = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A text file of prompts, one a line, for the images in turn.")
+    ] = None,
     variant: Variant = None,
     scheduler: NoiseScheduler = None,
     teacher: Annotated[
@@ -134,7 +139,7 @@ def evaluate(
 
     options = evaluate_options.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
-        guidance, null_label, quantize, variant, scheduler, teacher, teacher_steps, teacher_guidance,
+        guidance, null_label, quantize, prompts, variant, scheduler, teacher, teacher_steps, teacher_guidance,
         bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights, seed, batch_size,
         allow_mismatch, cache,
     )  # fmt: skip

@@ -72,7 +72,8 @@ def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Target]
         if left or (not model.steps and model.title not in names):
             wanted.append(Target(
                 model.path, name=model.title, steps=left, guidance=model.guidance, stock=model.stock,
-                null_label=model.null_label, quantize=model.quantize, opening=model.opening,
+                null_label=model.null_label, quantize=model.quantize, prompts=model.prompts,
+                opening=model.opening,
                 teacher=teacher.path if teacher else None,
                 teacher_steps=teacher.steps[0] if teacher and teacher.steps else AGREEMENT_STEPS,
                 teacher_guidance=teacher.guidance if teacher else 1.0,

@@ -235,6 +235,7 @@ class BenchmarkEntry(Opened):
     )
     quantize: Quantize | None = Field(None, description="int8: weights in 8 bits (extra quant)")
     stock: bool = Field(False, description="drawn by the pipeline's own code and scheduler")
+    prompts: str | None = Field(None, description="a text file of prompts, for models that draw from them")
 
     @property
     def title(self) -> str:

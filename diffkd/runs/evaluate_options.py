@@ -36,6 +36,7 @@ class Options:
     guidance: float | None = None
     null_label: int | None = None
     quantize: str | None = None
+    prompts: str | None = None
     variant: str | None = None
     scheduler: str | None = None
     teacher: str | None = None
@@ -58,8 +59,8 @@ class Options:
 
 
 # Options that mean something for a model only; and the config's names of those that are called otherwise.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "variant", "scheduler",
-             "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
+OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "prompts", "variant",
+             "scheduler", "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
 KEYS = {"feature_resize": "resize", "classes": "labels", "dino_weights": "dinov2_weights"}
 OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 
@@ -88,7 +89,8 @@ def target_of(path: str, options: Options) -> Target:
         stock=options.sampler == "stock", resize=options.resize, teacher=options.teacher,
         teacher_steps=_or(options.teacher_steps, AGREEMENT_STEPS),
         teacher_guidance=_or(options.teacher_guidance, 1.0), null_label=options.null_label,
-        quantize=options.quantize, opening=_given(variant=options.variant, scheduler=options.scheduler),
+        quantize=options.quantize, prompts=options.prompts,
+        opening=_given(variant=options.variant, scheduler=options.scheduler),
     )  # fmt: skip
 
 

@@ -54,6 +54,9 @@ def repeat(
         network = measurement.evaluator.descriptions[MAIN]["sha256"]
         check_sha256(protocol["features"].get("sha256"), network, "the feature network")
         new = next(measurement.records(target, expected=protocol["target"].get("sha256")))
+        if protocol.get("prompts"):
+            now = new["protocol"].get("prompts", {}).get("sha256")
+            check_sha256(protocol["prompts"].get("sha256"), now, f"{protocol['target'].get('prompts')}")
         if protocol.get("teacher"):
             teacher = new["protocol"]["teacher"].get("sha256")
             check_sha256(protocol["teacher"].get("sha256"), teacher, "the teacher")
@@ -105,6 +108,7 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, An
         teacher_guidance=teacher.get("guidance", 1.0),
         null_label=target.get("null_label"),
         quantize=target.get("quantize"),
+        prompts=target.get("prompts"),
         opening=_opening(target),
         teacher_opening=_opening(teacher),
     )

@@ -147,11 +147,6 @@ def test_prompts_for_a_model_that_takes_none(cli, make_pipeline, tmp_path):
         assert outcome.code == 2 and "leave" in outcome.stderr
 
 
-def test_the_other_commands_say_what_to_do(cli, model):
-    outcome = cli("evaluate", model / "student", "--reference", "digits", "--features", "digits")
-    assert outcome.code == 2 and "diffkd sample" in outcome.stderr
-
-
 def test_traced_as_one_graph_with_its_autoencoder(model):
     """What mode compile does, without its generation of code."""
     generator = ImageGenerator(loading.load(model / "student"), 2, prompts=PROMPTS, batch_size=2)

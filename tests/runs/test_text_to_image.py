@@ -17,6 +17,7 @@ from PIL import Image
 
 import diffkd
 from diffkd.data import latents
+from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
 from tests.runs.tiny import assert_same_runs, network, signal_at
@@ -245,3 +246,48 @@ def test_what_is_computed_beforehand_is_not_computed_again(cli, here, make_pipel
     make_pipeline(here, name="pixels", size=32, channels=3)
     outcome = cli("cache", "run.yaml", "teacher.path=pixels", "method.guidance=1")
     assert outcome.code == 2 and "makes pixels" in outcome.stderr
+
+
+def test_a_model_is_measured_with_prompts_and_its_record_repeated(cli, here):
+    (here / "prompts.txt").write_text("a red ring\na star above a square\ntwo crosses\n")
+    given = (
+        "evaluate",
+        "teacher",
+        "--reference",
+        "images",
+        "--features",
+        "shapes",
+        "--samples",
+        8,
+        "--steps",
+        2,
+    )
+    outcome = cli(*given, "--prompts", "prompts.txt", "--out", "record.json", "-w", 3)
+    assert outcome.code == 0, outcome.stderr
+    (record,) = evaluation_records.load(here / "record.json")
+    assert record["protocol"]["prompts"]["count"] == 3 and record["nfe"] == 4
+    assert record["protocol"]["target"]["prompts"] == str(here / "prompts.txt")
+    assert cli("evaluate", "--repeat", "record.json").code == 0
+    (here / "prompts.txt").write_text("another\n")
+    outcome = cli("evaluate", "--repeat", "record.json")
+    assert outcome.code == 2 and "prompts.txt" in outcome.stderr
+    outcome = cli(*given)
+    assert outcome.code == 2 and "draws from prompts" in outcome.stderr and "--prompts" in outcome.stderr
+
+
+def test_prompts_for_a_model_that_takes_none_are_refused(cli, here, make_pipeline):
+    make_pipeline(here, name="pixels")
+    (here / "prompts.txt").write_text("a\n")
+    outcome = cli(
+        "evaluate",
+        "pixels",
+        "--reference",
+        "digits",
+        "--steps",
+        1,
+        "--samples",
+        4,
+        "--prompts",
+        "prompts.txt",
+    )
+    assert outcome.code == 2 and "takes none" in outcome.stderr

@@ -85,6 +85,7 @@ class _Where(_Known):
     spec: _Spec = _Spec()
     null_label: int | None = Field(None, ge=0)
     quantize: Quantize | None = None
+    prompts: str | None = None
     variant: str | None = None
     scheduler: str | None = None
     steps: Positive | None = None

@@ -12,6 +12,7 @@ import torch
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
+from diffkd.generation.prompts import check_prompts, read_prompts
 from diffkd.io.naming import called
 from diffkd.io.npz import PICKLES
 from diffkd.io.places import expanded
@@ -43,6 +44,7 @@ class Target:
     guidance: float = 1.0
     null_label: int | None = None
     quantize: str | None = None
+    prompts: str | None = None  # a file of them, one a line, for the images in turn
     opening: Mapping[str, str] = field(default_factory=dict)  # variant and scheduler, for `loading.load`
     stock: bool = False  # drawn by the pipeline's own code
     resize: int | None = None  # of a folder of images
@@ -84,7 +86,7 @@ def teacher_of(
     denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
     stream = sampled_images(
         denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance,
-        classes=class_names(loading.card(expanded(target.teacher))),
+        classes=class_names(loading.card(expanded(target.teacher))), prompts=_prompts(target, denoiser),
     )  # fmt: skip
     stream.protocol |= identity(denoiser, target.teacher, target.null_label)
     return cached(stream)
@@ -127,9 +129,11 @@ def _model(
     if not target.steps and denoiser.steps is None:
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
-    where = identity(denoiser, target.path, target.null_label)
+    where, prompts = identity(denoiser, target.path, target.null_label), _prompts(target, denoiser)
     if target.quantize:
         where["quantize"] = target.quantize
+    if target.prompts is not None:
+        where["prompts"] = _absolute(target.prompts)
     size = sizes.denoiser_size(denoiser).recorded()
     for steps in target.steps or (denoiser.steps or 0,):
         stream = sampled_images(
@@ -139,20 +143,24 @@ def _model(
             steps,
             guidance=target.guidance,
             classes=class_names(loading.card(expanded(target.path))),
+            prompts=prompts,
         )
         yield OpenedTarget(f"{steps} steps", stream, where, size)
 
 
 def _load(path: str, device: torch.device, null_label: int | None, **options: Any) -> Denoiser:
     denoiser = loading.load(path, device=device, **options)
-    if denoiser.conditioner is not None:
-        raise UserError(
-            f"{path} draws from prompts, which it is not given here; draw its images first (diffkd sample "
-            "with a file of prompts), and measure their folder"
-        )
     if null_label is not None and denoiser.null_label is None:
         loading.set_null_label(denoiser, null_label)
     return denoiser
+
+
+def _prompts(target: Target, denoiser: Denoiser) -> list[str] | None:
+    """Those of the file that the target names. Raises UserError where the model needs some and has none, or
+    has some and takes none."""
+    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
+    check_prompts(denoiser, prompts)
+    return prompts
 
 
 def _stock(
@@ -162,6 +170,8 @@ def _stock(
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
     if target.quantize:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
+    if target.prompts is not None:
+        raise UserError(f"{stock_option()} draws without prompts; leave out {called('prompts')}")
     if "scheduler" in target.opening:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('scheduler')}")
     pipeline = StockPipeline(target.path, target.null_label, device, target.opening.get("variant"))
