@@ -26,7 +26,10 @@ def data(images: Images | Unseen) -> str:
         return "data: none" + (f"; labels of {len(counts)} classes, {drawn}" if counts else "")
     channels, height, width = images.shape
     colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    return f"data: {len(images):,} images of {width}x{height}, {colour} ({images.name}); {_classes(images)}"
+    held = [_classes(images)] if images.labels is not None or not images.captions else []
+    if images.captions:
+        held.append(f"{counted(len({*images.captions}), 'different caption')}")
+    return f"data: {len(images):,} images of {width}x{height}, {colour} ({images.name}); {', '.join(held)}"
 
 
 def _classes(images: Images) -> str:
@@ -51,7 +54,12 @@ def teacher(denoiser: Denoiser, path: str, images: Images | Unseen) -> str:
         said.append(f"a student of {counted(denoiser.steps, 'step')} itself")
     if denoiser.guidance_baked_in != 1:
         said.append(f"guidance {denoiser.guidance_baked_in:g} baked in")
-    if denoiser.num_classes is not None:
+    if denoiser.guidance_range is not None:
+        least, largest = denoiser.guidance_range
+        said.append(f"takes guidance from {least:g} to {largest:g}")
+    if denoiser.conditioner is not None:
+        said.append("draws from prompts")
+    elif denoiser.num_classes is not None:
         said.append(f"{denoiser.num_classes} classes")
     else:
         ignored = "; the data's labels are ignored" if images.labels is not None else ""

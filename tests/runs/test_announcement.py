@@ -104,3 +104,13 @@ def test_how_long_it_takes_is_said_once(monkeypatch):
 
 def test_what_is_over_soon_needs_no_forecast(monkeypatch):
     assert forecast(monkeypatch, 0.01, 0, None) == []
+
+
+def test_models_of_prompts_and_their_data():
+    captions = ["a star", "a star", "a ring"]
+    three = Images("three", np.zeros((3, 3, 8, 8), np.uint8), captions=captions)
+    assert announcement.data(three) == "data: 3 images of 8x8, RGB (three); 2 different captions"
+    denoiser = tiny.student(None, "v_prediction", Schedule.cosine(64), steps=None)
+    denoiser.conditioner, denoiser.guidance_range = object(), (1.0, 14.0)
+    said = announcement.teacher(denoiser, "painter", three)
+    assert said.endswith("drawn by ddim, takes guidance from 1 to 14, draws from prompts")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from rich.console import Console
 
 from diffkd.core.denoiser import Denoiser
@@ -119,6 +119,9 @@ def _export(
     network: Any = denoiser.network
 
     def write(place: Path) -> None:
+        with silent():  # what diffusers imports for it warns of parts that are not used
+            from diffusers import StableDiffusionPipeline
+
         scheduler = to_diffusers(denoiser.schedule, denoiser.prediction)
         scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
         pipeline = StableDiffusionPipeline(
