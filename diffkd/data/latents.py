@@ -70,10 +70,15 @@ class LatentCache:
             found.append([number for number in numbers if shards and not shards.path(number).exists()])
         return found[0], found[1]
 
+    @property
+    def _has_null(self) -> bool:
+        return self.embeddings is None or self.embeddings.path(NULL).exists()
+
     def left(self) -> int:
         """How many captions and images are still to be computed."""
         parts = zip((self.embeddings, self.latents), self.missing(), strict=True)
-        return sum(len(shards.ranges()[n]) for shards, numbers in parts if shards for n in numbers)
+        shards = sum(len(shards.ranges()[n]) for shards, numbers in parts if shards for n in numbers)
+        return shards + (not self._has_null)
 
     def fill(self, rank: int, world: int, barrier: Callable[[], None], on_items: Progress) -> None:
         """Computes what is missing, each of `world` processes its share of the files. barrier: waits for the
@@ -83,10 +88,10 @@ class LatentCache:
             for shards in (self.embeddings, self.latents):
                 if shards is not None:
                     shards.begin()
+            if self.embeddings is not None and self.conditioner is not None and not self._has_null:
+                self.embeddings.write(NULL, self.conditioner.null())
         barrier()
         if self.embeddings is not None and self.conditioner is not None:
-            if not self.embeddings.path(NULL).exists() and rank == 0:
-                self.embeddings.write(NULL, self.conditioner.null())
             for number in captions[rank::world]:
                 items = self.embeddings.ranges()[number]
                 size = self.images.shape[1], self.images.shape[2]

@@ -65,6 +65,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
             pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER, cached)  # or refuses, now
     inputs = {"teacher": identity(teacher)}
+    if cached is not None and cached.prompts:
+        inputs["captions"] = cached.prompts
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(cached, accelerator, session.image_bar)
         latents.fit(teacher.to(accelerator.device), cached)

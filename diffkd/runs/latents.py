@@ -47,7 +47,7 @@ def fit(denoiser: Denoiser, cache: LatentCache | None) -> Denoiser:
     """Gives it the shape of the cached latents, and what was made of no prompt once that is known."""
     if cache is not None:
         denoiser.shape = cache.shape
-        if not any(cache.missing()):
+        if not cache.left():
             denoiser.set_null(cache.null())
     return denoiser
 

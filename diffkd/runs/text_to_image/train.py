@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def train(config: TrainTextToImage, console: Console, options: ResumeOptions = R
         torch.manual_seed(derived_seed(config.seed, *b"autoencoder"))
         vae = config.model.autoencoder.build(images.shape)  # refuses sizes that do not divide
     folder = config.out / "teacher"
-    with open_run(config, accelerator, images, console, options) as session:
+    inputs = {"captions": hashlib.sha256("\0".join(images.captions).encode()).hexdigest()}
+    with open_run(config, accelerator, images, console, options, inputs) as session:
         artifacts = RunArtifacts(session, config, images, guidance=config.guidance)
         session.say(announcement.data(images))
         if not folder.exists():
