@@ -22,5 +22,7 @@ def cache(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fal
 
     settings = load_distill(config, overrides or ())
     if not isinstance(settings, Distill):
-        raise UserError(f"{config} distils a classifier, of which there is nothing to compute beforehand")
+        raise UserError(
+            f"{config} distils a classifier, of which nothing is computed beforehand; run diffkd distill"
+        )
     run_or_print(settings, dry_run, partial(fill_alone, settings, Console()))

@@ -52,6 +52,7 @@ Features = Annotated[
     str | None,
     typer.Option(
         help="inception, digits, shapes, dinov2, clip, or your own: module, module.Class or file; default as "
+        "the reference."
     ),
 ]
 Weights = Annotated[

@@ -44,8 +44,9 @@ def sample(
     ] = None,
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
     guidance: Annotated[
-        float, typer.Option("-w", "--guidance", min=0, help="Guidance weight; 1 is none.")
-    ] = 1.0,
+        float | None,
+        typer.Option("-w", "--guidance", min=0, help="Guidance weight; default 1, which is none."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images at a time.")] = 64,
     dtype: Annotated[
         str | None,
@@ -98,9 +99,7 @@ def sample(
         raise UserError("--height and --width go together; give both, or none for the model's own")
     chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(prompts)
     size = None if height is None or width is None else (height, width)
-    options = {
-        key: value for key, value in (("eta", eta), ("guidance", guidance)) if value not in (None, 1.0)
-    }
+    options = {key: value for key, value in (("eta", eta), ("guidance", guidance)) if value is not None}
     sample_to(
         model, out, Console(), n=n, classes=classes, prompts=chosen, negative=negative, size=size, seed=seed,
         steps=steps, sampler=sampler, batch_size=batch_size, dtype=dtype, mode=mode,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, Time, write_prediction
 from diffkd.errors import UserError
@@ -54,7 +55,7 @@ class Classifier(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-Model = Denoiser | Classifier  # what a method's teacher and student are
+Model = Denoiser | Classifier | ImageAutoencoder  # what a method's teacher and student are
 
 
 class _Guided(nn.Module):

@@ -148,6 +148,8 @@ class Denoiser(nn.Module):
     def _with_null(self, x_t: Tensor, t: Time, cond: Cond) -> tuple[Tensor, Time, dict[str, Any]]:
         """The batch doubled: the first half conditional, the second not."""
         self.check_guidance()
+        if self.conditioner is not None and not self._null:
+            self.set_null(self.conditioner.null())
         null = self.null_of(cond)
         t2 = t if isinstance(t, float) else torch.cat([t, t])
         return (
@@ -183,6 +185,11 @@ class Denoiser(nn.Module):
         """Codec and conditioner, by these names; {} for models without."""
         there = {"codec": self.codec, "conditioner": self.conditioner}
         return {key: value for key, value in there.items() if value is not None}
+
+    def close(self) -> None:
+        """Frees the weights of codec and conditioner, which are read again when they are used."""
+        for part in self.around.values():
+            part.close()
 
     def set_null(self, null: Cond) -> None:
         """null: what the conditioner makes of no prompt, each (1, ...)."""

@@ -72,7 +72,7 @@ class HubDataset(ResizedDataset):
             return []
         if name not in rows.features:
             raise UserError(f"dataset {self.path} has no column {name!r}; it has {', '.join(rows.features)}")
-        values = rows[name]
+        values = list(rows[name])  # a lazy column reads a row anew each time
         found = [values[i][0] if isinstance(values[i], list) and values[i] else values[i] for i in readable]
         if not all(value is None or isinstance(value, str | list) for value in found):
             if self.text is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.data.images import Images
 from diffkd.data.shards import Shards
+from diffkd.errors import UserError
+from diffkd.io.text import reason
 
 SHARD_BYTES = 1 << 26
 OPEN_FILES = 64  # that are kept mapped
@@ -38,17 +41,20 @@ class LatentCache:
         self.shape = codec.shape(height, width)
         numbers = torch.Size(self.shape).numel() * (4 if images.flip else 2)
         recipe: dict[str, Any] = {
-            "codec": codec.key, "data": images.digest(), "shape": [*self.shape], "flip": images.flip
+            "codec": codec.key, "data": images.digest(), "shape": [*self.shape], "flip": images.flip,
+            "in_shard": _fitting(numbers),
         }  # fmt: skip
         self.latents = Shards(folder / "latents", "latents", recipe, len(images), _fitting(numbers))
         self.embeddings: Shards | None = None
         if conditioner is not None:
             prompts = hashlib.sha256("\0".join(self.captions).encode()).hexdigest()
-            recipe = {"conditioner": conditioner.key, "captions": prompts, "size": [height, width]}
             numbers = sum(value.numel() for value in conditioner.example.values())
             count, size = len(self.captions), _fitting(numbers)
+            recipe = {
+                "conditioner": conditioner.key, "captions": prompts, "size": [height, width], "in_shard": size
+            }  # fmt: skip
             self.embeddings = Shards(folder / "embeddings", "embeddings", recipe, count, size)
-        self._files = OrderedDict[Path, Any]()
+        self._files, self._lock = OrderedDict[Path, Any](), threading.Lock()
 
     @cached_property
     def captions(self) -> list[str]:
@@ -170,14 +176,26 @@ class LatentCache:
         return cond
 
     def _row(self, shards: Shards, index: int, key: str) -> Tensor:
-        path = shards.path(index // shards.in_shard)
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(path)
-        row: Tensor = self._files[path].get_slice(key)[index % shards.in_shard]
+        row: Tensor = self._open(shards.path(index // shards.in_shard)).get_slice(key)[
+            index % shards.in_shard
+        ]
         return row
+
+    def _open(self, path: Path) -> Any:
+        """A file, mapped. Raises UserError for one that is damaged or gone."""
+        with self._lock:  # batches are made ahead by a thread
+            if path not in self._files:
+                try:
+                    self._files[path] = safe_open(path, framework="pt")
+                except (OSError, SafetensorError) as error:
+                    raise UserError(
+                        f"{path} cannot be read ({reason(error)}); delete it, and the same command makes "
+                        "it again"
+                    ) from error
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+            return self._files[path]
 
 
 def _fitting(numbers: int) -> int:

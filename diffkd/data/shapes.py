@@ -130,9 +130,7 @@ def _draw(
     def around(r: float) -> list[float]:
         return [x - r, y - r, x + r, y + r]
 
-    def corners(
-        count: int, radii: tuple[float, ...], start: float = -math.pi / 2
-    ) -> list[tuple[float, float]]:
+    def corners(count: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
         angles = [-math.pi / 2 + 2 * math.pi * k / count for k in range(count)]
         lengths = [radius * radii[k % len(radii)] for k in range(count)]
         return [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(lengths, angles, strict=True)]

@@ -44,10 +44,11 @@ class Shards:
             raise UserError(f"{what} {self.folder} is not empty and holds no {what}; use another folder")
         if known is not None and known != self.recipe:
             known = known if isinstance(known, dict) else {}
-            key = next(key for key in self.recipe if known.get(key) != self.recipe[key])
+            keys = [*self.recipe, *(key for key in known if key not in self.recipe)]
+            key = next(key for key in keys if known.get(key) != self.recipe.get(key))
             raise UserError(
                 f"{what} {self.folder} are of another {key} ({_short(known.get(key))}, and here it is "
-                f"{_short(self.recipe[key])}); use another folder, or delete this one"
+                f"{_short(self.recipe.get(key))}); use another folder, or delete this one"
             )
 
     def begin(self) -> None:

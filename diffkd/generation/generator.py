@@ -77,7 +77,9 @@ class ImageGenerator:
         self.labels = labels_for(denoiser, n, labels)
         check_prompts(denoiser, prompts, negative)
         if negative is not None and denoiser.guidance_range is not None:
-            raise UserError(f"{denoiser.name} takes its guidance as an input, without a negative prompt")
+            raise UserError(
+                f"{denoiser.name} takes its guidance as an input, without a negative prompt; leave it out"
+            )
         if negative is not None and options.get("guidance", 1.0) == 1.0:
             raise UserError(
                 "a negative prompt is what guidance leads away from; give a guidance other than 1"

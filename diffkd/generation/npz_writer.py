@@ -99,9 +99,7 @@ class NpzWriter(ImageWriter):
                 _write_array(stream, shape, _arrays(self._parts()))
             others = {"arr_1": labels, "drawn": np.asarray(json.dumps(record))}
             if self.prompts:
-                others["prompts"] = np.asarray(
-                    self.prompts
-                )  # image i is of the one at i, modulo their number
+                others["prompts"] = np.asarray(json.dumps([*self.prompts]))  # in turn
             for name, array in others.items():
                 if array is not None:
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:

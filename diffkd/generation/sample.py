@@ -82,17 +82,21 @@ def sample_to(
     )  # fmt: skip
     if denoiser.steps is None and steps is None:
         raise UserError(f"{model} has no step count of its own (it is not a student); give --steps")
+    options = dict(options or {})
+    for name in ("eta", "guidance"):  # of which 1 is the default, but for a model that takes its guidance
+        if options.get(name) == 1.0 and (name == "eta" or denoiser.guidance_range is None):
+            del options[name]
     check_prompts(denoiser, prompts, negative)
     n = DEFAULT_IMAGES if n is None and not prompts else (n or 1) * len(prompts or (None,))
     labels = requested_labels(requested, denoiser, model, n)
     generator = ImageGenerator(
         denoiser, n, steps=steps, seed=seed, labels=labels, prompts=prompts, negative=negative, size=size,
-        batch_size=batch_size, sampler=sampler, mode=mode, **(options or {}),
+        batch_size=batch_size, sampler=sampler, mode=mode, **options,
     )  # fmt: skip
     writer.prompts = prompts
     settings = {
         "model": digest(denoiser.network.state_dict()), "steps": generator.steps,
-        "sampler": generator.sampler, **(options or {}), "seed": seed, "clip": denoiser.clip,
+        "sampler": generator.sampler, **options, "seed": seed, "clip": denoiser.clip,
         "labels": requested if denoiser.num_classes is not None else None,
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": writer.format,
         **denoiser.opened_with,

@@ -8,15 +8,24 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.io.config import Strict
 from diffkd.io.prefetch import to_device
 
+
+def _ascending(given: tuple[float, float]) -> tuple[float, float]:
+    if given[0] >= given[1]:
+        raise ValueError(f"{[*given]} is no range of weights; give the least, then a larger one")
+    return given
+
+
 # least and largest of a guidance weight that is an input
-Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+Range = Annotated[
+    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], AfterValidator(_ascending)
+]
 
 
 @dataclass(frozen=True)

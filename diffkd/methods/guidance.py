@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
@@ -28,14 +28,6 @@ class Guidance(Method):
         None, description="of the squared error in x0; default the error in the teacher's own output"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Guidance:
-        if self.range[0] >= self.range[1]:
-            raise ValueError(
-                f"range {[*self.range]} is no range of weights; give the least, then a larger one"
-            )
-        return self
 
     def stages(self, start: Denoiser) -> list[Stage]:
         """One, of no steps of its own, so that any method can go on from it."""

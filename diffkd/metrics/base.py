@@ -116,6 +116,9 @@ class Metric(Strict, ABC):
     def check(self, network: nn.Module, name: str) -> None:
         """Raises UserError where the main feature network, called `name`, does not give what it needs."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError for prompts that it cannot go by: it is asked before any image is drawn."""
+
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
         """What its numbers depend on beside the features, for records. samples, reference: image counts.
 

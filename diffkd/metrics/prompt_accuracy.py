@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from diffkd.data.shapes import read_caption
+from diffkd.data.shapes import Scene, read_caption
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.metrics.base import Add, Batch, Inputs, Metric, Running, Value
@@ -23,25 +24,26 @@ class Shown:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # asked for, and shown
 
     def update(self, batch: Batch) -> None:
-        """Raises UserError for a prompt that is not of this kind."""
+        """Images with their prompts."""
         assert batch.prompts is not None
-        wanted = []
-        for prompt in batch.prompts:
-            scene = read_caption(prompt)
-            if scene is None:
-                raise UserError(
-                    "prompt_accuracy is of prompts about shapes, such as 'a red ring above a blue square', "
-                    f"and one is {quoted(prompt, 60)}; leave out the metric, or give other prompts"
-                )
-            wanted.append(asked(scene))
-        expected = torch.tensor(wanted, device=batch.features.device)
-        said = expected >= 0
-        shown = (self.network.read(batch.features) == expected) & said
+        wanted = torch.tensor([asked(_scene(prompt)) for prompt in batch.prompts]).to(batch.features.device)
+        said = wanted >= 0
+        shown = (self.network.read(batch.features) == wanted) & said
         self.sums += torch.stack([said.sum(), shown.sum()]).to(self.sums)
 
     def merge_across(self, add: Add) -> None:
         """Adds up all processes, each of which must call it, with images or without."""
         self.sums = add(self.sums)
+
+
+def _scene(prompt: str) -> Scene:
+    scene = read_caption(prompt)
+    if scene is None:
+        raise UserError(
+            "prompt_accuracy is of prompts about shapes, such as 'a red ring above a blue square', and one "
+            f"is {quoted(prompt, 60)}; leave out the metric, or give other prompts"
+        )
+    return scene
 
 
 class PromptAccuracy(Metric):
@@ -51,6 +53,10 @@ class PromptAccuracy(Metric):
     values: ClassVar[tuple[Value, ...]] = (Value("prompt_accuracy", "prompt accuracy", ".3f"),)
     network: ClassVar[str] = "shapes"
     with_prompts: ClassVar[bool] = True
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            _scene(prompt)
 
     def running(self, network: nn.Module, count: int, device: torch.device) -> Running:
         return Shown(network, device)

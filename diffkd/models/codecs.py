@@ -13,7 +13,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import fingerprints, networks, validation
-from diffkd.models.pipeline_files import variants_of
+from diffkd.models.pipeline_files import variants_of, weights_of
 from diffkd.models.source import Source
 
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
@@ -64,7 +64,8 @@ class Autoencoder:
     @cached_property
     def key(self) -> str:
         """Hash of config and weights."""
-        return fingerprints.of_folder(self.place)
+        _, files = weights_of(self.place, self.name, self.variant)
+        return fingerprints.of_files([self.place / "config.json", *files])
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide."""
@@ -85,6 +86,9 @@ class Autoencoder:
 
     def to(self, device: torch.device) -> None:
         self.device = device
+        if self.statistics is not None:
+            mean, std = self.statistics
+            self.statistics = mean.to(device), std.to(device)
         if "network" in self.__dict__:
             self.network.to(device)
 

@@ -53,8 +53,12 @@ class ClipPrompts:
     @cached_property
     def key(self) -> str:
         """Hash of encoders, tokenizers and the way they are used."""
-        folders = [folder for one in self.encoders for folder in (one.tokenizer, one.place)]
-        return f"{fingerprints.of_folder(*folders)}-{'xl' if self.two else 'sd'}"
+        files: list[Path] = []
+        for one in self.encoders:
+            files += sorted(path for path in one.tokenizer.iterdir() if path.suffix in (".json", ".txt"))
+            files += [one.place / "config.json", *weights_of(one.place, self.name, one.variant, STEM)[1]]
+        way = f"{'xl' if self.two else 'sd'}-{'zeros' if self.zeros else 'encoded'}"
+        return f"{fingerprints.of_files(files)}-{way}"
 
     @property
     def example(self) -> dict[str, Tensor]:

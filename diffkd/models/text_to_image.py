@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,27 +121,28 @@ def learn_tokenizer(captions: Sequence[str], config: NewTextEncoder) -> Any:
     the vocabulary goes, and spells others; the same for the same captions."""
     counts = Counter(word for text in captions for word in re.findall("[a-z0-9]+", text.lower()))
     tokens = [*LETTERS, *(f"{letter}{WORD_END}" for letter in LETTERS)]
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}
     for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        symbols = _spelled(word, merges)
+        if len(tokens) + 2 >= config.vocabulary:
+            break
+        symbols = _spelled(word, ranks)
         while len(symbols) > 1 and len(tokens) + 2 < config.vocabulary:
-            merges.append((symbols[0], symbols[1]))
+            ranks[symbols[0], symbols[1]] = len(ranks)
             symbols = ["".join(symbols[:2]), *symbols[2:]]
             tokens.append(symbols[0])
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*tokens, START, END]))}
     with tempfile.TemporaryDirectory() as folder:
         vocab, table = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocab.write_text(json.dumps(vocabulary), encoding="utf-8")
-        table.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+        table.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ranks), encoding="utf-8")
         return transformers_models.library("a tokenizer").CLIPTokenizer(
             str(vocab), str(table), model_max_length=config.length, unk_token=END, pad_token=END
         )
 
 
-def _spelled(word: str, merges: Sequence[tuple[str, str]]) -> list[str]:
-    """The symbols that byte pair encoding makes of a word: the earliest merge first."""
+def _spelled(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """The symbols that byte pair encoding makes of a word: the merge of the lowest rank first."""
     symbols = [*word[:-1], word[-1] + WORD_END]
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
     while True:
         pairs = [(ranks[pair], place) for place, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not pairs:

@@ -125,6 +125,7 @@ class RunArtifacts:
             return known[0]
         size = sizes.denoiser_size(denoiser).recorded()
         values = self._evaluate(name, denoiser, steps, path, null_label=null_label, guidance=guidance)
+        denoiser.close()  # it may go on to teach
         record = {"model": name, "role": role, **size, **values}
         numbers = ", ".join(f"{title} {number}" for title, number in formatted(record).items())
         self.session.add_record(record, f"{name} in {steps} step{'s' * (steps != 1)}: {numbers}")
@@ -154,6 +155,7 @@ class RunArtifacts:
             for batch in generate(denoiser, count, steps=steps, batch_size=64, prompts=prompts, **options):
                 drawn.append(batch.cpu().numpy())
                 advance(sum(map(len, drawn)), "")
+        denoiser.close()
         grids.save(grids.grid(np.concatenate(drawn)), path)
 
     def announce_stage(self, stage: Stage, steps: int) -> None:

@@ -27,7 +27,10 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Latent
     """
     if teacher.codec is None:
         if config.cache is not None:
-            raise UserError(f"cache {config.cache} is for models of latents, and {teacher.name} makes pixels")
+            raise UserError(
+                f"cache {config.cache} is for models of latents, and {teacher.name} makes pixels; leave it "
+                "out"
+            )
         return None
     if isinstance(images, Unseen):
         raise UserError(
@@ -79,7 +82,9 @@ def fill_alone(config: Distill, console: Console) -> None:
     teacher = config.teacher.load()
     found = cache(config, teacher, config.data.load())
     if found is None:
-        raise UserError(f"{teacher.name} makes pixels, of which there is nothing to compute beforehand")
+        raise UserError(
+            f"{teacher.name} makes pixels, of which there is nothing to compute beforehand; distil it at once"
+        )
 
     @contextmanager
     def items(title: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -129,6 +129,11 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
             f"stage {stage.name} bakes in guidance {stage.guidance:g}, and its student takes the weight as "
             "an input; leave out method.guidance"
         )
+    if stage.pairs is not None:
+        raise UserError(
+            f"stage {stage.name} learns from pairs, which are of one weight, and its student takes the "
+            "weight as an input; bake one weight in for this method"
+        )
     if {"fake", "heads"}.intersection(method.needs.networks):
         raise UserError(
             f"stage {stage.name} compares with networks that do not know the weight which its student takes "

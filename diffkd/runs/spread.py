@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.core import samplers
-from diffkd.core.denoiser import INTERVAL, Denoiser
+from diffkd.core.denoiser import GUIDANCE, INTERVAL, Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
@@ -166,6 +166,8 @@ class SpreadWatch:
                     cond = self.cache.cond(chosen(len(self.cache), DRAWN)[part])
                 if stage.interval:
                     cond[INTERVAL] = torch.full((len(part),), 1 / stage.steps, dtype=torch.float64)
+                if student.guidance_range is not None:
+                    cond[GUIDANCE] = torch.full((len(part),), student.usual_guidance)
                 x0 = samplers.find(stage.drawn)(
                     student, noise[part].to(student.device), samplers.grid(stage.steps), clip=None,
                     noise=lambda x: torch.randn(x.shape, generator=generator).to(x.device),

@@ -21,7 +21,9 @@ ADDED = ("pairs", "spread_every")  # keys that the configs of older runs have no
 LOG, RECORDS = "log.jsonl", "metrics.json"
 FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
 CACHE = "cache"  # what `diffkd cache` writes into the folder of a run that is still to begin
-FOLDERS = (CACHE, "checkpoints", "pairs", "samples", "students", "teacher", "teachers")  # that it writes into
+FOLDERS = (  # that it writes into
+    CACHE, "autoencoder", "checkpoints", "pairs", "samples", "students", "teacher", "teachers",
+)  # fmt: skip
 
 
 def check_config(folder: Path, config: Mapping[str, Any], allow: bool | None) -> str:

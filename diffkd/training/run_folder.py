@@ -150,8 +150,8 @@ class RunFolder:
             return
         for name in changes(before, dict(inputs)):
             raise UserError(
-                f"the {name} of {self.folder} {'have' if name.endswith('s') else 'has'} changed since the run "
-                "began; put it back, or use another out"
+                f"the {name} of {self.folder} {'have' if name.endswith('s') else 'has'} changed since the "
+                "run began; put it back, or use another out"
             )
 
     # what was measured

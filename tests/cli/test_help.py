@@ -71,7 +71,7 @@ def run(*words: str, shell: str = "bash", **variables: str) -> subprocess.Comple
         ("diffkd methods pro", {"progressive"}),
         ("diffkd sample x --mode g", {"graph"}),
         ("diffkd evaluate x --metrics k", {"kid"}),
-        ("diffkd evaluate x --metrics fid,p", {"fid,prdc"}),
+        ("diffkd evaluate x --metrics fid,p", {"fid,prdc", "fid,prompt_accuracy"}),
     ],
 )
 def test_completion(line, offers):

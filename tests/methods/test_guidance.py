@@ -82,6 +82,8 @@ def test_what_is_refused():
         Guidance().stages(start)
     with pytest.raises(ValueError, match="no range of weights"):
         Guidance(range=(3, 3))
+    with pytest.raises(ValueError, match="no range of weights"):
+        LCM(guidance=(15, 3))
     with pytest.raises(UserError, match="means no class"):
         LCM(guidance=(3, 15)).stages(student(4, "v_prediction", COSINE))
 

@@ -236,7 +236,7 @@ def test_the_configs_of_public_teachers_on_tiny_ones_of_their_layout(
 def test_what_is_computed_beforehand_is_not_computed_again(cli, here, make_pipeline):
     """`diffkd cache`, in two goes; then the run only trains."""
     outcome = cli("cache", "run.yaml")
-    assert outcome.code == 0 and "15 captions and images computed: run/cache" in outcome.stdout
+    assert outcome.code == 0 and "16 captions and images computed: run/cache" in outcome.stdout
     next((here / "run/cache/latents").glob("*.safetensors")).unlink()
     assert "10 captions and images computed" in cli("cache", "run.yaml").stdout
     assert "nothing was missing" in cli("cache", "run.yaml").stdout

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import diffkd
+from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.data.shapes import Shapes
 from diffkd.methods.base import Batch, Step
 from diffkd.models.text_to_image import NewTextEncoder, Tokens, learn_tokenizer
@@ -123,10 +124,11 @@ def test_the_tokenizer_knows_the_words_of_the_captions():
 
 def test_the_autoencoders_loss_by_hand():
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2)
+    student = ImageAutoencoder(vae)
     method = Autoencoding(kl=0.1)
     x0 = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    batch, step = Batch(x0, {}), Step(method.stages(vae)[0], 0)
-    (loss,) = method.losses({"student": vae}, batch, step, torch.Generator().manual_seed(1))
+    batch, step = Batch(x0, {}), Step(method.stages(student)[0], 0)
+    (loss,) = method.losses({"student": student}, batch, step, torch.Generator().manual_seed(1))
     latents = vae.encode(x0).latent_dist
     z = latents.mean + latents.std * torch.randn(
         latents.mean.shape, generator=torch.Generator().manual_seed(1)

@@ -74,6 +74,8 @@ class Evaluator:
             raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
         if stream.prompts is None and (of := next((m.name for m in self.metrics if m.with_prompts), None)):
             raise UserError(f"{of} compares images with their prompts, and these have none; leave it out")
+        for metric in self.metrics if stream.prompts is not None else ():
+            metric.check_prompts(stream.prompts or ())
         stored = networks.stored_of_images(self.metrics)
         collection = Collection(self.metrics, self.networks, stream.count, device, stored)
         pixels, size = Pixels(stream.count), None

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.errors import UserError
@@ -87,8 +86,9 @@ def sampled_images(
         return numbered(images, config.batch_size, rank, world)
 
     return ImageStream(count, drawn, {
-        "steps": steps, "nfe": samplers.nfe(sampler, steps) * (1 if guidance == 1.0 else 2),
-        "sampler": sampler, "guidance": guidance, "labels": chosen, "seed": config.seed,
+        "steps": steps, "nfe": generator.nfe,
+        "sampler": sampler, "guidance": guidance if generator.weight is None else generator.weight,
+        "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({} if prompts is None else {"prompts": described(prompts)}),
     }, prompts=prompts)  # fmt: skip

@@ -108,7 +108,8 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
     that takes it guidance_scale (B,)."""
     weight = None
     if GUIDANCE in cond:
-        width = cast(Any, network).config.time_cond_proj_dim
+        config = cast(Any, getattr(network, "module", network)).config  # which DDP does not pass on
+        width = config.time_cond_proj_dim
         weight = guidance_input.embedded(cond[GUIDANCE], width).to(x_t.dtype)
     added = {key: cond[key].to(x_t.dtype) for key in ("text_embeds", "time_ids") if key in cond}
     states = cond["encoder_hidden_states"].to(x_t.dtype)
@@ -134,6 +135,9 @@ def _check_config(config: Mapping[str, Any], name: str, *, two: bool) -> None:
             f"{name} has addition_embed_type {quoted(added)}, and its pipeline's is "
             f"{'text_time' if two else 'none'}; is model_index.json the one that it was saved with?"
         )
+    width = config["time_cond_proj_dim"]
+    if width is not None and not (type(width) is int and width >= 4):
+        raise UserError(f"{name} has time_cond_proj_dim {quoted(width)}; supported is an integer from 4")
     networks.check_sample_size(config, name)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL
 from pydantic import Field
 
+from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Stage, Step
 
@@ -19,24 +19,23 @@ class Autoencoding(Method):
     large plain areas the absolute one alone learns colours late."""
 
     reference: ClassVar[str] = "Rombach et al. 2022, https://arxiv.org/abs/2112.10752"
-    kind: ClassVar[type[Any]] = AutoencoderKL
+    kind: ClassVar[type[Any]] = ImageAutoencoder
 
     updates: int = Field(1000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
     kl: float = Field(1e-6, ge=0, description="weight of the latents' divergence, per image")
 
-    def stages(self, start: AutoencoderKL) -> list[Stage]:
+    def stages(self, start: Any) -> list[Stage]:
         return [Stage("autoencoder", self.updates, self.learning_rate, self.warmup)]
 
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        vae, x0 = nets["student"], batch.x0
-        latents = vae.encode(x0).latent_dist
-        noise = to_device(torch.randn(latents.mean.shape, generator=rng), x0.device)
-        decoded = vae.decode(latents.mean + latents.std * noise).sample
+        student, x0 = nets["student"], batch.x0
+        noise = to_device(torch.randn(student.noise_shape(x0), generator=rng), x0.device)
+        decoded, divergence = student(x0, noise)
         away = decoded - x0
         error = (away.abs() + away.square()).flatten(1).mean(1)
-        loss = error + self.kl * latents.kl()
+        loss = error + self.kl * divergence
         yield Loss("student", loss.mean(), {"loss": loss.detach(), "error": error.detach()})

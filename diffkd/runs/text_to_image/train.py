@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from rich.console import Console
 
+from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.core.schedules import to_diffusers
@@ -35,7 +36,14 @@ def train(config: TrainTextToImage, console: Console, options: ResumeOptions = R
     """Trains a teacher, or resumes its training; the folder of its pipeline."""
     images = config.data.load()
     if not any(images.captions):
-        raise UserError(f"{images.name} has no captions, from which a text-to-image model is to learn")
+        raise UserError(
+            f"{images.name} has no captions, from which a text-to-image model learns; give data with "
+            "captions, or leave out model.kind"
+        )
+    if images.shape[0] != 3:
+        raise UserError(
+            f"{images.name} is grey, and a text-to-image model makes colours; set data.channels to 3"
+        )
     accelerator = launch.make_accelerator(config.training)
     tokenizer = learn_tokenizer(images.captions, config.model.text)
     with torch.random.fork_rng():
@@ -66,10 +74,11 @@ def _autoencoder(
     """The first stage: the trained autoencoder, as the codec of its own folder."""
     place = config.out / "autoencoder"
     if not place.exists():
-        vae.to(session.accelerator.device).train()
+        student = ImageAutoencoder(vae.to(session.accelerator.device).train())
         method = config.autoencoding
-        session.run_stage(method, method.stages(vae)[0], {"student": vae}, images, 0)
-        vae.eval()
+        session.run_stage(method, method.stages(student)[0], {"student": student}, images, 0)
+        trained: Any = student.network
+        vae = trained.vae.eval()
         vae.register_to_config(scaling_factor=1 / _spread(vae, images))
 
         def write(folder: Path) -> None:
