@@ -24,6 +24,7 @@ from diffkd.runs import config
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.config import Benchmark, Distill, Train
 from diffkd.runs.config_files import load, resolved
+from diffkd.runs.text_to_image.config import TrainTextToImage
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -32,7 +33,10 @@ DISTILL = (
     "out: runs/d\nteacher: {path: teacher}\ndata: {kind: digits}\n"
     "method: {name: progressive, steps: [8, 4, 2]}\n"
 )
-KINDS = {"train": Train, "distill": Distill, "classify": DistillClassifier, "benchmark": Benchmark}
+KINDS = {
+    "train": Train, "train text": TrainTextToImage, "distill": Distill, "classify": DistillClassifier,
+    "benchmark": Benchmark,
+}  # fmt: skip
 
 
 def command_of(path: Path) -> str:
@@ -41,8 +45,10 @@ def command_of(path: Path) -> str:
 
 
 def kind_of(path: Path) -> Any:
-    classifies = "students" in yaml.safe_load(path.read_text(encoding="utf-8"))
-    return DistillClassifier if classifies else KINDS[command_of(path)]
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if content.get("model", {}).get("kind") == "text_to_image":
+        return TrainTextToImage
+    return DistillClassifier if "students" in content else KINDS[command_of(path)]
 
 
 def written(tmp_path: Path, content: str | dict[str, Any], name: str = "c.yaml") -> Path:
@@ -101,7 +107,7 @@ def test_every_value_of_a_config_is_read(path):
 def test_a_teacher_to_be_trained_has_a_config(path):
     content = load(path, kind_of(path))
     if isinstance(content, Distill) and content.teacher.train is not None:
-        teacher = load(content.teacher.train, Train)
+        teacher = load(content.teacher.train, kind_of(content.teacher.train))
         assert teacher.out != content.out
         assert teacher.data == content.data
 

@@ -481,7 +481,8 @@ def save_text_to_image(folder: Path) -> None:
 def test_a_pipeline_that_needs_prompts(refused, here, sampler):
     pytest.importorskip("transformers")
     save_text_to_image(here / "painter")
-    says = ["StableDiffusionPipeline" if sampler == "stock" else "painter", "prompt", "folder"]
+    of_stock = ["StableDiffusionPipeline", "prompt", "folder"]
+    says = of_stock if sampler == "stock" else ["painter draws from prompts", "--prompts"]
     refused(
         "evaluate", "painter", "--reference", "digits", "--samples", 4, "--steps", 1, "--sampler", sampler,
         says=says,

@@ -176,3 +176,17 @@ def test_the_configs_of_shapes_fit_each_other(cli, tmp_path, monkeypatch):
     assert outcome.code == 0, outcome.stderr
     made = diffkd.load(tmp_path / "runs/shapes-progressive/students/1-steps")
     assert made.steps == 1 and made.guidance_baked_in == 3.0
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(here, launched):
+    """Autoencoder, UNet and text encoder, up to the order of a sum."""
+    given = ("train", "teacher.yaml", "evaluation=null", "pictures=0", "training.micro_batches=2")
+    for world in (1, 2):
+        done = launched(world, *given, f"out=out-{world}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("vae", "unet", "text_encoder"):
+        paths = [next((here / f"out-{world}/teacher" / part).glob("*.safetensors")) for world in (1, 2)]
+        one, other = map(load_file, paths)
+        away = max((one[key] - other[key]).abs().max().item() for key in one)
+        assert away < 1e-4, part
