@@ -19,7 +19,6 @@ from diffkd.io.text import reason
 Derivative = Literal["jvp", "difference"]
 OF_DERIVATIVES = re.compile("forward.?(mode|AD)|functorch|jvp", re.IGNORECASE)  # in errors of torch
 STEP = 5e-3  # of a difference, in tangents: its errors are the step's square, and rounding over the step
-SHORTEST = 1e-3  # that a step of t is made where little is left of it, against rounding
 
 
 @torch.no_grad()

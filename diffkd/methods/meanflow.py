@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkd.core import flow
 from diffkd.core.consistency import check_mode
 from diffkd.core.denoiser import Denoiser, Predicted
-from diffkd.core.derivative import SHORTEST, STEP, Derivative, directional
+from diffkd.core.derivative import STEP, Derivative, directional
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import steps_of_grids
 from diffkd.core.schedules import read_prediction
@@ -21,6 +21,7 @@ from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
+SHORTEST = 1e-3  # half the span of a difference, against rounding
 SMALL = 1e-3  # mean squared error below which the adaptive weight is constant
 Law = tuple[float, Annotated[float, Field(gt=0)]]
 

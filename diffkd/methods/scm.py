@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffkd.core import flow
 from diffkd.core.consistency import check_mode, check_start
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.derivative import SHORTEST, STEP, Derivative, directional
+from diffkd.core.derivative import STEP, Derivative, directional
 from diffkd.core.losses import squared_error
 from diffkd.core.schedules import read_prediction
 from diffkd.core.times import TimeLaw, draw_times
@@ -22,6 +22,7 @@ from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 WAVES = 8
+NEAREST = 1e-3  # to the data, in t, that a difference goes
 
 
 class TimeWeight(nn.Module):
@@ -152,7 +153,7 @@ def tangent(
         g = -cos² (F - dx/da) - r cos sin (x + dF/da)
 
     output: F at x_t, without gradients. share: r, of the part that can be unstable. step: of a difference, in
-    t, which goes neither above 1 nor below 0. The derivative is taken in t, in which everything is finite:
+    t, which goes neither above 1 nor to 0. The derivative is taken in t, in which everything is finite:
     dF/da = (dF/dt) / (da/dt).
     """
     schedule = student.schedule
@@ -168,6 +169,6 @@ def tangent(
         return value
 
     along = (da_dt * velocity, torch.ones_like(t), d_cos, d_sin)
-    span = t.clamp(SHORTEST, step), (1 - t).clamp(max=step)
+    span = (t - NEAREST).clamp(0, step), (1 - t).clamp(max=step)
     derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network, step=span)
     return -cos * cos * (output - velocity) - share * cos * sin * (x_t + derivative / da_dt)

@@ -112,7 +112,7 @@ def test_a_wide_difference_does_not_follow_waves_between_the_entries_of_a_table(
 
 
 def test_a_difference_stays_within_the_times():
-    """From 0, before the first entry of the table, to 1, whatever its step is."""
+    """From a little above 0 to 1, whatever its step is."""
     asked = []
 
     class Asked(Rough):

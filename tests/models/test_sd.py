@@ -248,3 +248,21 @@ def test_what_is_missing(stock, tmp_path, lost, says):
 def test_a_network_alone_is_refused(stock):
     with pytest.raises(UserError, match="without its text encoder"):
         loading.load(stock[1] / "unet")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_teacher_that_reaches_pure_noise(tmp_path, steps):
+    """As Stable Diffusion 2.1 with v-prediction and rescaled betas (Lin et al. 2023), guided."""
+    made = text_to_image.pipeline(tmp_path / "parts", prediction="v_prediction")
+    made.scheduler = diffusers.DDIMScheduler.from_config(
+        made.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
+        set_alpha_to_one=True,
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    denoiser = loading.load(tmp_path / "teacher")
+    assert denoiser.schedule.zero_terminal_snr
+    ours = samplers.sample(denoiser, latents(3), steps, guidance=5.0, **conditioned(denoiser, PROMPTS))
+    theirs = made(
+        PROMPTS, num_inference_steps=steps, guidance_scale=5.0, latents=latents(3), output_type="latent"
+    ).images
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
