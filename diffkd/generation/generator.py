@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -13,13 +12,12 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.errors import UserError
-from diffkd.generation import cuda_graphs
+from diffkd.generation import asked, cuda_graphs
 from diffkd.generation.labels import labels_for
 from diffkd.generation.pixels import check_finite, host_arrays, to_pixels
 from diffkd.generation.prompts import PromptEmbeddings, check_prompts
 from diffkd.generation.timing import Timer
 from diffkd.io.prefetch import prefetch, to_device
-from diffkd.io.text import log
 
 
 class ImageGenerator:
@@ -70,20 +68,12 @@ class ImageGenerator:
             )
         cuda_graphs.check_mode(mode, denoiser.device)
         samplers.find(sampler)
-        _say_what_it_was_made_for(denoiser, steps, sampler, options.get("guidance", 1.0))
+        asked.say_what_it_was_made_for(denoiser, steps, sampler, options.get("guidance", 1.0))
         self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
         self.options, self.mode = options, mode
-        self.shape, self.size = _shapes(denoiser, size)
+        self.shape, self.size = asked.shapes(denoiser, size)
         self.labels = labels_for(denoiser, n, labels)
-        check_prompts(denoiser, prompts, negative)
-        if negative is not None and denoiser.guidance_range is not None:
-            raise UserError(
-                f"{denoiser.name} takes its guidance as an input, without a negative prompt; leave it out"
-            )
-        if negative is not None and options.get("guidance", 1.0) == 1.0:
-            raise UserError(
-                "a negative prompt is what guidance leads away from; give a guidance other than 1"
-            )
+        check_prompts(denoiser, prompts, negative, options.get("guidance", 1.0))
         self.embeddings: PromptEmbeddings | None = None
         if denoiser.codec is not None:
             denoiser.codec.to(denoiser.device)
@@ -97,7 +87,7 @@ class ImageGenerator:
         if denoiser.guidance_range is not None:
             self.keys.append(GUIDANCE)
             self.weight = self.options.pop("guidance", denoiser.usual_guidance)
-            _check_range(denoiser, self.weight)
+            asked.say_range(denoiser, self.weight)
         self.batch_size = max(1, min(batch_size, n))
         self.device = denoiser.device
         eta = {"eta": options["eta"]} if "eta" in options else {}
@@ -235,53 +225,6 @@ class ImageGenerator:
         if self.weight is not None:
             cond[GUIDANCE] = torch.full((stop - start,), self.weight)
         return {key: to_device(value, self.device) for key, value in cond.items()}
-
-
-def _check_range(denoiser: Denoiser, weight: float) -> None:
-    """A line where a network is given a weight that it was not trained for."""
-    assert denoiser.guidance_range is not None
-    least, largest = denoiser.guidance_range
-    if not least <= weight <= largest:
-        _say_once(
-            f"{denoiser.name} takes guidance from {least:g} to {largest:g}, and is drawn with {weight:g}"
-        )
-
-
-def _shapes(denoiser: Denoiser, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """(C, H, W) of what the network draws, and the images' height and width. Raises UserError where a size
-    does not fit the model."""
-    codec = denoiser.codec
-    if size is not None and codec is None:
-        raise UserError(f"{denoiser.name} draws pixels of its own size; leave out the height and width")
-    if codec is not None and size is not None:
-        return codec.shape(*size), size
-    if denoiser.shape is None:
-        raise UserError(
-            "the shape of this model's images is unknown; build its Denoiser with shape=(C, H, W)"
-        )
-    factor = 1 if codec is None else codec.factor
-    return denoiser.shape, (denoiser.shape[1] * factor, denoiser.shape[2] * factor)
-
-
-def _say_what_it_was_made_for(denoiser: Denoiser, steps: int, sampler: str, guidance: float) -> None:
-    """A line where a student is drawn otherwise than it was distilled for."""
-    if denoiser.steps is None:
-        return
-    drawn, made = f"{_steps(steps)} of {sampler}", f"{_steps(denoiser.steps)} of {denoiser.sampler}"
-    if denoiser.guidance_baked_in != 1 and guidance != 1:
-        drawn += f" with guidance {guidance:g} on top"
-        made += f" with guidance {denoiser.guidance_baked_in:g} baked in"
-    if drawn != made:
-        _say_once(f"{denoiser.name} was made for {made}, and is drawn in {drawn}")
-
-
-@cache  # of a model that is opened several times, as by a benchmark
-def _say_once(line: str) -> None:
-    log.warning("%s", line)
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' * (count != 1)}"
 
 
 def generate(

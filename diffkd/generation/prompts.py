@@ -35,8 +35,14 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def check_prompts(denoiser: Denoiser, prompts: Sequence[str] | None, negative: str | None = None) -> None:
-    """Raises UserError for prompts of a model that takes none, and the reverse."""
+def check_prompts(
+    denoiser: Denoiser,
+    prompts: Sequence[str] | None,
+    negative: str | None = None,
+    guidance: float | None = None,
+) -> None:
+    """Raises UserError for prompts of a model that takes none, and the reverse; and for a negative prompt
+    where nothing leads away from it. guidance: None where it is not known yet."""
     if denoiser.conditioner is None:
         for what, given in (("prompts", prompts), ("a negative prompt", negative)):
             if given is not None:
@@ -45,6 +51,12 @@ def check_prompts(denoiser: Denoiser, prompts: Sequence[str] | None, negative: s
                 )
     elif not prompts:
         raise UserError(f"{denoiser.name} draws from prompts, and there are none; give {called('prompts')}")
+    if negative is not None and denoiser.guidance_range is not None:
+        raise UserError(
+            f"{denoiser.name} takes its guidance as an input, without a negative prompt; leave it out"
+        )
+    if negative is not None and guidance == 1.0:
+        raise UserError("a negative prompt is what guidance leads away from; give a guidance other than 1")
 
 
 def described(prompts: Sequence[str]) -> dict[str, int | str]:

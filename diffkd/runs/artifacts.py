@@ -14,6 +14,7 @@ from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
 from diffkd.generation import grids
 from diffkd.generation.generator import generate
+from diffkd.io.text import counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, sizes
@@ -128,7 +129,7 @@ class RunArtifacts:
         denoiser.close()  # it may go on to teach
         record = {"model": name, "role": role, **size, **values}
         numbers = ", ".join(f"{title} {number}" for title, number in formatted(record).items())
-        self.session.add_record(record, f"{name} in {steps} step{'s' * (steps != 1)}: {numbers}")
+        self.session.add_record(record, f"{name} in {counted(steps, 'step')}: {numbers}")
         return record
 
     def _record(self, name: str, steps: int) -> dict[str, Any] | None:

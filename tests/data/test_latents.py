@@ -82,7 +82,7 @@ def test_mirror_images_have_latents_of_their_own(model, tmp_path):
 def test_it_is_filled_by_several_processes_and_resumed(model, tmp_path):
     """Each its files, the same whoever makes them; what is there is not made again."""
     filled(tmp_path / "one", model)
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=600)
     processes = [
         threading.Thread(target=one.fill, args=(rank, 2, barrier.wait, lambda count: None))
         for rank, one in enumerate([cache(tmp_path / "two", model) for _ in range(2)])

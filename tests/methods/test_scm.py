@@ -124,7 +124,7 @@ def test_a_difference_stays_within_the_times():
     x_t, t = states([0.999, 0.9, 0.5, 0.1, 0.002])
     tangent(student, x_t, t, torch.zeros_like(x_t), torch.cos(x_t), how="difference", step=0.3)
     ahead, behind = asked
-    assert ahead.max() <= 63 and behind.min() >= -1
+    assert ahead.max() <= 63 and behind.min() > -1  # at 0 a prediction says nothing
     assert torch.allclose(ahead - behind, 64 * torch.tensor([0.301, 0.4, 0.6, 0.4, 0.302]), atol=0.1)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from diffkd.core import samplers
 from diffkd.errors import UserError
-from diffkd.models import loading
+from diffkd.models import guidance_input, loading
 from tests import text_to_image
 
 PROMPTS = ["a small red ring above a large blue square", "two stars", ""]
@@ -266,3 +266,26 @@ def test_a_teacher_that_reaches_pure_noise(tmp_path, steps):
         PROMPTS, num_inference_steps=steps, guidance_scale=5.0, latents=latents(3), output_type="latent"
     ).images
     assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+def test_a_network_that_takes_the_weight_is_called_through_what_processes_wrap_around_it(stock):
+    """Which passes on the call, and not the config."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **options):
+            return self.module(*args, **options)
+
+    denoiser = loading.load(stock[1])
+    guidance_input.attach(denoiser.network, 16)
+    torch.nn.init.normal_(denoiser.network.time_embedding.cond_proj.weight)
+    denoiser.guidance_range = (1.0, 9.0)
+    cond = {**conditioned(denoiser, PROMPTS), "guidance_scale": torch.tensor([1.0, 4.0, 9.0])}
+    bare = denoiser(latents(3), 0.5, **cond)
+    denoiser.network = Wrapped(denoiser.network)
+    assert torch.equal(denoiser(latents(3), 0.5, **cond), bare)
+    other = denoiser(latents(3), 0.5, **{**cond, "guidance_scale": torch.full((3,), 2.0)})
+    assert (other - bare).abs().max() > 1e-4
