@@ -14,6 +14,7 @@ import typer
 PACKAGE = Path(__file__).parents[1]
 CONTRACT = "base"  # the one file among the methods that is none
 LEGEND = """
+noised images: where the teacher is asked; what it draws itself does as well (data.draws)
 pairs: noises and the teacher's images of them, which a run draws first
 fake: a denoiser of the student's images, which learns all the while
 heads: a small discriminator on blocks of a network
@@ -66,9 +67,12 @@ def _summary(name: str) -> tuple[str, str, str, str, str]:
     return name, paper, _source(**needs), ", ".join(needs.get("networks", ())) or "none", phrase
 
 
-def _source(*, data: bool = True, pairs: bool = False, after: str = "", **more: Any) -> str:
+def _source(
+    *, data: bool = True, real: bool = False, pairs: bool = False, after: str = "", **more: Any
+) -> str:
     """What a method learns from: fields of `methods.base.Needs`."""
-    source = "pairs" if pairs else "images" if data else "its teacher alone"
+    images = "images" if real else "noised images"
+    source = "pairs" if pairs else images if data else "its teacher alone"
     return f"{source}, after {after}" if after else source
 
 

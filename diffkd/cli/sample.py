@@ -90,8 +90,8 @@ def sample(
 
     prepare_libraries()
     from diffkd.errors import UserError
-    from diffkd.generation.prompts import read_prompts
     from diffkd.generation.sample import sample_to
+    from diffkd.io.prompts import read_prompts
 
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts are both given; leave out one")

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from diffkd.data.absent import NoData
+from diffkd.data.absent import NoData, Prompts
 from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.data.shapes import Shapes
 
-Data = Annotated[Digits | Shapes | Folder | HubDataset | NoData, Field(discriminator="kind")]
+Data = Annotated[Digits | Shapes | Folder | HubDataset | Prompts | NoData, Field(discriminator="kind")]

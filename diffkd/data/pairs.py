@@ -113,3 +113,21 @@ class PairCache:
         cond = {"class_labels": [shard["labels"][i] for shard, i in found]} if self.recipe.classes else {}
         labels = {key: torch.stack(values) for key, values in cond.items()}
         return x0, {**self.cond(chosen), **labels}, self.noise(indices)
+
+
+class DrawnImages:
+    """The images of pairs, as examples in place of a dataset's: their noises are left out."""
+
+    def __init__(self, pairs: PairCache) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def indices(self, size: int, rng: torch.Generator) -> Tensor:
+        return self.pairs.indices(size, rng)
+
+    def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Random ones: x0 (B, C, H, W) float32, and what they are conditioned on."""
+        x0, cond, _ = self.pairs.batch(size, rng)
+        return x0, cond

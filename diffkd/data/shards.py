@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.io.files import new_file, read_json, write_json
 from diffkd.io.text import log, quoted, reason
+
+SHARD_BYTES = 1 << 26
+OPEN_FILES = 64  # that are kept mapped
+KEY = 16  # hexadecimal digits of a folder's name
 
 
 class Shards:
@@ -56,10 +63,18 @@ class Shards:
         if not self.manifest.exists():
             write_json(self.manifest, self.recipe)
 
+    def alone(self) -> bool:
+        """Whether none of these is there, while `keyed` ones of other recipes lie beside them."""
+        return not self.manifest.exists() and any(self.folder.parent.glob(f"*/{self.what}.json"))
+
     def ranges(self) -> list[range]:
         """The items of each shard."""
         starts = range(0, self.count, self.in_shard)
         return [range(start, min(start + self.in_shard, self.count)) for start in starts]
+
+    def missing(self) -> list[int]:
+        """The shards that are not there, by number."""
+        return [number for number in range(len(self.ranges())) if not self.path(number).exists()]
 
     def path(self, shard: int | str) -> Path:
         """Of a shard by its number, or of something beside them by its name."""
@@ -88,6 +103,47 @@ class Shards:
         tensors = {key: value.contiguous() for key, value in tensors.items()}
         with new_file(self.path(shard)) as temporary:
             save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+
+
+def keyed(folder: Path, what: str, recipe: Mapping[str, Any], count: int, in_shard: int) -> Shards:
+    """Shards in a folder of their recipe's own below this one, where those of other recipes may lie too."""
+    recipe = {**recipe, "in_shard": in_shard}
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:KEY]
+    return Shards(folder / what / key, what, recipe, count, in_shard)
+
+
+class Rows:
+    """Single items of shards that are all there, read by mapping the files that were used last."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self._files, self._lock = OrderedDict[Path, Any](), threading.Lock()
+
+    def __call__(self, index: int, key: str) -> Tensor:
+        """One tensor of an item. Raises UserError where its file is damaged or gone."""
+        size = self.shards.in_shard
+        row: Tensor = self._open(self.shards.path(index // size)).get_slice(key)[index % size]
+        return row
+
+    def _open(self, path: Path) -> Any:
+        with self._lock:  # batches are made ahead by a thread
+            if path not in self._files:
+                try:
+                    self._files[path] = safe_open(path, framework="pt")
+                except (OSError, SafetensorError) as error:
+                    raise UserError(
+                        f"{path} cannot be read ({reason(error)}); delete it, and the same command makes "
+                        "it again"
+                    ) from error
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(path)
+            return self._files[path]
+
+
+def fitting(numbers: int) -> int:
+    """How many items of so many float32 numbers a file holds."""
+    return max(1, SHARD_BYTES // (4 * max(1, numbers)))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

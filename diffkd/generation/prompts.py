@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,26 +12,9 @@ from diffkd.core.conditioning import Conditioner
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.naming import called
-from diffkd.io.text import quoted, read_text, reason
+from diffkd.io.text import quoted
 
 HELD = 1 << 30  # bytes of embeddings that are made at once, after which the encoders are freed
-MAX_LINE = 100_000  # characters: no encoder takes so many, and a file of one line may be of another kind
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out. Raises UserError."""
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({reason(error)}); give a text file") from error
-    for number, line in enumerate(lines, 1):
-        if "\0" in line or len(line) > MAX_LINE:
-            what = "a NUL" if "\0" in line else f"{len(line):,} characters"
-            raise UserError(f"{path} has {what} in line {number}; give a text file, a prompt a line")
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"{path} has no prompts; give one a line")
-    return prompts
 
 
 def check_prompts(

@@ -54,13 +54,15 @@ class Pairs:
 class Needs:
     """What a method takes beside a teacher and a student, for its users.
 
-    data: whether it learns from images, and not from their labels alone. pairs: whether it learns from noises
-    and what the teacher makes of them. after: what it starts from, where that is no teacher. networks: more
+    data: whether it learns from images, and not from their labels alone. real: whether these must be the
+    data's own, and not what the teacher draws. pairs: whether it learns from noises and what the teacher
+    makes of them. after: what it starts from, where that is no teacher. networks: more
     that it trains or keeps. memory: what these and their activations take, in words; "" for no more than
     teacher and student. calls: of networks in one update without guidance, such as "1 student, 2 teacher".
     """
 
     data: bool = True
+    real: bool = False
     pairs: bool = False
     after: str = ""
     networks: tuple[str, ...] = ()
@@ -193,6 +195,11 @@ class Method(Strict, ABC):
     def learns_from_data(self) -> bool:
         """Whether it does so with these settings; else it takes the size and the labels of images alone."""
         return self.needs.data
+
+    def learns_what_data_is(self) -> bool:
+        """Whether the data's images teach it with these settings; else they only say where to ask the
+        teacher, and images that it drew itself do as well."""
+        return self.needs.real or getattr(self, "mode", "") == "training"
 
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:

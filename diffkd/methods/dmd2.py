@@ -93,6 +93,10 @@ class DMD2(Method):
         """By its discriminator, and where later steps start from noised data."""
         return self.gan > 0 or not (self.simulate or self.steps == 1)
 
+    def learns_what_data_is(self) -> bool:
+        """By its discriminator."""
+        return self.gan > 0
+
     @property
     def hooks(self) -> bool:  # type: ignore[override]
         return self.gan > 0

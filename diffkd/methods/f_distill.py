@@ -36,6 +36,7 @@ class FDistill(Method):
     reference: ClassVar[str] = "Xu et al. 2025, https://arxiv.org/abs/2502.15681"
     hooks: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(
+        real=True,
         networks=("fake", "heads"),
         memory="a student's for fake; little for heads",
         calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 student and 2 fake",

@@ -115,6 +115,10 @@ class Progressive(Method):
             )
         return self
 
+    def learns_what_data_is(self) -> bool:
+        """By the share that denoises it."""
+        return self.alpha < 1
+
     def stages(self, start: Denoiser) -> list[Stage]:
         """One stage per step count, and before them stage 0 for an epsilon teacher.
 

@@ -24,7 +24,9 @@ class TCM(Method):
     """Consistency training above a noise level, below which the student of the stage before it stays."""
 
     reference: ClassVar[str] = "Lee et al. 2024, https://arxiv.org/abs/2410.14895"
-    needs: ClassVar[Needs] = Needs(after="a consistency student", calls="2 student, 1 first-stage student")
+    needs: ClassVar[Needs] = Needs(
+        real=True, after="a consistency student", calls="2 student, 1 first-stage student"
+    )
 
     steps: list[Positive] = Field([2, 1], min_length=1, description="step counts that a student is saved for")
     truncation: float = Field(

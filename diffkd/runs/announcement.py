@@ -21,6 +21,8 @@ NAMED = 16  # classes that are named; of more the first and the last
 def data(images: Images | Unseen) -> str:
     """Count, size, and the classes in their order."""
     if isinstance(images, Unseen):
+        if images.captions:
+            return f"data: {counted(len({*images.captions}), 'different prompt')} ({images.name}), no images"
         counts = images.class_counts
         drawn = "drawn alike" if len({*counts}) == 1 else f"drawn as {', '.join(map(str, counts[:NAMED]))}"
         return "data: none" + (f"; labels of {len(counts)} classes, {drawn}" if counts else "")
@@ -30,6 +32,12 @@ def data(images: Images | Unseen) -> str:
     if images.captions:
         held.append(f"{counted(len({*images.captions}), 'different caption')}")
     return f"data: {len(images):,} images of {width}x{height}, {colour} ({images.name}); {', '.join(held)}"
+
+
+def draws(count: int, steps: int, guidance: float) -> str:
+    """Of what a teacher draws in place of a dataset."""
+    guided = "" if guidance == 1 else f", guidance {guidance:g}"
+    return f"in place of images: {count:,} that the teacher draws in {counted(steps, 'step')}{guided}"
 
 
 def _classes(images: Images) -> str:

@@ -13,7 +13,7 @@ from diffkd import methods
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.data import Data
-from diffkd.data.absent import NoData
+from diffkd.data.absent import NoData, TeacherDraws
 from diffkd.errors import UserError, printable
 from diffkd.io.config import Positive, Strict
 from diffkd.methods.denoising import Denoising
@@ -194,22 +194,34 @@ class Distill(TrainingRun):
     @model_validator(mode="after")
     def _fits_data(self) -> Distill:
         """What the config asks of images that it says there are none of."""
-        if not isinstance(self.data, NoData):
+        if not isinstance(self.data, TeacherDraws):
             return self
-        for method in self.method:
-            if method.learns_from_data():
+        kind = f"data kind {self.data.kind} has none"
+        learning = [method for method in self.method if method.learns_from_data()]
+        for method in learning:
+            if method.learns_what_data_is():
+                raise ValueError(
+                    f"method {method_name(method)} with these settings learns what images are, and {kind}; "
+                    "name the data, or use a method that asks the teacher alone (diffkd methods)"
+                )
+            if isinstance(self.data, NoData) and self.data.draws is None:
                 free = [name for name in methods.names() if not methods.find(name)().learns_from_data()]
                 raise ValueError(
-                    f"method {method_name(method)} learns from images, and data kind none has none; name the "
-                    f"data, or use one of {', '.join(free)}"
+                    f"method {method_name(method)} learns from images, and {kind}; name the data, set "
+                    f"data.draws for the teacher to draw as many, or use one of {', '.join(free)}"
                 )
+        if self.data.draws is not None and not learning:
+            raise ValueError(
+                f"data.draws {self.data.draws} is for methods that learn from images, and none of this "
+                "config's does; leave it out"
+            )
         if self.evaluation is not None and self.evaluation.reference is None:
             raise ValueError(
-                "config key evaluation.reference is missing: data kind none has no images to compare with; "
-                "name a reference, or set evaluation: null"
+                f"config key evaluation.reference is missing: data kind {self.data.kind} has no images to "
+                "compare with; name a reference, or set evaluation: null"
             )
-        if isinstance(self.student, Narrow) and self.student.importance == "taylor":
-            raise ValueError("student.importance taylor needs images, and data kind none has none; use norm")
+        if isinstance(self.student, Narrow) and self.student.importance == "taylor" and not learning:
+            raise ValueError(f"student.importance taylor needs images, and {kind}; use norm")
         return self
 
     def check(self, accelerator: Accelerator) -> None:

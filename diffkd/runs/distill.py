@@ -13,9 +13,10 @@ from torch import Tensor
 from diffkd.core import interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import generator_for
-from diffkd.data.absent import NoData, Unseen
+from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Examples, Images
-from diffkd.data.latents import LatentCache
+from diffkd.data.latents import Conditions
+from diffkd.data.pairs import DrawnImages, PairCache
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
 from diffkd.models import guidance_input, loading, students
@@ -35,7 +36,7 @@ IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed
 def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
     data = config.data
-    images: Images | Unseen | None = None if isinstance(data, NoData) else data.load()
+    images: Images | Unseen | None = None if isinstance(data, TeacherDraws) else data.load()
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
     if source.train is None:
@@ -50,9 +51,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             check_run(config, accelerator, options)
             train_text_to_image(found, console, options)
             teacher = source.load()
-    if isinstance(data, NoData):
-        images = data.of(teacher.shape, teacher.num_classes)
-    assert images is not None
+    if images is None:
+        images = latents.read(config, teacher)
     cached = latents.cache(config, teacher, images)
     plans.check_fits(teacher, images)
     plan = plans.plan(config, teacher)
@@ -63,19 +63,26 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         teacher = latents.fit(source.load(), cached)
     for index, (_, stage) in enumerate(plan):
         if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
-            pairs.cache(config, stage, teacher, images.class_counts, plans.TEACHER, cached)  # or refuses, now
+            _pairs_of(config, stage, teacher, images, plans.TEACHER, cached)  # or refuses, now
+    guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
+    drawn = _draws(config, teacher, images, guidance, cached)
     inputs = {"teacher": identity(teacher)}
     if cached is not None and cached.prompts:
         inputs["captions"] = cached.prompts
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(cached, accelerator, session.image_bar)
         latents.fit(teacher.to(accelerator.device), cached)
-        guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
         artifacts = RunArtifacts(session, config, images, source, guidance)
         session.say(announcement.data(images))
+        if drawn is not None:
+            recipe = drawn.pairs.recipe
+            session.say(announcement.draws(len(drawn), recipe.steps, recipe.guidance))
         session.say(announcement.teacher(teacher, str(source.path), images))
         session.say(announcement.students([(method_name(method), stage) for method, stage in plan]))
         artifacts.announce_measuring(teacher)
+        if drawn is not None:
+            pairs.draw(session, drawn.pairs, teacher, "the teacher's images")
+        examples: Examples = drawn or cached or images
         artifacts.teacher_curve(teacher)
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
@@ -86,9 +93,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         for index, (method, stage) in enumerate(plan):
             folder = place / stage.name
             if not all((place / one.name).exists() for one in stage.students):
-                student = (
-                    students.copy_of(current) if index else _first_student(config, current, cached or images)
-                )
+                student = students.copy_of(current) if index else _first_student(config, current, examples)
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
                     device = accelerator.device
                     own = made_by == plans.TEACHER
@@ -96,13 +101,12 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                     latents.fit(current, cached)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
-                examples: Examples = cached or images
+                given = examples
                 if stage.pairs is not None:
-                    maker = plans.maker(plan, index)
-                    examples = pairs.cache(config, stage, current, images.class_counts, maker, cached)
-                    pairs.draw(session, examples, current, stage.name)
+                    given = _pairs_of(config, stage, current, images, plans.maker(plan, index), cached)
+                    pairs.draw(session, given, current, f"pairs for {stage.name}")
                 nets = {"teacher": current, "student": student}
-                _train(session, method, stage, nets, examples, index, watch)
+                _train(session, method, stage, nets, given, index, watch)
                 for one in stage.students:
                     artifacts.export(
                         _as_drawn(student, one, main=session.main), place / one.name,
@@ -121,6 +125,37 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     return folder
 
 
+def _pairs_of(
+    config: Distill,
+    stage: Stage,
+    teacher: Denoiser,
+    images: Images | Unseen,
+    maker: str,
+    cached: Conditions | None,
+) -> PairCache:
+    """Where a stage's pairs are kept. maker: its teacher's name in this run."""
+    assert stage.pairs is not None
+    counts = images.class_counts
+    return pairs.cache(config, stage.pairs, stage.guidance, teacher, counts, maker, cached)
+
+
+def _draws(
+    config: Distill, teacher: Denoiser, images: Images | Unseen, guidance: float, cached: Conditions | None
+) -> DrawnImages | None:
+    """What the teacher draws in place of a dataset, drawn or not; None where no method learns from it.
+    guidance: where the config does not say it. Raises UserError where it cannot be drawn so."""
+    data = config.data
+    if not isinstance(data, TeacherDraws) or not any(method.learns_from_data() for method in config.method):
+        return None
+    wanted = pairs.of_data(data)
+    pairs.check("data.draws", wanted, teacher, "data.steps to these, or give the data")
+    if data.guidance is not None:
+        guidance = data.guidance
+    if guidance != 1.0:
+        teacher.check_guidance()
+    return DrawnImages(pairs.cache(config, wanted, guidance, teacher, images.class_counts, "data", cached))
+
+
 def _check_exported(folders: Sequence[Path]) -> None:
     """Raises UserError where a student beyond the first that is to be trained cannot be loaded: one that was
     made before, and changed since."""
@@ -133,7 +168,7 @@ def _spread_watch(
     session: Session,
     config: Distill,
     images: Images | Unseen,
-    cached: LatentCache | None,
+    cached: Conditions | None,
     source: Teacher,
     teacher: Denoiser,
     artifacts: RunArtifacts,
@@ -144,20 +179,22 @@ def _spread_watch(
 
     def drawn(count: int, labels: Tensor | None) -> Iterator[Tensor]:
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        opened = source.load(session.accelerator.device)
+        opened = latents.fit(source.load(session.accelerator.device), cached)
+        if cached is not None:
+            return latents.drawn(opened, cached, count, steps, guidance, config.seed)
         return generate(opened, count, steps=steps, seed=config.seed, labels=labels, **options)
 
     conditional = teacher.num_classes is not None
     return SpreadWatch(session, config.spread_every, config.evaluation, conditional, images, drawn, cached)
 
 
-def _first_student(config: Distill, teacher: Denoiser, examples: Images | Unseen | LatentCache) -> Denoiser:
+def _first_student(config: Distill, teacher: Denoiser, examples: Examples) -> Denoiser:
     """The first stage's student, before it is trained."""
     rng = generator_for((config.seed, 0, 0), 0)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for _ in range(IMPORTANCE_BATCHES):
-            x0, cond = examples.batch(min(config.training.batch_size, len(examples)), rng)
+            x0, cond = examples.batch(config.training.batch_size, rng)[:2]
             yield x0, {} if teacher.num_classes is None else cond
 
     return config.student.build(teacher, config.seed, batches())

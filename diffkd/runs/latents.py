@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import Tensor
 
+from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
-from diffkd.data.absent import NoData, Unseen
+from diffkd.core.noise import derived_seed
+from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Images
-from diffkd.data.latents import LatentCache
+from diffkd.data.latents import Conditions, LatentCache, UnseenLatents
 from diffkd.errors import UserError
 from diffkd.io import progress
+from diffkd.io.text import log
+from diffkd.metrics.evaluation.image_sources import spread as chosen
 from diffkd.runs.config import Distill
 from diffkd.training import launch
 
+TOGETHER = 16  # latents that are drawn at once
 Items = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> LatentCache | None:
+def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Conditions | None:
     """Where the data's latents and embeddings are kept, computed or not; None for a model of pixels.
 
-    Raises UserError where the data does not fit the model, and where the folder holds another cache.
+    Raises UserError where the data does not fit the model.
     """
+    if teacher.conditioner is None and isinstance(images, Unseen) and images.captions:
+        raise UserError(
+            f"data kind prompts is for models that draw from prompts, and {teacher.name} does not; use kind "
+            "none"
+        )
     if teacher.codec is None:
         if config.cache is not None:
             raise UserError(
@@ -32,21 +45,33 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Latent
                 "out"
             )
         return None
-    if isinstance(images, Unseen):
-        raise UserError(
-            f"data kind none is for models of pixels, and {teacher.name} takes latents; name the data"
-        )
+    unseen = isinstance(images, Unseen)
     if teacher.conditioner is not None and not any(images.captions):
-        raise UserError(
-            f"{teacher.name} draws from prompts, and {images.name} has no captions; put a metadata.jsonl "
-            'with {"file_name": ..., "text": ...} beside the images, or a .txt of the same name beside each'
+        remedy = (
+            "use kind prompts, with a file of them"
+            if unseen
+            else 'put a metadata.jsonl with {"file_name": ..., "text": ...} beside the images, or a .txt of '
+            "the same name beside each"
         )
-    found = LatentCache(config.cache or config.out / "cache", images, teacher.codec, teacher.conditioner)
+        name = "data kind none" if unseen else images.name
+        raise UserError(f"{teacher.name} draws from prompts, and {name} has no captions; {remedy}")
+    kind: Any = UnseenLatents if unseen else LatentCache
+    found: Conditions = kind(config.cache or config.out / "cache", images, teacher.codec, teacher.conditioner)
     fit(teacher, found)
     return found
 
 
-def fit(denoiser: Denoiser, cache: LatentCache | None) -> Denoiser:
+def read(config: Distill, teacher: Denoiser) -> Images | Unseen:
+    """The data, for this teacher."""
+    if not isinstance(config.data, TeacherDraws):
+        return config.data.load()
+    codec, shape = teacher.codec, teacher.shape
+    if codec is not None and shape is not None:
+        shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
+    return config.data.of(shape, teacher.num_classes)
+
+
+def fit(denoiser: Denoiser, cache: Conditions | None) -> Denoiser:
     """Gives it the shape of the cached latents, and what was made of no prompt once that is known."""
     if cache is not None:
         denoiser.shape = cache.shape
@@ -55,7 +80,19 @@ def fit(denoiser: Denoiser, cache: LatentCache | None) -> Denoiser:
     return denoiser
 
 
-def fill(cache: LatentCache | None, accelerator: Accelerator, items: Items) -> int:
+@torch.no_grad()
+def drawn(
+    teacher: Denoiser, cache: Conditions, count: int, steps: int, guidance: float, seed: int
+) -> Iterator[Tensor]:
+    """Latents (B, C, H, W) that a teacher draws for the prompts of some examples, in batches."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, *b"drawn"))
+    for part in chosen(len(cache), count).split(TOGETHER):
+        noise = torch.randn(len(part), *cache.shape, generator=generator).to(teacher.device)
+        cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in cache.cond(part).items()}
+        yield samplers.sample(teacher, noise, steps, teacher.sampler, guidance=guidance, **cond)
+
+
+def fill(cache: Conditions | None, accelerator: Accelerator, items: Items) -> int:
     """Computes what is missing, all processes together; how many captions and images that were. items: counts
     them for the user, as `Session.image_bar`, and may raise to stop."""
     if cache is None:
@@ -66,6 +103,12 @@ def fill(cache: LatentCache | None, accelerator: Accelerator, items: Items) -> i
         for part in (cache.codec, cache.conditioner):
             if part is not None:
                 part.to(accelerator.device)
+        for kept in cache.kept():
+            if kept.alone() and accelerator.is_main_process:
+                log.warning(
+                    "%s holds %s of other encoders or data; these are computed anew, beside them",
+                    cache.folder, kept.what,
+                )  # fmt: skip
         with items("latents and embeddings", left) as on_items:
             cache.fill(rank, world, accelerator.wait_for_everyone, on_items)
     return left
@@ -75,12 +118,10 @@ def fill_alone(config: Distill, console: Console) -> None:
     """`diffkd cache`: computes what a run would compute before it trains, and ends. Raises UserError where
     the config is of a model of pixels."""
     accelerator = launch.make_accelerator(config.training)
-    if isinstance(config.data, NoData) or config.teacher.train is not None:
-        raise UserError(
-            "diffkd cache is for a config with data, and with a teacher that is there (teacher.path)"
-        )
+    if config.teacher.train is not None:
+        raise UserError("diffkd cache is for a config with a teacher that is there (teacher.path)")
     teacher = config.teacher.load()
-    found = cache(config, teacher, config.data.load())
+    found = cache(config, teacher, read(config, teacher))
     if found is None:
         raise UserError(
             f"{teacher.name} makes pixels, of which there is nothing to compute beforehand; distil it at once"

@@ -38,9 +38,9 @@ def teacher_steps(evaluation: Evaluation | None, denoiser: Denoiser) -> list[int
 
 def prompts_for(denoiser: Denoiser, images: Images | Unseen, count: int) -> list[str] | None:
     """Captions of the data for so many images, evenly spaced; None for a model without prompts."""
-    if denoiser.conditioner is None or not isinstance(images, Images):
+    if denoiser.conditioner is None:
         return None
-    return [images.captions[i] for i in spread(len(images), count).tolist()]
+    return [images.captions[i] for i in spread(len(images.captions), count).tolist()]
 
 
 class ModelEvaluator:

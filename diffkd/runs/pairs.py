@@ -1,4 +1,4 @@
-"""The pairs of a run's stages: noises, and what a stage's teacher makes of them, drawn before it begins."""
+"""Pairs of noises and what a teacher makes of them, drawn before the stage that learns from them."""
 
 from __future__ import annotations
 
@@ -11,71 +11,80 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
-from diffkd.data.latents import LatentCache
+from diffkd.data.absent import TeacherDraws
+from diffkd.data.latents import Conditions
 from diffkd.data.pairs import PairCache, Recipe
 from diffkd.errors import UserError
 from diffkd.generation.labels import proportional
 from diffkd.generation.pixels import check_finite
-from diffkd.methods.base import Stage
+from diffkd.methods.base import Pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.session import Session, identity
 
 
-def check(stage: Stage, teacher: Denoiser) -> None:
-    """Raises UserError where a stage's pairs cannot be drawn of its teacher as it says."""
-    pairs = stage.pairs
-    assert pairs is not None
+def of_data(data: TeacherDraws) -> Pairs:
+    """What the teacher draws in place of a dataset."""
+    return Pairs(data.count(), data.steps, data.sampler)
+
+
+def check(
+    what: str,
+    pairs: Pairs,
+    teacher: Denoiser,
+    remedy: str = "method.pair_steps and method.sampler to these, or method.teacher: original",
+) -> None:
+    """Raises UserError where pairs cannot be drawn of this teacher. what: whose they are, for the message;
+    remedy: what to set where the teacher is a student itself."""
     if samplers.fresh_noises(pairs.sampler, pairs.steps):
         raise UserError(
-            f"pairs of stage {stage.name} are by {pairs.sampler}, which adds noise of its own, so that the "
-            "first noise does not determine the image; use ddim, heun or dpmpp_2m"
+            f"{what} are by {pairs.sampler}, which adds noise of its own, so that the first noise does not "
+            "determine the image; use ddim, heun or dpmpp_2m"
         )
     if pairs.steps > teacher.schedule.num_train_timesteps:
         raise UserError(
-            f"pairs of stage {stage.name} in {pairs.steps} steps are more than the teacher's "
+            f"{what} in {pairs.steps} steps are more than the teacher's "
             f"{teacher.schedule.num_train_timesteps} time steps; use fewer"
         )
     own = teacher.steps, teacher.sampler
     if teacher.steps is not None and (pairs.steps, pairs.sampler) != own:
         raise UserError(
-            f"pairs of stage {stage.name} are in {pairs.steps} steps of {pairs.sampler}, of a teacher that "
-            f"is itself a student of {teacher.steps} steps of {teacher.sampler} and draws in no others; set "
-            "method.pair_steps and method.sampler to these, or method.teacher: original"
+            f"{what} are in {pairs.steps} steps of {pairs.sampler}, of a teacher that is itself a student of "
+            f"{teacher.steps} steps of {teacher.sampler} and draws in no others; set {remedy}"
         )
 
 
 def cache(
     config: Distill,
-    stage: Stage,
+    pairs: Pairs,
+    guidance: float,
     teacher: Denoiser,
     class_counts: Sequence[int],
-    maker: str,
-    latents: LatentCache | None = None,
+    name: str,
+    latents: Conditions | None = None,
 ) -> PairCache:
-    """Where a stage's pairs are kept, drawn or not.
+    """Where pairs are kept, drawn or not.
 
-    class_counts: in whose proportion the classes are drawn. latents: of a model of prompts, pair i is of the
-    caption of image i, modulo their number. maker: the teacher's name in this run, which with
-    the run's seed decides their noise: never that of images which are measured. Raises UserError where the
-    folder holds others.
+    guidance: that they are drawn with. class_counts: in whose proportion the classes are drawn. latents: of a
+    model of prompts, pair i is of the prompt of example i, modulo their number. name: of their folder, which
+    with the run's seed decides their noise: never that of images which are measured. Raises UserError where
+    the folder holds others.
     """
-    pairs = stage.pairs
-    assert pairs is not None and teacher.shape is not None
+    assert teacher.shape is not None
     recipe = Recipe(
-        identity(teacher), pairs.sampler, pairs.steps, stage.guidance,
-        seed=derived_seed(config.seed, *b"pairs", *maker.encode()) >> 1,
+        identity(teacher), pairs.sampler, pairs.steps, guidance,
+        seed=derived_seed(config.seed, *b"pairs", *name.encode()) >> 1,
         classes=[] if teacher.num_classes is None else [*class_counts], shape=teacher.shape,
         prompts="" if latents is None else latents.prompts,
     )  # fmt: skip
-    folder = (config.pairs or config.out / "pairs") / maker
+    folder = (config.pairs or config.out / "pairs") / name
     if latents is None or latents.embeddings is None:
         return PairCache(folder, recipe, pairs.count)
     return PairCache(folder, recipe, pairs.count, latents.cond)
 
 
-def draw(session: Session, cache: PairCache, teacher: Denoiser, name: str) -> None:
-    """Draws the pairs that are not there, each process its share. name: of the stage. Raises Interrupted to
-    stop the run."""
+def draw(session: Session, cache: PairCache, teacher: Denoiser, what: str) -> None:
+    """Draws the pairs that are not there, each process its share. what: they are, for the user. Raises
+    Interrupted to stop the run."""
     accelerator = session.accelerator
     if session.main:
         cache.begin()
@@ -85,7 +94,7 @@ def draw(session: Session, cache: PairCache, teacher: Denoiser, name: str) -> No
     if not left:
         return
     batch = max(1, session.training.batch_size // accelerator.num_processes)
-    with session.image_bar(f"pairs for {name}", left) as on_images:
+    with session.image_bar(what, left) as on_images:
         for number in missing[accelerator.process_index :: accelerator.num_processes]:
             labels, parts = _labels(cache.recipe, shards[number]), []
             for part in torch.arange(len(shards[number])).split(batch):

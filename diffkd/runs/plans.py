@@ -36,7 +36,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             own = _find(teachers, stage)  # which it learns from
             _check_teacher(stage, own, run=own is teacher)
             if stage.pairs is not None:
-                pairs.check(stage, own)
+                pairs.check(f"pairs of stage {stage.name}", stage.pairs, own)
             if number == 0:
                 method.networks(own, student)
             for one in stage.students:

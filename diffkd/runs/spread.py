@@ -23,7 +23,7 @@ from diffkd.core.denoiser import GUIDANCE, INTERVAL, Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
-from diffkd.data.latents import LatentCache
+from diffkd.data.latents import Conditions
 from diffkd.generation.labels import proportional
 from diffkd.generation.pixels import to_pixels
 from diffkd.io.text import from_json, log
@@ -95,7 +95,7 @@ class SpreadWatch:
         conditional: bool,
         images: Images | Unseen,
         teacher: Callable[[int, Tensor | None], Iterable[Tensor]],
-        cache: LatentCache | None = None,
+        cache: Conditions | None = None,
     ) -> None:
         self.session, self.every, self.evaluation = session, every, evaluation
         self.conditional, self.images, self.teacher = conditional, images, teacher
@@ -182,13 +182,13 @@ class SpreadWatch:
     @cached_property
     def _of_data(self) -> float:
         images = self.images
+        if isinstance(images, Unseen):
+            return self._spread(self.teacher(DRAWN, self._labels), self._labels)
         if self.cache is not None:
             x0, _ = self.cache.batch(
                 LOOKED_AT, torch.Generator().manual_seed(derived_seed(self.session.seed))
             )
             return self._spread(x0.split(DRAWN), None)
-        if isinstance(images, Unseen):
-            return self._spread(self.teacher(DRAWN, self._labels), self._labels)
         chosen = torch.arange(0, len(images), -(-len(images) // LOOKED_AT))
         labels = images.labels[chosen] if self.conditional and images.labels is not None else None
         parts = (images.uint8(part).permute(0, 2, 3, 1) for part in chosen.split(DRAWN))

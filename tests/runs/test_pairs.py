@@ -256,10 +256,24 @@ def test_a_run_without_images_is_measured_against_its_reference(here, cli, tiny_
     ]  # fmt: skip
 
 
+def test_a_run_from_what_the_teacher_draws(here, cli, tiny_teacher):
+    data = {**FREE, "draws": 20, "steps": 2, "class_counts": [3, 1] + [0] * 8}
+    configure(tiny_teacher, method=HALVED, data=data)
+    code, out, err = cli("distill", "distill.yaml")
+    assert (code, err) == (0, "") and "20 that the teacher draws in 2 steps" in out
+    drawn = load_file(here / "run/pairs/data/000000.safetensors")
+    assert torch.equal(drawn["labels"], proportional([3, 1], 16))
+    again = cli("distill", "distill.yaml", "out=again", "pairs=run/pairs")
+    assert again.code == 0 and same(*(network(here / out / "students/2-steps") for out in ("run", "again")))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"method": HALVED}, ["progressive learns from images", "regression"]),
+        ({"method": HALVED}, ["progressive learns from images", "data.draws", "regression"]),
+        ({"data": {**FREE, "steps": 4}}, ["data.steps", "set data.draws"]),
+        ({"method": {"name": "tcm"}, "data": {**FREE, "draws": 8}}, ["tcm", "learns what images are"]),
+        ({"data": {"kind": "prompts", "path": "distill.yaml"}}, ["data kind prompts", "use kind none"]),
         ({"evaluation": {"samples": 32}}, "evaluation.reference is missing"),
         ({"data": {**FREE, "class_counts": [1, 2]}}, "which has 10 classes"),
         ({"student": {"kind": "narrow", "ratio": 0.5, "importance": "taylor"}}, "taylor needs images"),

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import diffkd
-from diffkd.data import latents
+from diffkd.core import samplers
+from diffkd.data import shards
 from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
@@ -64,8 +66,9 @@ def test_a_run_from_captions_to_students(cli, here):
     outcome = cli("distill", "run.yaml")
     assert outcome.code == 0, outcome.stderr
     cached = here / "run" / "cache"
-    assert (cached / "latents" / "000000.safetensors").exists()
-    assert json.loads((cached / "embeddings" / "embeddings.json").read_text())["size"] == [32, 32]
+    assert len([*cached.glob("latents/*/000000.safetensors")]) == 1
+    (recipe,) = cached.glob("embeddings/*/embeddings.json")
+    assert json.loads(recipe.read_text())["size"] == [32, 32]
     assert (here / "run" / "samples" / "2-steps.png").exists()
     # the student draws in stock at default arguments what diffkd draws
     folder = here / "run" / "students" / "2-steps"
@@ -131,10 +134,10 @@ def test_a_cache_that_is_stopped_is_gone_on_with(cli, here, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return moments(*args)
 
-    monkeypatch.setattr(latents, "SHARD_BYTES", 4 * 2 * 4 * 4 * 64)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4 * 2 * 4 * 4 * 64)
     monkeypatch.setattr(Autoencoder, "moments", stopping)
     assert cli("distill", "run.yaml", "pictures=0").code == 130
-    assert len([*(here / "run/cache/latents").glob("*.safetensors")]) == 1
+    assert len([*(here / "run/cache/latents").glob("*/*.safetensors")]) == 1
     assert cli("distill", "run.yaml", "pictures=0").code == 0
     assert len(calls) == 4  # of three files
 
@@ -146,16 +149,26 @@ def test_a_cache_is_shared_by_runs(cli, here):
     assert before == {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
 
 
+ASKED = "data={kind: prompts, path: run.yaml}"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         (("data.size=30",), ["30x30 do not divide by 4"]),
-        (("data={kind: none}",), ["data kind none"]),
+        (("data={kind: none}", "method={name: regression, pairs: 4}"), ["data kind none has no captions"]),
+        (("data={kind: none}",), ["progressive learns from images", "data.draws"]),
+        (("data={kind: prompts, path: gone.txt}",), ["gone.txt cannot be read"]),
+        (("data={kind: prompts, path: empty.txt}",), ["empty.txt has no prompts"]),
+        ((ASKED, "method.alpha=0.5"), ["progressive", "learns what images are"]),
+        ((ASKED, "data.steps=2000"), ["2000 steps are more than the teacher's 1000"]),
+        ((ASKED, "data.draws=4", "method={name: regression}"), ["data.draws 4", "leave it out"]),
         (("data={kind: folder, path: bare, size: 32}",), ["has no captions", "metadata.jsonl"]),
     ],
 )
 def test_data_that_does_not_fit(cli, here, changes, says):
     (here / "bare").mkdir()
+    (here / "empty.txt").write_text("\n\n")
     shutil.copy(here / "images" / "0.png", here / "bare" / "0.png")
     outcome = cli("distill", "run.yaml", *changes)
     assert outcome.code == 2 and all(word in outcome.stderr for word in says), outcome.stderr
@@ -233,11 +246,53 @@ def test_the_configs_of_public_teachers_on_tiny_ones_of_their_layout(
     assert drawn.shape == (1, 32, 32, 3)
 
 
+PROMPTS = ("data={kind: prompts, path: prompts.txt, draws: 6, steps: 3, guidance: 2}", "pictures=4")
+
+
+def test_a_run_from_prompts_alone(cli, here):
+    """The teacher's own draws are the data: of the prompts in turn."""
+    (here / "prompts.txt").write_text("a red ring\na star above a square\n\ntwo crosses\na red ring\n")
+    outcome = cli("distill", "run.yaml", *PROMPTS, "spread_every=1")
+    assert outcome.code == 0, outcome.stderr
+    assert "data: 3 different prompts (prompts.txt), no images" in outcome.stdout
+    assert "6 that the teacher draws in 3 steps, guidance 2" in outcome.stdout
+    assert not (here / "run/cache/latents").exists()
+    stored = load_file(here / "run/pairs/data/000000.safetensors")["x0"]
+    recipe = json.loads((here / "run/pairs/data/pairs.json").read_text())
+    teacher = diffkd.load(here / "teacher")
+    prompts = ["a red ring", "a star above a square", "two crosses", "a red ring"]
+    cond = teacher.conditioner.embed([*prompts, *prompts[:2]], size=(32, 32))
+    generators = [torch.Generator().manual_seed(recipe["seed"] + i) for i in range(6)]
+    noise = torch.stack([torch.randn(4, 8, 8, generator=one) for one in generators])
+    with torch.no_grad():
+        expected = samplers.sample(teacher, noise, 3, "ddim", guidance=2.0, **cond)
+    assert torch.allclose(stored, expected.float(), atol=1e-4)
+    (drawn,) = diffkd.generate(diffkd.load(here / "run/students/2-steps"), 1, prompts=["a ring"])
+    assert drawn.shape == (1, 32, 32, 3)
+
+
+def test_a_run_that_asks_the_teacher_alone_draws_nothing_first(cli, here):
+    (here / "prompts.txt").write_text("a red ring\na star\n")
+    method = {"name": "dmd2", "steps": 1, "updates": 2, "fake_updates": 1, "warmup": 0}
+    data = "data={kind: prompts, path: prompts.txt}"
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(method)}", data, "spread_every=1")
+    assert outcome.code == 0, outcome.stderr
+    assert not (here / "run/pairs").exists() and not (here / "run/cache/latents").exists()
+    log = [json.loads(line) for line in (here / "run/log.jsonl").read_text().splitlines()]
+    assert [record["update"] for record in log if record.get("event") == "spread"] == [1, 2]
+
+
+def test_prompts_are_encoded_beforehand(cli, here):
+    (here / "prompts.txt").write_text("a red ring\na star\n")
+    outcome = cli("cache", "run.yaml", PROMPTS[0])
+    assert outcome.code == 0 and "3 captions and images computed" in outcome.stdout, outcome.stderr
+
+
 def test_what_is_computed_beforehand_is_not_computed_again(cli, here, make_pipeline):
     """`diffkd cache`, in two goes; then the run only trains."""
     outcome = cli("cache", "run.yaml")
     assert outcome.code == 0 and "16 captions and images computed: run/cache" in outcome.stdout
-    next((here / "run/cache/latents").glob("*.safetensors")).unlink()
+    next((here / "run/cache/latents").glob("*/*.safetensors")).unlink()
     assert "10 captions and images computed" in cli("cache", "run.yaml").stdout
     assert "nothing was missing" in cli("cache", "run.yaml").stdout
     before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*.safetensors")}

@@ -12,10 +12,11 @@ import torch
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
-from diffkd.generation.prompts import check_prompts, read_prompts
+from diffkd.generation.prompts import check_prompts
 from diffkd.io.naming import called
 from diffkd.io.npz import PICKLES
 from diffkd.io.places import expanded
+from diffkd.io.prompts import read_prompts
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import (
