@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.data.images import Images
+from diffkd.data.resized import MAX_UNREADABLE
 from diffkd.data.shards import Shards
 from diffkd.errors import UserError
 from diffkd.io.text import reason
@@ -23,6 +24,7 @@ from diffkd.io.text import reason
 SHARD_BYTES = 1 << 26
 OPEN_FILES = 64  # that are kept mapped
 NULL = "null"
+READABLE = "readable"
 Progress = Callable[[int], None]  # called with so many more items
 
 
@@ -30,7 +32,8 @@ class LatentCache:
     """The latents of a dataset, and for a model of prompts the embeddings of its captions, in one folder.
 
     An image is kept as mean and standard deviation of its latents, from which the update's own generator
-    draws; of a dataset that is flipped at random also those of its mirror image. Every different caption is
+    draws; of a dataset that is flipped at random also those of its mirror image. Images that cannot be read
+    are marked, and never drawn. Every different caption is
     encoded once. `fill` computes what is missing, in two phases, so that encoders and autoencoder never lie
     in memory together; then neither is needed. Raises UserError where the folder holds others.
     """
@@ -108,20 +111,46 @@ class LatentCache:
         for number in latents[rank::world]:
             items = self.latents.ranges()[number]
             parts = list(self._moments(items, on_items))
-            self.latents.write(number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+            made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            self.latents.write(number, self._marked(made))
         self.codec.close()
         barrier()
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
         for start in range(items.start, items.stop, together):
-            images = self.images.uint8(slice(start, min(start + together, items.stop))).float() / 127.5 - 1
-            images = images.expand(-1, 3, -1, -1)
-            found = dict[str, Tensor]()
+            pixels, readable = self.images.read(slice(start, min(start + together, items.stop)))
+            images = (pixels.float() / 127.5 - 1).expand(-1, 3, -1, -1)
+            found = {READABLE: readable}
             for suffix, given in (("", images), ("_flipped", images.flip(-1)))[: 1 + self.images.flip]:
                 mean, std = self.codec.moments(given)
                 found |= {f"mean{suffix}": mean.cpu(), f"std{suffix}": std.cpu()}
             yield found
             on_items(len(images))
+
+    def _marked(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, which say what could be read where something could not."""
+        readable = made.pop(READABLE)
+        unreadable = int((~readable).sum())
+        if unreadable > max(1, MAX_UNREADABLE * len(readable)):
+            raise UserError(
+                f"{unreadable} of {len(readable)} images in a row of {self.images.name} cannot be read (see "
+                "above); remove or repair them"
+            )
+        return made | ({READABLE: readable} if unreadable else {})
+
+    @cached_property
+    def readable(self) -> Tensor:
+        """The indices of the images that could be read, ascending; once nothing is missing."""
+        parts = []
+        for number, items in enumerate(self.latents.ranges()):
+            file = self._open(self.latents.path(number))
+            known = READABLE in file.keys()  # noqa: SIM118
+            parts.append(file.get_tensor(READABLE) if known else torch.ones(len(items), dtype=torch.bool))
+        return torch.cat(parts).nonzero()[:, 0]
+
+    def readable_images(self) -> Images:
+        """The images that could be read, once nothing is missing."""
+        return self.images if len(self.readable) == len(self) else self.images.take(self.readable)
 
     def null(self) -> Cond:
         """What the conditioner made of no prompt; {} without one."""
@@ -137,7 +166,7 @@ class LatentCache:
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""
-        return torch.randint(len(self), (size,), generator=rng)
+        return self.readable[torch.randint(len(self.readable), (size,), generator=rng)]
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """A random batch: latents (B, C, H, W) float32, and what they are conditioned on."""

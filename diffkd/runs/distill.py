@@ -35,13 +35,15 @@ IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed
 def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
     data = config.data
-    images: Images | Unseen | None = None if isinstance(data, NoData) else data.load()
+    images: Images | Unseen | None
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
     if source.train is None:
         teacher = source.load()
+        images = latents.opened(data, latent=teacher.codec is not None)
     else:
         found = config_files.load_train(source.train)
+        images = latents.opened(data, latent=not isinstance(found, Train))
         source = source.model_copy(update={"path": str(found.out / "teacher"), "train": None})
         if isinstance(found, Train):
             teacher_run = found
@@ -71,7 +73,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         latents.fill(cached, accelerator, session.image_bar)
         latents.fit(teacher.to(accelerator.device), cached)
         guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
-        artifacts = RunArtifacts(session, config, images, source, guidance)
+        readable = images if cached is None else cached.readable_images()
+        artifacts = RunArtifacts(session, config, readable, source, guidance)
         session.say(announcement.data(images))
         session.say(announcement.teacher(teacher, str(source.path), images))
         session.say(announcement.students([(method_name(method), stage) for method, stage in plan]))

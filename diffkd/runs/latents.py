@@ -9,7 +9,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.data import Data
 from diffkd.data.absent import NoData, Unseen
+from diffkd.data.folder import Folder
+from diffkd.data.hub import HubDataset
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
 from diffkd.errors import UserError
@@ -18,6 +21,14 @@ from diffkd.runs.config import Distill
 from diffkd.training import launch
 
 Items = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def opened(data: Data, *, latent: bool) -> Images | None:
+    """A run's data: in memory, or for a model of latents, which encodes each image once, decoded when they
+    are asked for. None where there are no images."""
+    if isinstance(data, NoData):
+        return None
+    return data.open() if latent and isinstance(data, Folder | HubDataset) else data.load()
 
 
 def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> LatentCache | None:
@@ -80,7 +91,9 @@ def fill_alone(config: Distill, console: Console) -> None:
             "diffkd cache is for a config with data, and with a teacher that is there (teacher.path)"
         )
     teacher = config.teacher.load()
-    found = cache(config, teacher, config.data.load())
+    images = opened(config.data, latent=teacher.codec is not None)
+    assert images is not None
+    found = cache(config, teacher, images)
     if found is None:
         raise UserError(
             f"{teacher.name} makes pixels, of which there is nothing to compute beforehand; distil it at once"
