@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,8 @@ from pydantic import Field
 
 from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
-from diffkd.data.listing import ClassOrder, list_folder
+from diffkd.data.listing import ClassOrder, Listing, list_folder
+from diffkd.data.packed import PackedStrings
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
 from diffkd.io.naming import called
@@ -32,6 +34,32 @@ class Folder(ResizedDataset):
     )
 
     def load(self) -> Images:
+        """The images decoded, in memory."""
+        root, found = self._listed()
+        pixels, readable = self.decode_all(
+            str(root), len(found.paths), lambda i: open_image(found.paths[i]), lambda i: str(found.paths[i])
+        )
+        labels = None if found.labels is None else torch.tensor([found.labels[i] for i in readable])
+        captions = [found.captions[i] for i in readable] if found.captions else []
+        return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
+
+    def open(self) -> Images:
+        """The images, decoded when they are asked for; their fingerprint is of the files' names and sizes."""
+        root, found = self._listed()
+        names = PackedStrings(str(path.relative_to(root)) for path in found.paths)
+        files = hashlib.sha256()
+        for name in names:
+            files.update(f"{name}\0{_size(root / name)}\0".encode(errors="surrogateescape"))
+        pixels = self.on_demand(
+            len(names), lambda i: open_image(root / names[i]), lambda i: str(root / names[i]),
+            files.hexdigest(),
+        )  # fmt: skip
+        labels = None if found.labels is None else torch.tensor(found.labels)
+        captions = PackedStrings(found.captions)
+        return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
+
+    def _listed(self) -> tuple[Path, Listing]:
+        """The folder, and what it holds."""
         root = expanded(self.path)
         if not os.path.isdir(root):
             raise UserError(f"{called('data.path')} {root} is not a folder; give a folder of images")
@@ -44,12 +72,15 @@ class Folder(ResizedDataset):
             )
         if found.passed_over:
             log.warning("%s", passed_over(root, found.passed_over))
-        pixels, readable = self.decode_all(
-            str(root), len(found.paths), lambda i: open_image(found.paths[i]), lambda i: str(found.paths[i])
-        )
-        labels = None if found.labels is None else torch.tensor([found.labels[i] for i in readable])
-        captions = [found.captions[i] for i in readable] if found.captions else []
-        return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
+        return root, found
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 for a link that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def passed_over(root: Path, files: list[Path]) -> str:

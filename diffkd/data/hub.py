@@ -1,90 +1,139 @@
-"""Hugging Face datasets, from the hub or from a folder."""
+"""Hugging Face datasets, from the hub, a folder, or files that `datasets` reads."""
 
 from __future__ import annotations
 
 import copy
 import io
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
 from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
 from diffkd.data.listing import CAPTIONS
+from diffkd.data.packed import PackedStrings
 from diffkd.data.resized import ResizedDataset
+from diffkd.data.tables import open_rows
 from diffkd.errors import UserError
 from diffkd.io.naming import option
-from diffkd.io.text import reason
+from diffkd.io.text import from_json, reason
+
+TOGETHER = 1000  # rows of captions that are read at once
 
 
 class HubDataset(ResizedDataset):
-    """A Hugging Face dataset, by its name or the path of a saved one (extra `datasets`)."""
+    """A Hugging Face dataset, by its name or the path of a saved one, or files such as WebDataset shards
+    (extra `datasets`)."""
 
     kind: Literal["datasets"]
-    path: str = Field(description="name on the hub, or a folder written by save_to_disk")
+    path: str = Field(
+        description="name on the hub, a folder written by save_to_disk, or files: a folder or a pattern "
+        "(shards/*.tar) of WebDataset shards, parquet, json, csv or arrow"
+    )
     subset: str | None = Field(None, description="configuration of a dataset that has several")
     split: str = Field("train", description="which split")
     image: str | None = Field(None, description="column of images; default the first of that type")
     label: str | None = Field(None, description="column of labels; default the first of type ClassLabel")
     text: str | None = Field(
-        None, description="column of captions; default the one that is called text or caption, if any"
+        None,
+        description="column of captions; default the one that is called text, caption or txt, or these keys "
+        "of a column json; json.prompt is another key",
     )
 
     def load(self) -> Images:
-        rows = self._rows()
-        image = self._column(rows.features, self.image, "image column", "Image")
-        if image is None:
-            raise UserError(f"dataset {self.path} has no image column; it has {', '.join(rows.features)}")
-        label = (
-            self._column(rows.features, self.label, "column", "ClassLabel", "Value")
-            if self.labelled
-            else None
-        )
-        encoded = self._encoded(rows, image)
+        """The images decoded, in memory."""
+        rows, image = self._opened()
+        labels, classes = self._labels(rows)
+        captions = self._captions(rows)
+        encoded = _encoded(rows, image)
         pixels, readable = self.decode_all(
             self.path, len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]"
         )
-        if not readable:
-            raise UserError(f"dataset {self.path} (split {self.split}) holds no images")
-        captions = self._captions(rows, readable)
-        if label is None:
-            return Images(self.path, pixels, flip=self.flip, captions=captions)
-        values = [int(v) for v in rows[label]]
-        if min(values) < 0:
+        if labels is not None:
+            labels = labels[torch.tensor(readable)]
+        return Images(
+            self.path, pixels, labels, classes, self.flip, [captions[i] for i in readable] if captions else []
+        )
+
+    def open(self) -> Images:
+        """The images, decoded when they are asked for. Their fingerprint is the one that `datasets` gives."""
+        rows, image = self._opened()
+        labels, classes = self._labels(rows)
+        encoded = _encoded(rows, image)
+        pixels = self.on_demand(
+            len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]",
+            f"{rows._fingerprint} {image}",
+        )  # fmt: skip
+        return Images(self.path, pixels, labels, classes, self.flip, self._captions(rows))
+
+    def _opened(self) -> tuple[Any, str]:
+        """The rows, and the column of their images."""
+        rows = open_rows(self.path, self.subset, self.split)
+        image = self.image
+        if image is None or image not in rows.features or not _holds_files(rows.features[image]):
+            image = self._column(rows.features, image, "image column", "Image")
+        if image is None:
             raise UserError(
-                f"dataset {self.path} has label {min(values)} in row {values.index(min(values))}, "
+                f"dataset {self.path} has no image column; it has {', '.join(rows.features)}"
+                f"{option('; name one of encoded images by {}', 'data.image')}"
+            )
+        if not len(rows):
+            raise UserError(f"dataset {self.path} (split {self.split}) holds no images")
+        return rows, image
+
+    def _labels(self, rows: Any) -> tuple[Tensor | None, list[str]]:
+        """Of every row, (N,) int64, and the names of the classes; None without a column of them."""
+        name = None
+        if self.labelled:
+            name = self._column(rows.features, self.label, "column", "ClassLabel", "Value")
+        if name is None:
+            return None, []
+        column = rows.select_columns([name]).with_format("arrow")[:][name]
+        values = column.fill_null(-1).to_numpy().astype(np.int64)
+        if values.min() < 0:
+            raise UserError(
+                f"dataset {self.path} has label {values.min()} in row {values.argmin()}, "
                 "which is not a class; use a split with labels"
                 f"{option(', or set {}: false', 'data.labelled')}"
             )
-        classes = list(getattr(rows.features[label], "names", None) or map(str, range(max(values) + 1)))
-        labels = torch.tensor([values[i] for i in readable])
-        return Images(self.path, pixels, labels, classes, self.flip, captions)
+        names = getattr(rows.features[name], "names", None) or map(str, range(values.max() + 1))
+        return torch.from_numpy(values), list(names)
 
-    def _captions(self, rows: Any, readable: Sequence[int]) -> list[str]:
-        """Of the readable images; [] without a column of them. Of several captions the first counts."""
-        name = self.text or next((key for key in CAPTIONS if key in rows.features), None)
-        if name is None:
-            return []
-        if name not in rows.features:
-            raise UserError(f"dataset {self.path} has no column {name!r}; it has {', '.join(rows.features)}")
-        values = list(rows[name])  # a lazy column reads a row anew each time
-        found = [values[i][0] if isinstance(values[i], list) and values[i] else values[i] for i in readable]
-        if not all(value is None or isinstance(value, str | list) for value in found):
+    def _captions(self, rows: Any) -> PackedStrings:
+        """Of every row; none without a column of them. Of several captions the first counts."""
+        column, key = self._caption_column(rows.features)
+        if column is None:
+            return PackedStrings(())
+        try:
+            found = PackedStrings(_texts(rows.select_columns([column]), column, key))
+        except TypeError as error:
             if self.text is None:
-                return []
-            raise UserError(f"dataset {self.path} has no captions in column {name!r}; name another, or none")
-        return [value if isinstance(value, str) else "" for value in found]
+                return PackedStrings(())
+            raise UserError(
+                f"dataset {self.path} has no captions in column {self.text!r}; name another, or none"
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"dataset {self.path} has captions in column {column!r} that are not JSON ({reason(error)}); "
+                "repair them, or name another column"
+            ) from error
+        return found if self.text is not None or any(found) else PackedStrings(())
 
-    def _encoded(self, rows: Any, image: str) -> Any:
-        """The rows with their images as encoded files, to be decoded like those of a folder."""
-        feature = copy.copy(rows.features[image])
-        feature.decode = False
-        return rows.select_columns([image]).cast_column(image, feature)
+    def _caption_column(self, features: Any) -> tuple[str | None, str | None]:
+        """Its name, and the key in its JSON; None where there is none."""
+        if self.text is None:
+            found = next((name for name in (*CAPTIONS, "txt", "json") if name in features), None)
+            return found, None
+        column, _, key = (self.text, "", "") if self.text in features else self.text.partition(".")
+        if column not in features:
+            raise UserError(f"dataset {self.path} has no column {column!r}; it has {', '.join(features)}")
+        return column, key or None
 
     def _column(self, features: Any, name: str | None, what: str, *kinds: str) -> str | None:
         """The named column, checked to be of one of these kinds; by default the first of kinds[0], or
@@ -100,29 +149,45 @@ class HubDataset(ResizedDataset):
             )
         return name
 
-    def _rows(self) -> Any:
-        """The split as a datasets.Dataset."""
-        try:
-            import datasets
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "data kind datasets needs the datasets package; install it with pip install datasets"
-            ) from error
-        try:
-            if os.path.isfile(Path(self.path) / "dataset_dict.json"):
-                splits = datasets.load_from_disk(self.path)
-                if self.split not in splits:
-                    raise ValueError(f"it has {', '.join(splits)}")
-                return splits[self.split]
-            if os.path.isfile(Path(self.path) / "state.json"):
-                return datasets.load_from_disk(self.path)
-            return datasets.load_dataset(self.path, self.subset, split=self.split)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"dataset {self.path} (split {self.split}) cannot be read: {reason(error)}"
-            ) from error
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column that is not declared to be of images may be: bytes, alone or beside a path."""
+    held = feature.get("bytes") if isinstance(feature, Mapping) else feature
+    return getattr(held, "dtype", None) in ("binary", "large_binary")
 
 
-def _open(encoded: Mapping[str, Any]) -> Image.Image:
+def _encoded(rows: Any, image: str) -> Any:
+    """The rows with their images as encoded files, to be decoded like those of a folder."""
+    chosen, feature = rows.select_columns([image]), copy.copy(rows.features[image])
+    if not hasattr(feature, "decode"):
+        return chosen
+    feature.decode = False
+    return chosen.cast_column(image, feature)
+
+
+def _open(encoded: Any) -> Image.Image:
     """The image of a row, which holds its bytes or the path of a file."""
+    if isinstance(encoded, bytes):
+        return open_image(io.BytesIO(encoded))
+    if encoded is None or (encoded["bytes"] is None and not encoded.get("path")):
+        raise ValueError("the row has no image")
     return open_image(Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+
+
+def _texts(rows: Any, column: str, key: str | None) -> Iterator[str]:
+    """The caption of each row, "" for none. Raises TypeError for what is no text."""
+    for start in range(0, len(rows), TOGETHER):
+        for value in rows[start : start + TOGETHER][column]:
+            yield _text(value, key, in_json=column == "json" or key is not None)
+
+
+def _text(value: Any, key: str | None, *, in_json: bool) -> str:
+    if in_json:
+        value = from_json(value) if isinstance(value, str) else value
+        keys = CAPTIONS if key is None else (key,)
+        value = next((value[key] for key in keys if key in value), None) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"it is {type(value).__name__}")
+    return value or ""

@@ -1,14 +1,18 @@
-"""Images in memory, with their labels."""
+"""Images, in memory or decoded when they are asked for, with their labels."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffkd.data.on_demand import OnDemand
+from diffkd.data.packed import PackedStrings
 
 DIGESTED = 20_000
 
@@ -29,15 +33,16 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: (N, C, H, W) uint8. labels: (N,) int64 or None. classes: their names. flip: mirror half of the
-    images of a batch, at random. captions: one for each image, or none."""
+    """pixels: (N, C, H, W) uint8, or what reads them when they are asked for. labels: (N,) int64
+    or None. classes: their names. flip: mirror half of the images of a batch, at random. captions: one for
+    each image, or none."""
 
     name: str
-    pixels: np.ndarray
+    pixels: np.ndarray | OnDemand
     labels: Tensor | None = None
     classes: list[str] = field(default_factory=list)
     flip: bool = False
-    captions: list[str] = field(default_factory=list)
+    captions: Sequence[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -60,17 +65,40 @@ class Images:
         return counts
 
     def digest(self) -> str:
-        """sha256 of shape, classes, labels and at most DIGESTED evenly spaced images."""
+        """sha256 of shape, classes, labels and at most DIGESTED evenly spaced images; of images that are
+        decoded when they are asked for their fingerprint, which reads none."""
         every = -(-len(self) // DIGESTED)
         total = hashlib.sha256(f"{self.pixels.shape} {self.classes} ".encode())
         total.update(b"" if self.labels is None else self.labels.numpy().tobytes())
-        total.update(np.ascontiguousarray(self.pixels[::every]).tobytes())
+        if isinstance(self.pixels, OnDemand):
+            total.update(self.pixels.fingerprint.encode())
+        else:
+            total.update(np.ascontiguousarray(self.pixels[::every]).tobytes())
         return total.hexdigest()
 
     def uint8(self, indices: Tensor | slice) -> Tensor:
         """The images at these indices, (B, C, H, W) uint8."""
         chosen = indices if isinstance(indices, slice) else indices.numpy()
         return torch.from_numpy(np.ascontiguousarray(self.pixels[chosen]))
+
+    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The images of these rows, (B, C, H, W) uint8, and which of them could be read, (B,) bool."""
+        if isinstance(self.pixels, OnDemand):
+            pixels, readable = self.pixels.read(rows)
+            return torch.from_numpy(pixels), torch.from_numpy(readable)
+        images = self.uint8(rows)
+        return images, torch.ones(len(images), dtype=torch.bool)
+
+    def take(self, indices: Tensor) -> Images:
+        """The images at these indices alone, decoded or not as they are here."""
+        chosen, later = indices.numpy(), isinstance(self.pixels, OnDemand)
+        captions = (self.captions[i] for i in chosen) if self.captions else ()
+        return replace(
+            self,
+            pixels=self.pixels.take(chosen) if isinstance(self.pixels, OnDemand) else self.pixels[chosen],
+            labels=None if self.labels is None else self.labels[indices],
+            captions=PackedStrings(captions) if later else [*captions],
+        )
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,11 @@ from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.data.absent import Unseen
 from diffkd.data.embeddings import Embeddings, Progress
 from diffkd.data.images import Images
+from diffkd.data.resized import MAX_UNREADABLE
 from diffkd.data.shards import Rows, Shards, fitting, keyed
+from diffkd.errors import UserError
+
+READABLE = "readable"
 
 
 class Conditions(ABC):
@@ -70,6 +75,10 @@ class Conditions(ABC):
         cond = {} if labels is None else {"class_labels": labels[indices % len(self)]}
         return cond | (self.embeddings.cond(indices) if self.embeddings else {})
 
+    def readable_images(self) -> Images | Unseen:
+        """The images that could be read, once nothing is missing."""
+        return self.images
+
     @abstractmethod
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """See `images.Examples`."""
@@ -83,7 +92,8 @@ class LatentCache(Conditions):
     """The latents of images and what they are conditioned on, in one folder.
 
     An image is kept as mean and standard deviation of its latents, from which the update's own generator
-    draws; of a dataset that is flipped at random also those of its mirror image. `fill` computes what is
+    draws; of a dataset that is flipped at random also those of its mirror image. Images that cannot be read
+    are marked, and never drawn. `fill` computes what is
     missing, in two phases, so that encoders and autoencoder never lie in memory together; then neither is
     needed. Those of other images, prompts or encoders may lie in the same folder.
     """
@@ -114,26 +124,51 @@ class LatentCache(Conditions):
         for number in missing[rank::world]:
             items = self.latents.ranges()[number]
             parts = list(self._moments(items, on_items))
-            self.latents.write(number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+            made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            self.latents.write(number, self._marked(made))
         self.codec.close()
         barrier()
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
         for start in range(items.start, items.stop, together):
-            images = self.images.uint8(slice(start, min(start + together, items.stop))).float() / 127.5 - 1
-            images = images.expand(-1, 3, -1, -1)
-            found = dict[str, Tensor]()
+            pixels, readable = self.images.read(slice(start, min(start + together, items.stop)))
+            images = (pixels.float() / 127.5 - 1).expand(-1, 3, -1, -1)
+            found = {READABLE: readable}
             for suffix, given in (("", images), ("_flipped", images.flip(-1)))[: 1 + self.images.flip]:
                 mean, std = self.codec.moments(given)
                 found |= {f"mean{suffix}": mean.cpu(), f"std{suffix}": std.cpu()}
             yield found
             on_items(len(images))
 
+    def _marked(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, which say what could be read where something could not."""
+        readable = made.pop(READABLE)
+        unreadable = int((~readable).sum())
+        if unreadable > max(1, MAX_UNREADABLE * len(readable)):
+            raise UserError(
+                f"{unreadable} of {len(readable)} images in a row of {self.images.name} cannot be read (see "
+                "above); remove or repair them"
+            )
+        return made | ({READABLE: readable} if unreadable else {})
+
+    @cached_property
+    def readable(self) -> Tensor:
+        """The indices of the images that could be read, ascending; once nothing is missing."""
+        parts = []
+        for number, items in enumerate(self.latents.ranges()):
+            known = self._rows.whole(number, READABLE)
+            parts.append(torch.ones(len(items), dtype=torch.bool) if known is None else known)
+        return torch.cat(parts).nonzero()[:, 0]
+
+    def readable_images(self) -> Images:
+        """The images that could be read, once nothing is missing."""
+        return self.images if len(self.readable) == len(self) else self.images.take(self.readable)
+
     # as examples (`images.Examples`), once nothing is missing
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""
-        return torch.randint(len(self), (size,), generator=rng)
+        return self.readable[torch.randint(len(self.readable), (size,), generator=rng)]
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """A random batch: latents (B, C, H, W) float32, and what they are conditioned on."""

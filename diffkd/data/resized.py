@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import Field
 
 from diffkd.data.decoding import fitted, upright
+from diffkd.data.on_demand import OnDemand
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
 from diffkd.io.naming import called, option
@@ -81,6 +82,20 @@ class ResizedDataset(Strict):
                 f"{unreadable} of {count} images in {name} cannot be read (see above); remove or repair them"
             )
         return pixels[: len(readable)], readable
+
+    def on_demand(
+        self,
+        count: int,
+        open_one: Callable[[int], Image.Image],
+        name_of: Callable[[int], str],
+        fingerprint: str,
+    ) -> OnDemand:
+        """The pixels of `count` images, decoded when they are asked for.
+
+        open_one, name_of: open and name the image of an index. fingerprint: of the files.
+        """
+        each, made = (self.channels, self.size, self.size), f"{fingerprint} {self.upscale}"
+        return OnDemand(np.arange(count), each, open_one, name_of, self.to_pixels, made)
 
 
 def _allocate(shape: Sequence[int]) -> np.ndarray:

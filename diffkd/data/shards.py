@@ -125,7 +125,13 @@ class Rows:
         row: Tensor = self._open(self.shards.path(index // size)).get_slice(key)[index % size]
         return row
 
+    def whole(self, number: int, key: str) -> Tensor | None:
+        """A tensor of a shard; None where it has none of this name."""
+        file = self._open(self.shards.path(number))
+        return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+
     def _open(self, path: Path) -> Any:
+        """A file, mapped."""
         with self._lock:  # batches are made ahead by a thread
             if path not in self._files:
                 try:

@@ -52,14 +52,14 @@ def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
     chosen = stratified(images.labels, count, seed)
     others = torch.ones(len(images), dtype=torch.bool)
     others[chosen] = False
-    rest = _part(images, others.nonzero()[:, 0])
+    rest = images.take(others.nonzero()[:, 0])
     for label, left in enumerate(rest.class_counts):
         if left == 0:
             raise UserError(
                 f"held_out {count} leaves no image of class {images.classes[label]} to train on "
                 f"(it has {images.class_counts[label]}); use fewer, or leave that class out"
             )
-    return _part(images, chosen), rest
+    return images.take(chosen), rest
 
 
 def few_labels(images: Images, count: int | None, seed: int) -> tuple[Images, Images]:
@@ -78,14 +78,4 @@ def few_labels(images: Images, count: int | None, seed: int) -> tuple[Images, Im
     chosen = stratified(images.labels, count, seed)
     hidden = torch.full_like(images.labels, UNLABELLED)
     hidden[chosen] = images.labels[chosen]
-    return _part(images, chosen), replace(images, labels=hidden)
-
-
-def _part(images: Images, indices: Tensor) -> Images:
-    assert images.labels is not None
-    return replace(
-        images,
-        pixels=images.pixels[indices.numpy()],
-        labels=images.labels[indices],
-        captions=[images.captions[i] for i in indices] if images.captions else [],
-    )
+    return images.take(chosen), replace(images, labels=hidden)

@@ -36,13 +36,15 @@ IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed
 def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
     data = config.data
-    images: Images | Unseen | None = None if isinstance(data, TeacherDraws) else data.load()
+    images: Images | Unseen | None
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
     if source.train is None:
         teacher = source.load()
+        images = latents.opened(data, latent=teacher.codec is not None)
     else:
         found = config_files.load_train(source.train)
+        images = latents.opened(data, latent=not isinstance(found, Train))
         source = source.model_copy(update={"path": str(found.out / "teacher"), "train": None})
         if isinstance(found, Train):
             teacher_run = found
@@ -52,7 +54,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             train_text_to_image(found, console, options)
             teacher = source.load()
     if images is None:
-        images = latents.read(config, teacher)
+        images = latents.unseen(config, teacher)
     cached = latents.cache(config, teacher, images)
     plans.check_fits(teacher, images)
     plan = plans.plan(config, teacher)
@@ -72,7 +74,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(cached, accelerator, session.image_bar)
         latents.fit(teacher.to(accelerator.device), cached)
-        artifacts = RunArtifacts(session, config, images, source, guidance)
+        readable = images if cached is None else cached.readable_images()
+        artifacts = RunArtifacts(session, config, readable, source, guidance)
         session.say(announcement.data(images))
         if drawn is not None:
             recipe = drawn.pairs.recipe

@@ -14,7 +14,10 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
+from diffkd.data import Data
 from diffkd.data.absent import TeacherDraws, Unseen
+from diffkd.data.folder import Folder
+from diffkd.data.hub import HubDataset
 from diffkd.data.images import Images
 from diffkd.data.latents import Conditions, LatentCache, UnseenLatents
 from diffkd.errors import UserError
@@ -26,6 +29,14 @@ from diffkd.training import launch
 
 TOGETHER = 16  # latents that are drawn at once
 Items = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def opened(data: Data, *, latent: bool) -> Images | None:
+    """A run's data: in memory, or for a model of latents, which encodes each image once, decoded when they
+    are asked for. None where there are no images."""
+    if isinstance(data, TeacherDraws):
+        return None
+    return data.open() if latent and isinstance(data, Folder | HubDataset) else data.load()
 
 
 def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Conditions | None:
@@ -61,10 +72,9 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Condit
     return found
 
 
-def read(config: Distill, teacher: Denoiser) -> Images | Unseen:
-    """The data, for this teacher."""
-    if not isinstance(config.data, TeacherDraws):
-        return config.data.load()
+def unseen(config: Distill, teacher: Denoiser) -> Unseen:
+    """What stands for the images of data that has none, for this teacher."""
+    assert isinstance(config.data, TeacherDraws)
     codec, shape = teacher.codec, teacher.shape
     if codec is not None and shape is not None:
         shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
@@ -121,7 +131,8 @@ def fill_alone(config: Distill, console: Console) -> None:
     if config.teacher.train is not None:
         raise UserError("diffkd cache is for a config with a teacher that is there (teacher.path)")
     teacher = config.teacher.load()
-    found = cache(config, teacher, read(config, teacher))
+    images = opened(config.data, latent=teacher.codec is not None) or unseen(config, teacher)
+    found = cache(config, teacher, images)
     if found is None:
         raise UserError(
             f"{teacher.name} makes pixels, of which there is nothing to compute beforehand; distil it at once"

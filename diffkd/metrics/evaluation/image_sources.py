@@ -7,7 +7,6 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from diffkd.data.decoding import fitted, open_image, upright
 from diffkd.data.folder import passed_over
 from diffkd.data.images import Images
 from diffkd.data.listing import list_folder
+from diffkd.data.on_demand import OnDemand
 from diffkd.errors import UserError
 from diffkd.io.files import sha256
 from diffkd.io.naming import called
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 class DataSource:
-    """Images in memory, as training reads them."""
+    """Images of a run's data, as training reads them."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -189,10 +189,10 @@ def _file_digest(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
-def _array_digest(array: np.ndarray) -> str:
+def _array_digest(array: np.ndarray | OnDemand) -> str:
     total = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    for part in array:
-        total.update(part.tobytes())
+    for start in range(0, len(array), 64):
+        total.update(array[start : start + 64].tobytes())
     return total.hexdigest()
 
 
@@ -224,7 +224,7 @@ def thinned(source: Source, count: int) -> Source:
     elif isinstance(thin, ArraySource):
         thin.images = thin.images[chosen.numpy()]
     elif isinstance(thin, DataSource):
-        thin.images = replace(thin.images, pixels=thin.images.pixels[chosen.numpy()])
+        thin.images = thin.images.take(chosen)
     return thin
 
 

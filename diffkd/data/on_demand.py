@@ -1,0 +1,84 @@
+"""Images that are decoded when they are asked for: a model of latents reads each once, to encode it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from diffkd.errors import UserError
+from diffkd.io.text import log, reason
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """What stands for the array (N, C, H, W) uint8 of `Images`, indexed by slices and arrays of indices.
+
+    files: the number of each image's file, (N,). each: (C, H, W). open_one, name_of: open and name the file
+    of a number. to_pixels: makes an opened image, given its name, (C, H, W) uint8. fingerprint: what tells
+    these images from others without reading them.
+    """
+
+    files: np.ndarray
+    each: tuple[int, int, int]
+    open_one: Callable[[int], Image.Image]
+    name_of: Callable[[int], str]
+    to_pixels: Callable[[Image.Image, str], np.ndarray]
+    fingerprint: str
+
+    dtype = np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self), *self.each
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """(B, C, H, W) uint8. Raises UserError where one of them cannot be read."""
+        pixels, readable = self.read(rows)
+        if not readable.all():
+            name = self.name_of(int(self.files[rows][~readable][0]))
+            raise UserError(f"image {name} cannot be read (see above); repair it, or take it out")
+        return pixels
+
+    def read(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, C, H, W) uint8, and which of them are images, (B,) bool; the others are black, with a warning.
+
+        Raises UserError for a file that the system does not give, since it may be there again later.
+        """
+        files = self.files[rows]
+        pixels, readable = np.zeros((len(files), *self.each), np.uint8), np.ones(len(files), bool)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for place, found in enumerate(pool.map(self._decoded, files.tolist())):
+                if isinstance(found, str):
+                    log.warning("unreadable image: %s (%s)", self.name_of(int(files[place])), found)
+                    readable[place] = False
+                else:
+                    pixels[place] = found
+        return pixels, readable
+
+    def take(self, indices: np.ndarray) -> OnDemand:
+        """The images at these indices alone."""
+        return replace(self, files=self.files[indices])
+
+    def _decoded(self, file: int) -> np.ndarray | str:
+        """The pixels, or what is wrong with the file."""
+        name = self.name_of(file)
+        try:
+            with self.open_one(file) as opened:
+                return self.to_pixels(opened, name)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow raises many types for broken files
+            if isinstance(error, OSError) and error.errno is not None:
+                raise UserError(
+                    f"image {name} cannot be read ({error.strerror}); bring it back, and the same command "
+                    "goes on"
+                ) from error
+            return reason(error)
