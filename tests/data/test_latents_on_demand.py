@@ -69,9 +69,9 @@ def files(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def shards_of(folder) -> dict[str, bytes]:
-    """Without what says of which data they are."""
-    return {name: content for name, content in files(folder).items() if name.endswith(".safetensors")}
+def shards_of(folder) -> dict[tuple[str, str], bytes]:
+    """By kind and number, without what says of which data they are."""
+    return {(path.parts[-3], path.name): path.read_bytes() for path in folder.glob("*/*/*.safetensors")}
 
 
 def test_it_holds_what_it_holds_of_images_in_memory(model, root, tmp_path):
