@@ -158,7 +158,7 @@ def _first_student(config: Distill, teacher: Denoiser, examples: Images | Unseen
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for _ in range(IMPORTANCE_BATCHES):
             x0, cond = examples.batch(min(config.training.batch_size, len(examples)), rng)
-            yield x0, {} if teacher.num_classes is None else cond
+            yield x0, {} if teacher.num_classes is None and teacher.conditioner is None else cond
 
     return config.student.build(teacher, config.seed, batches())
 

@@ -144,11 +144,11 @@ REFUSED = [
     ({"mid_block_type": None}, ["mid_block"], "which this network does not have"),
     ({}, ["down_blocks.0.attentions"], "which this network does not have"),
     ({}, ["*.resnets.0"], "drops 1 resnets of blocks that have 1; at least one must stay"),
-    ({}, ["*"], "drop as many from each block"),
-    (LAYERS, ["down_blocks.*.resnets.1"], "1 resnets of some.*0 of up_blocks.0.*drop as many"),
+    ({"channels": (8, 8)}, ["*"], "drop as many from each block"),
+    (LAYERS, ["down_blocks.*.resnets.1"], "1 resnets of down_blocks.0 and 0 of up_blocks.1.*drop as many"),
     (LAYERS, ["*.resnets.[01]"], "at least one must stay"),
     (LAYERS, ["*.resnets.0"], "down_blocks.1.resnets.1 does not fit.*16 for 8.*keeps the width"),
-    ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*use from_config"),
+    ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*drop layers of it"),
 ]
 
 

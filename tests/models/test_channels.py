@@ -143,17 +143,17 @@ REFUSED = [
     ({}, [7, 16], "7 is odd"),
     ({}, [8, 20], "20 is out of range; the teacher has 16 there"),
     ({}, [0, 16], "channels 0"),
-    ({"attention_head_dim": 8}, [8, 12], "12 is not a multiple of .*attention_head_dim 8.*such as 8"),
+    ({"attention_head_dim": 8}, [8, 12], "12 is not a multiple of .*heads of 8 channels.*such as 8"),
     (
         {"attention_head_dim": 8, "attention": [True, False]},
         [4, 16],
-        "4 is not a multiple of .*attention_head",
+        "4 is not a multiple of 8 .*norm_num_groups 4 and attention heads of 8 channels",
     ),
     ({"channels": (16, 32), "attn_norm_num_groups": 16}, [8, 24], "24 is not a multiple of .*16"),
     ({"channels": (16, 16)}, [8, 12], "12"),  # what ties them, the way around a resnet, is no layer
-    ({"resnet_time_scale_shift": "scale_shift"}, [8, 8], "time_scale_shift default.*use drop_blocks or from"),
-    ({"channels": (32, 32), **SKIP}, [16, 16], "has SkipDownBlock2D; use drop_blocks or from_config"),
-    ({"downsample_type": "resnet"}, [8, 8], "has resnets; use drop_blocks or from_config"),
+    ({"resnet_time_scale_shift": "scale_shift"}, [8, 8], "time_scale_shift default.*use drop_blocks"),
+    ({"channels": (32, 32), **SKIP}, [16, 16], "has SkipDownBlock2D; use drop_blocks"),
+    ({"downsample_type": "resnet"}, [8, 8], "has resnets; use drop_blocks"),
     ({"class_embed_type": "timestep"}, [8, 8], "class labels as numbers; use drop_blocks"),
 ]
 

@@ -12,6 +12,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
+from diffkd.models.students.bk_sdm import Architecture
 from diffkd.models.students.blocks import drop_blocks
 from diffkd.models.students.channels import narrow
 from diffkd.models.students.copies import copy_of, from_config, reinitialized, unet_of
@@ -35,9 +36,9 @@ class DropBlocks(Strict):
     """Fewer layers, with the weights of those that stay."""
 
     kind: Literal["drop_blocks"]
-    blocks: list[str] = Field(
-        min_length=1,
-        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions",
+    blocks: Architecture | Annotated[list[str], Field(min_length=1)] = Field(
+        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions; or base, small or "
+        "tiny for what BK-SDM leaves out",
     )
     weights: Weights = Field("teacher", description="random: the same architecture from scratch")
 
