@@ -83,7 +83,7 @@ def _check(network: UNet, config: Mapping[str, Any], widths: Sequence[int], chan
     if config["resnet_time_scale_shift"] != "default" or config["class_embed_type"] is not None:
         raise UserError(
             "narrow supports networks with resnet_time_scale_shift default and class labels as numbers; use "
-            "drop_blocks or copy"
+            "drop_blocks"
         )
     supported = SUPPORTED_PROMPTED if isinstance(network, UNet2DConditionModel) else SUPPORTED
     unsupported = {*config["down_block_types"], *config["up_block_types"]} - {*supported}
@@ -104,11 +104,6 @@ def _check(network: UNet, config: Mapping[str, Any], widths: Sequence[int], chan
             )
         units = _units(network, i)
         step = math.lcm(*units.values())
-        if wide % step:
-            raise UserError(
-                f"narrow needs a multiple of {step} channels where a network has {' and '.join(units)}, and "
-                f"this one has {wide}; use drop_blocks"
-            )
         if few % step:
             raise UserError(
                 f"student.channels {few} is not a multiple of {step} (this network has "
@@ -117,7 +112,8 @@ def _check(network: UNet, config: Mapping[str, Any], widths: Sequence[int], chan
 
 
 def _units(network: UNet, i: int) -> dict[str, int]:
-    """What the channels of resolution i must be a multiple of, and why."""
+    """What the channels of resolution i must be a multiple of, and why. Raises UserError for heads that are
+    not as wide as these together."""
     config, blocks = network.config, [network.down_blocks[i], network.up_blocks[-1 - i]]
     middle = network.mid_block if i == len(network.down_blocks) - 1 else None
     if middle is not None:
@@ -125,7 +121,13 @@ def _units(network: UNet, i: int) -> dict[str, int]:
     units = {f"norm_num_groups {config.norm_num_groups}": config.norm_num_groups}
     attentions = [one for block in blocks for one in block.modules() if isinstance(one, Attention)]
     if attentions and config.attention_head_dim is not None:  # None: a single head of any width
-        head = attentions[0].inner_dim // attentions[0].heads
+        heads, inner, wide = attentions[0].heads, attentions[0].inner_dim, config.block_out_channels[i]
+        if inner != wide:
+            raise UserError(
+                f"narrow needs attention as wide as the channels, and this network has {inner} in {heads} "
+                f"heads where it has {wide} channels; use drop_blocks"
+            )
+        head = inner // heads
         units[f"attention heads of {head} channels"] = head
     norms = config.get("attn_norm_num_groups")
     if norms and middle is not None and config.add_attention:
