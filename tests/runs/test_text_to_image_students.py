@@ -117,7 +117,7 @@ def test_a_smaller_student_opens_in_stock(cli, here, layout, method, student):
 
 REFUSED = [
     ("xl", dropped("tiny"), "down_blocks.1 has 16 channels and down_blocks.0 has 8: the remaining blocks"),
-    ("sd", dropped("large"), r"student.blocks .*large"),
+    ("sd", dropped("large"), "student.blocks is 'large', which is no architecture of BK-SDM; use base"),
     (
         "sd",
         dropped(["mid_block.resnets.1"]),

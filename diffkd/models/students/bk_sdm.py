@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from diffkd.errors import UserError
 from diffkd.models.students.resolutions import of_each
 from diffkd.models.unet import UNet
 
-Architecture = Literal["base", "small", "tiny"]
-LAYERS = 2  # of each block in the UNets that the paper compresses
+ARCHITECTURES = ("base", "small", "tiny")
+LAYERS = 2  # of each down block in the UNets that the paper compresses
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for one that is no architecture."""
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"student.blocks is {name!r}, which is no architecture of BK-SDM; use "
+            f"{', '.join(ARCHITECTURES)}, or a list of blocks"
+        )
 
 
 def dropped_by(name: str, network: UNet) -> list[str]:
     """The blocks that this architecture leaves out of a network.
 
-    base: the second resnet of every block, with the attention beside it; an up block keeps its first, which
-    reads what comes from below, and its third, which takes the skip connection across resolutions.
-    small: the middle, too. tiny: the innermost resolution, too. Raises UserError for another name, and for
-    networks that these do not describe.
+    base: the second layer of every block, a resnet with the attention beside it; an up block keeps its first,
+    which reads what comes from below, and its third, which takes the skip connection from the resolution
+    before. small: the middle, too. tiny: the innermost resolution, too. Raises UserError for another name,
+    and for networks that these do not describe.
     """
-    if name not in get_args(Architecture):
-        raise UserError(
-            f"student.blocks is {name!r}, which is no architecture of BK-SDM; use "
-            f"{', '.join(get_args(Architecture))}, or a list of blocks"
-        )
+    check_name(name)
     resolutions = len(network.down_blocks)
-    layers = of_each(network.config.layers_per_block, resolutions)
-    if {*layers} != {LAYERS}:
+    layers = {*of_each(network.config.layers_per_block, resolutions)}
+    if layers != {LAYERS}:
         raise UserError(
             f"student.blocks {name} leaves out the second of {LAYERS} layers in each block, and this network "
-            f"has {' or '.join(map(str, sorted({*layers})))}; give a list of blocks"
+            f"has {' or '.join(map(str, sorted(layers)))}; give a list of blocks"
         )
     dropped = ["down_blocks.*.resnets.1", "up_blocks.*.resnets.1"]
     if name == "base":
