@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.models.families import sd
+from diffkd.models.sizes import network_size
 from diffkd.models.students.blocks import drop_blocks
 from diffkd.models.students.config import Student
 from tests.models.unets import COSINE, denoiser_of, network, outputs, prompted
@@ -57,22 +58,42 @@ def test_its_students_of_stable_diffusion_have_the_published_sizes(name):
     assert all(parameter.is_meta for parameter in made.parameters())
 
 
-SIZES = [  # millions of parameters of the teacher and of its students; the channels of the narrow one
-    (SD15, 859.52, {"base": 579.38, "small": 482.35, "tiny": 323.38, "narrow": 219.79}, [160, 320, 640, 640]),
-    (SD21, 865.91, {"base": 583.48, "small": 485.79, "tiny": 326.83, "narrow": 227.77}, [192, 320, 640, 640]),
-    (SDXL, 2567.46, {"base": 1717.28, "small": 1304.16, "narrow": 728.37}, [160, 320, 640]),
+SIZES = [  # of docs/methods/knowledge-distillation.md: millions of parameters, billions of MACs an evaluation
+    (SD15, 64, [160, 320, 640, 640], [859.5, 579.4, 482.3, 323.4, 219.8], [402, 261, 255, 243, 117]),
+    (SD21, 96, [192, 320, 640, 640], [865.9, 583.5, 485.8, 326.8, 227.8], [1075, 691, 677, 649, 399]),
+    (SDXL, 128, [160, 320, 640], [2567.5, 1717.3, 1304.2, 728.4], [3381, 2252, 1853, 950]),
 ]
+LAYOUTS = pytest.mark.parametrize(
+    ("config", "side", "channels", "parameters", "macs"), SIZES, ids=["sd15", "sd21", "sdxl"]
+)
 
 
-@pytest.mark.parametrize(("config", "whole", "sizes", "channels"), SIZES, ids=["sd15", "sd21", "sdxl"])
-def test_networks_of_full_size_are_made_smaller_without_weights(config, whole, sizes, channels):
+def family(config, channels):
+    """The teacher, its students by name, and the narrow one."""
     teacher = without_weights(config)
-    asked = {name: {"kind": "drop_blocks", "blocks": name} for name in sizes}
-    asked["narrow"] = {"kind": "narrow", "channels": channels}
-    made = {name: built(teacher, **student) for name, student in asked.items()}
-    assert round(count(teacher.network) / 1e6, 2) == whole
-    assert {name: round(count(net) / 1e6, 2) for name, net in made.items()} == sizes
-    assert all(parameter.is_meta for net in made.values() for parameter in net.parameters())
+    names = ["base", "small"] if config is SDXL else ["base", "small", "tiny"]
+    made = [built(teacher, kind="drop_blocks", blocks=name) for name in names]
+    return [teacher.network, *made, built(teacher, kind="narrow", channels=channels)]
+
+
+@LAYOUTS
+def test_networks_of_full_size_are_made_smaller_without_weights(config, side, channels, parameters, macs):
+    found = family(config, channels)
+    assert [round(count(net) / 1e6, 1) for net in found] == parameters
+    assert all(parameter.is_meta for net in found for parameter in net.parameters())
+
+
+@pytest.mark.slow
+@LAYOUTS
+def test_what_an_evaluation_of_them_costs(config, side, channels, parameters, macs):
+    """Of latents of these sides."""
+    with torch.device("meta"):
+        text = torch.zeros(1, 77, config["cross_attention_dim"])
+        added = {"time_ids": torch.zeros(1, 6), "text_embeds": torch.zeros(1, 1280)}
+        x, t = torch.zeros(1, 4, side, side), torch.zeros(1)
+    given = {"encoder_hidden_states": text, "added_cond_kwargs": added}
+    found = [network_size(net, x, t, **given).macs for net in family(config, channels)]
+    assert [round(one / 1e9) for one in found] == macs
 
 
 def test_tiny_does_not_fit_sdxl():
