@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, TypeVar
+from contextlib import nullcontext
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -14,6 +15,7 @@ from diffkd.errors import UserError
 from diffkd.io.config import Strict
 
 AnyUNet = TypeVar("AnyUNet", UNet2DModel, UNet2DConditionModel)
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 
 
 class _FastDtype:
@@ -51,13 +53,18 @@ def to_stock(network: AnyUNet) -> AnyUNet:
     return shared
 
 
-def reinitialized_like(network: UNet2DModel, **changes: Any) -> UNet2DModel:
-    """A freshly initialised network of the same config but for `changes`, on the same device, in the same
-    dtype and mode. torch's global generators are left as they were."""
-    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+def config_of(network: UNet) -> dict[str, Any]:
+    """The arguments that make a network of the same architecture."""
+    return {key: value for key, value in network.config.items() if not key.startswith("_")}
+
+
+def reinitialized_like(network: UNet, **changes: Any) -> UNet:
+    """A freshly initialised network of the same class and config but for `changes`, on the same device, in
+    the same dtype and mode. torch's global generators are left as they were."""
+    kind = next(stock for stock in FAST if isinstance(network, stock))
     parameter = next(network.parameters())
-    with torch.random.fork_rng():
-        made = to_fast(UNet2DModel.from_config({**config, **changes}))
+    with torch.random.fork_rng(), torch.device("meta") if parameter.is_meta else nullcontext():
+        made: UNet = to_fast(kind.from_config({**config_of(network), **changes}))
     torch.nn.Module.to(made, parameter.device, parameter.dtype)  # diffusers' own override would warn
     return made.train(network.training)
 

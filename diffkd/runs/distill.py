@@ -198,7 +198,7 @@ def _first_student(config: Distill, teacher: Denoiser, examples: Examples) -> De
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for _ in range(IMPORTANCE_BATCHES):
             x0, cond = examples.batch(config.training.batch_size, rng)[:2]
-            yield x0, {} if teacher.num_classes is None else cond
+            yield x0, {} if teacher.num_classes is None and teacher.conditioner is None else cond
 
     return config.student.build(teacher, config.seed, batches())
 

@@ -9,7 +9,7 @@ import torch
 from diffkd.errors import UserError
 from diffkd.models import students
 from diffkd.models.students.blocks import drop_layers
-from tests.models.unets import denoiser_of, max_difference, network, outputs
+from tests.models.unets import denoiser_of, max_difference, network, outputs, prompted
 
 SIDES = {"d": "down_blocks", "u": "up_blocks"}
 
@@ -23,7 +23,12 @@ def pass_through(net, name):
         resnet.conv_shortcut.weight.data[:, : resnet.out_channels, 0, 0] = torch.eye(resnet.out_channels)
     block, _, j = name.rpartition(".resnets.")
     if j and hasattr(net.get_submodule(block), "attentions"):
-        silence(net.get_submodule(block).attentions[int(j)].to_out[0])
+        silence(last_of(net.get_submodule(block).attentions[int(j)]))
+
+
+def last_of(attention):
+    """The layer that adds to what it is beside: of attention, or of a transformer."""
+    return attention.proj_out if hasattr(attention, "proj_out") else attention.to_out[0]
 
 
 def silence(layer):
@@ -41,10 +46,17 @@ IDENTITY = [  # channels, layers, patterns, and the layers that they match
 ]
 
 
-@pytest.mark.parametrize("attention", [None, [True, True]])
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (network, {"num_class_embeds": 4}),
+        (network, {"num_class_embeds": 4, "attention": [True, True]}),
+        (prompted, {"attention": [True, True], "transformer_layers_per_block": [2, 1]}),
+    ],
+)
 @pytest.mark.parametrize(("channels", "layers", "patterns", "goes"), IDENTITY)
-def test_without_identity_layers_it_computes_the_same(attention, channels, layers, patterns, goes):
-    teacher = network(channels, attention, layers_per_block=layers, num_class_embeds=4)
+def test_without_identity_layers_it_computes_the_same(make, more, channels, layers, patterns, goes):
+    teacher = make(channels, layers_per_block=layers, **more)
     before = outputs(teacher)
     for side, block, layer in goes.split():
         pass_through(teacher, f"{SIDES[side]}.{block}.resnets.{layer}")
@@ -52,6 +64,23 @@ def test_without_identity_layers_it_computes_the_same(attention, channels, layer
     made = drop_layers(teacher, patterns)
     assert made.config.layers_per_block == layers - goes.count("d0")
     assert max_difference(outputs(made), expected) < 1e-5 and max_difference(expected, before) > 1e-2
+
+
+@pytest.mark.parametrize("layers", [2, [3, 2]])
+def test_each_resolution_may_lose_another_number_of_layers(layers):
+    """Of a UNet that takes prompts, whose config can say so."""
+    more = {
+        "transformer_layers_per_block": [1, [1, 2]],
+        "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+    }
+    teacher = prompted((8, 16), layers_per_block=layers, mid_block_type=None, **more)
+    for name in ("down_blocks.1.resnets.1", "up_blocks.0.resnets.1"):
+        pass_through(teacher, name)
+    made = drop_layers(teacher, ["down_blocks.1.resnets.1", "up_blocks.0.resnets.1"])
+    assert max_difference(outputs(made), outputs(teacher)) < 1e-5
+    assert made.config.layers_per_block == [2 if layers == 2 else 3, 1]
+    assert made.config.transformer_layers_per_block == [1, [1]]
+    assert made.config.reverse_transformer_layers_per_block == [[2, 1], 1]
 
 
 IDLE = [  # patterns, the types of the remaining blocks, and whether the middle attends (None: is gone)
@@ -64,21 +93,23 @@ IDLE = [  # patterns, the types of the remaining blocks, and whether the middle 
 ]
 
 
+@pytest.mark.parametrize("make", [network, prompted])
 @pytest.mark.parametrize(("patterns", "down", "up", "middle"), IDLE)
-def test_without_idle_attention_or_an_idle_middle_it_computes_the_same(patterns, down, up, middle):
-    teacher = network((8, 16), [True, True], layers_per_block=2)
+def test_without_idle_attention_or_an_idle_middle_it_computes_the_same(make, patterns, down, up, middle):
+    teacher = make((8, 16), [True, True], layers_per_block=2)
     for block, letter in zip([*teacher.down_blocks, *teacher.up_blocks], down + up, strict=True):
         for attention in block.attentions if letter != "A" else ():
-            silence(attention.to_out[0])
+            silence(last_of(attention))
     if middle is not True:
-        silence(teacher.mid_block.attentions[0].to_out[0])
+        silence(last_of(teacher.mid_block.attentions[0]))
     if middle is None:
-        for resnet in teacher.mid_block.resnets:
-            silence(resnet.conv2)
+        silence(teacher.mid_block.resnets[0].conv2)
+    if middle is None or (middle is False and make is prompted):  # whose second resnet goes along
+        silence(teacher.mid_block.resnets[1].conv2)
     made = drop_layers(teacher, patterns)
     assert max_difference(outputs(made), outputs(teacher)) < 1e-5
     blocks = [*made.down_blocks, *made.up_blocks]
-    assert [type(b).__name__[0] for b in blocks] == list(down + up)
+    assert [type(b).__name__.removeprefix("Cross")[0] for b in blocks] == list(down + up)
     assert (made.mid_block is None) == (middle is None)
     assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in teacher.parameters())
 
@@ -144,16 +175,52 @@ REFUSED = [
     ({"mid_block_type": None}, ["mid_block"], "which this network does not have"),
     ({}, ["down_blocks.0.attentions"], "which this network does not have"),
     ({}, ["*.resnets.0"], "drops 1 resnets of blocks that have 1; at least one must stay"),
-    ({}, ["*"], "drop as many from each block"),
-    (LAYERS, ["down_blocks.*.resnets.1"], "1 resnets of some.*0 of up_blocks.0.*drop as many"),
+    ({"channels": (8, 8)}, ["*"], "drop as many from each block"),
+    (LAYERS, ["down_blocks.*.resnets.1"], "1 resnets of down_blocks.0 and 0 of up_blocks.1.*drop as many"),
     (LAYERS, ["*.resnets.[01]"], "at least one must stay"),
     (LAYERS, ["*.resnets.0"], "down_blocks.1.resnets.1 does not fit.*16 for 8.*keeps the width"),
-    ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*use from_config"),
+    ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*drop layers of it"),
 ]
 
 
-@pytest.mark.parametrize(("config", "blocks", "message"), REFUSED)
-def test_layers_that_cannot_be_dropped(config, blocks, message):
+EQUAL = {"channels": (8, 8)}
+
+REFUSED_PROMPTED = [
+    ({}, ["down_blocks.1"], "down_blocks.1 has 16 channels and down_blocks.0 has 8.*drop layers of it"),
+    (
+        {**EQUAL, "transformer_layers_per_block": [1, 2]},
+        ["down_blocks.1"],
+        "down_blocks.1 has transformer_layers_per_block 2 and down_blocks.0 has 1, .*the middle's.*mid_block",
+    ),
+    (
+        {**EQUAL, "attention_head_dim": [1, 2]},
+        ["down_blocks.1"],
+        "has attention_head_dim 2 and .* has 1, whi",
+    ),
+    (
+        LAYERS,
+        ["down_blocks.0.*.1"],
+        "1 resnets of down_blocks.0 and 0 of up_blocks.1; the two blocks of a res",
+    ),
+    (
+        {"layers_per_block": [2, 1]},
+        ["*s.1*.0", "*_blocks.0.resnets.0"],
+        "of blocks that have 1; at least one",
+    ),
+    ({"mid_block_type": None}, ["mid_block"], "which this network does not have; it has down_blocks.0"),
+    ({}, "base", "base leaves out the second of 2 layers in each block, and this network has 1; give a list"),
+    ({"layers_per_block": [2, 3]}, "small", "small leaves out .* this network has 2 or 3; give a list"),
+    ({**LAYERS, "mid_block_type": None}, "small", "small leaves out mid_block, and .* none; use base"),
+    (LAYERS, "tiny", "down_blocks.1 has 16 channels and down_blocks.0 has 8"),
+    (LAYERS, "large", "'large', which is no architecture of BK-SDM; use base, small, tiny, or a list"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "blocks", "message"),
+    [(network, *one) for one in REFUSED] + [(prompted, *one) for one in REFUSED_PROMPTED],
+)
+def test_layers_that_cannot_be_dropped(make, config, blocks, message):
     with pytest.raises(UserError, match=message) as caught:
-        students.drop_blocks(denoiser_of(network(**config)), blocks)
+        students.drop_blocks(denoiser_of(make(**config)), blocks)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from diffkd.models.students.blocks import drop_layers
 from diffkd.models.students.channels import narrow_unet
 from diffkd.models.students.config import Narrow, Student
 from diffkd.models.unet import UNet2D
-from tests.models.unets import COSINE, config_of, denoiser_of, network, outputs, untouched
+from tests.models.unets import COSINE, XL, config_of, denoiser_of, network, outputs, prompted, untouched
 
 VARIANTS = [
     {},
@@ -25,6 +25,17 @@ VARIANTS = [
     {"channels": (8, 8), "add_attention": False, "freq_shift": 1, "flip_sin_to_cos": False},
 ]
 
+PROMPTED = [
+    {"channels": (8, 16, 16), "attention": (True, True, False), "attention_head_dim": 2},
+    {"attention": (False, True), "transformer_layers_per_block": [1, 2], "layers_per_block": 2, **XL},
+    {"mid_block_type": None, "layers_per_block": [1, 2], "time_cond_proj_dim": 6},
+    {"channels": (8,), "attention": (True,), "mid_block_type": "UNetMidBlock2D", "time_embedding_dim": 24},
+    {
+        "layers_per_block": 2, "transformer_layers_per_block": [1, [2, 1]], "mid_block_type": None,
+        "reverse_transformer_layers_per_block": [[1, 2, 1], 1],
+    },
+]  # fmt: skip
+
 KINDS = {
     "drop": lambda net: drop_layers(net, []),
     "narrow": lambda net: narrow_unet(net, net.config.block_out_channels),
@@ -32,10 +43,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", VARIANTS)
-def test_with_everything_kept_it_is_the_teacher(kind, config):
+@pytest.mark.parametrize(
+    ("make", "config"), [(network, one) for one in VARIANTS] + [(prompted, one) for one in PROMPTED]
+)
+def test_with_everything_kept_it_is_the_teacher(kind, make, config):
     for training in (False, True):
-        teacher = network(**config).train(training)
+        teacher = make(**config).train(training)
         made = KINDS[kind](teacher)
         assert torch.equal(outputs(made), outputs(teacher)) and made.training is training
         assert config_of(made) == config_of(teacher)

@@ -103,7 +103,7 @@ REFUSED = {
     ),
     "not as many of each": (
         {"student": {"kind": "drop_blocks", "blocks": ["down_blocks.0.resnets.1"]}},
-        "drops 1 resnets of some blocks and 0 of down_blocks.1",
+        "drops 1 resnets of down_blocks.0 and 0 of up_blocks.1",
     ),
     "groups": (
         {"student": {"kind": "narrow", "channels": [6, 8]}},
@@ -111,7 +111,7 @@ REFUSED = {
     ),
     "heads": (
         {"student": {"kind": "narrow", "channels": [4, 12]}},
-        "channels 12 is not a multiple of .*attention_head_dim 8",
+        "channels 12 is not a multiple of .*heads of 8 channels",
     ),
     "both": (
         {"student": {"kind": "narrow", "channels": [4, 8], "ratio": 0.5}},

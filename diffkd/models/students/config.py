@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
+from diffkd.models.students import bk_sdm
 from diffkd.models.students.blocks import drop_blocks
 from diffkd.models.students.channels import narrow
 from diffkd.models.students.copies import copy_of, from_config, reinitialized, unet_of
@@ -35,11 +36,18 @@ class DropBlocks(Strict):
     """Fewer layers, with the weights of those that stay."""
 
     kind: Literal["drop_blocks"]
-    blocks: list[str] = Field(
-        min_length=1,
-        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions",
+    blocks: Annotated[list[str], Field(min_length=1)] | str = Field(
+        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions; or base, small or "
+        "tiny for what BK-SDM leaves out",
     )
     weights: Weights = Field("teacher", description="random: the same architecture from scratch")
+
+    @field_validator("blocks")
+    @classmethod
+    def _check_name(cls, given: list[str] | str) -> list[str] | str:
+        if isinstance(given, str):
+            bk_sdm.check_name(given)
+        return given
 
     def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
         student = drop_blocks(teacher, self.blocks)

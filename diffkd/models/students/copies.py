@@ -11,7 +11,7 @@ from torch import nn
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
-from diffkd.models.unet import UNet2D, reinitialized_like
+from diffkd.models.unet import UNet, UNet2D, reinitialized_like
 
 
 def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None = None) -> Denoiser:
@@ -51,17 +51,22 @@ def reinitialized(student: Denoiser, seed: int) -> Denoiser:
 
 def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
     """A freshly initialised network of another architecture, with the teacher's schedule and prediction."""
+    network = unet_of(teacher)
+    if not isinstance(network, UNet2DModel):
+        raise UserError(
+            "student.kind from_config makes a UNet2DModel, which takes no prompts, and this teacher is a "
+            "UNet2DConditionModel; use drop_blocks or narrow"
+        )
     channels, height, width = teacher.example_inputs()[0].shape[1:]
-    total = unet_of(teacher).config.num_class_embeds
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
-        network = model.build((channels, height, width), total)
-    return with_network(teacher, network.train(teacher.network.training))
+        made = model.build((channels, height, width), network.config.num_class_embeds)
+    return with_network(teacher, made.train(network.training))
 
 
-def unet_of(teacher: Denoiser) -> UNet2DModel:
+def unet_of(teacher: Denoiser) -> UNet:
     """The teacher's network. Raises UserError for one that smaller students cannot be made of."""
-    if not isinstance(teacher.network, UNet2DModel):
+    if not isinstance(teacher.network, UNet):
         raise UserError(
             f"smaller students of a {type(teacher.network).__name__} are not supported; use kind: copy"
         )

@@ -17,9 +17,12 @@ Scores = Mapping[str, Tensor]  # of every parameter by name, (rows,) float64
 
 
 def norm_scores(network: nn.Module) -> dict[str, Tensor]:
-    """Squared norm of each row of every parameter (Li et al. 2017, section 3.1, with the 2-norm)."""
+    """Squared norm of each row of every parameter (Li et al. 2017, section 3.1, with the 2-norm); zeros for a
+    network on the meta device, which has no weights."""
     return {
-        name: p.detach().double().cpu().reshape(len(p), -1).square().sum(1)
+        name: torch.zeros(len(p), dtype=torch.float64)
+        if p.is_meta
+        else p.detach().double().cpu().reshape(len(p), -1).square().sum(1)
         for name, p in network.named_parameters()
     }
 
