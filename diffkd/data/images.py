@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -88,6 +89,18 @@ class Images:
             return torch.from_numpy(pixels), torch.from_numpy(readable)
         images = self.uint8(rows)
         return images, torch.ones(len(images), dtype=torch.bool)
+
+    def in_turn(self, items: range, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`read` of these items, so many at once; the next ones are read while the last are used."""
+        parts = [
+            slice(start, min(start + size, items.stop)) for start in range(items.start, items.stop, size)
+        ]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self.read, parts[0])
+            for part in parts[1:]:
+                found, ahead = ahead.result(), reader.submit(self.read, part)
+                yield found
+            yield ahead.result()
 
     def take(self, indices: Tensor) -> Images:
         """The images at these indices alone, decoded or not as they are here."""

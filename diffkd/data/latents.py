@@ -130,8 +130,7 @@ class LatentCache(Conditions):
         barrier()
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
-        for start in range(items.start, items.stop, together):
-            pixels, readable = self.images.read(slice(start, min(start + together, items.stop)))
+        for pixels, readable in self.images.in_turn(items, together):
             images = (pixels.float() / 127.5 - 1).expand(-1, 3, -1, -1)
             found = {READABLE: readable}
             for suffix, given in (("", images), ("_flipped", images.flip(-1)))[: 1 + self.images.flip]:
@@ -143,13 +142,18 @@ class LatentCache(Conditions):
     def _marked(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file, which say what could be read where something could not."""
         readable = made.pop(READABLE)
+        self._refuse_many(readable)
+        return made if readable.all() else made | {READABLE: readable}
+
+    def _refuse_many(self, readable: Tensor) -> None:
+        """Raises UserError where more than one image and MAX_UNREADABLE of these cannot be read."""
         unreadable = int((~readable).sum())
-        if unreadable > max(1, MAX_UNREADABLE * len(readable)):
+        if unreadable > min(max(1, MAX_UNREADABLE * len(readable)), len(self) - 1):
+            of = "" if len(readable) == len(self) else " in a row"
             raise UserError(
-                f"{unreadable} of {len(readable)} images in a row of {self.images.name} cannot be read (see "
-                "above); remove or repair them"
+                f"{unreadable} of {len(readable)} images{of} of {self.images.name} cannot be read; remove or "
+                "repair them, and use another cache"
             )
-        return made | ({READABLE: readable} if unreadable else {})
 
     @cached_property
     def readable(self) -> Tensor:
@@ -158,7 +162,9 @@ class LatentCache(Conditions):
         for number, items in enumerate(self.latents.ranges()):
             known = self._rows.whole(number, READABLE)
             parts.append(torch.ones(len(items), dtype=torch.bool) if known is None else known)
-        return torch.cat(parts).nonzero()[:, 0]
+        readable = torch.cat(parts)
+        self._refuse_many(readable)
+        return readable.nonzero()[:, 0]
 
     def readable_images(self) -> Images:
         """The images that could be read, once nothing is missing."""

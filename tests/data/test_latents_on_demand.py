@@ -101,22 +101,21 @@ def test_unreadable_images_are_never_drawn(model, root, tmp_path, caplog):
     """The others keep their numbers and captions; the cache is whole, and is not made again."""
     whole = filled(tmp_path / "whole", model, images_in(root))
     truncate(root / "3.png")
-    (root / "8.png").write_bytes(b"no image")
     made = filled(tmp_path / "cache", model, images_in(root))
-    assert ["3.png" in line.getMessage() for line in caplog.records] == [True, False]
-    assert made.readable.tolist() == [0, 1, 2, 4, 5, 6, 7, 9] and len(made) == COUNT
+    assert ["3.png" in line.getMessage() for line in caplog.records] == [True]
+    assert made.readable.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9] and len(made) == COUNT
     for again in (made, cache(tmp_path / "cache", model, images_in(root))):
         indices = again.indices(500, torch.Generator().manual_seed(0))
-        assert {*indices.tolist()} == {0, 1, 2, 4, 5, 6, 7, 9}
+        assert {*indices.tolist()} == {0, 1, 2, 4, 5, 6, 7, 8, 9}
         mean, std = (torch.stack([whole._rows(i, key) for i in indices.tolist()]) for key in ("mean", "std"))
         rng = torch.Generator().manual_seed(0)
-        torch.randint(8, (500,), generator=rng)
+        torch.randint(9, (500,), generator=rng)
         x0, cond = again.batch(500, torch.Generator().manual_seed(0))
         assert torch.allclose(x0, mean + std * torch.randn(mean.shape, generator=rng), atol=1e-5)
         assert torch.equal(cond["encoder_hidden_states"], whole.cond(indices)["encoder_hidden_states"])
     left = made.readable_images()
     assert list(left.captions) == [f"caption {i // 2}" for i in made.readable]
-    assert torch.equal(left.uint8(slice(8)), images_in(root).uint8(made.readable))
+    assert torch.equal(left.uint8(slice(9)), images_in(root).uint8(made.readable))
     assert whole.readable_images() is whole.images
 
 
@@ -124,11 +123,28 @@ def test_many_unreadable_images_stop_it_before_their_file_is_written(model, root
     for i in (2, 3):
         truncate(root / f"{i}.png")
     made = cache(tmp_path / "cache", model, images_in(root))
-    with pytest.raises(UserError, match=r"2 of 2 images in a row of .* cannot be read \(see above\)"):
+    with pytest.raises(UserError, match=r"2 of 2 images in a row of .* cannot be read; remove or repair"):
         made.fill(0, 1, lambda: None, lambda count: None)
     assert [path.name for path in sorted((tmp_path / "cache" / "latents").glob("*/*"))] == [
         "000000.safetensors", "latents.json",
     ]  # fmt: skip
+
+
+def test_many_unreadable_images_in_all_end_the_run(model, root, tmp_path):
+    for i in (3, 8):
+        (root / f"{i}.png").write_bytes(b"no image")
+    made = filled(tmp_path / "cache", model, images_in(root))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"2 of 10 images of .* cannot be read; remove or repair"):
+            made.readable_images()
+
+
+def test_a_single_image_that_is_unreadable_is_too_many(model, root, tmp_path):
+    for i in range(1, COUNT):
+        (root / f"{i}.png").unlink()
+    truncate(root / "0.png")
+    with pytest.raises(UserError, match=r"1 of 1 images of .* cannot be read"):
+        filled(tmp_path / "cache", model, images_in(root))
 
 
 def test_a_file_that_is_gone_stops_it_until_it_is_back(model, root, tmp_path):

@@ -72,6 +72,16 @@ def test_a_batch_is_the_one_in_memory(captioned):
     assert torch.equal(x0, expected) and torch.equal(cond["class_labels"], given["class_labels"])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_they_are_read_in_turn(captioned, size):
+    truncate(captioned / "b" / "1.png")
+    parts = list(opened(captioned).in_turn(range(1, 5), size))
+    pixels, readable = (torch.cat(one) for one in zip(*parts, strict=True))
+    expected, known = opened(captioned).read(slice(1, 5))
+    assert torch.equal(pixels, expected) and torch.equal(readable, known) and readable.sum() == 3
+    assert [len(one) for one, _ in parts] == {1: [1] * 4, 2: [2, 2], 3: [3, 1], 8: [4]}[size]
+
+
 def test_some_of_them_are_taken_without_being_read(captioned, monkeypatch):
     images, loaded = opened(captioned), folder(captioned)
     chosen = torch.tensor([4, 1, 2, 5])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import diffkd
 from diffkd.core import samplers
 from diffkd.data import shards
+from diffkd.data.resized import ResizedDataset
 from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
@@ -147,6 +148,20 @@ def test_a_cache_is_shared_by_runs(cli, here):
     before = {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
     assert cli("distill", "run.yaml", "out=other", "cache=cache", "pictures=0", "method.steps=[2]").code == 0
     assert before == {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
+
+
+def test_images_are_decoded_as_they_are_encoded(cli, here, monkeypatch):
+    """Never all of them; one that cannot be read is left out of training and of the pictures' captions."""
+    (here / "images").unlink()
+    shutil.copytree((here / "teacher").resolve().parent / "images", here / "images")
+    (here / "images" / "7.png").write_bytes(b"no image")
+    monkeypatch.setattr(ResizedDataset, "decode_all", lambda *args: pytest.fail("all were decoded"))
+    outcome = cli("distill", "run.yaml", "method.steps=[2]")
+    assert outcome.code == 0, outcome.stderr
+    assert "unreadable image: images/7.png" in outcome.stderr
+    (cached,) = (here / "run" / "cache").glob("latents/*/000000.safetensors")
+    assert load_file(cached)["readable"].tolist() == [i != 7 for i in range(10)]
+    assert cli("distill", "run.yaml", "method.steps=[2]").code == 0
 
 
 ASKED = "data={kind: prompts, path: run.yaml}"
