@@ -154,7 +154,7 @@ def _generate(
         processes.wait()
         seconds = timer.elapsed()
         if processes.main:
-            grids.save(grids.grid(writer.first(min(generator.n, GRID_IMAGES))), writer.grid)
+            grids.save(grids.grid(writer.first(min(generator.n, GRID_IMAGES)), writer.prompts), writer.grid)
             labels = None if generator.labels is None else generator.labels.numpy()
             writer.finish(settings, generator.n, labels)
     except BrokenProcessPool as error:
