@@ -14,6 +14,7 @@ from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
 from diffkd.errors import UserError
 from diffkd.io import progress
+from diffkd.runs import config_files
 from diffkd.runs.config import Distill
 from diffkd.training import launch
 
@@ -75,11 +76,15 @@ def fill_alone(config: Distill, console: Console) -> None:
     """`diffkd cache`: computes what a run would compute before it trains, and ends. Raises UserError where
     the config is of a model of pixels."""
     accelerator = launch.make_accelerator(config.training)
-    if isinstance(config.data, NoData) or config.teacher.train is not None:
-        raise UserError(
-            "diffkd cache is for a config with data, and with a teacher that is there (teacher.path)"
-        )
-    teacher = config.teacher.load()
+    if isinstance(config.data, NoData):
+        raise UserError("data kind none has nothing to compute beforehand; run diffkd distill at once")
+    source = config.teacher
+    if source.train is not None:
+        folder = config_files.load_train(source.train).out / "teacher"
+        if not folder.exists():
+            raise UserError(f"the teacher is not there yet; run diffkd train {source.train} first")
+        source = source.model_copy(update={"path": str(folder), "train": None})
+    teacher = source.load()
     found = cache(config, teacher, config.data.load())
     if found is None:
         raise UserError(
