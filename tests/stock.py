@@ -1,4 +1,4 @@
-"""Pictures of saved students by diffusers alone: from a process that cannot import diffkd."""
+"""Pictures of saved students by diffusers alone: from processes that cannot import diffkd."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-STOCK = textwrap.dedent("""
+BARRED = textwrap.dedent("""
     import sys, json
     class Blocked:
         def find_spec(self, name, path=None, target=None):
@@ -26,6 +27,8 @@ STOCK = textwrap.dedent("""
         pass
     else:
         raise SystemExit("diffkd could be imported")
+""")
+STOCK = BARRED + textwrap.dedent("""
     import numpy as np, torch
     from diffusers import DiffusionPipeline
     students, n, labels, threads = json.loads(sys.argv[1])
@@ -43,6 +46,57 @@ STOCK = textwrap.dedent("""
         names = dict(kind=type(pipeline).__name__, scheduler=type(pipeline.scheduler).__name__)
         np.savez(out, pictures=pictures, floats=draw("np"), **names)
 """)
+PROMPTED = BARRED + textwrap.dedent("""
+    import diffusers, numpy as np, torch
+    jobs, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    for job in jobs:
+        pipeline = getattr(diffusers, job["opened"]).from_pretrained(job["folder"])
+        pipeline.set_progress_bar_config(disable=True)
+        call = dict(job["call"])
+        if job["image"] is not None:
+            call["image"] = torch.from_numpy(np.load(job["image"]))
+        def draw(kind):
+            generator = torch.Generator().manual_seed(job["seed"])
+            return pipeline(job["prompt"], generator=generator, output_type=kind, **call).images
+        names = dict(kind=type(pipeline).__name__, scheduler=type(pipeline.scheduler).__name__)
+        np.savez(job["out"], latents=draw("latent").numpy(), picture=np.asarray(draw("pil")[0]), **names)
+""")
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A call of a text-to-image student's pipeline with one prompt.
+
+    opened: the class that opens it. call: its other arguments. image: of image-to-image, (1, 3, H, W) in
+    [0, 1].
+    """
+
+    folder: Path
+    prompt: str
+    seed: int
+    call: Mapping[str, Any]
+    opened: str = "DiffusionPipeline"
+    image: torch.Tensor | None = None
+
+
+def stock_pictures_of_prompts(asked: Sequence[Prompted], place: Path) -> list[Any]:
+    """Of each of these calls the `latents`, the `picture` in uint8 (H, W, 3), and the names of the pipeline
+    (`kind`) and of its `scheduler`. place: a folder to work in."""
+    jobs = []
+    for number, one in enumerate(asked):
+        image = None if one.image is None else str(place / f"image-{number}.npy")
+        if image is not None and one.image is not None:
+            np.save(image, one.image.numpy())
+        out = str(place / f"prompted-{number}.npz")
+        more = {"folder": str(one.folder), "call": dict(one.call), "image": image, "out": out}
+        jobs.append({**vars(one), **more})
+    argument = json.dumps([jobs, torch.get_num_threads()])
+    done = subprocess.run(
+        [sys.executable, "-c", PROMPTED, argument], capture_output=True, text=True, cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    return [np.load(job["out"]) for job in jobs]
 
 
 def stock_pictures(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
 
@@ -105,3 +108,14 @@ def pipeline(
         )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def teacher_and_images(folder: Path, captions: Sequence[str], *, xl: bool = False) -> None:
+    """A v-prediction teacher in `teacher`; in `images` ten of random pixels, with these captions in turn."""
+    made = pipeline(folder / "parts", xl=xl, prediction="v_prediction")
+    made.save_pretrained(folder / "teacher", safe_serialization=True)
+    (folder / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(captions[i % len(captions)] + "\n")

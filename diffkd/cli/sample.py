@@ -27,9 +27,10 @@ def sample(
         str | None, typer.Option(help="What guidance leads away from, in place of the empty prompt.")
     ] = None,
     height: Annotated[
-        int | None, typer.Option(min=1, max=1 << 14, help="Of the images of a latent model; default its own.")
+        int | None,
+        typer.Option(min=1, max=1 << 14, help="Of a text-to-image image; default the model's own."),
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, max=1 << 14, help="The same.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=1 << 14, help="With --height.")] = None,
     classes: Annotated[
         str, typer.Option(help="Labels: balanced, data (as often as there), or in turn, as 0-9 or 3,5,7.")
     ] = "balanced",
@@ -84,7 +85,7 @@ def sample(
 ) -> None:
     """Draw images from a student: a folder of image files or an .npz, and a grid of the first 64.
 
-    The same command resumes it.
+    A text-to-image model draws --prompt, or the lines of --prompts. The same command resumes it.
     """
     from rich.console import Console
 

@@ -86,6 +86,8 @@ def sample_to(
     for name in ("eta", "guidance"):  # of which 1 is the default, but for a model that takes its guidance
         if options.get(name) == 1.0 and (name == "eta" or denoiser.guidance_range is None):
             del options[name]
+    if denoiser.conditioner is not None and not prompts:
+        raise UserError(f"{model} draws from prompts; give --prompt, or a file of them by --prompts")
     check_prompts(denoiser, prompts, negative)
     n = DEFAULT_IMAGES if n is None and not prompts else (n or 1) * len(prompts or (None,))
     labels = requested_labels(requested, denoiser, model, n)
@@ -154,7 +156,7 @@ def _generate(
         processes.wait()
         seconds = timer.elapsed()
         if processes.main:
-            grids.save(grids.grid(writer.first(min(generator.n, GRID_IMAGES))), writer.grid)
+            grids.save(grids.grid(writer.first(min(generator.n, GRID_IMAGES)), writer.prompts), writer.grid)
             labels = None if generator.labels is None else generator.labels.numpy()
             writer.finish(settings, generator.n, labels)
     except BrokenProcessPool as error:

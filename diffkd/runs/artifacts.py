@@ -21,7 +21,7 @@ from diffkd.models import loading, sizes
 from diffkd.runs import announcement
 from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, prompts_for, teacher_steps
-from diffkd.runs.reports import model_card, run_report, tables, teacher_sampling
+from diffkd.runs.reports import model_card, run_files, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
 
 ROLES, NUMBERS = ("teacher", "student"), ("steps", "nfe", "fid")  # of a run's own records
@@ -150,14 +150,13 @@ class RunArtifacts:
         if count == 0 or path.exists() or not self.session.main:
             return
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        drawn = []
+        prompts, drawn = prompts_for(denoiser, self.images, count), []
         with self.session.bar(f"pictures of {name}", count) as advance:
-            prompts = prompts_for(denoiser, self.images, count)
             for batch in generate(denoiser, count, steps=steps, batch_size=64, prompts=prompts, **options):
                 drawn.append(batch.cpu().numpy())
                 advance(sum(map(len, drawn)), "")
         denoiser.close()
-        grids.save(grids.grid(np.concatenate(drawn)), path)
+        grids.save(grids.grid(np.concatenate(drawn), prompts), path)
 
     def announce_stage(self, stage: Stage, steps: int) -> None:
         text = f"{stage.name}: {stage.updates} updates"
@@ -192,18 +191,26 @@ class RunArtifacts:
         self.session.say_report(run_report.write(self.session.run.folder))
 
     def _show(self, records: list[dict[str, Any]]) -> None:
-        """FID by steps, teacher and students side by side."""
+        """FID by steps, and what is measured of prompts, teacher and students side by side."""
         teacher = {r["steps"]: r for r in records if r["role"] == "teacher"}
         best = self._teacher_best()
+        measured = dict.fromkeys(title for r in records for title in run_files.of_prompts(r))
+
+        def cells(record: dict[str, Any] | None) -> list[str]:
+            if record is None:
+                return [""] * (2 + len(measured))
+            found = run_files.of_prompts(record)
+            return [str(record["nfe"]), f"{record['fid']:.2f}", *(found.get(title, "") for title in measured)]
+
         rows = []
         for steps in sorted({r["steps"] for r in records}, reverse=True):
             drawn = [r for r in records if r["role"] == "student" and r["steps"] == steps]
             students: list[dict[str, Any] | None] = [*drawn] or [None]
             for number, student in enumerate(students):  # of a chain, several of the same steps
-                pair = (None if number else teacher.get(steps), student)
-                cells = [c for r in pair for c in ((str(r["nfe"]), f"{r['fid']:.2f}") if r else ("", ""))]
+                both = cells(None if number else teacher.get(steps)) + cells(student)
                 ratio = f"{student['fid'] / best['fid']:.2f}" if student and best else ""
-                rows.append([str(student["model"]) if student and number else str(steps), *cells, ratio])
+                rows.append([str(student["model"]) if student and number else str(steps), *both, ratio])
         self.session.say("FID by sampling steps (nfe: network evaluations)")
-        titles = ["steps", "teacher nfe", "FID", "student nfe", "FID", "of the teacher's best"]
+        titles = ["steps", "teacher nfe", "FID", *measured, "student nfe", "FID", *measured]
+        titles.append("of the teacher's best")
         tables.show(self.session.console, titles, rows)

@@ -24,6 +24,7 @@ from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.text import log
 from diffkd.metrics.evaluation.image_sources import spread as chosen
+from diffkd.runs import config_files
 from diffkd.runs.config import Distill
 from diffkd.training import launch
 
@@ -128,9 +129,13 @@ def fill_alone(config: Distill, console: Console) -> None:
     """`diffkd cache`: computes what a run would compute before it trains, and ends. Raises UserError where
     the config is of a model of pixels."""
     accelerator = launch.make_accelerator(config.training)
-    if config.teacher.train is not None:
-        raise UserError("diffkd cache is for a config with a teacher that is there (teacher.path)")
-    teacher = config.teacher.load()
+    source = config.teacher
+    if source.train is not None:
+        folder = config_files.load_train(source.train).out / "teacher"
+        if not folder.exists():
+            raise UserError(f"the teacher is not there yet; run diffkd train {source.train} first")
+        source = source.model_copy(update={"path": str(folder), "train": None})
+    teacher = source.load()
     images = opened(config.data, latent=teacher.codec is not None) or unseen(config, teacher)
     found = cache(config, teacher, images)
     if found is None:

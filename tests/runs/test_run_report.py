@@ -300,6 +300,66 @@ def test_grids_with_gaps_and_of_oblong_images_are_cut_right(run: Path) -> None:
             assert strip.shape == (64, 1280, 3)
 
 
+PROMPTS = ["a red ring", "</li><script>alert(1)</script> & <i>", "a star " * 40, "a ring"]
+
+
+@pytest.fixture
+def prompted(run: Path) -> Path:
+    """A run of a text-to-image model: its grids say their prompts, its records how well they are followed."""
+    for path in (run / "samples").glob("*.png"):
+        images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+        grids.save(grids.grid(images, PROMPTS * 3), path)
+    records = json.loads((run / "metrics.json").read_text())
+    for one in records:
+        one["prompt_accuracy"] = 0.9 if one["role"] == "teacher" else 0.7 + one["steps"] / 100
+    put_metrics(run, records)
+    return run
+
+
+def test_prompts_stand_once_under_the_columns_that_show_them(prompted: Path) -> None:
+    """Escaped, long ones cut, with the whole to be seen by pointing at it."""
+    result = page(prompted)
+    shown = result.texts["li"]
+    assert len(shown) == 8 and result.source.count("<ol") == 1
+    assert shown[:2] == PROMPTS[:2] and shown[3:5] == ["a ring", PROMPTS[0]]
+    assert shown[2].endswith("…") and len(shown[2]) < 130 and PROMPTS[2].startswith(shown[2][:-2])
+    assert [attrs["title"] for tag, attrs in result.tags if tag == "li"][:4] == PROMPTS
+    assert not {tag for tag, _ in result.tags} & {"script", "i"}
+    assert "one noise and one prompt" in " ".join(result.texts["p"])
+    assert {strip.shape for strip in result.strips().values()} == {(128, 8 * 128, 3)}
+    assert result.source.index("<ol") > max(
+        m.start() for m in re.finditer('<figure class="strip', result.source)
+    )
+
+
+def test_strips_of_other_prompts_have_their_own_under_them(prompted: Path) -> None:
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    grids.save(grids.grid(images, ["else", "other"]), prompted / "samples" / "1-steps.png")
+    result = page(prompted)
+    assert result.texts["li"][8:] == ["else", "other"] * 4 and result.source.count("<ol") == 2
+
+
+def test_what_is_measured_of_prompts_is_beside_the_fid(prompted: Path) -> None:
+    result = page(prompted)
+    head, *rows = result.table("steps")
+    assert head[2:6] == ["teacher FID", "student FID", "teacher prompt accuracy", "student prompt accuracy"]
+    assert [row[4:6] for row in rows] == [
+        ["0.900", "–"],
+        ["0.900", "0.780"],
+        ["0.900", "0.720"],
+        ["0.900", "0.710"],
+    ]
+    assert result.texts["p"][0].endswith("Its prompt accuracy is 0.710, the teacher’s 0.900.")
+    assert result.texts["figcaption"][-1] == "student, 1 stepFID 3.75prompt accuracy 0.710"
+    records = json.loads((prompted / "metrics.json").read_text())
+    for one in records:
+        one["prompt_accuracy"] = "<b>" if one["role"] == "teacher" else one["prompt_accuracy"]
+    put_metrics(prompted, records)
+    result = page(prompted)
+    assert result.table("steps")[0][4] == "student prompt accuracy", "what is no number is left out"
+    assert result.texts["p"][0].endswith("Its prompt accuracy is 0.710.")
+
+
 def test_curves_are_the_log(run: Path) -> None:
     for label, power in (("Loss", 1.0), ("Gap", 0.5)):
         first, second, third = page(run).curves(label, "student")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
 import diffkd
@@ -44,13 +43,7 @@ CONFIG = {
 def work(request, tmp_path_factory):
     """A v-prediction teacher and a folder of captioned images."""
     work = tmp_path_factory.mktemp(request.param)
-    made = text_to_image.pipeline(work / "parts", xl=request.param == "xl", prediction="v_prediction")
-    made.save_pretrained(work / "teacher", safe_serialization=True)
-    (work / "images").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(work / "images" / f"{i}.png")
-        (work / "images" / f"{i}.txt").write_text(CAPTIONS[i % 5] + "\n")
+    text_to_image.teacher_and_images(work, CAPTIONS, xl=request.param == "xl")
     return work
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -22,7 +20,6 @@ from diffkd.models.text_to_image import NewTextEncoder, Tokens, learn_tokenizer
 from diffkd.runs.text_to_image.autoencoding import Autoencoding
 from tests.runs.tiny import log, records, signal_at
 
-ROOT = Path(__file__).parents[2]
 CONFIG = {
     "out": "teacher",
     "data": {"kind": "shapes", "count": 64},
@@ -73,7 +70,7 @@ def test_a_teacher_is_trained_and_distilled(cli, here):
         torch.from_numpy(Shapes(kind="shapes", count=64).load().pixels) / 127.5 - 1
     )
     assert mean.std().item() == pytest.approx(1, rel=0.01)
-    # and it is distilled, trained first where it is not there
+    # and it is distilled
     content = {
         "out": "run", "teacher": {"train": "teacher.yaml"}, "data": CONFIG["data"],
         "method": {"name": "progressive", "steps": [2], "updates": 2, "guidance": 3.0},
@@ -158,24 +155,6 @@ def test_a_config_says_all_that_it_means(cli, here):
     content = yaml.safe_load(outcome.stdout)
     assert content["model"]["text"]["vocabulary"] == 400 and content["autoencoding"]["kl"] == 1e-6
     assert json.dumps(content["model"]["unet"]["channels"]) == "[8, 16]"
-
-
-def test_the_configs_of_shapes_fit_each_other(cli, tmp_path, monkeypatch):
-    """`configs/shapes`, at a tiny size: the teacher is trained, then distilled."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "configs" / "shapes", tmp_path / "shapes")
-    teacher = yaml.safe_load((tmp_path / "shapes" / "teacher.yaml").read_text())
-    small = {**teacher, **{key: CONFIG[key] for key in ("data", "model", "autoencoding", "denoising")}}
-    (tmp_path / "shapes" / "teacher.yaml").write_text(
-        yaml.safe_dump({**small, "evaluation": None, "pictures": 0})
-    )
-    outcome = cli(
-        "distill", "shapes/progressive.yaml", "data.count=64", "method.updates=1", "evaluation=null",
-        "pictures=0", "training.batch_size=8",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.stderr
-    made = diffkd.load(tmp_path / "runs/shapes-progressive/students/1-steps")
-    assert made.steps == 1 and made.guidance_baked_in == 3.0
 
 
 @pytest.mark.slow

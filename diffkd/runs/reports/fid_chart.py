@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
-from diffkd.runs.reports import page, plots
+from diffkd.runs.reports import page, plots, run_files
 from diffkd.runs.reports.run_files import Measurements, Record
+
+BESIDE = 6  # columns of a table that has room beside the plot
 
 
 def section(measured: Measurements) -> str:
@@ -13,18 +15,16 @@ def section(measured: Measurements) -> str:
     rows = []
     for steps in _all_steps(measured)[::-1]:
         teacher, student = measured.teacher.get(steps), measured.students.get(steps)
-        nfe = dict.fromkeys(str(r.get("nfe", "–")) for r in (teacher, student) if r)
-        fids = [page.number(r["fid"] if r else None) for r in (teacher, student)]
-        more = [page.number(measured.ratio(student)), _seconds(student or teacher or {})]
         before = [r for r in measured.earlier if r["steps"] == steps]  # of a chain
-        for r in before:
-            numbers = [page.number(value) for value in (r["fid"], measured.ratio(r))]
-            rows.append([str(r.get("model")), str(r.get("nfe", "–")), "–", *numbers, _seconds(r)])
-        title = student.get("model") if student and before else steps
-        rows.append([str(title), " / ".join(nfe), *fids, *more])
+        rows += [_row(str(r.get("model")), None, r, measured) for r in before]
+        rows.append(
+            _row(str(student.get("model") if student and before else steps), teacher, student, measured)
+        )
     if not rows:
         return ""
-    titles = ["steps", "nfe", "teacher FID", "student FID", "student / teacher’s best", "s per 1000 images"]
+    numbers = ["FID", *(value.title for value in run_files.OF_PROMPTS)]
+    both = [f"{role} {title}" for title in numbers for role in ("teacher", "student")]
+    titles = ["steps", "nfe", *both, "student / teacher’s best", "s per 1000 images"]
     note = "nfe: network evaluations per image. Seconds: the student’s, or the teacher’s where there is none."
     if any("/" in row[1] for row in rows):
         note += " Two nfe: the teacher’s / the student’s."
@@ -34,7 +34,19 @@ def section(measured: Measurements) -> str:
     chart = ""
     if len(measured.records()) > 1:
         chart = f'<div class="card"><p class="small">FID, lower is better</p>{_chart(measured)}</div>'
-    return f'<section><h2>FID against steps</h2><div class="pair">{chart}{table}</div></section>'
+    side = "pair" if len(titles) <= BESIDE else "stack"
+    return f'<section><h2>FID against steps</h2><div class="{side}">{chart}{table}</div></section>'
+
+
+def _row(title: str, teacher: Record | None, student: Record | None, measured: Measurements) -> list[str]:
+    """Of one step count: its name, nfe, each number of both, the ratio of FIDs, the time."""
+    pair = (teacher, student)
+    nfe = dict.fromkeys(str(r.get("nfe", "–")) for r in pair if r)
+    cells = [page.number(r["fid"] if r else None) for r in pair]
+    for value in run_files.OF_PROMPTS:
+        cells += [run_files.of_prompts(r).get(value.title, "–") for r in pair]
+    ratio, seconds = page.number(measured.ratio(student)), _seconds(student or teacher or {})
+    return [title, " / ".join(nfe), *cells, ratio, seconds]
 
 
 def _all_steps(measured: Measurements) -> list[int]:

@@ -7,10 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffkd import metrics
 from diffkd.io.text import from_json
+from diffkd.metrics.base import Value
 
 Record = dict[str, Any]
 Stages = dict[str, list[Record]]
+OF_PROMPTS: tuple[Value, ...] = tuple(  # numbers that say how well images show what their prompts ask for
+    value for kind in metrics.kinds().values() if kind.with_prompts for value in kind.values
+)
 
 
 class Measurements(NamedTuple):
@@ -46,6 +51,16 @@ def measurements(path: Path) -> Measurements:
     return Measurements(
         teacher, students, earlier, min(teacher.values(), key=lambda r: r["fid"], default=None)
     )
+
+
+def of_prompts(record: Record | None) -> dict[str, str]:
+    """The numbers of OF_PROMPTS that a record has: title -> text."""
+    found = record or {}
+    return {
+        value.title: f"{found[value.key]:{value.format}}"
+        for value in OF_PROMPTS
+        if is_finite(found.get(value.key))
+    }
 
 
 def stages(path: Path, event: str | None = None) -> Stages:

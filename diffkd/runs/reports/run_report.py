@@ -48,6 +48,10 @@ def _summary(measured: Measurements, stages: Stages) -> str:
         compared = "" if ratio is None else f", {page.number(ratio)} times the teacher’s best"
         fid = page.number(last["fid"])
         sentences.append(f"Distilled to {page.steps(last['steps'])}, the student’s FID is {fid}{compared}.")
+        teacher = run_files.of_prompts(best)
+        for title, text in run_files.of_prompts(last).items():
+            beside = f", the teacher’s {teacher[title]}" if title in teacher else ""
+            sentences.append(f"Its {title} is {text}{beside}.")
         if doubt := teacher_sampling.doubt(last, best):
             sentences.append(f"{doubt}.")
     if not measured.records():
