@@ -21,8 +21,9 @@ from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.metrics.evaluation.image_sets import parse
 from diffkd.runs import config
+from diffkd.runs.benchmark_config import Benchmark
 from diffkd.runs.classification.config import DistillClassifier
-from diffkd.runs.config import Benchmark, Distill, Train
+from diffkd.runs.config import Distill, Train
 from diffkd.runs.config_files import load, resolved
 from diffkd.runs.text_to_image.config import TrainTextToImage
 
