@@ -108,7 +108,7 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="Its steps; default 64.")] = None,
     teacher_guidance: Annotated[
-        float | None, typer.Option(min=0, help="Its guidance weight; default 1.")
+        float | None, typer.Option(min=0, help="Its guidance weight; default as for the model.")
     ] = None,
     bootstrap: Annotated[
         int | None,

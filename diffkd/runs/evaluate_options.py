@@ -71,6 +71,8 @@ OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 def check(target: str, options: Options) -> None:
     """Raises UserError for an option that would do nothing."""
     chosen = [part.strip() for part in options.metrics.split(",")]
+    if options.protocol is not None:
+        chosen.append("clip_score")  # where its weights are named
     owners = {key: kind.name for kind in metrics.kinds().values() for key in kind.model_fields}
     with_teacher = next(kind.name for kind in metrics.kinds().values() if kind.with_teacher)
     for name in options.given():

@@ -28,7 +28,7 @@ class Measurement:
     def __init__(
         self, config: Evaluation, reference: Reference, processes: Processes, console: Console
     ) -> None:
-        presets.check_reference(config, reference)
+        presets.check_reference(config.protocol, reference)
         self.config, self.reference = config, reference
         self.console, self.processes = console, processes
         self._teachers: dict[Any, ImageStream | None] = {}  # the last one, which may hold its images

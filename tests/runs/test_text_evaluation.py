@@ -311,6 +311,7 @@ def test_what_the_curve_shows(tmp_path, monkeypatch):
         ),
         ("teacher={path: teacher, guidance: [1, 2]}", ["teacher.guidance [1.0, 2.0]"]),
         ("evaluation.protocol=coco", ["evaluation.protocol", "coco30k"]),
+        ("evaluation.protocol=[coco30k]", ["evaluation.protocol", "coco30k"]),
         ("evaluation.protocol=coco30k", ["evaluation.features", "'shapes'", "'inception'"]),
     ],
 )

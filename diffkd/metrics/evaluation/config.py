@@ -69,7 +69,7 @@ class _Common(Strict):
     @model_validator(mode="before")
     @classmethod
     def _by_protocol(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("protocol") in presets.PRESETS:
+        if isinstance(given, dict) and str(given.get("protocol")) in presets.PRESETS:
             return presets.completed(given)
         return given
 

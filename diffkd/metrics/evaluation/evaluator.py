@@ -103,7 +103,7 @@ class Evaluator:
             **made, **values, "seconds": timer.seconds()["images"],
             "notes": [
                 *self.reference.notes, *stream.notes, *found, *told,
-                *presets.notes(self.config, stream.count),
+                *presets.notes(self.config.protocol, stream.count),
             ],
             "protocol": self._protocol(stream, teacher),
         }  # fmt: skip
@@ -165,7 +165,7 @@ def check_prompts(metrics: Sequence[Metric], prompts: Sequence[str] | None) -> N
         if metric.with_prompts and prompts is None:
             raise UserError(
                 f"{metric.name} compares images with their prompts, and these have none; give "
-                f"{called('prompts')}, or leave it out"
+                f"{called('prompts')}, or leave the metric out"
             )
         if prompts is not None:
             metric.check_prompts(prompts)

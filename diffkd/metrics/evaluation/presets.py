@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.text import quoted
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.reference import Reference
-
-if TYPE_CHECKING:
-    from diffkd.metrics.evaluation.config import Evaluation
 
 PresetName = Literal["coco30k"]
 
@@ -62,43 +59,42 @@ def _reference(given: Any, size: int, name: str) -> Any:
     """As a config names it, with the size that its images are brought to."""
     if isinstance(given, str):
         return image_sets.parse(given, resize=size)
-    key = {"images": "resize", "folder": "size", "datasets": "size"}
-    if isinstance(given, dict) and (own := key.get(given.get("kind", ""))) is not None:
+    keys = {"images": "resize", "folder": "size", "datasets": "size"}
+    if isinstance(given, dict) and (own := keys.get(str(given.get("kind")))) is not None:
         return given | {own: _agreed(given.get(own), size, f"evaluation.reference.{own}", name)}
     return given
 
 
-def check_reference(config: Evaluation, reference: Reference) -> None:
+def check_reference(name: str | None, reference: Reference) -> None:
     """Raises UserError for a reference of another size than the protocol's, as far as that is known."""
-    if config.protocol is None or reference.size in (None, (config.image_size, config.image_size)):
+    if name is None or reference.size is None or reference.size == (PRESETS[name].size,) * 2:
         return
-    width, height = reference.size or (0, 0)
+    size, (width, height) = PRESETS[name].size, reference.size
     raise UserError(
-        f"{reference.name} is of {width}x{height} images, and protocol {config.protocol} compares images of "
-        f"{config.image_size}x{config.image_size}; give a folder, which is resized, or statistics made with "
-        f"diffkd stats --resize {config.image_size}"
+        f"{reference.name} is of {width}x{height} images, and protocol {name} compares at {size}x{size}; "
+        f"give a folder, which is resized, or statistics made with diffkd stats --resize {size}"
     )
 
 
-def check_captions(config: Evaluation, captions: Sequence[str] | None, name: str) -> None:
-    """Raises UserError where a model is not drawn with a caption for each image. name: of the model."""
-    if config.protocol is None:
+def check_captions(name: str | None, captions: Sequence[str] | None, samples: int | None, model: str) -> None:
+    """Raises UserError where a model is drawn without a caption for each of its images. model: its name."""
+    if name is None:
         return
     if captions is None:
         raise UserError(
-            f"protocol {config.protocol} is of images drawn from captions, and {name} is drawn without any; "
-            f"leave out {called('evaluation.protocol')}"
+            f"protocol {name} is of images drawn from captions, and {model} is drawn without any; leave out "
+            f"{called('evaluation.protocol')}"
         )
-    wanted = config.samples or 0
+    wanted = samples or PRESETS[name].samples
     if len(captions) < wanted:
         raise UserError(
-            f"protocol {config.protocol} is of {wanted:,} captions, an image each, and there are "
-            f"{len(captions):,}; give more, or {called('evaluation.samples')} {len(captions)}, whose numbers "
-            "compare with others of as many only"
+            f"protocol {name} is of {wanted:,} captions, an image each, and there are {len(captions):,}; "
+            f"give more, or {called('evaluation.samples')} {len(captions)}, whose numbers compare with those "
+            "of as many only"
         )
 
 
-def notes(config: Evaluation, count: int) -> Iterator[str]:
+def notes(name: str | None, count: int) -> Iterator[str]:
     """What a reader of the numbers must know where a protocol was followed in part."""
-    if config.protocol is not None and count < (usual := PRESETS[config.protocol].samples):
-        yield f"protocol {config.protocol} with {count:,} images in place of {usual:,}"
+    if name is not None and count < (usual := PRESETS[name].samples):
+        yield f"protocol {name} with {count:,} images in place of {usual:,}"

@@ -137,7 +137,7 @@ def _model(
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
     where, prompts = identity(denoiser, target.path, target.null_label), _prompts(target, denoiser)
-    presets.check_captions(config, prompts, target.path)
+    presets.check_captions(config.protocol, prompts, config.samples, target.path)
     if target.quantize:
         where["quantize"] = target.quantize
     if target.prompts is not None:
@@ -178,7 +178,7 @@ def _stock(
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
     if target.quantize:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
-    presets.check_captions(config, None, f"{target.path} ({stock_option()})")
+    presets.check_captions(config.protocol, None, None, f"{target.path} ({stock_option()})")
     if target.prompts is not None:
         raise UserError(f"{stock_option()} draws without prompts; leave out {called('prompts')}")
     if "scheduler" in target.opening:
