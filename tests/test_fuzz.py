@@ -43,7 +43,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.statistics import Statistics
 from diffkd.models import loading
-from diffkd.runs import config, config_files, evaluate_options
+from diffkd.runs import benchmark_config, config, config_files, evaluate_options
 from diffkd.runs.classification import networks
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.repeat import repeat
@@ -207,7 +207,7 @@ def edited(draw: Any, content: Any, odd: Any = ODD) -> Any:
 
 # configs --------------------------------------------------------------------------------------------------
 
-KINDS = (config.Train, config.Distill, config.Benchmark, DistillClassifier)
+KINDS = (config.Train, config.Distill, benchmark_config.Benchmark, DistillClassifier)
 CONFIGS: list[tuple[Any, dict[str, Any]]] = [
     (config.Train, {
         "out": "run", "seed": 1, "data": {"kind": "folder", "path": "x", "size": 8, "channels": 1},
@@ -232,7 +232,7 @@ CONFIGS: list[tuple[Any, dict[str, Any]]] = [
         "method": {"name": "logits", "alpha": 0.5, "noisy": True}, "schedule": {"num_train_timesteps": 16},
         "sweep": {"student": "small", "alpha": [0.5], "temperature": [1, 3]},
     }),
-    (config.Benchmark, {
+    (benchmark_config.Benchmark, {
         "out": "run", "models": [{"path": "a/b", "steps": [1, 2], "guidance": 2.0}],
         "teacher": {"path": "t"}, "evaluation": {"reference": "digits", "metrics": ["fid", "agreement"]},
     }),

@@ -34,7 +34,7 @@ from diffkd.metrics.evaluation import image_sets, image_sources
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.models import loading
-from diffkd.runs import benchmark, config, config_files, evaluate
+from diffkd.runs import benchmark, benchmark_config, config, config_files, evaluate
 from diffkd.runs.repeat import repeat
 from diffkd.runs.reports import model_card, run_report, tables
 from tests.measuring import measure
@@ -558,7 +558,7 @@ def test_names_in_a_terminal(tmp_path, name, terminal):
 @pytest.mark.parametrize("name", [*HOSTILE, "\udcff"])
 def test_names_in_a_benchmark(tmp_path, name, measured, terminal):
     record = json.loads(measured.read_text())
-    model = config.BenchmarkEntry(path="x/y", name=name)
+    model = benchmark_config.BenchmarkEntry(path="x/y", name=name)
     assert model.title == printable(name)
     record["model"] = record["protocol"]["reference"]["name"] = record["protocol"]["features"]["name"] = (
         model.title

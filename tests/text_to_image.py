@@ -119,3 +119,30 @@ def teacher_and_images(folder: Path, captions: Sequence[str], *, xl: bool = Fals
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
         (folder / "images" / f"{i}.txt").write_text(captions[i % len(captions)] + "\n")
+
+
+def clip(folder: Path, *, seed: int = 0, side: int = 56) -> Any:
+    """A CLIPModel of random weights, saved with its tokenizer: its cosines have both signs."""
+    tokens = tokenizer(folder / "parts")
+    small = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    words = {
+        "vocab_size": len(tokens), "max_position_embeddings": 77, "bos_token_id": len(tokens) - 2,
+        "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config={**small, **words}, vision_config={**small, "image_size": side, "patch_size": 14},
+        projection_dim=24,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = transformers.CLIPModel(config).eval().requires_grad_(False)
+        for name, parameter in network.named_parameters():
+            gain = parameter.ndim == 1 and name.endswith("weight")  # of a norm
+            parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.4).add_(float(gain))
+    transformers.utils.logging.disable_progress_bar()
+    network.save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
+    tokens.save_pretrained(folder)
+    return network

@@ -11,7 +11,7 @@ def benchmark(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun =
 
     prepare_libraries()
     from diffkd.runs import benchmark as job
-    from diffkd.runs.config import Benchmark
+    from diffkd.runs.benchmark_config import Benchmark
     from diffkd.runs.config_files import load
 
     settings = load(config, Benchmark, overrides or ())

@@ -42,9 +42,19 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, prompt_accuracy, agreement; comma-separated.",
+            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, clip_score, prompt_accuracy, "
+            "agreement; comma-separated.",
             autocompletion=among(
-                "fid", "kid", "is", "prdc", "fd_inf", "fd_dino", "cmmd", "prompt_accuracy", "agreement"
+                "fid",
+                "kid",
+                "is",
+                "prdc",
+                "fd_inf",
+                "fd_dino",
+                "cmmd",
+                "clip_score",
+                "prompt_accuracy",
+                "agreement",
             ),
         ),
     ] = "fid",
@@ -77,7 +87,12 @@ def evaluate(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option("-w", "--guidance", min=0, help="Guidance weight; default 1, which is none."),
+        typer.Option(
+            "-w",
+            "--guidance",
+            min=0,
+            help="Guidance weight; default 1, which is none, or the usual one of a model that takes it.",
+        ),
     ] = None,
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
@@ -93,7 +108,7 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="Its steps; default 64.")] = None,
     teacher_guidance: Annotated[
-        float | None, typer.Option(min=0, help="Its guidance weight; default 1.")
+        float | None, typer.Option(min=0, help="Its guidance weight; default as for the model.")
     ] = None,
     bootstrap: Annotated[
         int | None,
@@ -110,6 +125,17 @@ def evaluate(
     ] = None,
     clip_weights: Annotated[
         str | None, typer.Option(help="Of cmmd; default openai/clip-vit-large-patch14-336.")
+    ] = None,
+    clip_score_weights: Annotated[
+        str | None, typer.Option(help="Of clip_score; default openai/clip-vit-large-patch14.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="coco30k: FID at 256x256 of an image for each of 30,000 captions (--prompts), and with "
+            "--clip-score-weights the CLIP score.",
+            autocompletion=among("coco30k"),
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Image i starts from the noise of seed + i; default 0.")
@@ -140,7 +166,8 @@ def evaluate(
     options = evaluate_options.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
         guidance, null_label, quantize, prompts, variant, scheduler, teacher, teacher_steps, teacher_guidance,
-        bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights, seed, batch_size,
+        bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights,
+        clip_score_weights, protocol, seed, batch_size,
         allow_mismatch, cache,
     )  # fmt: skip
     reference = one_reference(against, reference)

@@ -22,6 +22,7 @@ _HOMES = {
     "InceptionV3": "features.inception",
     "DINOv2": "features.dinov2",
     "CLIP": "features.clip",
+    "CLIPTextImage": "features.clip_score",
     "DigitsFeatures": "features.digits",
     "Evaluation": "evaluation.config",
     "Evaluator": "evaluation.evaluator",
@@ -35,6 +36,7 @@ _FIRST = (
     "cmmd",
     "is",
     "prdc",
+    "clip_score",
     "prompt_accuracy",
     "agreement",
 )  # in tables; any other follows

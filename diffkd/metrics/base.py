@@ -74,13 +74,19 @@ class Running(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a metric is computed from. options: as `Metric.options` gave them. features: the main network."""
+    """What a metric is computed from. compared: the reference, for metrics that need it. options: as
+    `Metric.options` gave them. features: the main network."""
 
     images: FeatureSet
-    reference: FeatureSet
+    compared: FeatureSet | None
     options: Mapping[str, Any]
     features: str
     running: Any = None
+
+    @property
+    def reference(self) -> FeatureSet:
+        assert self.compared is not None, "the metric does without the reference"
+        return self.compared
 
 
 class Metric(Strict, ABC):
@@ -89,7 +95,8 @@ class Metric(Strict, ABC):
     name: in configs, on the command line and in records. values: its numbers, as tables show them. more: keys
     of numbers that only records hold. network: the features that it is of, MAIN or a name that
     `features.load` knows. with_teacher: whether it compares with a teacher's images of the same noise.
-    with_prompts: whether it compares with what the images were to show.
+    with_prompts: whether it compares with what the images were to show. with_reference: whether the images of
+    the reference go through a network of its own.
     """
 
     name: ClassVar[str]
@@ -98,6 +105,7 @@ class Metric(Strict, ABC):
     network: ClassVar[str] = MAIN
     with_teacher: ClassVar[bool] = False
     with_prompts: ClassVar[bool] = False
+    with_reference: ClassVar[bool] = True
 
     @property
     def stores_reference(self) -> bool:
@@ -129,6 +137,10 @@ class Metric(Strict, ABC):
     def running(self, network: Any, count: int, device: torch.device) -> Running | None:
         """What it adds up over `count` images; None for nothing."""
         return None
+
+    def notes(self, inputs: Inputs) -> Sequence[str]:
+        """What a reader of its numbers must know of how they came about, a line each."""
+        return ()
 
     @abstractmethod
     def compute(self, inputs: Inputs) -> dict[str, float | None]:

@@ -53,6 +53,7 @@ class PromptAccuracy(Metric):
     values: ClassVar[tuple[Value, ...]] = (Value("prompt_accuracy", "prompt accuracy", ".3f"),)
     network: ClassVar[str] = "shapes"
     with_prompts: ClassVar[bool] = True
+    with_reference: ClassVar[bool] = False
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:

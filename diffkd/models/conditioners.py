@@ -75,19 +75,10 @@ class ClipPrompts:
     @cached_property
     def networks(self) -> list[tuple[Any, Any]]:
         """The tokenizer and the network of each encoder."""
-        transformers = transformers_models.library(f"a prompt for {self.name}")
+        transformers_models.library(f"a prompt for {self.name}")
         opened = []
         for one in self.encoders:
-            try:
-                with transformers_models.silent():
-                    tokenizer = transformers.CLIPTokenizer.from_pretrained(
-                        one.tokenizer, local_files_only=True
-                    )
-            except Exception as error:  # transformers raises many types for files that are not there or wrong
-                raise UserError(
-                    f"{self.name}: the tokenizer in {one.tokenizer} cannot be read ({_short(error)}); is it "
-                    "complete?"
-                ) from error
+            tokenizer = transformers_models.load_tokenizer(one.tokenizer, self.name)
             name = f"{self.name}: {one.place}"
             network = transformers_models.load(one.architecture, one.place, name, one.variant)
             opened.append((tokenizer, network.eval().requires_grad_(False).to(self.device)))
@@ -204,7 +195,3 @@ def _check_entry(source: Source, component: str, kinds: Sequence[str]) -> None:
             f"{source.name} has a {component} of {quoted(entry)}, which is not supported; supported is "
             f"{' or '.join(kinds)} of transformers"
         )
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

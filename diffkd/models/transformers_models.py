@@ -57,6 +57,19 @@ def load(architecture: str, folder: Path, name: str, variant: str | None = None)
     return network.float()
 
 
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The CLIPTokenizer of a folder. name: what messages call the model. Raises UserError where it cannot be
+    read."""
+    transformers = library(name)
+    try:
+        with silent():
+            return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types for files that are not there or wrong
+        raise UserError(
+            f"{name}: the tokenizer in {folder} cannot be read ({reason(error)[:200]}); is it complete?"
+        ) from error
+
+
 @contextmanager
 def silent() -> Iterator[None]:
     """Silences progress bars, logs and warnings of transformers, and restores its settings."""

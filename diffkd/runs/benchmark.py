@@ -1,4 +1,4 @@
-"""`diffkd benchmark`: models x steps x metrics, one row at a time, into one table and two plots."""
+"""`diffkd benchmark`: models x steps x guidance x metrics, one row at a time, into one table and plots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, opened, teacher_of
-from diffkd.runs import config, config_files
+from diffkd.runs import config_files
+from diffkd.runs.benchmark_config import Benchmark
 from diffkd.runs.measurement import Measurement
-from diffkd.runs.reports import markdown, plots, tables
+from diffkd.runs.reports import guidance_curves, markdown, plots, tables
 from diffkd.training.run_folder import RunFolder
 
 
-def run(settings: config.Benchmark, console: Console) -> Path:
+def run(settings: Benchmark, console: Console) -> Path:
     """Measures every row that metrics.json does not hold yet; the benchmark's folder."""
     processes = Processes()
     place = settings.out / "metrics.json"
@@ -40,14 +41,19 @@ def run(settings: config.Benchmark, console: Console) -> Path:
             for target in wanted:
                 for record in measurement.records(target, warm_up=True):
                     if processes.main:
-                        progress.say(console, _line(record))  # before it is written: no full disk loses it
+                        progress.say(
+                            console, _line(record, target.guidance)
+                        )  # before it is written: no full disk loses it
                         append_json(place, {**record, "role": "benchmark"})
         if processes.main:
             order = [model.title for model in settings.models]
-            found = sorted(_rows(place), key=lambda r: (order.index(r["model"]), -r.get("steps", 0)))
+            found = sorted(
+                _rows(place),
+                key=lambda r: (order.index(r["model"]), -r.get("steps", 0), guidance_curves.weight(r)),
+            )
             _show(console, found)
             _write(settings.out, found)
-            drawn = plots.tradeoffs(settings.out, found)
+            drawn = [*plots.tradeoffs(settings.out, found), *guidance_curves.write(settings.out, found)]
             progress.say(console, f"table: {settings.out / 'benchmark.md'}")
             said = f"plots: {', '.join(map(str, drawn))}"
             missing = "no plots: they need matplotlib (pip install matplotlib) and rows with FID"
@@ -61,22 +67,24 @@ def _rows(place: Path) -> list[Record]:
     return records.load(place) if place.exists() else []
 
 
-def _wanted(settings: config.Benchmark, found: Sequence[Record]) -> list[Target]:
-    """What is still to be measured: each model with the step counts that have no row yet."""
-    done = {(r["model"], r.get("steps")) for r in found}
-    names = {r["model"] for r in found}
+def _wanted(settings: Benchmark, found: Sequence[Record]) -> list[Target]:
+    """What is still to be measured: each model and guidance with the step counts that have no row yet."""
     teacher = settings.teacher if "agreement" in settings.evaluation.metrics else None
     wanted = []
-    for model in settings.models:
-        left = tuple(steps for steps in model.steps if (model.title, steps) not in done)
-        if left or (not model.steps and model.title not in names):
+    for model, weight in [(entry, w) for entry in settings.models for w in entry.weights]:
+        rows = [r for r in found if r["model"] == model.title]
+        if weight is not None:
+            rows = [r for r in rows if guidance_curves.weight(r) == weight]
+        done = {r.get("steps") for r in rows}
+        left = tuple(steps for steps in model.steps if steps not in done)
+        if left or (not model.steps and not done):
             wanted.append(Target(
-                model.path, name=model.title, steps=left, guidance=model.guidance, stock=model.stock,
+                model.path, name=model.title, steps=left, guidance=weight, stock=model.stock,
                 null_label=model.null_label, quantize=model.quantize, prompts=model.prompts,
                 opening=model.opening,
                 teacher=teacher.path if teacher else None,
                 teacher_steps=teacher.steps[0] if teacher and teacher.steps else AGREEMENT_STEPS,
-                teacher_guidance=teacher.guidance if teacher else 1.0,
+                teacher_guidance=teacher.guidance[0] if teacher and teacher.guidance else None,
                 teacher_opening=teacher.opening if teacher else {},
             ))  # fmt: skip
     return wanted
@@ -91,9 +99,10 @@ def _check(evaluation: Evaluation, wanted: Sequence[Target], processes: Processe
     teacher_of(wanted[0], evaluation, reference, processes.device)
 
 
-def _line(record: Record) -> str:
-    """A row as it comes."""
+def _line(record: Record, guidance: float | None) -> str:
+    """A row as it comes. guidance: the weight that was asked for."""
     steps = f", {record['steps']} steps" if "steps" in record else ""
+    steps += "" if guidance is None else f", guidance {guidance:g}"
     numbers = ", ".join(f"{title} {value}" for title, value in records.formatted(record).items())
     return f"{record['model']}{steps}: {numbers}"
 
@@ -103,9 +112,11 @@ def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     values = [records.formatted(record) for record in found]
     titles = list(dict.fromkeys(title for value in values for title in value))
     first = records.seconds_per_image(found[0])
+    swept = guidance_curves.swept(found)
     rows = [
         [
-            str(record["model"]), str(record.get("steps", "")), str(record.get("nfe", "")),
+            str(record["model"]), str(record.get("steps", "")),
+            *([f"{guidance_curves.weight(record):g}"] if swept else []), str(record.get("nfe", "")),
             *(value.get(title, "") for title in titles),
             f"{1 / records.seconds_per_image(record):.0f}",
             f"{first / records.seconds_per_image(record):.3g}",
@@ -113,7 +124,8 @@ def _cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         ]
         for record, value in zip(found, values, strict=True)
     ]  # fmt: skip
-    return ["model", "steps", "nfe", *titles, "images/s", "times the first", "parameters", "MACs/image"], rows
+    head = ["model", "steps", *(["guidance"] if swept else []), "nfe", *titles]
+    return [*head, "images/s", "times the first", "parameters", "MACs/image"], rows
 
 
 def _millions(record: Record, key: str, times: int) -> str:

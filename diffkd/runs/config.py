@@ -14,14 +14,13 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.data import Data
 from diffkd.data.absent import NoData, TeacherDraws
-from diffkd.errors import UserError, printable
-from diffkd.io.config import Positive, Strict
+from diffkd.errors import UserError
+from diffkd.io.config import Strict
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import loading
-from diffkd.models.quantization import Quantize
 from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
@@ -85,7 +84,13 @@ class Settings(Protocol):
 
 
 def _check_evaluation(evaluation: Evaluation) -> None:
-    """Raises UserError without FID among the metrics, or without a feature network or reference they need."""
+    """Raises UserError for a protocol of its own captions, without FID among the metrics, or without a
+    feature network or reference that they need."""
+    if evaluation.protocol is not None:
+        raise UserError(
+            f"evaluation.protocol {evaluation.protocol} is of captions that a file names; it is for diffkd "
+            "evaluate and diffkd benchmark"
+        )
     if "fid" not in evaluation.metrics:
         raise UserError(
             f"evaluation.metrics {evaluation.metrics} lacks fid, which the report of a run plots; add it"
@@ -233,54 +238,3 @@ class Distill(TrainingRun):
             )
         if self.evaluation is not None:
             _check_evaluation(self.evaluation)
-
-
-class BenchmarkEntry(Opened):
-    """One model of a benchmark, or the teacher that the others are compared with."""
-
-    path: str = Field(description="a diffusers pipeline, folder or hub id")
-    name: str | None = Field(None, description="in the table; default the last part of the path")
-    steps: list[Positive] = Field([], description="step counts; default a student's own")
-    guidance: float = Field(1.0, ge=0, description="guidance weight; 1 is none")
-    null_label: int | None = Field(
-        None, ge=0, description="the label that means no class, where a pipeline has one"
-    )
-    quantize: Quantize | None = Field(None, description="int8: weights in 8 bits (extra quant)")
-    stock: bool = Field(False, description="drawn by the pipeline's own code and scheduler")
-    prompts: str | None = Field(None, description="a text file of prompts, for models that draw from them")
-
-    @property
-    def title(self) -> str:
-        return printable(self.name or Path(self.path).name)
-
-
-class Benchmark(Strict):
-    """`diffkd benchmark`: models x steps x metrics, in one table."""
-
-    out: Path = Field(description="the run's folder")
-    models: list[BenchmarkEntry] = Field(min_length=1, description="what is measured")
-    teacher: BenchmarkEntry | None = Field(None, description="what agreement is with")
-    evaluation: Evaluation = Field(description="how to measure; it must name a reference")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Benchmark:
-        if self.evaluation.reference is None:
-            raise ValueError(
-                "config key evaluation.reference is missing; name what to compare with, such as digits"
-            )
-        for model in self.models:  # those that share a name are one line of the plots
-            namesakes = [entry for entry in self.models if entry.title == model.title]
-            steps = [count for entry in namesakes for count in entry.steps]
-            if len({*steps}) < len(steps) or (len(namesakes) > 1 and not all(e.steps for e in namesakes)):
-                raise ValueError(
-                    f"models name {model.title} twice; rename one of them, or give each different steps"
-                )
-        metric = teacher_metric(self.evaluation)
-        if metric is not None and self.teacher is None:
-            raise ValueError(f"config key teacher is missing, and the metric {metric} needs one; name it")
-        if self.teacher is not None and metric is None:
-            raise ValueError(
-                f"teacher {self.teacher.path} is for a metric such as agreement; add one of those, or leave "
-                "the teacher out"
-            )
-        return self

@@ -20,7 +20,7 @@ from diffkd.metrics.evaluation.records import Record, formatted
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import is_model
 from diffkd.models import loading
-from diffkd.runs.evaluate_options import Options, check, config_of, target_of
+from diffkd.runs.evaluate_options import Options, check, config_of, size_of, target_of
 from diffkd.runs.measurement import Measurement
 from diffkd.runs.record_file import RecordFile
 from diffkd.runs.reports import model_card
@@ -70,7 +70,7 @@ def measure(
     measured; for all that can be known without a feature network, before one is used.
     """
     check(target, options)
-    against = open_reference(reference, resize=options.resize, split=options.split, cached=options.cache)
+    against = open_reference(reference, resize=size_of(options), split=options.split, cached=options.cache)
     measured, config = target_of(target, options), config_of(options, against)
     run = _run_of(target)
     processes = Processes(device)

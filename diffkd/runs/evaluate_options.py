@@ -13,6 +13,7 @@ from diffkd.generation.labels import parse_classes
 from diffkd.io.config import validation_message
 from diffkd.io.text import is_number
 from diffkd.metrics import features
+from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
@@ -48,6 +49,8 @@ class Options:
     is_splits: int | None = None
     dino_weights: str | None = None
     clip_weights: str | None = None
+    clip_score_weights: str | None = None
+    protocol: str | None = None
     seed: int | None = None
     batch_size: int | None = None
     allow_mismatch: bool = False
@@ -59,7 +62,7 @@ class Options:
 
 
 # Options that mean something for a model only; and the config's names of those that are called otherwise.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "prompts", "variant",
+OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "variant",
              "scheduler", "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
 KEYS = {"feature_resize": "resize", "classes": "labels", "dino_weights": "dinov2_weights"}
 OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
@@ -68,6 +71,8 @@ OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 def check(target: str, options: Options) -> None:
     """Raises UserError for an option that would do nothing."""
     chosen = [part.strip() for part in options.metrics.split(",")]
+    if options.protocol is not None:
+        chosen.append("clip_score")  # where its weights are named
     owners = {key: kind.name for kind in metrics.kinds().values() for key in kind.model_fields}
     with_teacher = next(kind.name for kind in metrics.kinds().values() if kind.with_teacher)
     for name in options.given():
@@ -85,10 +90,10 @@ def option(name: str) -> str:
 
 def target_of(path: str, options: Options) -> Target:
     return Target(
-        path, steps=parse_steps(options.steps), guidance=_or(options.guidance, 1.0),
-        stock=options.sampler == "stock", resize=options.resize, teacher=options.teacher,
+        path, steps=parse_steps(options.steps), guidance=options.guidance,
+        stock=options.sampler == "stock", resize=size_of(options), teacher=options.teacher,
         teacher_steps=_or(options.teacher_steps, AGREEMENT_STEPS),
-        teacher_guidance=_or(options.teacher_guidance, 1.0), null_label=options.null_label,
+        teacher_guidance=options.teacher_guidance, null_label=options.null_label,
         quantize=options.quantize, prompts=options.prompts,
         opening=_given(variant=options.variant, scheduler=options.scheduler),
     )  # fmt: skip
@@ -96,8 +101,10 @@ def target_of(path: str, options: Options) -> Target:
 
 def config_of(options: Options, reference: Reference) -> Evaluation:
     """The config of these options. Raises UserError that names the option."""
+    named = options.features or (None if options.protocol else default_features(reference))
     values = {
-        "features": features.locate(options.features or default_features(reference)),
+        "protocol": options.protocol,
+        "features": features.locate(named) if named else None,
         "weights": options.weights,
         "resize": options.feature_resize, "dtype": options.dtype, "samples": options.samples,
         "metrics": [part.strip() for part in options.metrics.split(",")],
@@ -105,7 +112,8 @@ def config_of(options: Options, reference: Reference) -> Evaluation:
         "sampler": None if options.sampler == "stock" else options.sampler,
         "batch_size": _or(options.batch_size, 64), "seed": _or(options.seed, 0),
         "bootstrap": _or(options.bootstrap, 0), "dinov2_weights": options.dino_weights,
-        "clip_weights": options.clip_weights, "allow_mismatch": options.allow_mismatch,
+        "clip_weights": options.clip_weights, "clip_score_weights": options.clip_score_weights,
+        "allow_mismatch": options.allow_mismatch,
     }  # fmt: skip
     keys = ("kid_subsets", "kid_subset_size", "is_splits")
     values |= {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
@@ -118,6 +126,21 @@ def config_of(options: Options, reference: Reference) -> Evaluation:
         name = option(next((name for name, other in KEYS.items() if other == key), key))
         line = validation_message(error, Evaluation).partition(" is ")[2]
         raise UserError(f"{name} is {line}{', or stock' * (key == 'sampler')}") from error
+
+
+def size_of(options: Options) -> int | None:
+    """Height and width that the images of folders are brought to. Raises UserError for an unknown protocol,
+    and for another size than its own."""
+    if options.protocol is None:
+        return options.resize
+    if options.protocol not in presets.PRESETS:
+        raise UserError(f"--protocol {options.protocol!r} is unknown; use {', '.join(presets.PRESETS)}")
+    size = presets.PRESETS[options.protocol].size
+    if options.resize not in (None, size):
+        raise UserError(
+            f"--resize {options.resize} is not what protocol {options.protocol} has, {size}; leave it out"
+        )
+    return size
 
 
 def default_features(reference: Reference) -> str:

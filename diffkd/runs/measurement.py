@@ -13,8 +13,9 @@ from diffkd.errors import UserError, printable
 from diffkd.io import progress
 from diffkd.io.naming import called
 from diffkd.io.processes import Processes
+from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.evaluator import Evaluator
+from diffkd.metrics.evaluation.evaluator import Evaluator, check_prompts
 from diffkd.metrics.evaluation.image_stream import ImageStream
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
@@ -27,6 +28,7 @@ class Measurement:
     def __init__(
         self, config: Evaluation, reference: Reference, processes: Processes, console: Console
     ) -> None:
+        presets.check_reference(config.protocol, reference)
         self.config, self.reference = config, reference
         self.console, self.processes = console, processes
         self._teachers: dict[Any, ImageStream | None] = {}  # the last one, which may hold its images
@@ -73,7 +75,8 @@ class Measurement:
             yield {"model": name, "role": "evaluated", **size, **found}
 
     def _check(self, stream: ImageStream, teacher: ImageStream | None) -> None:
-        """Raises UserError for metrics that have too few images, or no teacher to compare with."""
+        """Raises UserError for metrics that have too few images, or no prompts or teacher to compare with."""
+        check_prompts(self.config.chosen(), stream.prompts)
         for metric in self.config.chosen():
             metric.options(stream.count, self.reference.count)
             if metric.with_teacher and teacher is None:

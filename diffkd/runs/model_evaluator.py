@@ -94,7 +94,8 @@ class ModelEvaluator:
     def _sampled(self, denoiser: Denoiser, steps: int, guidance: float) -> ImageStream:
         reference = self._evaluator.reference
         prompts = prompts_for(denoiser, self.images, default_count(self.config, reference))
-        return sampled_images(denoiser, self.config, reference, steps, guidance=guidance, prompts=prompts)
+        weight = None if guidance == 1.0 else guidance  # a student that takes it is measured at its usual one
+        return sampled_images(denoiser, self.config, reference, steps, guidance=weight, prompts=prompts)
 
     @cached_property
     def _evaluator(self) -> Evaluator:

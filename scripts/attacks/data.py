@@ -21,7 +21,7 @@ OPTIONS: dict[str, list[str]] = {
     "--samples": ["0", "1", "2", "3", "17", "-1", "1e3", "x", "9" * 30, ""],
     "--steps": ["0", "1,0", "1,,2", ",", "1.5", "x", "9" * 30, "1024", "1,1", "-1", "1 2", "3"],
     "--metrics": ["", ",", "x", "fid,fid", "fid,x", "FID", "kid", "is", "prdc", "fd_inf",
-                  "fid,kid,is,prdc,fd_inf", "agreement", "cmmd", "fd_dino", " fid", "all"],
+                  "fid,kid,is,prdc,fd_inf", "agreement", "cmmd", "clip_score", "fd_dino", " fid", "all"],
     "--features": ["inception", "clip", "x", "os.system", "", "digits ", "torch.nn.Identity", "dinov2"],
     "--dtype": ["float16", "float64", "x", ""],
     "--feature-resize": ["x", "tf1", "clean", "bilinear", ""],

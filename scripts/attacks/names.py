@@ -30,6 +30,7 @@ WITH = {  # what an option needs beside it
         ["--metrics", "agreement"]),
     ("evaluate", "dino_weights"): ([], ["--metrics", "fd_dino"]),
     ("evaluate", "clip_weights"): ([], ["--metrics", "cmmd"]),
+    ("evaluate", "clip_score_weights"): ([], ["--metrics", "clip_score"]),
     ("evaluate", "weights"): ([], ["--features", "inception"]),
     ("stats", "weights"): ([], ["--features", "inception"]),
 }  # fmt: skip

@@ -63,7 +63,7 @@ def _weights(tmp_path, monkeypatch):
 
 
 def _few(tmp_path, monkeypatch):
-    stored_images(DataSource(diffkd.data.Digits(kind="digits").load()), 5000, 64)
+    stored_images(DataSource(diffkd.data.Digits(kind="digits").load()), Evaluation(samples=5000))
 
 
 def _upscaled(tmp_path, monkeypatch):

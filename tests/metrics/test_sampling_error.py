@@ -426,5 +426,5 @@ def test_fid_tells_the_floor_of_the_reference(count):
         statistics = Statistics()
         statistics.update(part)
         sets.append(FeatureSet(statistics))
-    told = Fid().compute(Inputs(images=sets[1], reference=sets[0], options={}, features="inception"))
+    told = Fid().compute(Inputs(images=sets[1], compared=sets[0], options={}, features="inception"))
     assert told["fid_floor"] == pytest.approx(floor(sets[0].statistics.sigma, 20, count), rel=1e-9)

@@ -307,7 +307,8 @@ def test_the_commands_take_them(cli, output, tmp_path, monkeypatch, drawn):
 
 
 def test_a_config_takes_them(output, tmp_path):
-    from diffkd.runs.config import BenchmarkEntry, Teacher
+    from diffkd.runs.benchmark_config import BenchmarkEntry
+    from diffkd.runs.config import Teacher
 
     resaved(output, "non_ema", scale=1.5)
     alone = shutil.copytree(output / "unet", tmp_path / "far" / "away" / "alone")

@@ -21,8 +21,9 @@ from diffkd.methods.denoising import Denoising
 from diffkd.methods.progressive import Progressive
 from diffkd.metrics.evaluation.image_sets import parse
 from diffkd.runs import config
+from diffkd.runs.benchmark_config import Benchmark
 from diffkd.runs.classification.config import DistillClassifier
-from diffkd.runs.config import Benchmark, Distill, Train
+from diffkd.runs.config import Distill, Train
 from diffkd.runs.config_files import load, resolved
 from diffkd.runs.text_to_image.config import TrainTextToImage
 
@@ -85,7 +86,7 @@ def test_a_config_is_of_one_kind_and_resolves_to_itself(path, tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_value_of_a_config_is_read(path):
     def check(written: Any, read: Any, where: str) -> None:
-        if where == ".method" and isinstance(read, list):
+        if (where == ".method" or where.endswith(".guidance")) and isinstance(read, list):
             written = written if isinstance(written, list) else [written]
         if isinstance(written, dict):
             for key, value in written.items():

@@ -58,6 +58,7 @@ def _depends_on(protocol: Any, metric: str) -> dict[str, Any]:
         "reference.features": used if made_with is None or key else made_with,
         metric: protocol["metrics"][metric],
         "teacher": protocol.get("teacher") if kind.with_teacher else None,
+        "prompts": protocol.get("prompts") if kind.with_prompts else None,
     }
 
 

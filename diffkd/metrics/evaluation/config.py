@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from diffkd import metrics
 from diffkd.core import samplers
+from diffkd.data.resized import LARGEST_SIDE
 from diffkd.io import plugins
 from diffkd.io.config import LARGEST_BATCH, MOST_IMAGES, Positive, Strict
 from diffkd.metrics.base import Metric
+from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.image_sets import Spec
 from diffkd.metrics.features import NAMES
 from diffkd.metrics.features.resize import Resize
@@ -24,6 +26,9 @@ else:
 class _Common(Strict):
     """How models are measured."""
 
+    protocol: presets.PresetName | None = Field(
+        None, description="coco30k: FID (and CLIP score) of 30,000 captions at 256x256, in all that it takes"
+    )
     features: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, NAMES))] = Field(
         "digits",
         description="digits, shapes, inception, dinov2, clip, or your own: a module, or module.Class",
@@ -40,6 +45,13 @@ class _Common(Strict):
     samples: int | None = Field(
         None, ge=2, le=MOST_IMAGES, description="generated images; default as many as the reference has"
     )
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_SIDE,
+        description="height and width that images are brought to before they are measured, by resizing the "
+        "short side (bicubic) and cropping the centre; default as they are",
+    )
     labels: Literal["data", "balanced"] | list[int] = Field(
         "data",
         description="class labels: the reference's own in order, every class in turn, or these in turn",
@@ -53,6 +65,13 @@ class _Common(Strict):
     batch_size: int = Field(256, ge=1, le=LARGEST_BATCH, description="images sampled at a time")
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
     allow_mismatch: bool = Field(False, description="whether reference statistics by other features are used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_protocol(cls, given: Any) -> Any:
+        if isinstance(given, dict) and str(given.get("protocol")) in presets.PRESETS:
+            return presets.completed(given)
+        return given
 
     def chosen(self) -> list[Metric]:
         """The metrics that it names, each once, with their own keys."""

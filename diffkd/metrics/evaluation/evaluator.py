@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from diffkd.io.environment import commit, versions
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.io.processes import Processes
-from diffkd.metrics.base import MAIN, Inputs
-from diffkd.metrics.evaluation import networks
+from diffkd.metrics.base import MAIN, Inputs, Metric
+from diffkd.metrics.evaluation import networks, presets
 from diffkd.metrics.evaluation.collector import Collection, Pixels
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import ImageStream
@@ -43,8 +43,11 @@ class Evaluator:
         self.metrics = config.chosen()
         modules, self.descriptions = networks.load(config, self.metrics)
         self.networks: dict[str, Any] = {key: m.to(processes.device) for key, m in modules.items()}
+        needed = networks.of_reference(self.metrics)
         real = reference.collect(
-            self.networks, self.descriptions, networks.stored_of_reference(self.metrics), processes,
+            {key: network for key, network in self.networks.items() if key in needed},
+            {key: found for key, found in self.descriptions.items() if key in needed},
+            networks.stored_of_reference(self.metrics), processes,
             batch_size=config.batch_size, allow_mismatch=config.allow_mismatch, on_images=on_images,
         )  # fmt: skip
         self.real = {
@@ -72,10 +75,7 @@ class Evaluator:
         elif teacher is None:
             name = called("teacher")
             raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
-        if stream.prompts is None and (of := next((m.name for m in self.metrics if m.with_prompts), None)):
-            raise UserError(f"{of} compares images with their prompts, and these have none; leave it out")
-        for metric in self.metrics if stream.prompts is not None else ():
-            metric.check_prompts(stream.prompts or ())
+        check_prompts(self.metrics, stream.prompts)
         stored = networks.stored_of_images(self.metrics)
         collection = Collection(self.metrics, self.networks, stream.count, device, stored)
         pixels, size = Pixels(stream.count), None
@@ -94,14 +94,17 @@ class Evaluator:
             pixels.merge_across(add)
             stream.protocol["pixels"] = pixels.sha256
         made: dict[str, Any] = {k: stream.protocol[k] for k in ("steps", "nfe") if k in stream.protocol}
-        values = self._values(collection, stream.count) if self.processes.main else {}
+        values, told = self._values(collection, stream.count) if self.processes.main else ({}, [])
         found = notes(
             self.reference, self.descriptions[MAIN], values, stream.count, size,
             pixels if stream.there else None,
         )  # fmt: skip
         return {
             **made, **values, "seconds": timer.seconds()["images"],
-            "notes": [*self.reference.notes, *stream.notes, *found],
+            "notes": [
+                *self.reference.notes, *stream.notes, *found, *told,
+                *presets.notes(self.config.protocol, stream.count),
+            ],
             "protocol": self._protocol(stream, teacher),
         }  # fmt: skip
 
@@ -118,15 +121,18 @@ class Evaluator:
             for (first, images), (_, by_teacher) in zip(drawn, teacher.batches(*place), strict=True):
                 yield first, images, by_teacher
 
-    def _values(self, collection: Collection, count: int) -> dict[str, float | None]:
+    def _values(self, collection: Collection, count: int) -> tuple[dict[str, float | None], list[str]]:
+        """The numbers, and what the metrics say of them."""
         features, options = collection.features(), self._options(count)
         values: dict[str, float | None] = {}
+        told: list[str] = []
         for metric in self.metrics:
             key, running = metric.network, collection.running.get(metric.name)
-            values |= metric.compute(
-                Inputs(features[key], self.real[key], options[metric.name], self.config.features, running)
-            )
-        return values
+            real, used = self.real.get(key), options[metric.name]
+            inputs = Inputs(features[key], real, used, self.config.features, running)
+            values |= metric.compute(inputs)
+            told += metric.notes(inputs)
+        return values, told
 
     def _options(self, count: int) -> dict[str, Any]:
         return {metric.name: metric.options(count, self.reference.count) for metric in self.metrics}
@@ -151,6 +157,18 @@ class Evaluator:
             if key.endswith("weights") and value is not None and expanded(value).exists():
                 content[key] = str(expanded(value).resolve())
         return content | {"reference": None}  # it is in the protocol already
+
+
+def check_prompts(metrics: Sequence[Metric], prompts: Sequence[str] | None) -> None:
+    """Raises UserError for metrics that compare images with their prompts, and have none to go by."""
+    for metric in metrics:
+        if metric.with_prompts and prompts is None:
+            raise UserError(
+                f"{metric.name} compares images with their prompts, and these have none; give "
+                f"{called('prompts')}, or leave the metric out"
+            )
+        if prompts is not None:
+            metric.check_prompts(prompts)
 
 
 def _check_shapes(images: Tensor, by_teacher: Tensor, teacher: ImageStream) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
+from diffkd.data.decoding import fitted
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator
 from diffkd.generation.labels import labels_for
@@ -17,7 +22,7 @@ from diffkd.generation.prompts import described
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sources import Source, batches, spread, thinned
+from diffkd.metrics.evaluation.image_sources import WORKERS, Source, batches, spread, thinned
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES
 
@@ -45,18 +50,31 @@ class ImageStream:
         return None if given is None else [given[i % len(given)] for i in range(first, first + count)]
 
 
-def stored_images(source: Source, count: int | None, batch_size: int) -> ImageStream:
-    """Images of a set; `count` of them, a fixed random choice where it has more."""
+def stored_images(source: Source, config: Evaluation, prompts: Sequence[str] | None = None) -> ImageStream:
+    """Images of a set, as many as the config says: a fixed random choice where it has more. prompts: of the
+    whole set, in turn."""
+    count, size = config.samples, config.batch_size
     if count is not None and count > len(source):
         raise UserError(
             f"{source.name} has {len(source)} images and {count} are asked for; use fewer "
             f"({called('evaluation.samples')})"
         )
     chosen = thinned(source, count or len(source))
-    return ImageStream(
-        len(chosen), lambda rank, world: batches(chosen, len(chosen), batch_size, rank, world),
-        there=True, notes=source.notes,
-    )  # fmt: skip
+    stream = ImageStream(
+        len(chosen),
+        brought_to(lambda rank, world: batches(chosen, len(chosen), size, rank, world), config.image_size),
+        there=True,
+        notes=source.notes,
+    )
+    if prompts is None:
+        return stream
+    if len(source) % len(prompts):
+        raise UserError(
+            f"{source.name} has {len(source):,} images and there are {len(prompts):,} prompts; give one for "
+            "each image, or as many images of each prompt"
+        )
+    own = [prompts[i % len(prompts)] for i in spread(len(source), len(chosen)).tolist()]
+    return replace(stream, prompts=own, protocol={"prompts": described(prompts)})
 
 
 def sampled_images(
@@ -65,16 +83,18 @@ def sampled_images(
     reference: Reference,
     steps: int,
     *,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     classes: Sequence[str] = (),
     prompts: Sequence[str] | None = None,
 ) -> ImageStream:
-    """Images that a model draws, as many as the config says or the reference has. classes: names of the
-    model's, where they are known. prompts: of the images, in turn."""
+    """Images that a model draws, as many as the config says or the reference has. guidance: default none, or
+    the usual weight of a model that takes it as an input. classes: names of the model's, where they are
+    known. prompts: of the images, in turn."""
     count = default_count(config, reference)
     chosen, given = _labels(denoiser, config, reference, count, classes)
     labels = labels_for(denoiser, count, given)
-    options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
+    unguided = guidance is None or (guidance == 1.0 and denoiser.guidance_range is None)
+    options: dict[str, Any] = {} if unguided else {"guidance": guidance}
     sampler = config.sampler or denoiser.sampler
     generator = ImageGenerator(  # now, so that what does not fit the model is refused early
         denoiser, count, steps=steps, seed=config.seed, labels=labels, prompts=prompts,
@@ -85,13 +105,34 @@ def sampled_images(
         images = generator.batches(range(rank, generator.num_batches, world))
         return numbered(images, config.batch_size, rank, world)
 
-    return ImageStream(count, drawn, {
+    return ImageStream(count, brought_to(drawn, config.image_size), {
         "steps": steps, "nfe": generator.nfe,
-        "sampler": sampler, "guidance": guidance if generator.weight is None else generator.weight,
+        "sampler": sampler,
+        "guidance": options.get("guidance", 1.0) if generator.weight is None else generator.weight,
         "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({} if prompts is None else {"prompts": described(prompts)}),
     }, prompts=prompts)  # fmt: skip
+
+
+def brought_to(batches: Batches, size: int | None) -> Batches:
+    """The same with each image resized and cropped to size x size by Pillow, as one of a folder is; None for
+    as they are."""
+    if size is None:
+        return batches
+
+    def one(image: Tensor) -> np.ndarray:
+        pixels = np.asarray(fitted(Image.fromarray(image.squeeze(2).numpy()), size))
+        return pixels.reshape(size, size, image.shape[2])
+
+    def resized(rank: int, world: int) -> Numbered:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for first, images in batches(rank, world):
+                if images.shape[1:3] != (size, size):
+                    images = torch.from_numpy(np.stack([*pool.map(one, images.cpu())]))
+                yield first, images
+
+    return resized
 
 
 def numbered(images: Iterable[Tensor], batch_size: int, rank: int, world: int) -> Numbered:

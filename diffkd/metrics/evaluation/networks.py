@@ -34,6 +34,11 @@ def load(config: Evaluation, chosen: list[Metric]) -> Networks:
     return Networks(modules, {key: features.describe(names[key], module) for key, module in modules.items()})
 
 
+def of_reference(chosen: list[Metric]) -> set[str]:
+    """Keys of the networks that the images of the reference go through."""
+    return {MAIN} | {metric.network for metric in chosen if metric.with_reference}
+
+
 def stored_of_reference(chosen: list[Metric]) -> set[str]:
     """Keys of the networks whose every feature of the reference is needed."""
     return {metric.network for metric in chosen if metric.stores_reference}
@@ -49,4 +54,6 @@ def check(config: Evaluation, reference: Reference | None = None) -> None:
     chosen = config.chosen()
     descriptions: Mapping[str, Any] = load(config, chosen).descriptions
     if reference is not None:
-        reference.require(descriptions, stored_of_reference(chosen), config.allow_mismatch)
+        needed = of_reference(chosen)
+        described = {key: found for key, found in descriptions.items() if key in needed}
+        reference.require(described, stored_of_reference(chosen), config.allow_mismatch)

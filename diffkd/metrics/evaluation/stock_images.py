@@ -19,6 +19,7 @@ from diffkd.metrics.evaluation.image_sources import spread
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     Numbered,
+    brought_to,
     class_names,
     default_count,
     numbered,
@@ -83,7 +84,7 @@ class StockPipeline:
             return numbered(images, config.batch_size, rank, world)
 
         settings = scalars(dict(pipeline.scheduler.config))
-        return ImageStream(count, drawn, {
+        return ImageStream(count, brought_to(drawn, config.image_size), {
             **({"steps": steps} if steps else {}), "sampler": "stock",
             "scheduler": {"name": type(pipeline.scheduler).__name__, **settings},
             "pipeline": {"name": type(pipeline).__name__, **stock_defaults(pipeline)},

@@ -17,7 +17,7 @@ from diffkd.io.naming import called
 from diffkd.io.npz import PICKLES
 from diffkd.io.places import expanded
 from diffkd.io.prompts import read_prompts
-from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation import image_sets, presets
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
@@ -42,7 +42,7 @@ class Target:
     path: str
     name: str | None = None  # default the last part of the path
     steps: tuple[int, ...] = ()  # none: a student's own
-    guidance: float = 1.0
+    guidance: float | None = None  # default none, or the usual one of a model that takes it as an input
     null_label: int | None = None
     quantize: str | None = None
     prompts: str | None = None  # a file of them, one a line, for the images in turn
@@ -51,7 +51,7 @@ class Target:
     resize: int | None = None  # of a folder of images
     teacher: str | None = None
     teacher_steps: int = AGREEMENT_STEPS
-    teacher_guidance: float = 1.0
+    teacher_guidance: float | None = None
     teacher_opening: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -107,20 +107,27 @@ def opened(
 
 def _images(target: Target, config: Evaluation) -> OpenedTarget:
     place = expanded(target.path)
-    spec = image_sets.parse(target.path, resize=target.resize)
+    spec = image_sets.parse(target.path, resize=target.resize or config.image_size)
     if not exists(target.path) and place.suffix.lower() not in PICKLES:
         raise UserError(f"{target.path} does not exist; give a model, a folder of images, or an image .npz")
-    if target.steps or target.teacher or target.guidance != 1:
+    if target.steps or target.teacher or target.guidance is not None:
         raise UserError(f"{target.path} is not a model: steps, guidance and teacher are for models")
     found = [*place.glob("*/model_index.json"), *place.glob("*/*/model_index.json")]
     inside = sorted(str(p.parent.relative_to(place)) for p in found)
     if inside:
         raise UserError(f"{target.path} holds models ({', '.join(inside)}); name one of them")
-    stream = stored_images(image_sets.images_of(spec), config.samples, config.batch_size)
+    if target.prompts is not None and not any(metric.with_prompts for metric in config.chosen()):
+        raise UserError(
+            f"{called('prompts')} {target.prompts} is for metrics that compare images with their prompts; "
+            "add one, such as clip_score, or leave it out"
+        )
+    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
+    stream = stored_images(image_sets.images_of(spec), config, prompts)
     path = "digits" if target.path == "digits" else _absolute(target.path)
-    return OpenedTarget(
-        target.path, stream, {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")}
-    )
+    where = {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")}
+    if target.prompts is not None:
+        where["prompts"] = _absolute(target.prompts)
+    return OpenedTarget(target.path, stream, where)
 
 
 def _model(
@@ -131,6 +138,7 @@ def _model(
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
     where, prompts = identity(denoiser, target.path, target.null_label), _prompts(target, denoiser)
+    presets.check_captions(config.protocol, prompts, config.samples, target.path)
     if target.quantize:
         where["quantize"] = target.quantize
     if target.prompts is not None:
@@ -167,10 +175,11 @@ def _prompts(target: Target, denoiser: Denoiser) -> list[str] | None:
 def _stock(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
-    if target.guidance != 1:
+    if target.guidance not in (None, 1):
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
     if target.quantize:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
+    presets.check_captions(config.protocol, None, None, f"{target.path} ({stock_option()})")
     if target.prompts is not None:
         raise UserError(f"{stock_option()} draws without prompts; leave out {called('prompts')}")
     if "scheduler" in target.opening:

@@ -17,6 +17,7 @@ from diffkd.errors import UserError
 from diffkd.io import plugins
 from diffkd.io.naming import called
 from diffkd.metrics.features.clip import CLIP
+from diffkd.metrics.features.clip_score import CLIPTextImage
 from diffkd.metrics.features.digits import DigitsFeatures
 from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.metrics.features.inception import InceptionV3
@@ -24,16 +25,20 @@ from diffkd.metrics.features.resize import Resize
 from diffkd.metrics.features.shapes import ShapesFeatures
 
 NAMES = ("digits", "shapes", "inception", "dinov2", "clip")
+OF_METRICS = ("clip_score",)  # what a metric alone brings along
+TRANSFORMERS = {"dinov2": DINOv2, "clip": CLIP, "clip_score": CLIPTextImage}
 STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reported with
 
 
 def load(
     name: str, *, weights: str | None = None, resize: Resize | None = None, dtype: str | None = None
 ) -> nn.Module:
-    """The feature network of that name, or of the user's own, as `plugins` reads its name.
+    """The feature network of that name, one of NAMES and OF_METRICS, or of the user's own, as `plugins` reads
+    its name.
 
-    weights: a file (inception) or folder (dinov2, clip); default as each of them documents. resize, dtype: of
-    inception. Raises UserError for what cannot be loaded, and for an option that the network does not have.
+    weights: a file (inception) or folder (dinov2, clip, clip_score); default as each of them documents.
+    resize, dtype: of inception. Raises UserError for what cannot be loaded, and for an option that the
+    network does not have.
     """
     if name == "inception":
         if dtype not in (None, "float32", "float64"):
@@ -44,8 +49,8 @@ def load(
         if value is not None:
             option = called(f"evaluation.{key}")
             raise UserError(f"{option} {value!r} is for inception features, and the features are {name}")
-    if name in ("dinov2", "clip"):
-        return (DINOv2 if name == "dinov2" else CLIP)(weights)
+    if name in TRANSFORMERS:
+        return TRANSFORMERS[name](weights)
     if weights is not None:
         option = called("evaluation.weights")
         raise UserError(f"{option} {weights!r} is for inception, dinov2 and clip; the features are {name}")

@@ -1,6 +1,6 @@
-"""Two vision transformers as feature networks: DINOv2 for FD-DINOv2, CLIP for CMMD (extra `dino`).
+"""Vision transformers as feature networks: DINOv2 for FD-DINOv2, CLIP for CMMD and CLIP score (extra `dino`).
 
-Both take uint8 images (B, 1 or 3, H, W) to features (B, num_features) in float32, always in eval mode.
+All take uint8 images (B, 1 or 3, H, W) to features (B, num_features) in float32, always in eval mode.
 Weights come from a folder that save_pretrained of transformers wrote, or from the hub; safetensors only.
 """
 
@@ -30,6 +30,8 @@ class Kind(NamedTuple):
     model_types: tuple[str, ...]  # those that its config.json may say
     mean: tuple[float, float, float]  # of RGB in [0, 1], as the network was trained
     std: tuple[float, float, float]
+    chosen: bool = True  # whether it can be the main feature network of an evaluation
+    files: tuple[str, ...] = ()  # that are read beside config and weights
 
 
 class VisionFeatures(nn.Module):
@@ -45,7 +47,10 @@ class VisionFeatures(nn.Module):
         super().__init__()
         self.kind = kind
         self.weights = kind.hub_id if weights is None else str(weights)
-        self.network = _load(kind, self.weights)
+        transformers_models.library(f"feature network {kind.name}")
+        self.folder = _folder(kind, self.weights)
+        _check(kind, self.weights, self.folder)
+        self.network: Any = transformers_models.load(kind.architecture, self.folder, self.weights)
         self.register_buffer("mean", torch.tensor(kind.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(kind.std).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -91,14 +96,6 @@ class VisionFeatures(nn.Module):
         }
 
 
-def _load(kind: Kind, weights: str) -> Any:
-    """The network of transformers in float32; UserError where any of its weights would not be the file's."""
-    transformers_models.library(f"feature network {kind.name}")
-    folder = _folder(kind, weights)
-    _check(kind, weights, folder)
-    return transformers_models.load(kind.architecture, folder, weights)
-
-
 def _folder(kind: Kind, weights: str) -> Path:
     """The local folder of the weights; downloads a hub id's config and safetensors."""
     path = Path(weights)
@@ -110,13 +107,12 @@ def _folder(kind: Kind, weights: str) -> Path:
 
     patterns = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
     try:
-        return Path(snapshot_download(weights, allow_patterns=patterns))
+        return Path(snapshot_download(weights, allow_patterns=[*patterns, *kind.files]))
     except Exception as error:  # whatever the hub's client and the network raise
         raise UserError(
             f"{weights} is not a folder here and could not be downloaded from the hub ({reason(error)}); "
             f"check the name, or run {_recipe(kind, weights)} on a machine with a network, bring DIR here "
-            f"and give it as {called('evaluation.weights')}, or for a metric that brings the network along "
-            f"as {called(f'evaluation.{kind.name}_weights')}"
+            f"and give it as {_option(kind)}"
         ) from error
 
 
@@ -144,9 +140,16 @@ def _check(kind: Kind, weights: str, folder: Path) -> None:
     check_index(folder)
 
 
+def _option(kind: Kind) -> str:
+    own = called(f"evaluation.{kind.name}_weights")
+    if not kind.chosen:
+        return own
+    return f"{called('evaluation.weights')}, or for a metric that brings the network along as {own}"
+
+
 def _recipe(kind: Kind, weights: str) -> str:
-    """The command that brings the weights, in any format, as safetensors to DIR."""
-    return (
-        f'python -c "from transformers import {kind.architecture} as M; '
-        f"M.from_pretrained({weights!r}).save_pretrained('DIR')\""
-    )
+    """The command that brings the weights, in any format, as safetensors to DIR, with the tokenizer."""
+    classes = {"M": kind.architecture, **({"T": "CLIPTokenizer"} if kind.files else {})}
+    named = ", ".join(f"{name} as {short}" for short, name in classes.items())
+    saved = "; ".join(f"{short}.from_pretrained({weights!r}).save_pretrained('DIR')" for short in classes)
+    return f'python -c "from transformers import {named}; {saved}"'

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+INSIDE = 5  # lines whose legend has room in a plot
 MARKERS = "osD^v*P"  # of the lines in one plot, so that they differ without their colours too
 
 # Plots of a page are drawn in these, and the page's own replace them, in its light and its dark scheme.
@@ -95,11 +96,14 @@ def write_png(path: Path, draw: Callable[[Axes], None], *, width: float = 6, **o
 
 
 def tradeoffs(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+    """fid-nfe.png and fid-seconds.png of a benchmark's records; [] without matplotlib or without FID. Of
+    several guidance weights they show the one of the least FID."""
+    best: dict[str, dict[int, Mapping[str, Any]]] = {}  # by model and steps
     for record in records:
         if record.get("fid", 0) > 0 and record.get("nfe"):
-            lines.setdefault(record["model"], []).append(record)
+            rows = best.setdefault(record["model"], {})
+            rows[record["steps"]] = min(rows.get(record["steps"], record), record, key=lambda r: r["fid"])
+    lines = {model: [*rows.values()] for model, rows in best.items()}
     if not lines:
         return []
     written = []
@@ -109,7 +113,7 @@ def tradeoffs(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Path]:
     ):
         path, draw = folder / f"{name}.png", partial(_draw_tradeoff, lines=lines, cost=cost)
         options = {"xscale": "log", "yscale": "log", "xlabel": label, "ylabel": "FID"}
-        if write_png(path, draw, width=8 if len(lines) > 5 else 6, **options):
+        if write_png(path, draw, width=8 if len(lines) > INSIDE else 6, **options):
             written.append(path)
     return written
 
@@ -122,8 +126,13 @@ def _draw_tradeoff(
         points = sorted((cost(record), record["fid"]) for record in records)
         line, marker = "-" if len(points) > 1 else "none", MARKERS[i % len(MARKERS)]
         plot.plot(*zip(*points, strict=True), linestyle=line, marker=marker, markersize=4.5, label=title)
+    finish(plot, len(lines))
+
+
+def finish(plot: Axes, lines: int) -> None:
+    """Plain numbers, and a legend: beside the plot where it has more than INSIDE lines."""
     plot.xaxis.set_major_formatter("{x:g}")
     _plain_ticks(plot)
-    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 5 else {}
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if lines > INSIDE else {}
     for text in plot.legend(frameon=False, fontsize=9, **beside).get_texts():
         text.set_parse_math(False)  # a name is not a formula

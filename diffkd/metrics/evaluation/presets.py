@@ -1,0 +1,100 @@
+"""Protocols by the names that papers know them by: each fixes keys of an evaluation's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from diffkd.errors import UserError
+from diffkd.io.naming import called
+from diffkd.io.text import quoted
+from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation.reference import Reference
+
+PresetName = Literal["coco30k"]
+
+
+class Preset(NamedTuple):
+    """fixed: keys of the config and their values. samples: images, one a caption, or fewer on request. size:
+    height and width that images are brought to, drawn ones and those of the reference."""
+
+    fixed: dict[str, Any]
+    samples: int
+    size: int
+
+
+PRESETS: dict[str, Preset] = {
+    "coco30k": Preset({"features": "inception", "resize": "tf1", "dtype": "float32"}, 30_000, 256)
+}
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """The config's values with those that its protocol fixes. Raises UserError for any against it."""
+    name = values["protocol"]
+    preset = PRESETS[name]
+    found = dict(values)
+    for key, fixed in (preset.fixed | {"image_size": preset.size}).items():
+        found[key] = _agreed(values.get(key), fixed, f"evaluation.{key}", name)
+    if (samples := values.get("samples")) is None:
+        found["samples"] = preset.samples
+    elif isinstance(samples, int) and samples > preset.samples:
+        _agreed(samples, preset.samples, "evaluation.samples", name)
+    more = ["clip_score"] if values.get("clip_score_weights") is not None else []
+    metrics = values.get("metrics", [])
+    if isinstance(metrics, list):
+        found["metrics"] = [*metrics, *(metric for metric in ("fid", *more) if metric not in metrics)]
+    found["reference"] = _reference(values.get("reference"), preset.size, name)
+    return found
+
+
+def _agreed(given: Any, fixed: Any, key: str, name: str) -> Any:
+    if given is not None and given != fixed:
+        raise UserError(
+            f"{called(key)} is {quoted(given)}, and protocol {name} has {quoted(fixed)}; leave one out"
+        )
+    return fixed
+
+
+def _reference(given: Any, size: int, name: str) -> Any:
+    """As a config names it, with the size that its images are brought to."""
+    if isinstance(given, str):
+        return image_sets.parse(given, resize=size)
+    keys = {"images": "resize", "folder": "size", "datasets": "size"}
+    if isinstance(given, dict) and (own := keys.get(str(given.get("kind")))) is not None:
+        return given | {own: _agreed(given.get(own), size, f"evaluation.reference.{own}", name)}
+    return given
+
+
+def check_reference(name: str | None, reference: Reference) -> None:
+    """Raises UserError for a reference of another size than the protocol's, as far as that is known."""
+    if name is None or reference.size is None or reference.size == (PRESETS[name].size,) * 2:
+        return
+    size, (width, height) = PRESETS[name].size, reference.size
+    raise UserError(
+        f"{reference.name} is of {width}x{height} images, and protocol {name} compares at {size}x{size}; "
+        f"give a folder, which is resized, or statistics made with diffkd stats --resize {size}"
+    )
+
+
+def check_captions(name: str | None, captions: Sequence[str] | None, samples: int | None, model: str) -> None:
+    """Raises UserError where a model is drawn without a caption for each of its images. model: its name."""
+    if name is None:
+        return
+    if captions is None:
+        raise UserError(
+            f"protocol {name} is of images drawn from captions, and {model} is drawn without any; leave out "
+            f"{called('evaluation.protocol')}"
+        )
+    wanted = samples or PRESETS[name].samples
+    if len(captions) < wanted:
+        raise UserError(
+            f"protocol {name} is of {wanted:,} captions, an image each, and there are {len(captions):,}; "
+            f"give more, or {called('evaluation.samples')} {len(captions)}, whose numbers compare with those "
+            "of as many only"
+        )
+
+
+def notes(name: str | None, count: int) -> Iterator[str]:
+    """What a reader of the numbers must know where a protocol was followed in part."""
+    if name is not None and count < (usual := PRESETS[name].samples):
+        yield f"protocol {name} with {count:,} images in place of {usual:,}"
