@@ -20,7 +20,7 @@ from diffkd.cli.options import (
 
 def fid(
     one: Annotated[
-        str, typer.Argument(help="A folder of images, an .npz of images or statistics, or digits.")
+        str, typer.Argument(help="A folder of images, an .npz of images or statistics, digits, or shapes.")
     ],
     two: Annotated[str, typer.Argument(help="Another.")],
     features: Features = None,

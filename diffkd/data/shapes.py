@@ -38,6 +38,7 @@ JITTER, SHADES, PAPER = 0.03, 10, (225, 255)  # of places, of colours, and the s
 OVERSAMPLED = 4
 TWO, UNSIZED, UNPLACED = 0.6, 0.15, 0.3  # shares: of two shapes, of captions without a size or a place
 WIDEST = 32  # pixels of a side
+HELD_OUT = 1_000_000  # index of the first picture that nothing is trained on
 
 
 @dataclass(frozen=True)

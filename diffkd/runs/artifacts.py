@@ -16,11 +16,12 @@ from diffkd.generation import grids
 from diffkd.generation.generator import generate
 from diffkd.io.text import counted
 from diffkd.methods.base import Stage
+from diffkd.metrics.evaluation.image_stream import prompts_for
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, sizes
 from diffkd.runs import announcement
 from diffkd.runs.config import Settings, Teacher
-from diffkd.runs.model_evaluator import ModelEvaluator, prompts_for, teacher_steps
+from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
 from diffkd.runs.reports import model_card, run_files, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
 
@@ -150,7 +151,7 @@ class RunArtifacts:
         if count == 0 or path.exists() or not self.session.main:
             return
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        prompts, drawn = prompts_for(denoiser, self.images, count), []
+        prompts, drawn = prompts_for(denoiser, self.images.captions, count), []
         with self.session.bar(f"pictures of {name}", count) as advance:
             for batch in generate(denoiser, count, steps=steps, batch_size=64, prompts=prompts, **options):
                 drawn.append(batch.cpu().numpy())

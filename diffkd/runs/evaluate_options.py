@@ -15,6 +15,7 @@ from diffkd.io.text import is_number
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.image_sets import SETS
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
 
@@ -144,14 +145,15 @@ def size_of(options: Options) -> int | None:
 
 
 def default_features(reference: Reference) -> str:
-    """Where none are named: what a file's statistics are of, digits for digits, else inception.
+    """Where none are named: what a file's statistics are of, digits for digits, shapes for shapes,
+    else inception.
 
     Raises UserError where they are of features that are not diffkd's own.
     """
     named = reference.protocol.get("features", {}).get("name")
     if named:
         features.check_named(named, reference.name)
-    return str(named) if named else "digits" if reference.name == "digits" else "inception"
+    return str(named or (reference.name if reference.name in SETS else "inception"))
 
 
 def parse_steps(text: str | None) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from diffkd.methods.base import Stage
 from diffkd.metrics import features
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator
-from diffkd.metrics.evaluation.image_sources import DataSource, spread
+from diffkd.metrics.evaluation.image_sources import DataSource
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     cached,
     default_count,
     identity,
+    prompts_for,
     sampled_images,
 )
 from diffkd.metrics.evaluation.reference import Reference
@@ -34,13 +35,6 @@ def teacher_steps(evaluation: Evaluation | None, denoiser: Denoiser) -> list[int
     """The step counts at which to measure a model that has none of its own."""
     wanted = evaluation.teacher_steps if evaluation and evaluation.teacher_steps else [PREVIEW_STEPS]
     return [min(steps, denoiser.schedule.num_train_timesteps) for steps in wanted]
-
-
-def prompts_for(denoiser: Denoiser, images: Images | Unseen, count: int) -> list[str] | None:
-    """Captions of the data for so many images, evenly spaced; None for a model without prompts."""
-    if denoiser.conditioner is None:
-        return None
-    return [images.captions[i] for i in spread(len(images.captions), count).tolist()]
 
 
 class ModelEvaluator:
@@ -93,7 +87,8 @@ class ModelEvaluator:
 
     def _sampled(self, denoiser: Denoiser, steps: int, guidance: float) -> ImageStream:
         reference = self._evaluator.reference
-        prompts = prompts_for(denoiser, self.images, default_count(self.config, reference))
+        captions = reference.captions or self.images.captions  # of the reference, which may be held out
+        prompts = prompts_for(denoiser, captions, default_count(self.config, reference))
         weight = None if guidance == 1.0 else guidance  # a student that takes it is measured at its usual one
         return sampled_images(denoiser, self.config, reference, steps, guidance=weight, prompts=prompts)
 

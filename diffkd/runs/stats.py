@@ -45,7 +45,7 @@ def stats(
         raise UserError(f"{text} is a model; give images (diffkd sample draws them)")
     spec = image_sets.parse(text, resize=resize, split=split or "train")
     source = image_sets.images_of(spec)
-    name = features_name or ("digits" if source.name == "digits" else "inception")
+    name = features_name or (source.name if source.name in image_sets.SETS else "inception")
     processes = Processes(device)
     network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype).to(processes.device)
     described = features.describe(name, network)

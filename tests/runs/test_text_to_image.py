@@ -19,6 +19,9 @@ import diffkd
 from diffkd.core import samplers
 from diffkd.data import shards
 from diffkd.data.resized import ResizedDataset
+from diffkd.data.shapes import Shapes
+from diffkd.generation.prompts import described
+from diffkd.metrics.evaluation import image_sources
 from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
@@ -309,6 +312,30 @@ def test_what_is_computed_beforehand_is_not_computed_again(cli, here, make_pipel
     make_pipeline(here, name="pixels", size=32, channels=3)
     outcome = cli("cache", "run.yaml", "teacher.path=pixels", "method.guidance=1")
     assert outcome.code == 2 and "makes pixels" in outcome.stderr
+
+
+def test_the_captions_of_a_reference_are_the_prompts(cli, here):
+    """Of pictures that are held out, in a run and by `diffkd evaluate`."""
+    held_out = {"kind": "shapes", "count": 20, "start": 1_000_000}
+    captions = Shapes(**held_out).load().captions
+    chosen = [captions[i] for i in image_sources.spread(20, 6).tolist()]
+    measured = {
+        "features": "shapes",
+        "metrics": ["fid", "prompt_accuracy"],
+        "samples": 6,
+        "teacher_steps": [1],
+    }
+    given = json.dumps({**measured, "reference": held_out})
+    outcome = cli("distill", "run.yaml", f"evaluation={given}", "pictures=0", "method.steps=[2]")
+    assert outcome.code == 0, outcome.stderr
+    for record in json.loads((here / "run" / "metrics.json").read_text()):
+        assert record["protocol"]["prompts"] == described(chosen)
+        assert 0 <= record["prompt_accuracy"] <= 1
+    outcome = cli("evaluate", "teacher", "--reference", "shapes", "--samples", 6, "--steps", 1, "--json")
+    assert outcome.code == 0, outcome.stderr
+    many = Shapes(kind="shapes", count=2000, start=1_000_000).load().captions
+    expected = described([many[i] for i in image_sources.spread(2000, 6).tolist()])
+    assert json.loads(outcome.stdout)["protocol"]["prompts"] == expected
 
 
 def test_a_model_is_measured_with_prompts_and_its_record_repeated(cli, here):

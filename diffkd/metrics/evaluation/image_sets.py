@@ -13,12 +13,17 @@ from diffkd.data.digits import Digits
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.data.resized import LARGEST_SIDE
+from diffkd.data.shapes import HELD_OUT, Shapes
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
 from diffkd.io.naming import in_config
 from diffkd.io.npz import PICKLES, read_npz
 from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
+
+SETS = ("digits", "shapes")  # that need no file
+NAMED = "digits, shapes, an .npz, a folder, or a data set"
+SHAPES = 2000  # held-out pictures that the name alone means
 
 
 class ImageFolder(Strict):
@@ -43,13 +48,16 @@ class File(Strict):
 
 def parse(
     text: str, *, resize: int | None = None, split: str = "train"
-) -> Digits | ImageFolder | File | HubDataset:
-    """What a user names on the command line: digits, an .npz, a folder, or a Hugging Face data set."""
+) -> Digits | Shapes | ImageFolder | File | HubDataset:
+    """What a user names on the command line: digits, shapes (held out), an .npz, a folder, or a Hugging Face
+    data set."""
     if not text:
-        raise UserError("an empty name does not name images; give digits, an .npz, a folder, or a data set")
+        raise UserError(f"an empty name does not name images; give {NAMED}")
     path = expanded(text)
     if text == "digits":
         return Digits(kind="digits")
+    if text == "shapes":
+        return Shapes(kind="shapes", count=SHAPES, start=HELD_OUT)
     if path.suffix.lower() == ".npz" or path.suffix.lower() in PICKLES:
         return File(path=path)
     # os.path answers no for a name that no file can have; pathlib raises
@@ -57,9 +65,9 @@ def parse(
     if os.path.isdir(path) and not saved:
         return ImageFolder(path=path, resize=resize)
     if os.path.exists(path) and not saved:
-        raise UserError(f"{text} is not an .npz, a folder or a data set; give one of these, or digits")
+        raise UserError(f"{text} is not an .npz, a folder or a data set; give one of these, digits or shapes")
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
-        raise UserError(f"{text} does not exist; give digits, an .npz, a folder, or a data set (owner/name)")
+        raise UserError(f"{text} does not exist; give {NAMED} (owner/name)")
     if resize is None:
         remedy = f"give it as {{kind: datasets, path: {text}, size: ...}}" if in_config() else "add --resize"
         raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: {remedy}")
@@ -67,7 +75,7 @@ def parse(
 
 
 Spec = Annotated[
-    Digits | ImageFolder | File | Folder | HubDataset,
+    Digits | Shapes | ImageFolder | File | Folder | HubDataset,
     Field(discriminator="kind"),
     BeforeValidator(
         lambda given: parse(given) if isinstance(given, str) else given
@@ -76,7 +84,8 @@ Spec = Annotated[
 
 
 def images_of(
-    spec: Digits | ImageFolder | File | Folder | HubDataset, arrays: dict[str, np.ndarray] | None = None
+    spec: Digits | Shapes | ImageFolder | File | Folder | HubDataset,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> Source:
     """Opens a set of images. Raises UserError for fewer than 2 and for images that cannot be read.
 

@@ -58,6 +58,7 @@ class DataSource:
         self.images = images
         self.name, self.labels = images.name, images.labels
         self.classes: Sequence[str] = images.classes
+        self.captions = images.captions
         self.size = images.shape[2], images.shape[1]
         self.notes: Sequence[str] = ()
 

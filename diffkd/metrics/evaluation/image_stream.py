@@ -115,6 +115,13 @@ def sampled_images(
     }, prompts=prompts)  # fmt: skip
 
 
+def prompts_for(denoiser: Denoiser, captions: Sequence[str], count: int) -> list[str] | None:
+    """Captions for so many images, a fixed random choice; None for a model without prompts."""
+    if denoiser.conditioner is None or not captions:
+        return None
+    return [captions[i] for i in spread(len(captions), count).tolist()]
+
+
 def brought_to(batches: Batches, size: int | None) -> Batches:
     """The same with each image resized and cropped to size x size by Pillow, as one of a folder is; None for
     as they are."""

@@ -170,6 +170,11 @@ class Reference:
         return None if size is None else (size[0], size[1])
 
     @property
+    def captions(self) -> Sequence[str]:
+        """Of its images; [] where they have none."""
+        return getattr(self.source, "captions", [])
+
+    @property
     def notes(self) -> Sequence[str]:
         return () if self.source is None else self.source.notes
 

@@ -23,7 +23,9 @@ from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     cached,
     class_names,
+    default_count,
     identity,
+    prompts_for,
     sampled_images,
     stored_images,
 )
@@ -75,7 +77,7 @@ def is_model(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    return path == "digits" or os.path.exists(expanded(path))
+    return path in image_sets.SETS or os.path.exists(expanded(path))
 
 
 def teacher_of(
@@ -87,7 +89,8 @@ def teacher_of(
     denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
     stream = sampled_images(
         denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance,
-        classes=class_names(loading.card(expanded(target.teacher))), prompts=_prompts(target, denoiser),
+        classes=class_names(loading.card(expanded(target.teacher))),
+        prompts=_prompts(target, denoiser, config, reference),
     )  # fmt: skip
     stream.protocol |= identity(denoiser, target.teacher, target.null_label)
     return cached(stream)
@@ -123,7 +126,7 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
         )
     prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
     stream = stored_images(image_sets.images_of(spec), config, prompts)
-    path = "digits" if target.path == "digits" else _absolute(target.path)
+    path = target.path if target.path in image_sets.SETS else _absolute(target.path)
     where = {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")}
     if target.prompts is not None:
         where["prompts"] = _absolute(target.prompts)
@@ -137,7 +140,8 @@ def _model(
     if not target.steps and denoiser.steps is None:
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
-    where, prompts = identity(denoiser, target.path, target.null_label), _prompts(target, denoiser)
+    where = identity(denoiser, target.path, target.null_label)
+    prompts = _prompts(target, denoiser, config, reference)
     presets.check_captions(config.protocol, prompts, config.samples, target.path)
     if target.quantize:
         where["quantize"] = target.quantize
@@ -164,10 +168,15 @@ def _load(path: str, device: torch.device, null_label: int | None, **options: An
     return denoiser
 
 
-def _prompts(target: Target, denoiser: Denoiser) -> list[str] | None:
-    """Those of the file that the target names. Raises UserError where the model needs some and has none, or
-    has some and takes none."""
-    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
+def _prompts(
+    target: Target, denoiser: Denoiser, config: Evaluation, reference: Reference
+) -> list[str] | None:
+    """Those of the file that the target names; without one the reference's own captions. Raises UserError
+    where the model needs some and has none, or has some and takes none."""
+    if target.prompts is None:
+        prompts = prompts_for(denoiser, reference.captions, default_count(config, reference))
+    else:
+        prompts = read_prompts(expanded(target.prompts))
     check_prompts(denoiser, prompts)
     return prompts
 
