@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="digits, shapes, a folder of images, an .npz of images or statistics, or a data set."),
+        typer.Option(help="digits, shapes, a folder, an .npz of images or statistics, or a data set."),
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Such as 1,2,4,8,64; default the student's own.")] = None,
     metrics: Annotated[

@@ -21,7 +21,7 @@ from diffkd.cli.options import (
 
 
 def stats(
-    images: Annotated[str, typer.Argument(help="digits, shapes, a folder of images, an image .npz, or a data set.")],
+    images: Annotated[str, typer.Argument(help="digits, shapes, a folder, an image .npz, or a data set.")],
     out: Annotated[Path, typer.Option("--out", help="The .npz to write: mu, sigma, and their protocol.")],
     features: Features = None,
     weights: Weights = None,
