@@ -42,7 +42,8 @@ def labels_for(denoiser: Denoiser, n: int, labels: Sequence[int] | Tensor | None
     """
     if denoiser.num_classes is None:
         if labels is not None:
-            raise UserError("class labels were given, and this model is unconditional; leave them out")
+            what = "is unconditional" if denoiser.conditioner is None else "draws from prompts"
+            raise UserError(f"class labels were given, and this model {what}; leave them out")
         return None
     given = list(range(denoiser.num_classes) if labels is None else map(int, labels))
     invalid = [label for label in given if not 0 <= label < denoiser.num_classes]

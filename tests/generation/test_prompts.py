@@ -124,7 +124,7 @@ def test_prompts_are_encoded_once_and_the_encoders_freed(model, monkeypatch):
     [
         ((), ["draws from prompts", "--prompts"]),
         (("--prompt", "a", "--prompts", "p.txt"), ["both given"]),
-        (("--prompt", "a", "--classes", "0-2"), ["unconditional"]),
+        (("--prompt", "a", "--classes", "0-2"), ["labels", "draws from prompts"]),
         (("--prompt", "a", "--height", 16), ["--height and --width"]),
         (("--prompt", "a", "--negative", "b"), ["negative", "guidance"]),
         (("--prompts", "absent.txt"), ["absent.txt", "cannot be read"]),
