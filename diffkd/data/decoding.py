@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 # Formats are recognised by content, whatever a file is called. No others: Pillow supports formats that run
 # other programs (PostScript) or read other files, and some that have no signature (TGA), so that any file
@@ -17,6 +17,7 @@ _SUFFIXES = {
     "BMP": (".bmp",), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
     "JPEG2000": (".jp2", ".j2k", ".jpx"), "AVIF": (".avif",), "QOI": (".qoi",),
 }  # fmt: skip
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations whose height is the width
 _LIBRARIES = {"JPEG2000": "jpg_2000", "AVIF": "avif"}  # without which Pillow may have been built
 Image.init()  # loads its plugins
 FORMATS = tuple(
@@ -54,6 +55,12 @@ def upright(opened: Image.Image, channels: int) -> Image.Image:
     return to_8_bit(ImageOps.exif_transpose(opened), channels)
 
 
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """Height and width of an image once it is turned upright, without reading its pixels."""
+    turned = opened.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
 def to_8_bit(image: Image.Image, channels: int) -> Image.Image:
     """An image of any mode as 8-bit grey (1 channel) or RGB (3), by Pillow's `convert`: alpha is dropped.
 
@@ -74,8 +81,8 @@ def to_8_bit(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def fitted(image: Image.Image, size: int) -> Image.Image:
-    """size x size: the short side resized (bicubic, antialiased), the centre cropped."""
-    if image.size == (size, size):
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """height x width: resized (bicubic, antialiased) until it covers that, the centre cropped."""
+    if image.size == (width, height):
         return image
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

@@ -50,13 +50,13 @@ class Folder(ResizedDataset):
         files = hashlib.sha256()
         for name in names:
             files.update(f"{name}\0{_size(root / name)}\0".encode(errors="surrogateescape"))
-        pixels = self.on_demand(
-            len(names), lambda i: open_image(root / names[i]), lambda i: str(root / names[i]),
-            files.hexdigest(),
-        )  # fmt: skip
         labels = None if found.labels is None else torch.tensor(found.labels)
         captions = PackedStrings(found.captions)
-        return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
+        return self.on_demand(
+            len(names), lambda i: open_image(root / names[i]), lambda i: str(root / names[i]),
+            files.hexdigest(),
+            lambda pixels: Images(str(self.path), pixels, labels, found.classes, self.flip, captions),
+        )  # fmt: skip
 
     def _listed(self) -> tuple[Path, Listing]:
         """The folder, and what it holds."""

@@ -66,11 +66,12 @@ class HubDataset(ResizedDataset):
         rows, image = self._opened()
         labels, classes = self._labels(rows)
         encoded = _encoded(rows, image)
-        pixels = self.on_demand(
+        captions = self._captions(rows)
+        return self.on_demand(
             len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]",
             f"{rows._fingerprint} {image}",
+            lambda pixels: Images(self.path, pixels, labels, classes, self.flip, captions),
         )  # fmt: skip
-        return Images(self.path, pixels, labels, classes, self.flip, self._captions(rows))
 
     def _opened(self) -> tuple[Any, str]:
         """The rows, and the column of their images."""

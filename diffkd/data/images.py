@@ -82,15 +82,17 @@ class Images:
         chosen = indices if isinstance(indices, slice) else indices.numpy()
         return torch.from_numpy(np.ascontiguousarray(self.pixels[chosen]))
 
-    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The images of these rows, (B, C, H, W) uint8, and which of them could be read, (B,) bool."""
+    def read(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The images of these rows, (B, C, H, W) uint8; which of them could be read, (B,) bool; and the
+        height and width that they had, (B, 2), of images in memory those that they have."""
         if isinstance(self.pixels, OnDemand):
-            pixels, readable = self.pixels.read(rows)
-            return torch.from_numpy(pixels), torch.from_numpy(readable)
+            pixels, readable, sizes = map(torch.from_numpy, self.pixels.read(rows))
+            return pixels, readable, sizes
         images = self.uint8(rows)
-        return images, torch.ones(len(images), dtype=torch.bool)
+        sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
+        return images, torch.ones(len(images), dtype=torch.bool), sizes
 
-    def in_turn(self, items: range, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_turn(self, items: range, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """`read` of these items, so many at once; the next ones are read while the last are used."""
         parts = [
             slice(start, min(start + size, items.stop)) for start in range(items.start, items.stop, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.data.absent import Unseen
+from diffkd.data.buckets import cropped
 from diffkd.data.embeddings import Embeddings, Progress
 from diffkd.data.images import Images
 from diffkd.data.resized import MAX_UNREADABLE
 from diffkd.data.shards import Rows, Shards, fitting, keyed
 from diffkd.errors import UserError
 
-READABLE = "readable"
+READABLE, ORIGIN = "readable", "origin"
 
 
 class Conditions(ABC):
@@ -71,9 +72,21 @@ class Conditions(ABC):
 
     def cond(self, indices: Tensor) -> dict[str, Tensor]:
         """What the examples at these indices, modulo their number, are conditioned on."""
-        labels = self.images.labels
-        cond = {} if labels is None else {"class_labels": labels[indices % len(self)]}
-        return cond | (self.embeddings.cond(indices) if self.embeddings else {})
+        indices, labels = indices % len(self), self.images.labels
+        cond = {} if labels is None else {"class_labels": labels[indices]}
+        if self.embeddings:
+            cond |= self.embeddings.cond(indices)
+        return self.told(cond, indices)
+
+    def told(self, cond: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+        """The conditioning with the sizes of these images, where the model is told them."""
+        known = self.time_ids(indices) if "time_ids" in cond else None
+        return cond if known is None else cond | {"time_ids": known}
+
+    def time_ids(self, indices: Tensor) -> Tensor | None:
+        """SDXL's micro-conditioning of images, (B, 6): the size that they had, the corner of the crop, the
+        size that they have (Podell et al. 2023, 2.2); None where there are no images."""
+        return None
 
     def readable_images(self) -> Images | Unseen:
         """The images that could be read, once nothing is missing."""
@@ -93,9 +106,9 @@ class LatentCache(Conditions):
 
     An image is kept as mean and standard deviation of its latents, from which the update's own generator
     draws; of a dataset that is flipped at random also those of its mirror image. Images that cannot be read
-    are marked, and never drawn. `fill` computes what is
-    missing, in two phases, so that encoders and autoencoder never lie in memory together; then neither is
-    needed. Those of other images, prompts or encoders may lie in the same folder.
+    are marked, and never drawn. `fill` computes what is missing, in two phases, so that encoders and
+    autoencoder never lie in memory together; then neither is needed. Those of other images, prompts or
+    encoders may lie in the same folder.
     """
 
     images: Images
@@ -106,6 +119,7 @@ class LatentCache(Conditions):
         recipe = {
             "codec": codec.key, "data": images.digest(), "shape": [*self.shape], "flip": images.flip
         }  # fmt: skip
+        self.pixels = images.shape[1], images.shape[2]
         self.latents = keyed(folder, "latents", recipe, len(images), in_shard)
         self._rows = Rows(self.latents)
 
@@ -118,21 +132,28 @@ class LatentCache(Conditions):
 
     def fill(self, rank: int, world: int, barrier: Callable[[], None], on_items: Progress) -> None:
         missing = self.latents.missing()
+        super().fill(rank, world, barrier, on_items)
+        self.encode(missing, rank, world, barrier, on_items)
+        self.codec.close()
+        barrier()
+
+    def encode(
+        self, missing: Sequence[int], rank: int, world: int, barrier: Callable[[], None], on_items: Progress
+    ) -> None:
+        """The second phase of `fill`, without freeing the autoencoder."""
         if rank == 0:
             self.latents.begin()
-        super().fill(rank, world, barrier, on_items)
+        barrier()
         for number in missing[rank::world]:
             items = self.latents.ranges()[number]
             parts = list(self._moments(items, on_items))
             made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             self.latents.write(number, self._marked(made))
-        self.codec.close()
-        barrier()
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
-        for pixels, readable in self.images.in_turn(items, together):
+        for pixels, readable, sizes in self.images.in_turn(items, together):
             images = (pixels.float() / 127.5 - 1).expand(-1, 3, -1, -1)
-            found = {READABLE: readable}
+            found = {READABLE: readable, ORIGIN: cropped(sizes, self.pixels)}
             for suffix, given in (("", images), ("_flipped", images.flip(-1)))[: 1 + self.images.flip]:
                 mean, std = self.codec.moments(given)
                 found |= {f"mean{suffix}": mean.cpu(), f"std{suffix}": std.cpu()}
@@ -176,8 +197,17 @@ class LatentCache(Conditions):
         """The indices of a random batch, (size,); the first numbers that `batch` draws from rng."""
         return self.readable[torch.randint(len(self.readable), (size,), generator=rng)]
 
+    def time_ids(self, indices: Tensor) -> Tensor:
+        origins = torch.stack([self._rows(i, ORIGIN) for i in indices.tolist()])
+        return torch.cat([origins, torch.tensor([self.pixels]).expand(len(indices), 2)], 1)
+
     def batch(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """A random batch: latents (B, C, H, W) float32, and what they are conditioned on."""
+        x0, cond, _ = self.drawn(size, rng)
+        return x0, cond
+
+    def drawn(self, size: int, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`batch`, and the indices of its images."""
         indices = self.indices(size, rng)
         flipped = torch.rand(size, generator=rng) < 0.5 if self.images.flip else torch.zeros(size).bool()
         suffixes = ["_flipped" if flip else "" for flip in flipped]
@@ -191,7 +221,7 @@ class LatentCache(Conditions):
             for key in ("mean", "std")
         )
         x0 = mean + std * torch.randn(mean.shape, generator=rng)
-        return x0, self.cond(indices)
+        return x0, self.cond(indices), indices
 
 
 class UnseenLatents(Conditions):

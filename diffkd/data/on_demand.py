@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from diffkd.data.decoding import upright_size
 from diffkd.errors import UserError
 from diffkd.io.text import log, reason
 
@@ -41,38 +44,53 @@ class OnDemand:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """(B, C, H, W) uint8. Raises UserError where one of them cannot be read."""
-        pixels, readable = self.read(rows)
+        pixels, readable, _ = self.read(rows)
         if not readable.all():
             name = self.name_of(int(self.files[rows][~readable][0]))
             raise UserError(f"image {name} cannot be read (see above); repair it, or take it out")
         return pixels
 
-    def read(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, C, H, W) uint8, and which of them are images, (B,) bool; the others are black, with a warning.
+    def read(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(B, C, H, W) uint8; which of them are images, (B,) bool; and the height and width that these had,
+        (B, 2). The others are black, with a warning.
 
         Raises UserError for a file that the system does not give, since it may be there again later.
         """
         files = self.files[rows]
         pixels, readable = np.zeros((len(files), *self.each), np.uint8), np.ones(len(files), bool)
+        sizes = np.full((len(files), 2), self.each[1:])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for place, found in enumerate(pool.map(self._decoded, files.tolist())):
                 if isinstance(found, str):
                     log.warning("unreadable image: %s (%s)", self.name_of(int(files[place])), found)
                     readable[place] = False
                 else:
-                    pixels[place] = found
-        return pixels, readable
+                    pixels[place], sizes[place] = found
+        return pixels, readable, sizes
+
+    def sizes(self) -> Tensor:
+        """Height and width of each image, (N, 2), by the head of its file; of one that cannot be read those
+        that images are given."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return torch.tensor([*pool.map(self._size, self.files.tolist())])
+
+    def _size(self, file: int) -> tuple[int, int]:
+        try:
+            with self.open_one(file) as opened:
+                return upright_size(opened)
+        except Exception:  # Pillow raises many types for broken files, which are told when they are decoded
+            return self.each[1], self.each[2]
 
     def take(self, indices: np.ndarray) -> OnDemand:
         """The images at these indices alone."""
         return replace(self, files=self.files[indices])
 
-    def _decoded(self, file: int) -> np.ndarray | str:
-        """The pixels, or what is wrong with the file."""
+    def _decoded(self, file: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+        """The pixels and the size that they had, or what is wrong with the file."""
         name = self.name_of(file)
         try:
             with self.open_one(file) as opened:
-                return self.to_pixels(opened, name)
+                return self.to_pixels(opened, name), upright_size(opened)
         except UserError:
             raise
         except Exception as error:  # Pillow raises many types for broken files

@@ -6,13 +6,17 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
+from diffkd.data.buckets import BucketedImages, Shape, nearest, shapes
 from diffkd.data.decoding import fitted, upright
+from diffkd.data.images import Images
 from diffkd.data.on_demand import OnDemand
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
@@ -37,17 +41,32 @@ class ResizedDataset(Strict):
     channels: Literal[1, 3] = Field(3, description="1 is grey, 3 is RGB")
     upscale: bool = Field(False, description="whether smaller images may be enlarged")
     flip: bool = Field(False, description="flip left to right at random in training")
+    buckets: int | None = Field(
+        None,
+        ge=1,
+        description="for models of latents: each image in the shape nearest to its own, of at most "
+        "size x size pixels and with sides that are multiples of this; default all square",
+    )
     labelled: bool = Field(True, description="whether to use class labels where there are any")
 
-    def to_pixels(self, opened: Image.Image, name: str) -> np.ndarray:
-        """One image as (C, H, W) uint8: turned upright, resized (bicubic, antialiased), centre-cropped."""
+    @model_validator(mode="after")
+    def _square_at_least(self) -> Self:
+        if self.buckets is not None and self.buckets > self.size:
+            raise ValueError(f"buckets {self.buckets} is more than size {self.size}; use a part of it")
+        return self
+
+    def to_pixels(self, opened: Image.Image, name: str, shape: Shape | None = None) -> np.ndarray:
+        """One image as (C, H, W) uint8: turned upright, resized (bicubic, antialiased), centre-cropped.
+        shape: height and width; default the dataset's size."""
         image = upright(opened, self.channels)
-        if min(image.size) < self.size and not self.upscale:
+        height, width = shape or (self.size, self.size)
+        if (image.height < height or image.width < width) and not self.upscale:
+            of = "" if shape is None else f" (here {width}x{height})"
             raise UserError(
-                f"{name} is {image.width}x{image.height}, smaller than {called('data.size')} {self.size}; "
-                f"use a smaller size{option(', or set {}: true', 'data.upscale')}"
+                f"{name} is {image.width}x{image.height}, smaller than {called('data.size')} {self.size}{of};"
+                f" use a smaller size{option(', or set {}: true', 'data.upscale')}"
             )
-        pixels = np.asarray(fitted(image, self.size))
+        pixels = np.asarray(fitted(image, height, width))
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def decode_all(
@@ -69,6 +88,11 @@ class ResizedDataset(Strict):
                 log.warning("unreadable image skipped: %s (%s)", name_of(index), reason(error))
                 return None
 
+        if self.buckets is not None:
+            raise UserError(
+                f"{called('data.buckets')} {self.buckets} is for models of latents, and pixels are of one "
+                "size; leave it out"
+            )
         pixels = _allocate((count, self.channels, self.size, self.size))
         readable: list[int] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -89,13 +113,27 @@ class ResizedDataset(Strict):
         open_one: Callable[[int], Image.Image],
         name_of: Callable[[int], str],
         fingerprint: str,
-    ) -> OnDemand:
-        """The pixels of `count` images, decoded when they are asked for.
+        made_of: Callable[[OnDemand], Images],
+    ) -> Images:
+        """`count` images, decoded when they are asked for, in buckets where the config has them.
 
-        open_one, name_of: open and name the image of an index. fingerprint: of the files.
+        open_one, name_of: open and name the image of an index. fingerprint: of the files. made_of: adds to
+        the pixels all else that is known of the images.
         """
-        each, made = (self.channels, self.size, self.size), f"{fingerprint} {self.upscale}"
-        return OnDemand(np.arange(count), each, open_one, name_of, self.to_pixels, made)
+
+        def of(shape: Shape | None) -> OnDemand:
+            each = (self.channels, *(shape or (self.size, self.size)))
+            to_pixels, made = partial(self.to_pixels, shape=shape), f"{fingerprint} {self.upscale} {shape}"
+            return OnDemand(np.arange(count), each, open_one, name_of, to_pixels, made)
+
+        if self.buckets is None:
+            return made_of(of(None))
+        among = shapes(self.size, self.buckets)
+        chosen = nearest(of(None).sizes(), among)
+        parts = [
+            made_of(of(shape)).take((chosen == place).nonzero()[:, 0]) for place, shape in enumerate(among)
+        ]
+        return BucketedImages.of([part for part in parts if len(part)])
 
 
 def _allocate(shape: Sequence[int]) -> np.ndarray:

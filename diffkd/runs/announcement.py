@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.absent import Unseen
+from diffkd.data.buckets import BucketedImages
 from diffkd.data.images import Images
 from diffkd.errors import UserError, printable
 from diffkd.io.text import counted
@@ -31,7 +32,11 @@ def data(images: Images | Unseen) -> str:
     held = [_classes(images)] if images.labels is not None or not images.captions else []
     if images.captions:
         held.append(f"{counted(len({*images.captions}), 'different caption')}")
-    return f"data: {len(images):,} images of {width}x{height}, {colour} ({images.name}); {', '.join(held)}"
+    size = f"{width}x{height}"
+    if isinstance(images, BucketedImages):
+        size = ", ".join(f"{part.shape[2]}x{part.shape[1]} ({len(part):,})" for part in images.parts[:NAMED])
+        size += ", ..." * (len(images.parts) > NAMED)
+    return f"data: {len(images):,} images of {size}, {colour} ({images.name}); {', '.join(held)}"
 
 
 def draws(count: int, steps: int, guidance: float) -> str:

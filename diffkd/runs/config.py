@@ -199,6 +199,12 @@ class Distill(TrainingRun):
     @model_validator(mode="after")
     def _fits_data(self) -> Distill:
         """What the config asks of images that it says there are none of."""
+        buckets = getattr(self.data, "buckets", None)
+        if buckets is not None and self.evaluation is not None and self.evaluation.reference is None:
+            raise ValueError(
+                f"config key evaluation.reference is missing: data.buckets {buckets} makes images of several "
+                "shapes, and FID compares those of one; name a reference, or set evaluation: null"
+            )
         if not isinstance(self.data, TeacherDraws):
             return self
         kind = f"data kind {self.data.kind} has none"

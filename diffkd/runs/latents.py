@@ -16,6 +16,8 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data import Data
 from diffkd.data.absent import TeacherDraws, Unseen
+from diffkd.data.bucketed_latents import BucketedLatents
+from diffkd.data.buckets import BucketedImages
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.data.images import Images
@@ -67,7 +69,8 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Condit
         )
         name = "data kind none" if unseen else images.name
         raise UserError(f"{teacher.name} draws from prompts, and {name} has no captions; {remedy}")
-    kind: Any = UnseenLatents if unseen else LatentCache
+    several = isinstance(images, BucketedImages)
+    kind: Any = UnseenLatents if unseen else BucketedLatents if several else LatentCache
     found: Conditions = kind(config.cache or config.out / "cache", images, teacher.codec, teacher.conditioner)
     fit(teacher, found)
     return found

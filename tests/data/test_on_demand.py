@@ -38,7 +38,7 @@ def assert_same(images: Images, loaded: Images) -> None:
     chosen = torch.tensor([3, 0, 3, len(loaded) - 1])
     for rows in (slice(None), slice(1, 3), slice(len(loaded) - 1, 100), chosen):
         assert torch.equal(images.uint8(rows), loaded.uint8(rows))
-    pixels, readable = images.read(slice(1, 4))
+    pixels, readable, _ = images.read(slice(1, 4))
     assert torch.equal(pixels, loaded.uint8(slice(1, 4))) and readable.all()
 
 
@@ -76,10 +76,11 @@ def test_a_batch_is_the_one_in_memory(captioned):
 def test_they_are_read_in_turn(captioned, size):
     truncate(captioned / "b" / "1.png")
     parts = list(opened(captioned).in_turn(range(1, 5), size))
-    pixels, readable = (torch.cat(one) for one in zip(*parts, strict=True))
-    expected, known = opened(captioned).read(slice(1, 5))
+    pixels, readable, sizes = (torch.cat(one) for one in zip(*parts, strict=True))
+    expected, known, had = opened(captioned).read(slice(1, 5))
     assert torch.equal(pixels, expected) and torch.equal(readable, known) and readable.sum() == 3
-    assert [len(one) for one, _ in parts] == {1: [1] * 4, 2: [2, 2], 3: [3, 1], 8: [4]}[size]
+    assert torch.equal(sizes, had)
+    assert [len(one) for one, *_ in parts] == {1: [1] * 4, 2: [2, 2], 3: [3, 1], 8: [4]}[size]
 
 
 def test_some_of_them_are_taken_without_being_read(captioned, monkeypatch):
@@ -130,7 +131,7 @@ def test_one_that_is_no_image_is_marked(captioned, caplog):
     truncate(captioned / "a" / "2.png")
     (captioned / "b" / "5.png").write_bytes(b"no image")
     images = opened(captioned)
-    pixels, readable = images.read(slice(0, 6))
+    pixels, readable, _ = images.read(slice(0, 6))
     assert readable.tolist() == [True, False, True, True, True, False]
     assert not pixels[~readable].any() and pixels[readable].flatten(1).any(1).all()
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
@@ -144,7 +145,7 @@ def test_a_row_without_an_image_is_marked(tmp_path):
     saved(picture=[Image.fromarray(noise(8, 8)), None, Image.fromarray(noise(8, 8)), None]).save_to_disk(
         tmp_path / "set"
     )
-    _, readable = opened_hub(tmp_path / "set").read(slice(4))
+    _, readable, _ = opened_hub(tmp_path / "set").read(slice(4))
     assert readable.tolist() == [True, False, True, False]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import diffkd
@@ -255,6 +256,29 @@ def test_the_configs_of_public_teachers_on_tiny_ones_of_their_layout(
     last = diffkd.load(students / ("1-steps" if kind == "sd" else "4-steps"))
     (drawn,) = diffkd.generate(last, 1, prompts=["a ring"])
     assert drawn.shape == (1, 32, 32, 3)
+
+
+def test_a_run_of_images_of_several_shapes(cli, here):
+    """Each micro-batch is of one; the student is drawn in the most frequent."""
+    rng = np.random.default_rng(0)
+    (here / "several").mkdir()
+    for number, (height, width) in enumerate([(32, 32)] * 5 + [(24, 40)] * 4 + [(48, 27)] * 3):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(here / "several" / f"{number:02}.png")
+        (here / "several" / f"{number:02}.txt").write_text(CAPTIONS[number % 5] + "\n")
+    data = "data={kind: folder, path: several, size: 32, buckets: 8, upscale: true}"
+    outcome = cli(
+        "distill", "run.yaml", data, "training.micro_batches=2", "method.updates=4", "spread_every=2"
+    )
+    assert outcome.code == 0, outcome.stderr
+    assert "12 images of 32x32 (5), 40x24 (4), 24x40 (3), RGB" in outcome.stdout
+    assert len([*(here / "run/cache/latents").glob("*/latents.json")]) == 3
+    drawn = np.asarray(Image.open(here / "run/samples/2-steps.png"))
+    assert drawn.std() > 0
+    (images,) = diffkd.generate(diffkd.load(here / "run/students/2-steps"), 1, prompts=["a ring"])
+    assert images.shape == (1, 32, 32, 3)
+    refused = cli("distill", "run.yaml", data, "out=other", "evaluation={features: shapes}")
+    assert refused.code == 2 and "evaluation.reference is missing: data.buckets 8" in refused.stderr
 
 
 PROMPTS = ("data={kind: prompts, path: prompts.txt, draws: 6, steps: 3, guidance: 2}", "pictures=4")

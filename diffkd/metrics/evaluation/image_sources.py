@@ -161,7 +161,7 @@ class FolderSource:
         except Exception as error:  # Pillow raises many kinds for a broken file
             raise _unreadable(path, error) from error
         if self.resize is not None:
-            return np.asarray(fitted(image, self.resize))
+            return np.asarray(fitted(image, self.resize, self.resize))
         if image.size != self.size:  # rotated by EXIF data that stands behind the pixels
             raise UserError(
                 f"image {path} is {image.width}x{image.height} and others are "

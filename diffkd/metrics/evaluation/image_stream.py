@@ -129,7 +129,7 @@ def brought_to(batches: Batches, size: int | None) -> Batches:
         return batches
 
     def one(image: Tensor) -> np.ndarray:
-        pixels = np.asarray(fitted(Image.fromarray(image.squeeze(2).numpy()), size))
+        pixels = np.asarray(fitted(Image.fromarray(image.squeeze(2).numpy()), size, size))
         return pixels.reshape(size, size, image.shape[2])
 
     def resized(rank: int, world: int) -> Numbered:
