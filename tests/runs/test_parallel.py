@@ -176,6 +176,21 @@ def test_a_stopped_run_resumes_in_any_layout(tmp_path, launched, trained, method
         assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log(whole)], rel=2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_eight_bits_in_two_processes(tmp_path, launched):
+    """Copies resume to the same bits. Against one process the order of a sum may choose another code."""
+    options = {"method": "xl", "updates": 8, "training": {"optimizer": "adamw_8bit"}}
+    for name in ("1x4", "2x2"):
+        train(launched, tmp_path / name, name, **options)
+    parts = tmp_path / "parts"
+    train(launched, parts, "2x2", **options, stop_at=5)
+    train(launched, parts, "2x2", **options)
+    alone, both, again = (tmp_path / name / "student.safetensors" for name in ("1x4", "2x2", "parts"))
+    print(f"8 bits in two processes: weights {distance(alone, both):.1e}")
+    assert same(both, again) and distance(alone, both) < 1e-4
+
+
 @pytest.mark.skipif(not SHARDS_ON_CPU, reason=f"FSDP2 on CPUs needs torch {FSDP_ON_CPU}")
 def test_a_process_that_dies_takes_the_others_with_it(tmp_path, monkeypatch, make_pipeline, cli):
     """Sharded over two processes, one of which is killed: the other ends and says why, and the same command

@@ -15,8 +15,7 @@ from diffkd.methods.base import Optimization
 from diffkd.training import optimizers
 from diffkd.training.config import Training
 from diffkd.training.learner import Copies
-from tests.tiny import student
-from tests.training.stages import COSINE, run_one, untimed, weights
+from tests.training.stages import run_one, untimed, weights
 
 EIGHT = {"optimizer": "adamw_8bit"}
 HOST = {"ema_device": "cpu"}
@@ -27,20 +26,6 @@ def settings(**changes):
 
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
-
-
-@needs_torchao
-def test_eight_bits_learn_what_adamw_learns(tmp_path):
-    """Over 50 updates: how far apart they end, as a share of how far they went."""
-    torch._dynamo.utils.counters.clear()
-    start = weights(student(3, "v_prediction", COSINE))
-    plain, _, expected = run_one(tmp_path / "plain", updates=50, training=settings())
-    eight, _, found = run_one(tmp_path / "eight", updates=50, training=settings(**EIGHT))
-    apart = (weights(eight) - weights(plain)).norm() / (weights(plain) - start).norm()
-    print(f"apart {apart:.3f}, loss {found[-1]['loss'] / expected[-1]['loss'] - 1:.1e}")
-    assert 0 < apart < 0.05
-    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.01)
-    assert not torch._dynamo.utils.counters["frames"]  # torchao would compile every step
 
 
 @needs_torchao
@@ -69,6 +54,10 @@ def learner(**changes):
     return Copies(Accelerator(), network, settings(**changes), optimization, alone=True)
 
 
+def flat(made):
+    return torch.cat([p.detach().flatten() for p in made.network.parameters()]).clone()
+
+
 def update(made, count):
     for number in range(count):
         made.set_rate(1e-2)
@@ -76,6 +65,21 @@ def update(made, count):
         made.backward(made.network(torch.randn(16, 64, generator=rng)).square().mean())
         made.step()
         made.update_average()
+
+
+@needs_torchao
+def test_eight_bits_learn_what_adamw_learns():
+    """Over 50 updates: how far apart the weights end, as a share of how far they went."""
+    torch._dynamo.utils.counters.clear()
+    start, ends = flat(learner()), []
+    for changes in ({}, EIGHT):
+        made = learner(**changes)
+        update(made, 50)
+        ends.append(flat(made))
+    apart = (ends[0] - ends[1]).norm() / (ends[0] - start).norm()
+    print(f"apart {apart:.3f}")
+    assert 0 < apart < 0.1
+    assert not torch._dynamo.utils.counters["frames"]  # torchao would compile every step
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(EIGHT, marks=needs_torchao), HOST])
