@@ -50,6 +50,34 @@ def scheduler(prediction: str = "epsilon", **options: Any) -> Any:
     )  # fmt: skip
 
 
+def network(*, xl: bool = False, **options: Any) -> Any:
+    """A UNet2DConditionModel for latents of 8x8."""
+    more: dict[str, Any] = {"cross_attention_dim": 16}
+    if xl:
+        more = {
+            "cross_attention_dim": 40, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 20, "use_linear_projection": True,
+        }  # fmt: skip
+    return diffusers.UNet2DConditionModel(
+        **{
+            "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+            "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), **more, **options,
+        }
+    )  # fmt: skip
+
+
+def conditions(count: int, *, xl: bool = False) -> dict[str, torch.Tensor]:
+    """What such a network takes beside latents, of so many examples, random and always the same."""
+    rng = torch.Generator().manual_seed(8)
+    cond = {"encoder_hidden_states": torch.randn(count, 77, 40 if xl else 16, generator=rng)}
+    if xl:
+        sizes = torch.tensor([32.0, 32, 0, 0, 32, 32]).expand(count, 6)
+        cond |= {"text_embeds": torch.randn(count, 20, generator=rng), "time_ids": sizes.clone()}
+    return cond
+
+
 def pipeline(
     work: Path,
     *,
@@ -58,28 +86,16 @@ def pipeline(
     noise: Any = None,
     tiny_vae: bool = False,
     seed: int = 0,
-    **unet: Any,
+    **options: Any,
 ) -> Any:
     """A whole StableDiffusionPipeline or StableDiffusionXLPipeline for images of 32x32, latents of 8x8."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokens = tokenizer(work / "tokenizer")
         encoders = {"text_encoder": text_encoder(16, len(tokens)), "tokenizer": tokens}
-        more: dict[str, Any] = {"cross_attention_dim": 16}
         if xl:
             encoders |= {"text_encoder_2": text_encoder(24, len(tokens), projected=20), "tokenizer_2": tokens}
-            more = {
-                "cross_attention_dim": 40, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 6 * 8 + 20, "use_linear_projection": True,
-            }  # fmt: skip
-        network = diffusers.UNet2DConditionModel(
-            **{
-                "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
-                "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 2,
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), **more, **unet,
-            }
-        )  # fmt: skip
+        unet = network(xl=xl, **options)
         if tiny_vae:
             vae: Any = diffusers.AutoencoderTiny(
                 encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
@@ -91,11 +107,11 @@ def pipeline(
                 block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32,
                 scaling_factor=0.13025 if xl else 0.18215,
             )  # fmt: skip
-        for part in (network, vae):
+        for part in (unet, vae):
             for parameter in part.parameters():
                 parameter.data += 0.05 * torch.randn_like(parameter)
     parts = {
-        "unet": network,
+        "unet": unet,
         "vae": vae,
         "scheduler": noise or scheduler(prediction),
         **encoders,

@@ -24,6 +24,7 @@ from diffkd.models import loading
 from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
+from diffkd.training import optimizers
 from diffkd.training.config import Training
 
 
@@ -65,6 +66,7 @@ class TrainingRun(Strict):
     def check(self, accelerator: Accelerator) -> None:
         """Raises UserError for whatever could otherwise fail only after the run folder was made."""
         self.training.parts(accelerator.num_processes)
+        optimizers.check(self.training, accelerator)
         if self.training.compile and accelerator.device.type != "cuda":
             # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
             raise UserError(

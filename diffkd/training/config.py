@@ -27,6 +27,15 @@ class Training(Strict):
         lt=1,
         description="decay of the moving average of the student's weights, which is what is saved",
     )
+    ema_device: Literal["cpu"] | None = Field(
+        None,
+        description="where that average lies: cpu is the host's memory, which saves the GPU 4 bytes a weight "
+        "and costs time; default beside the weights",
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit, by torchao (extra quant), keeps 2 bytes a weight where adamw keeps 8",
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float | None = Field(
@@ -35,7 +44,11 @@ class Training(Strict):
     precision: Literal["float32", "bf16", "fp16"] = Field(
         "float32", description="autocast of the student, dtype of the teacher; float32 is TF32 on CUDA"
     )
-    compile: bool = Field(False, description="torch.compile of the networks, on CUDA; takes minutes")
+    compile: bool = Field(
+        False,
+        description="torch.compile of a network's repeated blocks, or else of the whole network, and of "
+        "adamw_8bit; on CUDA; takes minutes",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recomputes activations in the backward pass: less memory, more time"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from diffkd.methods.base import Optimization
+from diffkd.training import optimizers
 from diffkd.training.config import Training
 from diffkd.training.sharding import average_gradients, fill, unsharded
 
@@ -28,8 +29,8 @@ class Learner(ABC):
     """One trained network with its optimizer, prepared by accelerate.
 
     network: what is called, sharded or wrapped if there are several processes. params: its parameters that
-    learn. average: the moving average of its weights, in float32, or None. All processes call every method
-    but `set_rate` together.
+    learn. average: the moving average of its weights, in float32, or None. All processes call every
+    method but `set_rate` together.
     """
 
     network: Any
@@ -54,20 +55,15 @@ class Learner(ABC):
         self._all_params = list(self.network.parameters())
         self.params = [p for p in self._all_params if p.requires_grad]
         if optimization.ema is not None:
-            self.average = EMAModel(self._all_params, decay=optimization.ema, foreach=True)
+            self.average = EMAModel(self._averaged(), decay=optimization.ema, foreach=True)
             self.average.to(dtype=torch.float32)
 
     @abstractmethod
     def _prepared(self, network: nn.Module) -> tuple[Any, Any]:
         """The network and its optimizer."""
 
-    def _adamw(self, network: nn.Module) -> torch.optim.Optimizer:
-        """The learning rate is set before every update."""
-        params = [p for p in network.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            params, betas=self.betas, weight_decay=self.training.weight_decay,
-            fused=params[0].device.type in ("cuda", "cpu"),
-        )  # fmt: skip
+    def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        return optimizers.make(network, self.training, self.betas)
 
     @property
     def bare(self) -> nn.Module:
@@ -76,8 +72,7 @@ class Learner(ABC):
         return network
 
     def set_rate(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        optimizers.set_rate(self.optimizer, learning_rate)
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:
@@ -92,7 +87,8 @@ class Learner(ABC):
         """The norm of the gradients over all processes, a scalar. Clips them."""
 
     def step(self) -> None:
-        self.optimizer.step()
+        with optimizers.stepping(self.training):
+            self.optimizer.step()
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -100,7 +96,14 @@ class Learner(ABC):
 
     def update_average(self) -> None:
         if self.average is not None:
-            self.average.step(self._all_params)
+            self.average.step(self._averaged())
+
+    def _averaged(self) -> list[nn.Parameter]:
+        """The parameters where their average lies."""
+        if self.training.ema_device is None:
+            return self._all_params
+        place = torch.device(self.training.ema_device)
+        return [nn.Parameter(p.detach().to(place), p.requires_grad) for p in self._all_params]
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
@@ -137,10 +140,7 @@ class Learner(ABC):
         moments = tensors.get("optimizer", {})
         keys = [list(moments)]
         broadcast_object_list(keys)
-        buffers = {key: self._empty(*_split(key)) for key in keys[0]}
-        fill(buffers, moments, self.accelerator)
-        for key, value in buffers.items():
-            self._set(*_split(key), value)
+        self._load_moments(keys[0], moments)
         if self.average is not None:
             fill(self._averages(), tensors.get("ema", {}), self.accelerator)
 
@@ -151,16 +151,22 @@ class Learner(ABC):
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, param in self.bare.named_parameters():
-            for key, value in self.optimizer.state.get(param, {}).items():
+            for key, value in optimizers.tensors(self.optimizer.state.get(param, {})):
                 yield f"{name}/{key}", value
 
-    def _empty(self, name: str, key: str) -> Tensor:
-        """Shaped and placed like what the optimizer keeps of a parameter."""
-        param = self.bare.get_parameter(name)
-        return torch.zeros((), device=param.device) if key == "step" else torch.zeros_like(param).detach()
-
-    def _set(self, name: str, key: str, value: Tensor) -> None:
-        self.optimizer.state[self.bare.get_parameter(name)][key] = value
+    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Tensor]) -> None:
+        """keys: those of the main process's moments."""
+        of: dict[str, list[str]] = {}
+        for key in keys:
+            name, moment = split(key)
+            of.setdefault(name, []).append(moment)
+        targets: dict[str, Tensor] = {}
+        for name, held in of.items():
+            param = self.bare.get_parameter(name)
+            state = optimizers.blank(param, held, self.training)
+            targets |= {f"{name}/{key}": value for key, value in optimizers.tensors(state)}
+            self.optimizer.state[param] = state
+        fill(targets, moments, self.accelerator)
 
 
 class Copies(Learner):
@@ -174,7 +180,7 @@ class Copies(Learner):
     def _prepared(self, network: nn.Module) -> tuple[Any, Any]:
         self._exchanges = not self.alone and self.accelerator.num_processes > 1
         wrapped = self.accelerator.prepare_model(network, evaluation_mode=self._exchanges)
-        return wrapped, self.accelerator.prepare(self._adamw(wrapped))
+        return wrapped, self.accelerator.prepare(self._optimizer(wrapped))
 
     def accumulating(self) -> AbstractContextManager[None]:
         if self._exchanges:
@@ -204,7 +210,7 @@ class Shards(Learner):
         # accelerate insists that each class occur in every network
         plugin.transformer_cls_names_to_wrap = [name for name in configured or () if name in present]
         try:
-            prepared = self.accelerator.prepare(network, self._adamw(network))
+            prepared = self.accelerator.prepare(network, self._optimizer(network))
         finally:
             plugin.transformer_cls_names_to_wrap = configured
         return prepared[0], prepared[1]
@@ -249,6 +255,7 @@ class Shards(Learner):
         return self._whole
 
 
-def _split(key: str) -> tuple[str, str]:
+def split(key: str) -> tuple[str, str]:
+    """A parameter's name, and which of its moments."""
     name, _, moment = key.rpartition("/")
     return name, moment

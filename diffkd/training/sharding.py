@@ -44,7 +44,7 @@ def fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], accelerato
             raise ValueError(
                 f"{name} is {value.dtype} {tuple(value.shape)}, not {target.dtype} {tuple(target.shape)}"
             )
-        value = value.to(target.device)
+        value = value.to(accelerator.device)  # which is where it is exchanged; an average may lie on the host
         if isinstance(target, DTensor):
             target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
             continue

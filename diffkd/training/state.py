@@ -24,6 +24,7 @@ from diffkd.training.zero import Zero
 
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"
+BLOCK_SHAPES = 64  # of one kind of block, in all networks together; after torch's own 8 it compiles no more
 LEARNERS: dict[DistributedType, type[Learner]] = {
     DistributedType.FSDP: Shards, DistributedType.DEEPSPEED: Zero,
 }  # fmt: skip
@@ -101,7 +102,18 @@ def _place(accelerator: Accelerator, net: nn.Module, training: Training, half: t
     if accelerator.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     if training.compile:
-        network.compile(backend=COMPILER, dynamic=False)  # in place: its weights keep their names
+        _compile(network)
+
+
+def _compile(network: Any) -> None:
+    """In place, so that its weights keep their names: the blocks that it says it repeats, each kind once for
+    each shape, or else the whole network."""
+    repeated = getattr(network, "_repeated_blocks", None) or ()
+    if any(type(module).__name__ in repeated for module in network.modules()):
+        torch._dynamo.config.cache_size_limit = BLOCK_SHAPES
+        network.compile_repeated_blocks(backend=COMPILER, dynamic=False)
+    else:
+        network.compile(backend=COMPILER, dynamic=False)
 
 
 # checkpoints: student, student-optimizer and ema; of another network NAME, NAME-optimizer and NAME-ema

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.training.learner import Learner
+from diffkd.training.learner import Learner, split
+from diffkd.training.sharding import fill
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,7 +33,7 @@ class Zero(Learner):
         config["train_micro_batch_size_per_gpu"] = training.batch_size // training.parts(processes)
         config["gradient_accumulation_steps"] = 1  # `accumulating` says when gradients are exchanged
         config["gradient_clipping"] = training.max_grad_norm or 0.0
-        prepared = self.accelerator.prepare(network, self._adamw(network))
+        prepared = self.accelerator.prepare(network, self._optimizer(network))
         return prepared[0], prepared[1]
 
     @property
@@ -84,6 +85,12 @@ class Zero(Learner):
                 yield f"{name}/{key}", safe_get_full_optimizer_state(param, key)
             for state in list(self._zero.optimizer.state.values())[:1]:
                 yield f"{name}/step", state["step"]
+
+    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Tensor]) -> None:
+        targets = {key: self._empty(*split(key)) for key in keys}
+        fill(targets, moments, self.accelerator)
+        for key, value in targets.items():
+            self._set(*split(key), value)
 
     def _empty(self, name: str, key: str) -> Tensor:
         param = self.bare.get_parameter(name)

@@ -27,6 +27,7 @@ from diffkd.training import checkpoints, state
 from diffkd.training.config import Training
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
+from tests import text_to_image
 from tests.methods.conformance import images, nets_of
 from tests.tiny import student
 from tests.training.stages import COSINE, Scale, run_one, untimed, weights
@@ -243,3 +244,24 @@ def test_compiled_networks_learn_the_same(tmp_path, monkeypatch):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     names = [name for name, _ in fast[0].network.named_parameters()]
     assert names == [name for name, _ in plain[0].network.named_parameters()]
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_network_that_repeats_blocks_is_compiled_block_by_block(monkeypatch, xl):
+    """All of them, of every network of the stage, and nothing else; a network without any as a whole."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    blocks = []
+    nets = {}
+    for name in ("student", "teacher"):
+        unet = text_to_image.network(xl=xl)
+        nets[name] = Denoiser(unet, COSINE, "v_prediction").requires_grad_(name == "student")
+        blocks += [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    nets["target"] = student(3, "v_prediction", COSINE).requires_grad_(False)
+    stage = Progressive(steps=[4]).stages(nets["target"])[0]
+    with torch._dynamo.config.patch(cache_size_limit=8):
+        state.prepare(Accelerator(), nets, stage, Training(compile=True))
+        assert torch._dynamo.config.cache_size_limit > 8  # it is what all shapes of a kind of block share
+    assert len(blocks) > 2
+    assert {id(module) for module, _ in compiled} == {id(m) for m in [*blocks, nets["target"].network]}
+    assert all(options == {"backend": "inductor", "dynamic": False} for _, options in compiled)
