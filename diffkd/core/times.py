@@ -34,6 +34,11 @@ def draw_times(
     return schedule.time_of(-to_device(levels, device))
 
 
+def on_grid(t: Tensor, steps: int) -> Tensor:
+    """The next of the grid i / steps, i = 1, ..., steps, at or above each t."""
+    return ((t * steps).ceil().clamp(1, steps)) / steps
+
+
 def times_above(
     schedule: Schedule, count: int, least: float, scale: float, rng: torch.Generator, device: torch.device
 ) -> Tensor:

@@ -12,6 +12,7 @@ from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight
 from diffkd.core.noise import add_noise, grid_times
+from diffkd.core.times import TimeLaw, draw_times, on_grid
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -28,6 +29,11 @@ class Denoising(Method):
         "snr_plus_one", description="weight of the squared error in x0; snr_plus_one is v's, snr eps's"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
+    times: TimeLaw = Field(
+        "uniform", description="law of t: uniform, or log(sigma / alpha) normal with this mean and std"
+    )
+    mean: float = Field(0.0, description="of log(sigma / alpha)")
+    std: float = Field(1.6, gt=0, description="of log(sigma / alpha)")
     label_dropout: float = Field(
         0.1, ge=0, le=1, description="share of labels replaced by the null label, for guidance"
     )
@@ -41,7 +47,11 @@ class Denoising(Method):
         student = nets["student"]
         x0, schedule = batch.x0, student.schedule
         # 1. a time of the schedule's table, and the noised data
-        t, _ = grid_times(len(x0), schedule.num_train_timesteps, rng, x0.device)
+        steps = schedule.num_train_timesteps
+        if self.times == "uniform":
+            t, _ = grid_times(len(x0), steps, rng, x0.device)
+        else:
+            t = on_grid(draw_times(self.times, schedule, len(x0), self.mean, self.std, rng, x0.device), steps)
         x_t = add_noise(schedule, x0, t, rng)
         # 2. some labels dropped
         cond = dropped(batch.cond, student.null_of(batch.cond), self.label_dropout, rng)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffkd.core.schedules import Schedule, from_diffusers
-from diffkd.core.times import draw_times, times_above
+from diffkd.core.times import draw_times, on_grid, times_above
 
 COSINE = Schedule.cosine(1024)
 LINEAR = from_diffusers(DDPMScheduler())
@@ -23,6 +23,11 @@ def test_a_log_normal_noise_level(schedule):
     assert t.dtype == torch.float64 and (t > 0).all() and (t <= 1).all()
     expected = -1.0 + torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.allclose(levels(schedule, t), expected, atol=1e-6)
+
+
+def test_times_on_a_grid():
+    t = torch.tensor([1e-9, 0.1, 0.25, 0.2500001, 0.99, 1.0], dtype=torch.float64)
+    assert on_grid(t, 4).tolist() == [0.25, 0.25, 0.25, 0.5, 1.0, 1.0]
 
 
 def test_uniform_times_reach_one_and_not_zero():

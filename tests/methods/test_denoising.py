@@ -42,3 +42,24 @@ def test_labels_are_dropped_and_the_default_weight_is_that_of_v():
     alpha, sigma = COSINE.at(t, like=x0.double())
     v = alpha * eps - sigma * x0
     assert loss.value.item() == pytest.approx(v.square().mean().item(), rel=1e-4)
+
+
+def test_times_may_be_where_prompts_decide():
+    """log_normal: on the grid of the schedule, the noise of a level that is normal."""
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x, time):
+            seen.append(time.clone())
+            return torch.zeros_like(x)
+
+    denoiser = Denoiser(Network(), Schedule.cosine(1024), "v_prediction")
+    method = Denoising(times="log_normal", mean=1.2, std=0.5)
+    step = Step(method.stages(denoiser)[0], 0)
+    rng = torch.Generator().manual_seed(0)
+    loss = next(method.losses({"student": denoiser}, Batch(torch.zeros(20_000, 1, 1, 1), {}), step, rng))
+    t = loss.metrics["t"]
+    assert torch.equal(t * 1024, (t * 1024).round()) and torch.equal(seen[0].double() + 1, t * 1024)
+    levels = -denoiser.schedule.half_log_snr(t)
+    assert levels.mean().item() == pytest.approx(1.2, abs=0.02)
+    assert levels.std().item() == pytest.approx(0.5, abs=0.02)
