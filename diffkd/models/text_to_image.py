@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from diffkd.core.conditioning import Cond
@@ -65,10 +65,24 @@ class NewTextEncoder(Strict):
 class NewUNet(Strict):
     """The config of a new UNet2DConditionModel."""
 
-    channels: Widths = Field([64, 128], description="at each resolution, with cross-attention at each")
+    channels: Widths = Field([64, 128], description="at each resolution, each half the size of the last")
+    attention: list[bool] | None = Field(
+        None, description="whether there is cross-attention at each resolution; default at all"
+    )
     layers: int = Field(1, ge=1, le=100, description="residual blocks at each resolution")
     heads: int = Field(4, ge=1, description="of attention; divides every channel count")
     norm_groups: int = Field(8, ge=1, description="groups of group normalisation; divides all channels")
+
+    @model_validator(mode="after")
+    def _asked_somewhere(self) -> NewUNet:
+        if self.attention is not None and (
+            len(self.attention) != len(self.channels) or not any(self.attention)
+        ):
+            raise ValueError(
+                f"attention {self.attention} is not one of true and false for each of channels "
+                f"{self.channels}, with true at least once"
+            )
+        return self
 
 
 class TextToImage(Strict):
@@ -92,11 +106,12 @@ class TextToImage(Strict):
                 pad_token_id=tokenizer.pad_token_id,
             )
         )  # fmt: skip
-        levels = len(unet.channels)
+        attends = unet.attention or [True] * len(unet.channels)
         network = UNet2DConditionModel(
             sample_size=(latents[1], latents[2]), in_channels=latents[0], out_channels=latents[0],
-            down_block_types=("CrossAttnDownBlock2D",) * levels,
-            up_block_types=("CrossAttnUpBlock2D",) * levels, block_out_channels=tuple(unet.channels),
+            down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in attends[::-1]),
+            block_out_channels=tuple(unet.channels),
             layers_per_block=unet.layers, norm_num_groups=unet.norm_groups, attention_head_dim=unet.heads,
             cross_attention_dim=text.width,
         )  # fmt: skip

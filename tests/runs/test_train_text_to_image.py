@@ -27,7 +27,7 @@ CONFIG = {
         "kind": "text_to_image",
         "autoencoder": {"channels": [8, 8, 8], "norm_groups": 4},
         "text": {"width": 16, "heads": 2, "layers": 1},
-        "unet": {"channels": [8, 16], "norm_groups": 4, "heads": 2},
+        "unet": {"channels": [8, 16], "attention": [False, True], "norm_groups": 4, "heads": 2},
     },
     "schedule": {"num_train_timesteps": 64},
     "autoencoding": {"updates": 3, "warmup": 0},
@@ -57,6 +57,8 @@ def test_a_teacher_is_trained_and_distilled(cli, here):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(here / "teacher" / "teacher", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert pipeline.unet.config.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D"]
+    assert pipeline.unet.config.up_block_types == ["CrossAttnUpBlock2D", "UpBlock2D"]
     prompts = ["a small red ring above a large blue square", "a star"]
     theirs = pipeline(
         prompts, num_inference_steps=4, guidance_scale=3.0, output_type="np",
@@ -141,6 +143,8 @@ def test_the_autoencoders_loss_by_hand():
     [
         (("data={kind: digits}",), ["digits", "no captions"]),
         (("data.side=34",), ["34x34", "divide by 4"]),
+        (("model.unet.attention=[true]",), ["attention [True]", "each of channels [8, 16]"]),
+        (("model.unet.attention=[false,false]",), ["attention [False, False]", "true at least once"]),
         (("model.text.wide=3",), ["model.text.wide", "width"]),
     ],
 )
