@@ -174,6 +174,12 @@ class Denoiser(nn.Module):
         least, largest = self.guidance_range
         return min(max(USUAL_GUIDANCE, least), largest)
 
+    def guided_by(self, weight: float, count: int) -> dict[str, Any]:
+        """What a call for `count` images is given for this weight: an input, where the network takes one."""
+        if self.guidance_range is None:
+            return {"guidance": weight}
+        return {GUIDANCE: torch.full((count,), weight, device=self.device)}
+
     @property
     def null(self) -> dict[str, Tensor]:
         """The encoding of no prompt, each (1, ...): {} until `set_null` gave it, and for models without

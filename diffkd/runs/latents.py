@@ -103,7 +103,8 @@ def drawn(
     for part in chosen(len(cache), count).split(TOGETHER):
         noise = torch.randn(len(part), *cache.shape, generator=generator).to(teacher.device)
         cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in cache.cond(part).items()}
-        yield samplers.sample(teacher, noise, steps, teacher.sampler, guidance=guidance, **cond)
+        cond |= teacher.guided_by(guidance, len(part))
+        yield samplers.sample(teacher, noise, steps, teacher.sampler, **cond)
 
 
 def fill(cache: Conditions | None, accelerator: Accelerator, items: Items) -> int:

@@ -118,6 +118,7 @@ def _images(teacher: Denoiser, cache: PairCache, indices: Tensor, labels: Tensor
     given = {**cache.cond(indices), **({} if labels is None else {"class_labels": labels})}
     cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in given.items()}
     noise = cache.noise(indices.tolist()).to(teacher.device)
-    x0 = samplers.sample(teacher, noise, recipe.steps, recipe.sampler, guidance=recipe.guidance, **cond)
+    cond |= teacher.guided_by(recipe.guidance, len(noise))
+    x0 = samplers.sample(teacher, noise, recipe.steps, recipe.sampler, **cond)
     check_finite(x0.isfinite().all())
     return x0.float().cpu()

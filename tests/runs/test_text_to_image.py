@@ -306,6 +306,28 @@ def test_a_run_from_prompts_alone(cli, here):
     assert drawn.shape == (1, 32, 32, 3)
 
 
+def test_a_teacher_that_takes_the_weight_draws_with_it(cli, here):
+    """What it draws in place of data is of its usual weight, as an input."""
+    (here / "prompts.txt").write_text("a red ring\n")
+    method = {"name": "guidance", "range": [2, 6], "updates": 2, "learning_rate": 0.05, "warmup": 0}
+    halved = {"name": "progressive", "steps": [4], "updates": 2, "learning_rate": 1e-3}
+    assert cli("distill", "run.yaml", f"method={json.dumps([method, halved])}", "out=one").code == 0
+    data = "data={kind: prompts, path: prompts.txt, draws: 2, steps: 4}"
+    given = ("teacher.path=one/students/4-steps", data, "method={name: progressive, steps: [2], updates: 2}")
+    outcome = cli("distill", "run.yaml", *given)
+    assert outcome.code == 0, outcome.stderr
+    assert "2 that the teacher draws in 4 steps, guidance 6" in outcome.stdout
+    teacher = diffkd.load(here / "one/students/4-steps")
+    cond = teacher.conditioner.embed(["a red ring"], size=(32, 32))
+    recipe = json.loads((here / "run/pairs/data/pairs.json").read_text())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(recipe["seed"]))
+    with torch.no_grad():
+        weight = torch.tensor([6.0])
+        expected = samplers.sample(teacher, noise, 4, "ddim", **cond, guidance_scale=weight)
+    stored = load_file(here / "run/pairs/data/000000.safetensors")["x0"][:1]
+    assert torch.allclose(stored, expected.float(), atol=1e-4)
+
+
 def test_a_run_that_asks_the_teacher_alone_draws_nothing_first(cli, here):
     (here / "prompts.txt").write_text("a red ring\na star\n")
     method = {"name": "dmd2", "steps": 1, "updates": 2, "fake_updates": 1, "warmup": 0}
