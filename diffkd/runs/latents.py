@@ -15,7 +15,7 @@ from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data import Data
-from diffkd.data.absent import TeacherDraws, Unseen
+from diffkd.data.absent import NoData, TeacherDraws, Unseen
 from diffkd.data.bucketed_latents import BucketedLatents
 from diffkd.data.buckets import BucketedImages
 from diffkd.data.folder import Folder
@@ -133,6 +133,8 @@ def fill_alone(config: Distill, console: Console) -> None:
     """`diffkd cache`: computes what a run would compute before it trains, and ends. Raises UserError where
     the config is of a model of pixels."""
     accelerator = launch.make_accelerator(config.training)
+    if isinstance(config.data, NoData):
+        raise UserError("data kind none has nothing to compute beforehand; run diffkd distill at once")
     source = config.teacher
     if source.train is not None:
         folder = config_files.load_train(source.train).out / "teacher"
