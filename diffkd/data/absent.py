@@ -126,10 +126,12 @@ class Prompts(TeacherDraws):
 
     def load(self) -> NoReturn:
         """Raises UserError: see `NoData.load`."""
-        raise UserError("data kind prompts has no images to train on; it is for diffkd distill")
+        raise UserError(
+            "data kind prompts has no images to train on; name images, or distil a model that is trained"
+        )
 
     def of(self, shape: tuple[int, int, int] | None, num_classes: int | None) -> Unseen:
-        """What a model of images of this shape is distilled with."""
+        """What a model of images of this shape, and of no classes, is distilled with."""
         if shape is None:
             raise UserError(
                 "data kind prompts takes the size of images from the teacher, which has none; name the data"

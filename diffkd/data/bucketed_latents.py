@@ -12,6 +12,7 @@ from torch import Tensor
 from diffkd.core.conditioning import Codec, Conditioner
 from diffkd.data.buckets import BucketedImages
 from diffkd.data.embeddings import Progress
+from diffkd.data.images import Images
 from diffkd.data.latents import Conditions, LatentCache
 from diffkd.data.shards import Shards
 
@@ -42,10 +43,14 @@ class BucketedLatents(Conditions):
         return super().left() + sum(part.left() for part in self.parts)
 
     def fill(self, rank: int, world: int, barrier: Callable[[], None], on_items: Progress) -> None:
-        missing = [part.latents.missing() for part in self.parts]
+        missing = [(part, number) for part in self.parts for number in part.latents.missing()]
         super().fill(rank, world, barrier, on_items)
-        for part, numbers in zip(self.parts, missing, strict=True):
-            part.encode(numbers, rank, world, barrier, on_items)
+        if rank == 0:
+            for part in self.parts:
+                part.latents.begin()
+        barrier()
+        for part, number in missing[rank::world]:
+            part.encode(number, on_items)
         self.codec.close()
         barrier()
 
@@ -58,6 +63,17 @@ class BucketedLatents(Conditions):
 
     def time_ids(self, indices: Tensor) -> Tensor | None:
         return self.parts[0].time_ids(indices)
+
+    @property
+    def main(self) -> Conditions:
+        return self.parts[0]
+
+    def unreadable(self) -> int:
+        return sum(part.unreadable() for part in self.parts)
+
+    def readable_images(self) -> Images:
+        kept = [part.readable_images() for part in self.parts]
+        return BucketedImages.of([images for images in kept if len(images)])
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """Of all images, one bucket after the other."""

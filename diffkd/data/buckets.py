@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from diffkd.data.images import Images
+from diffkd.data.packed import PackedStrings
 
 MOST_ASPECT = 2.0  # of a shape's sides
 
 Shape = tuple[int, int]  # height and width
 
 
-def shapes(size: int, step: int) -> list[Shape]:
+def bucket_shapes(size: int, step: int) -> list[Shape]:
     """Shapes of at most size x size pixels whose sides are multiples of `step`, each the highest of its
     width, the widest last; the square one is among them where `step` divides `size`."""
     found = []
@@ -46,7 +47,7 @@ def cropped(sizes: Tensor, shape: Shape) -> Tensor:
 
 @dataclass(frozen=True)
 class BucketedImages(Images):
-    """parts: the images of each bucket, the most frequent shape first, which counts as the shape of all.
+    """parts: the images of each bucket, the most frequent shape first, whose shape and pixels stand for all.
     labels and captions are those of the parts, one after the other."""
 
     parts: tuple[Images, ...] = ()
@@ -56,7 +57,7 @@ class BucketedImages(Images):
         """Those of several shapes as one."""
         ordered = tuple(sorted(parts, key=len, reverse=True))
         first, labels = ordered[0], [part.labels for part in ordered if part.labels is not None]
-        captions = [caption for part in ordered for caption in part.captions]
+        captions = PackedStrings(caption for part in ordered for caption in part.captions)
         return BucketedImages(
             first.name, first.pixels, torch.cat(labels) if labels else None, first.classes, first.flip,
             captions, ordered,

@@ -56,8 +56,11 @@ def upright(opened: Image.Image, channels: int) -> Image.Image:
 
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:
-    """Height and width of an image once it is turned upright, without reading its pixels."""
-    turned = opened.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    """Height and width of an image once it is turned upright, from its head alone: EXIF data behind the
+    pixels of a PNG is not seen, and Pillow turns a TIFF itself."""
+    exif = Image.Exif()
+    exif.load(opened.info.get("exif", b""))
+    turned = exif.get(ExifTags.Base.Orientation) in SIDEWAYS
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 

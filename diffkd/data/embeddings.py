@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffkd.core.conditioning import Cond, Conditioner
+from diffkd.data.packed import PackedStrings
 from diffkd.data.shards import Rows, fitting, keyed
 
 NULL = "null"
@@ -30,7 +31,7 @@ class Embeddings:
         self, folder: Path, prompts: Sequence[str], size: tuple[int, int], conditioner: Conditioner
     ) -> None:
         self.given, self.size, self.conditioner = prompts, size, conditioner
-        self.prompts = list(dict.fromkeys(prompts)) or [""]
+        self.prompts = PackedStrings(dict.fromkeys(prompts or [""]))
         numbers = sum(value.numel() for value in conditioner.example.values())
         listed = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
         recipe = {"conditioner": conditioner.key, "captions": listed, "size": [*size]}

@@ -22,7 +22,7 @@ from diffkd.data.resized import ResizedDataset
 from diffkd.data.tables import open_rows
 from diffkd.errors import UserError
 from diffkd.io.naming import option
-from diffkd.io.text import from_json, reason
+from diffkd.io.text import from_json, reason, without_surrogates
 
 TOGETHER = 1000  # rows of captions that are read at once
 
@@ -191,4 +191,4 @@ def _text(value: Any, key: str | None, *, in_json: bool) -> str:
         value = value[0] if value else None
     if value is not None and not isinstance(value, str):
         raise TypeError(f"it is {type(value).__name__}")
-    return value or ""
+    return without_surrogates(value or "")

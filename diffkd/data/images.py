@@ -73,6 +73,7 @@ class Images:
         total.update(b"" if self.labels is None else self.labels.numpy().tobytes())
         if isinstance(self.pixels, OnDemand):
             total.update(self.pixels.fingerprint.encode())
+            total.update(self.pixels.files.tobytes())
         else:
             total.update(np.ascontiguousarray(self.pixels[::every]).tobytes())
         return total.hexdigest()

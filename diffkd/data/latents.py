@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from diffkd.data.shards import Rows, Shards, fitting, keyed
 from diffkd.errors import UserError
 
 READABLE, ORIGIN = "readable", "origin"
+SURELY_MANY, FEW_UNREADABLE = 0.1, 8  # of the images of one file: more end the run before all are encoded
 
 
 class Conditions(ABC):
@@ -72,11 +73,13 @@ class Conditions(ABC):
 
     def cond(self, indices: Tensor) -> dict[str, Tensor]:
         """What the examples at these indices, modulo their number, are conditioned on."""
+        return self.told(self.asked(indices), indices % len(self))
+
+    def asked(self, indices: Tensor) -> dict[str, Tensor]:
+        """The same, of images that are drawn: as large as they are, and not cut."""
         indices, labels = indices % len(self), self.images.labels
         cond = {} if labels is None else {"class_labels": labels[indices]}
-        if self.embeddings:
-            cond |= self.embeddings.cond(indices)
-        return self.told(cond, indices)
+        return cond | (self.embeddings.cond(indices) if self.embeddings else {})
 
     def told(self, cond: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
         """The conditioning with the sizes of these images, where the model is told them."""
@@ -88,9 +91,27 @@ class Conditions(ABC):
         size that they have (Podell et al. 2023, 2.2); None where there are no images."""
         return None
 
+    def unreadable(self) -> int:
+        """How many images could not be read, once nothing is missing."""
+        return 0
+
+    def check(self) -> None:
+        """Raises UserError where these are more than one and MAX_UNREADABLE of all, or all."""
+        count, unreadable = len(self.images), self.unreadable()
+        if unreadable and unreadable > min(max(1, MAX_UNREADABLE * count), count - 1):
+            raise UserError(
+                f"{unreadable} of {count} images of {self.images.name} cannot be read; remove or repair "
+                "them, and use another cache"
+            )
+
     def readable_images(self) -> Images | Unseen:
         """The images that could be read, once nothing is missing."""
         return self.images
+
+    @property
+    def main(self) -> Conditions:
+        """What is of one shape, the most frequent."""
+        return self
 
     @abstractmethod
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
@@ -133,22 +154,19 @@ class LatentCache(Conditions):
     def fill(self, rank: int, world: int, barrier: Callable[[], None], on_items: Progress) -> None:
         missing = self.latents.missing()
         super().fill(rank, world, barrier, on_items)
-        self.encode(missing, rank, world, barrier, on_items)
-        self.codec.close()
-        barrier()
-
-    def encode(
-        self, missing: Sequence[int], rank: int, world: int, barrier: Callable[[], None], on_items: Progress
-    ) -> None:
-        """The second phase of `fill`, without freeing the autoencoder."""
         if rank == 0:
             self.latents.begin()
         barrier()
         for number in missing[rank::world]:
-            items = self.latents.ranges()[number]
-            parts = list(self._moments(items, on_items))
-            made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            self.latents.write(number, self._marked(made))
+            self.encode(number, on_items)
+        self.codec.close()
+        barrier()
+
+    def encode(self, number: int, on_items: Progress) -> None:
+        """Writes one file."""
+        parts = list(self._moments(self.latents.ranges()[number], on_items))
+        made = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        self.latents.write(number, self._marked(made))
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
         for pixels, readable, sizes in self.images.in_turn(items, together):
@@ -163,18 +181,13 @@ class LatentCache(Conditions):
     def _marked(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file, which say what could be read where something could not."""
         readable = made.pop(READABLE)
-        self._refuse_many(readable)
-        return made if readable.all() else made | {READABLE: readable}
-
-    def _refuse_many(self, readable: Tensor) -> None:
-        """Raises UserError where more than one image and MAX_UNREADABLE of these cannot be read."""
         unreadable = int((~readable).sum())
-        if unreadable > min(max(1, MAX_UNREADABLE * len(readable)), len(self) - 1):
-            of = "" if len(readable) == len(self) else " in a row"
+        if unreadable > max(FEW_UNREADABLE, SURELY_MANY * len(readable)):
             raise UserError(
-                f"{unreadable} of {len(readable)} images{of} of {self.images.name} cannot be read; remove or "
-                "repair them, and use another cache"
+                f"{unreadable} of {len(readable)} images in a row of {self.images.name} cannot be read; "
+                "remove or repair them"
             )
+        return made if readable.all() else made | {READABLE: readable}
 
     @cached_property
     def readable(self) -> Tensor:
@@ -183,9 +196,10 @@ class LatentCache(Conditions):
         for number, items in enumerate(self.latents.ranges()):
             known = self._rows.whole(number, READABLE)
             parts.append(torch.ones(len(items), dtype=torch.bool) if known is None else known)
-        readable = torch.cat(parts)
-        self._refuse_many(readable)
-        return readable.nonzero()[:, 0]
+        return torch.cat(parts).nonzero()[:, 0]
+
+    def unreadable(self) -> int:
+        return len(self) - len(self.readable)
 
     def readable_images(self) -> Images:
         """The images that could be read, once nothing is missing."""
@@ -230,7 +244,7 @@ class UnseenLatents(Conditions):
     images: Unseen
 
     def __len__(self) -> int:
-        return len(self.images.captions)
+        return len(self.images.captions) or 1
 
     def indices(self, size: int, rng: torch.Generator) -> Tensor:
         """The indices of the prompts of a random batch; of labels, places in the batch."""

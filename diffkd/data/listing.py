@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
-from diffkd.io.text import from_json, log, quoted, reason
+from diffkd.io.text import from_json, log, quoted, reason, without_surrogates
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's imagefolder names them
 CAPTIONS = ("text", "caption")  # their keys for a caption; the first that is there
@@ -62,7 +62,8 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name] for name in of_path]
     key = next((key for key in CAPTIONS if any(key in row for row in about.values())), None)
-    captions = [str(about.get(path, {}).get(key) or "") for path in paths] if key else []
+    said = (str(about.get(path, {}).get(key) or "") for path in paths) if key else ()
+    captions = [without_surrogates(text) for text in said]
     there = {*files} if key is None else set[Path]()
     beside = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt") in there}
     if beside:

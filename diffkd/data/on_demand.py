@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from diffkd.data.decoding import upright_size
 from diffkd.errors import UserError
 from diffkd.io.text import log, reason
+
+TOGETHER = 4096  # files whose heads are read at once
+Used = TypeVar("Used")
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,16 @@ class OnDemand:
         return pixels, readable, sizes
 
     def sizes(self) -> Tensor:
-        """Height and width of each image, (N, 2), by the head of its file; of one that cannot be read those
-        that images are given."""
+        """Height and width of each image, (N, 2), by the head of its file; of one that is no image those that
+        images are given. Raises UserError as `read`."""
+        found = torch.tensor([self.each[1:]]).repeat(len(self), 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return torch.tensor([*pool.map(self._size, self.files.tolist())])
-
-    def _size(self, file: int) -> tuple[int, int]:
-        try:
-            with self.open_one(file) as opened:
-                return upright_size(opened)
-        except Exception:  # Pillow raises many types for broken files, which are told when they are decoded
-            return self.each[1], self.each[2]
+            for start in range(0, len(self), TOGETHER):
+                files = self.files[start : start + TOGETHER].tolist()
+                for place, size in enumerate(pool.map(self._size, files), start):
+                    if not isinstance(size, str):
+                        found[place] = torch.tensor(size)
+        return found
 
     def take(self, indices: np.ndarray) -> OnDemand:
         """The images at these indices alone."""
@@ -87,16 +90,27 @@ class OnDemand:
 
     def _decoded(self, file: int) -> tuple[np.ndarray, tuple[int, int]] | str:
         """The pixels and the size that they had, or what is wrong with the file."""
-        name = self.name_of(file)
+
+        def decoded(opened: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+            size = upright_size(opened)
+            return self.to_pixels(opened, self.name_of(file)), size
+
+        return self._used(file, decoded)
+
+    def _size(self, file: int) -> tuple[int, int] | str:
+        return self._used(file, upright_size)
+
+    def _used(self, file: int, use: Callable[[Image.Image], Used]) -> Used | str:
+        """What is made of an opened image, or what is wrong with its file."""
         try:
             with self.open_one(file) as opened:
-                return self.to_pixels(opened, name), upright_size(opened)
+                return use(opened)
         except UserError:
             raise
         except Exception as error:  # Pillow raises many types for broken files
             if isinstance(error, OSError) and error.errno is not None:
                 raise UserError(
-                    f"image {name} cannot be read ({error.strerror}); bring it back, and the same command "
-                    "goes on"
+                    f"image {self.name_of(file)} cannot be read ({error.strerror}); bring it back, and the "
+                    "same command goes on"
                 ) from error
             return reason(error)

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from diffkd.data.buckets import BucketedImages, Shape, nearest, shapes
+from diffkd.data.buckets import BucketedImages, Shape, bucket_shapes, nearest
 from diffkd.data.decoding import fitted, upright
 from diffkd.data.images import Images
 from diffkd.data.on_demand import OnDemand
@@ -128,7 +128,7 @@ class ResizedDataset(Strict):
 
         if self.buckets is None:
             return made_of(of(None))
-        among = shapes(self.size, self.buckets)
+        among = bucket_shapes(self.size, self.buckets)
         chosen = nearest(of(None).sizes(), among)
         parts = [
             made_of(of(shape)).take((chosen == place).nonzero()[:, 0]) for place, shape in enumerate(among)

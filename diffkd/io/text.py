@@ -30,6 +30,11 @@ def quoted(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def without_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, as JSON may have them, are joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def counted(number: int, thing: str) -> str:
     """1 step, 2 steps: for things whose plural ends in s."""
     return f"{number:,} {thing}" + "s" * (number != 1)

@@ -29,6 +29,7 @@ class Adversarial(Method):
     reference: ClassVar[str] = "Sauer et al. 2024, https://arxiv.org/abs/2403.12015"
     hooks: ClassVar[bool] = True
     needs: ClassVar[Needs] = Needs(
+        real=True,
         networks=("heads",),
         memory="little for heads; the teacher's activations",
         calls="1 student, 1 teacher with gradients; critic_updates times 1 student, 2 teacher (3 with r1)",

@@ -199,7 +199,7 @@ class Method(Strict, ABC):
     def learns_what_data_is(self) -> bool:
         """Whether the data's images teach it with these settings; else they only say where to ask the
         teacher, and images that it drew itself do as well."""
-        return self.needs.real or getattr(self, "mode", "") == "training"
+        return self.needs.real
 
     @abstractmethod
     def stages(self, start: Any) -> list[Stage]:

@@ -63,6 +63,9 @@ class Consistency(Method):
         check_mode(self.mode, self.guidance, self.teacher)
         return self
 
+    def learns_what_data_is(self) -> bool:
+        return self.mode == "training"
+
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance)
         return [

@@ -76,6 +76,10 @@ class Feature(Method):
             raise ValueError("method.blocks is empty; leave it out for every block, or set feature: 0")
         return self
 
+    def learns_what_data_is(self) -> bool:
+        """By its task, which denoises it."""
+        return self.task > 0
+
     def stages(self, start: Denoiser) -> list[Stage]:
         if self.guidance != 1.0:
             start.check_guidance()

@@ -108,6 +108,9 @@ class MeanFlow(Method):
         check_mode(self.mode, self.guidance, self.teacher)
         return self
 
+    def learns_what_data_is(self) -> bool:
+        return self.mode == "training"
+
     def stages(self, start: Denoiser) -> list[Stage]:
         flow.check_start(start, self.steps, self.guidance)
         return [

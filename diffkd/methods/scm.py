@@ -90,6 +90,9 @@ class SCM(Method):
         check_mode(self.mode, self.guidance, self.teacher)
         return self
 
+    def learns_what_data_is(self) -> bool:
+        return self.mode == "training"
+
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance)
         return [

@@ -88,6 +88,9 @@ class Shortcut(Method):
                 )
         return self
 
+    def learns_what_data_is(self) -> bool:
+        return self.mode == "training"
+
     def stages(self, start: Denoiser) -> list[Stage]:
         flow.check_start(start, self.steps, self.guidance)
         return [

@@ -239,6 +239,11 @@ class Distill(TrainingRun):
 
     def check(self, accelerator: Accelerator) -> None:
         super().check(accelerator)
+        buckets = getattr(self.data, "buckets", None)
+        if self.training.compile and buckets is not None:
+            raise UserError(
+                f"training.compile is for images of one shape, and data.buckets is {buckets}; leave one out"
+            )
         hooked = [method for method in self.method if method.hooks]
         if self.training.compile and hooked:
             raise UserError(

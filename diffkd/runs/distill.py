@@ -17,6 +17,7 @@ from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Examples, Images
 from diffkd.data.latents import Conditions
 from diffkd.data.pairs import DrawnImages, PairCache
+from diffkd.generation import asked
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
 from diffkd.models import guidance_input, loading, students
@@ -85,7 +86,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         artifacts.announce_measuring(teacher)
         if drawn is not None:
             pairs.draw(session, drawn.pairs, teacher, "the teacher's images")
-        examples: Examples = drawn or cached or images
+        examples: Examples = next(found for found in (drawn, cached, images) if found is not None)
         artifacts.teacher_curve(teacher)
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
@@ -154,8 +155,11 @@ def _draws(
     pairs.check("data.draws", wanted, teacher, "data.steps to these, or give the data")
     if data.guidance is not None:
         guidance = data.guidance
-    if guidance != 1.0:
+    if teacher.guidance_range is not None:
+        asked.say_range(teacher, guidance)
+    elif guidance != 1.0:
         teacher.check_guidance()
+    asked.say_what_it_was_made_for(teacher, wanted.steps, wanted.sampler, guidance)
     return DrawnImages(pairs.cache(config, wanted, guidance, teacher, images.class_counts, "data", cached))
 
 

@@ -62,11 +62,13 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Condit
     unseen = isinstance(images, Unseen)
     if teacher.conditioner is not None and not any(images.captions):
         remedy = (
-            "use kind prompts, with a file of them"
-            if unseen
-            else 'put a metadata.jsonl with {"file_name": ..., "text": ...} beside the images, or a .txt of '
-            "the same name beside each"
+            'put a metadata.jsonl with {"file_name": ..., "text": ...} beside the images, or a .txt of the '
         )
+        remedy += "same name beside each"
+        if unseen:
+            remedy = "use kind prompts, with a file of them"
+        elif isinstance(config.data, HubDataset):
+            remedy = "name its column of captions as data.text"
         name = "data kind none" if unseen else images.name
         raise UserError(f"{teacher.name} draws from prompts, and {name} has no captions; {remedy}")
     several = isinstance(images, BucketedImages)
@@ -102,7 +104,7 @@ def drawn(
     generator = torch.Generator().manual_seed(derived_seed(seed, *b"drawn"))
     for part in chosen(len(cache), count).split(TOGETHER):
         noise = torch.randn(len(part), *cache.shape, generator=generator).to(teacher.device)
-        cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in cache.cond(part).items()}
+        cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in cache.asked(part).items()}
         cond |= teacher.guided_by(guidance, len(part))
         yield samplers.sample(teacher, noise, steps, teacher.sampler, **cond)
 
@@ -126,6 +128,7 @@ def fill(cache: Conditions | None, accelerator: Accelerator, items: Items) -> in
                 )  # fmt: skip
         with items("latents and embeddings", left) as on_items:
             cache.fill(rank, world, accelerator.wait_for_everyone, on_items)
+    cache.check()
     return left
 
 

@@ -79,17 +79,17 @@ def cache(
     folder = (config.pairs or config.out / "pairs") / name
     if latents is None or latents.embeddings is None:
         return PairCache(folder, recipe, pairs.count)
-    return PairCache(folder, recipe, pairs.count, latents.cond)
+    return PairCache(folder, recipe, pairs.count, latents.asked)
 
 
 def draw(session: Session, cache: PairCache, teacher: Denoiser, what: str) -> None:
     """Draws the pairs that are not there, each process its share. what: they are, for the user. Raises
     Interrupted to stop the run."""
     accelerator = session.accelerator
+    shards, missing = cache.shards(), cache.missing()
     if session.main:
         cache.begin()
-    accelerator.wait_for_everyone()
-    shards, missing = cache.shards(), cache.missing()
+    accelerator.wait_for_everyone()  # before any is written, so that all processes miss the same
     left = sum(len(shards[number]) for number in missing)
     if not left:
         return

@@ -163,7 +163,7 @@ class SpreadWatch:
             for part in torch.arange(DRAWN).split(training.batch_size // training.parts(processes)):
                 cond: dict[str, Any] = {} if labels is None else {"class_labels": labels[part]}
                 if self.cache is not None:
-                    cond = self.cache.cond(chosen(len(self.cache), DRAWN)[part])
+                    cond = self.cache.asked(chosen(len(self.cache), DRAWN)[part])
                 if stage.interval:
                     cond[INTERVAL] = torch.full((len(part),), 1 / stage.steps, dtype=torch.float64)
                 if student.guidance_range is not None:
@@ -185,10 +185,9 @@ class SpreadWatch:
         if isinstance(images, Unseen):
             return self._spread(self.teacher(DRAWN, self._labels), self._labels)
         if self.cache is not None:
-            x0, _ = self.cache.batch(
-                LOOKED_AT, torch.Generator().manual_seed(derived_seed(self.session.seed))
-            )
-            return self._spread(x0.split(DRAWN), None)
+            rng, main = torch.Generator().manual_seed(derived_seed(self.session.seed)), self.cache.main
+            batches = (main.batch(DRAWN, rng)[0] for _ in range(0, LOOKED_AT, DRAWN))
+            return self._spread(batches, None)
         chosen = torch.arange(0, len(images), -(-len(images) // LOOKED_AT))
         labels = images.labels[chosen] if self.conditional and images.labels is not None else None
         parts = (images.uint8(part).permute(0, 2, 3, 1) for part in chosen.split(DRAWN))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffkd.data.bucketed_latents import BucketedLatents
-from diffkd.data.buckets import BucketedImages, cropped, nearest, shapes
+from diffkd.data.buckets import BucketedImages, bucket_shapes, cropped, nearest
 from diffkd.data.folder import Folder
 from diffkd.errors import UserError
 from diffkd.models import loading
@@ -29,17 +29,17 @@ def root(tmp_path_factory):
 
 
 def test_shapes_are_within_the_area_and_aspect():
-    found = shapes(1024, 64)
+    found = bucket_shapes(1024, 64)
     assert (1024, 1024) in found and (1216, 832) in found and (832, 1216) in found
     assert len({width for _, width in found}) == len(found)
     for height, width in found:
         assert height % 64 == width % 64 == 0 and height * width <= 1024**2 < (height + 64) * width
         assert 1 / 2 <= height / width <= 2
-    assert shapes(32, 32) == [(32, 32)]
+    assert bucket_shapes(32, 32) == [(32, 32)]
 
 
 def test_the_nearest_shape_is_nearest_in_the_logarithm_of_the_aspect():
-    among = shapes(512, 64)
+    among = bucket_shapes(512, 64)
     sizes = torch.from_numpy(np.random.default_rng(1).integers(1, 4000, (200, 2)))
     for (height, width), place in zip(sizes.tolist(), nearest(sizes, among).tolist(), strict=True):
         away = [abs(np.log(height / width * w / h)) for h, w in among]
@@ -48,28 +48,70 @@ def test_the_nearest_shape_is_nearest_in_the_logarithm_of_the_aspect():
         assert nearest(torch.tensor([[3 * height, 3 * width]]), among).item() == place
 
 
+@pytest.mark.parametrize("size", [(240, 360), (360, 240), (301, 301)])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 40), (40, 24)])
-def test_the_crop_is_where_the_pixels_are(shape):
+def test_the_crop_is_where_the_pixels_are(shape, size):
     """By the coordinates themselves: an image whose pixels say where they are, resized and cropped."""
-    height, width = 240, 360
+    height, width = size
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
     top, left = cropped(torch.tensor([[height, width]]), shape)[0, 2:].tolist()
     scale = max(shape[0] / height, shape[1] / width)
     for values, corner in ((rows, top), (columns, left)):
-        image = Image.fromarray(values).convert("F")
-        first = np.asarray(ImageOps.fit(image, shape[::-1], Image.Resampling.BILINEAR))[0, 0]
-        assert first * scale == pytest.approx(corner, abs=1.0)
+        image = Image.fromarray(values + 0.5)  # the middle of each pixel
+        first = np.asarray(ImageOps.fit(image, shape[::-1], Image.Resampling.BOX))[0, 0]
+        assert first * scale - 0.5 == pytest.approx(corner, abs=0.51)
     assert cropped(torch.tensor([[height, width]]), shape)[0, :2].tolist() == [height, width]
 
 
-def test_a_turned_image_has_the_shape_that_it_is_seen_in(tmp_path):
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_a_turned_image_has_the_shape_that_it_is_seen_in(tmp_path, monkeypatch, kind):
+    """By the head of its file alone: no pixels are read to put it into its bucket."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "b.jpg")
-    images = Folder(kind="folder", path=tmp_path, size=32, buckets=8).open()
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / f"a.{kind}", exif=exif)
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / f"b.{kind}")
+    with monkeypatch.context() as patch:
+        for one in (PngImageFile, JpegImageFile, TiffImageFile):
+            patch.setattr(one, "load", lambda self: pytest.fail("pixels were read"))
+        images = Folder(kind="folder", path=tmp_path, size=32, buckets=8).open()
     assert isinstance(images, BucketedImages)
     assert {part.shape for part in images.parts} == {(3, 40, 24), (3, 32, 32)}
+    for part in images.parts:
+        pixels, readable, sizes = part.read(slice(0, 1))
+        assert readable.all() and sizes[0].tolist() == ([80, 40] if part.shape[1] == 40 else [64, 64])
+
+
+def test_unreadable_images_are_counted_over_all_buckets(model, root, tmp_path):
+    """One that is alone in its bucket takes it away; its caption is not shown."""
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("square")
+    Image.fromarray(rng.integers(0, 256, (40, 80, 3), dtype=np.uint8)).save(tmp_path / "9.png")
+    (tmp_path / "9.txt").write_text("wide")
+    content = (tmp_path / "9.png").read_bytes()
+    (tmp_path / "9.png").write_bytes(content[: len(content) // 2])
+    made, _ = cache(tmp_path / "cache", tmp_path, model)
+    made.check()
+    assert made.unreadable() == 1 and len(made.images) == 4
+    kept = made.readable_images()
+    assert len(kept) == 3 and {*kept.captions} == {"square"}
+    for seed in range(20):
+        assert made.batch(2, torch.Generator().manual_seed(seed))[0].shape[2:] == (8, 8)
+
+
+def test_a_file_that_is_gone_is_said(tmp_path):
+    """And not put into another bucket, as if it were no image."""
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"a\.png cannot be read \(No such file"):
+        Folder(kind="folder", path=tmp_path, size=32, buckets=8).open()
+
+
+@pytest.fixture
+def model(tmp_path_factory):
+    work = tmp_path_factory.mktemp("sd")
+    text_to_image.pipeline(work / "parts").save_pretrained(work / "model")
+    return work / "model"
 
 
 def cache(folder, root, model, **options):
@@ -125,9 +167,8 @@ def test_buckets_are_for_models_of_latents(root):
         Folder(kind="folder", path=root, size=32, buckets=40)
 
 
-def test_an_image_too_small_for_its_shape(root, tmp_path):
-    text_to_image.pipeline(tmp_path / "parts").save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"0\.png is 48x48, smaller than size 64 \(here 64x64\)"):
-        images = Folder(kind="folder", path=root, size=64, buckets=16).open()
-        for part in images.parts:
-            part.uint8(slice(0, len(part)))
+def test_an_image_too_small_for_its_shape(tmp_path):
+    Image.fromarray(np.zeros((33, 70, 3), np.uint8)).save(tmp_path / "a.png")
+    images = Folder(kind="folder", path=tmp_path, size=64, buckets=16).open()
+    with pytest.raises(UserError, match=r"a\.png is 70x33, smaller than size 64 \(here 80x48\)"):
+        images.uint8(slice(0, 1))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkd.data import shards
+from diffkd.data import latents, shards
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.data.latents import LatentCache
@@ -119,7 +119,8 @@ def test_unreadable_images_are_never_drawn(model, root, tmp_path, caplog):
     assert whole.readable_images() is whole.images
 
 
-def test_many_unreadable_images_stop_it_before_their_file_is_written(model, root, tmp_path):
+def test_many_unreadable_images_stop_it_before_their_file_is_written(model, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "FEW_UNREADABLE", 1)
     for i in (2, 3):
         truncate(root / f"{i}.png")
     made = cache(tmp_path / "cache", model, images_in(root))
@@ -136,15 +137,16 @@ def test_many_unreadable_images_in_all_end_the_run(model, root, tmp_path):
     made = filled(tmp_path / "cache", model, images_in(root))
     for _ in range(2):
         with pytest.raises(UserError, match=r"2 of 10 images of .* cannot be read; remove or repair"):
-            made.readable_images()
+            made.check()
 
 
 def test_a_single_image_that_is_unreadable_is_too_many(model, root, tmp_path):
     for i in range(1, COUNT):
         (root / f"{i}.png").unlink()
     truncate(root / "0.png")
+    made = filled(tmp_path / "cache", model, images_in(root))
     with pytest.raises(UserError, match=r"1 of 1 images of .* cannot be read"):
-        filled(tmp_path / "cache", model, images_in(root))
+        made.check()
 
 
 def test_a_file_that_is_gone_stops_it_until_it_is_back(model, root, tmp_path):
@@ -164,7 +166,7 @@ KILLED = """
 import os, signal, sys
 from fnmatch import fnmatch
 from pathlib import Path
-from diffkd.data import shards
+from diffkd.data import latents, shards
 from tests.data import test_latents_on_demand as tests
 
 cache, model, root, event, ending = sys.argv[1:]

@@ -213,6 +213,18 @@ def test_captions_by_text_files_of_the_same_name(tmp_path, caplog):
     assert found.captions == ["a red ring", "", "a star"] and found.passed_over == []
 
 
+def test_captions_that_are_no_text_in_utf_8(tmp_path):
+    """Halves of surrogate pairs, which JSON may have: a pair is joined, a half replaced."""
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    rows = [
+        r'{"file_name": "a.png", "text": "a \ud83d\ude00"}', r'{"file_name": "b.png", "text": "b \ud83d c"}'
+    ]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    captions = list_folder(tmp_path, "name").captions
+    assert captions == ["a \U0001f600", "b \ufffd c"] and all(one.encode() for one in captions)
+
+
 def test_captions_of_images_that_are_not_there(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = [{"file_name": f"{name}.png", "text": name} for name in "abcde"]

@@ -21,6 +21,7 @@ from diffkd.core import samplers
 from diffkd.data import shards
 from diffkd.data.resized import ResizedDataset
 from diffkd.data.shapes import Shapes
+from diffkd.generation import asked
 from diffkd.generation.prompts import described
 from diffkd.metrics.evaluation import image_sources
 from diffkd.metrics.evaluation import records as evaluation_records
@@ -325,6 +326,32 @@ def test_a_teacher_that_takes_the_weight_draws_with_it(cli, here):
         weight = torch.tensor([6.0])
         expected = samplers.sample(teacher, noise, 4, "ddim", **cond, guidance_scale=weight)
     stored = load_file(here / "run/pairs/data/000000.safetensors")["x0"][:1]
+    assert torch.allclose(stored, expected.float(), atol=1e-4)
+    asked._say_once.cache_clear()
+    outcome = cli("distill", "run.yaml", *given, "data.guidance=20", "out=other", "pictures=0")
+    assert outcome.code == 0 and "takes guidance from 2 to 6, and is drawn with 20" in outcome.stderr
+
+
+def test_pairs_are_drawn_whole(cli, here):
+    """SDXL is told that an image of a pair is as large as it is, and not that another was cut."""
+    (here / "wide").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(here / "wide" / f"{number}.png")
+        (here / "wide" / f"{number}.txt").write_text(CAPTIONS[number])
+    data = ("data={kind: folder, path: wide, size: 32}", "pictures=0", "cache=cache")
+    method = {"name": "regression", "updates": 2, "pairs": 3, "pair_steps": 2, "guidance": 2.0}
+    outcome = cli("distill", "run.yaml", *data, f"method={json.dumps(method)}", "out=pairs")
+    assert outcome.code == 0, outcome.stderr
+    teacher, folder = diffkd.load(here / "teacher"), here / "pairs/pairs/teacher"
+    seed = json.loads((folder / "pairs.json").read_text())["seed"]
+    noise = torch.stack(
+        [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)]
+    )
+    cond = teacher.conditioner.embed(CAPTIONS[:3], size=(32, 32))
+    with torch.no_grad():
+        expected = samplers.sample(teacher, noise, 2, "ddim", guidance=2.0, **cond)
+    stored = load_file(folder / "000000.safetensors")["x0"]
     assert torch.allclose(stored, expected.float(), atol=1e-4)
 
 

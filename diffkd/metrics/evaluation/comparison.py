@@ -11,13 +11,14 @@ from diffkd.metrics.evaluation.records import Record
 
 # What every number depends on beside the model. The rest of a protocol says which model, how it was sampled,
 # and on what machine, where numbers differ by rounding alone.
-DEFINING = ("samples", "labels")
+DEFINING = ("samples", "image_size", "labels", "prompts")
+OF_A_MODEL = ("labels", "prompts")  # unknown of a folder of images
 
 
 def mismatch(one: Record, two: Record) -> list[str]:
     """Why no number of two records can be compared, each as "key was x, now y"; empty where some can."""
     a, b = one["protocol"], two["protocol"]
-    keys = [k for k in DEFINING if k != "labels" or ("labels" in a and "labels" in b)]  # unknown of a folder
+    keys = [key for key in DEFINING if key not in OF_A_MODEL or (key in a and key in b)]
     found = differences({k: a.get(k) for k in keys}, {k: b.get(k) for k in keys})
     one_set, other = ({k: p["reference"].get(k) for k in ("sha256", "count")} for p in (a, b))
     found += differences(one_set, other, "reference")

@@ -142,7 +142,7 @@ class Evaluator:
         return {
             "features": self.descriptions[MAIN],
             "more_features": {key: d for key, d in self.descriptions.items() if key != MAIN},
-            "samples": stream.count, "reference": self.reference.describe(),
+            "samples": stream.count, "image_size": config.image_size, "reference": self.reference.describe(),
             "metrics": self._options(stream.count),
             **stream.protocol, "teacher": teacher.protocol if teacher else None,
             "batch_size": config.batch_size, "device": device.type, "processes": self.processes.world,

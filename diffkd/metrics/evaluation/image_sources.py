@@ -12,10 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffkd.data.decoding import fitted, open_image, upright
+from diffkd.data.decoding import fitted, open_image, upright, upright_size
 from diffkd.data.folder import passed_over
 from diffkd.data.images import Images
 from diffkd.data.listing import list_folder
@@ -172,15 +171,13 @@ class FolderSource:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height when upright, from the header: EXIF data behind the pixels of a PNG is not seen."""
+    """Width and height when upright."""
     try:
         with open_image(path) as image:
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-            width, height = image.size
+            height, width = upright_size(image)
     except Exception as error:
         raise _unreadable(path, error) from error
-    return (height, width) if exif.get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+    return width, height
 
 
 def _file_digest(path: Path) -> str:
