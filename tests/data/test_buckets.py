@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from diffkd.data.bucketed_latents import BucketedLatents
 from diffkd.data.buckets import BucketedImages, bucket_shapes, cropped, nearest
