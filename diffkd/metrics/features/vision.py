@@ -1,4 +1,4 @@
-"""Vision transformers as feature networks: DINOv2 for FD-DINOv2, CLIP for CMMD and CLIP score (extra `dino`).
+"""Vision transformers as feature networks: DINOv2 for FD-DINOv2, CLIP for CMMD (extra `dino`) and CLIP score.
 
 All take uint8 images (B, 1 or 3, H, W) to features (B, num_features) in float32, always in eval mode.
 Weights come from a folder that save_pretrained of transformers wrote, or from the hub; safetensors only.
