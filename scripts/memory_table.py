@@ -20,7 +20,7 @@ import torch
 from machine import describe
 from memory.networks import SD15, SDXL, Layout
 from memory.passes import Pass, size_of
-from memory.updates import OTHERS, Networks, activations
+from memory.updates import OTHERS, Graphs, Networks
 
 from diffkd.models.sizes import Size
 
@@ -87,9 +87,9 @@ def main() -> None:
         layout.name: [Pass.of(layout, checkpointing=again) for again in (False, True)] for layout in chosen
     }
     print_networks(chosen, sizes, passes)
-    times = {name: activations(name) for name in given.methods}
+    graphs = {name: Graphs.of(name) for name in given.methods}
     for layout in chosen:
-        print_methods(layout, sizes[layout.name].parameters, passes[layout.name], times)
+        print_methods(layout, sizes[layout.name].parameters, passes[layout.name], graphs)
 
 
 def print_networks(layouts: list[Layout], sizes: dict[str, Size], passes: dict[str, list[Pass]]) -> None:
@@ -103,22 +103,23 @@ def print_networks(layouts: list[Layout], sizes: dict[str, Size], passes: dict[s
         )  # fmt: skip
 
 
-def print_methods(layout: Layout, parameters: int, passes: list[Pass], times: dict[str, float]) -> None:
+def print_methods(layout: Layout, parameters: int, passes: list[Pass], graphs: dict[str, Graphs]) -> None:
     """A row for each method: GB without images, then images that fit on each card, for all settings."""
     titles = " | ".join(f"{s.name}: GB, images at {', '.join(map(str, CARDS))} GB" for s in SETTINGS)
     print(f"\n| {layout.name}, {layout.size} px | more networks | activations | {titles} |")
     print("|---|---|---|" + "---|" * len(SETTINGS))
-    for name, multiple in times.items():
+    for name, multiple in graphs.items():
         networks = Networks.of(name, layout, parameters)
         cells = []
         for settings in SETTINGS:
             one = passes[settings.checkpointing]
             fixed = fixed_bytes(settings, parameters, one, networks)
-            fit = [str(largest_batch(card, fixed, multiple * one.image)) for card in CARDS]
+            image = multiple.bytes(passes[0].image, passes[1].image, checkpointing=settings.checkpointing)
+            fit = [str(largest_batch(card, fixed, image)) for card in CARDS]
             cells.append(f"{fixed / GB:.1f}: {', '.join(fit)}")
         more = networks.learn - parameters + networks.follow
-        said = f"{more / 1e6:,.0f} M" if more > 1e5 else ""
-        print(f"| `{name}` | {said} | {multiple:.1f} | {' | '.join(cells)} |", flush=True)
+        said = f"{more / 1e6:,.0f} M" if more > 1e6 else ""
+        print(f"| `{name}` | {said} | {multiple.all:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

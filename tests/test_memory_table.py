@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import memory_table  # noqa: E402
 from memory.networks import SD15, SDXL, SMALL, fake, normalised_in_float32  # noqa: E402
 from memory.passes import Pass, passed  # noqa: E402
-from memory.updates import Networks, activations  # noqa: E402
+from memory.updates import Graphs, Networks  # noqa: E402
 
 PLAIN, _, LEAN = memory_table.SETTINGS
 
@@ -103,7 +103,19 @@ def test_a_method_has_the_networks_that_it_makes(name, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "multiple"), [("progressive", 1), ("adversarial", 2), ("sid", 3)])
-def test_the_activations_of_an_update(name, multiple):
-    """One graph for each network that gradients pass through at once."""
-    assert activations(name) == pytest.approx(multiple, abs=0.2)
+@pytest.mark.parametrize(
+    ("name", "learning", "frozen"), [("progressive", 1, 0), ("adversarial", 1, 1), ("sid", 2, 2)]
+)
+def test_the_activations_of_an_update(name, learning, frozen):
+    """Graphs through networks that learn, and through the teacher, twice where it is guided: those keep less,
+    as its weights need no gradients, and are not checkpointed."""
+    found = Graphs.of(name)
+    assert learning + 0.5 * frozen - 0.05 <= found.all <= learning + frozen + 0.05
+    assert 0.5 * frozen <= found.plain <= frozen + 0.05
+
+
+def test_checkpointing_is_for_the_networks_that_learn():
+    found = Graphs(all=3.0, plain=1.0)
+    assert (
+        found.bytes(10.0, 2.0, checkpointing=False) == 30 and found.bytes(10.0, 2.0, checkpointing=True) == 14
+    )

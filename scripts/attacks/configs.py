@@ -28,6 +28,7 @@ MORE: dict[str, dict[str, Any]] = {  # keys that the scene's configs leave out
         "denoising": {"updates": 1, "warmup": 0, "learning_rate": 1e-3, "gamma": 5, "label_dropout": 0.1},
         "training": {"batch_size": 4, "micro_batches": 2, "ema": 0.9, "betas": [0.9, 0.99],
                      "weight_decay": 0.1, "max_grad_norm": 1.0,
+                     "optimizer": "adamw", "ema_device": "cpu",
                      "precision": "bf16", "compile": False, "gradient_checkpointing": True, "log_every": 1,
                      "checkpoint_every": 1,
                      "keep": 1, "max_skipped": 0},

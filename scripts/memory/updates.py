@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from memory.live import Live
 from memory.networks import SMALL, Layout
 from memory.passes import passed
 
+GUIDANCE = 7.5
+UNGUIDED = ("adversarial", "imm")  # which by default ask their teacher for no prediction
 FEW, MORE = 32, 64  # images, of which the activations of one follow
 OTHERS = ("logits", "denoising")  # of classifiers; of a teacher alone
 
@@ -69,29 +72,54 @@ class Networks:
         )  # fmt: skip
 
 
-def activations(name: str) -> float:
-    """The most bytes of an update's activations for each image, as a multiple of those of a pass of the
-    student alone: both counted while a small network is trained."""
-    few, more = (_most(name, size) for size in (FEW, MORE))
-    return (more - few) / _alone()
+@dataclass(frozen=True)
+class Graphs:
+    """The most activations that an update holds at a time, as multiples of those of a pass of the student.
+
+    all: without checkpointing. plain: of these, what stays as large with it, such as the teacher's where
+    gradients go through it.
+    """
+
+    all: float
+    plain: float
+
+    @classmethod
+    def of(cls, name: str) -> Graphs:
+        """Counted while a small network is trained."""
+        alone, again = _alone(False), _alone(True)
+        every = _of_image(lambda size: _most(name, size, False)) / alone
+        checked = _of_image(lambda size: _most(name, size, True))
+        return cls(every, max(0.0, (checked - every * again) / (alone - again)))
+
+    def bytes(self, alone: float, again: float, *, checkpointing: bool) -> float:
+        """Of an image. alone, again: of a pass without checkpointing and with it."""
+        if not checkpointing:
+            return self.all * alone
+        return (self.all - self.plain) * again + self.plain * alone
+
+
+def _of_image(most: Callable[[int], int]) -> float:
+    return (most(MORE) - most(FEW)) / (MORE - FEW)
 
 
 @cache
-def _alone() -> int:
+def _alone(checkpointing: bool) -> float:
     network = SMALL.network().train()
-    few, more = (passed(network, SMALL, size, half=False).most for size in (FEW, MORE))
-    return more - few
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    return _of_image(lambda size: passed(network, SMALL, size, half=False).most)
 
 
-def _most(name: str, size: int) -> int:
+def _most(name: str, size: int, checkpointing: bool) -> int:
     method, stage, nets = _prepared(name, SMALL, "cpu")
+    training = Training(batch_size=size, gradient_checkpointing=checkpointing)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder), {})
         try:
             with Live() as live:
                 run_stage(
                     Accelerator(cpu=True), method, replace(stage, updates=1), nets, Latents(SMALL, stage),
-                    Training(batch_size=size), run, seed=0, stage_index=0,
+                    training, run, seed=0, stage_index=0,
                 )  # fmt: skip
         finally:
             run.close()
@@ -99,10 +127,12 @@ def _most(name: str, size: int) -> int:
 
 
 def _prepared(name: str, layout: Layout, device: str) -> tuple[Method, Stage, dict[str, Any]]:
-    """The method by its defaults, its first stage, and that one's networks."""
+    """The method by its defaults but for guidance, its first stage, and that one's networks."""
     teacher = layout.denoiser(device)
     teacher.steps, teacher.sampler = 4, "renoise"  # as a stage that goes on from a student needs it
-    method = methods.find(name)()
+    kind = methods.find(name)
+    guided = "guidance" in kind.model_fields and name not in UNGUIDED
+    method = kind(guidance=GUIDANCE) if guided else kind()
     stage = method.stages(teacher)[0]
     return method, stage, stages.networks_of(method, stage, teacher)
 
