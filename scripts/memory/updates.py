@@ -24,7 +24,7 @@ from memory.networks import SMALL, Layout
 from memory.passes import passed
 
 GUIDANCE = 7.5
-UNGUIDED = "adversarial"  # which by default asks its teacher for no prediction
+UNGUIDED = ("adversarial", "imm")  # which by default ask their teacher for no prediction
 FEW, MORE = 32, 64  # images, of which the activations of one follow
 OTHERS = ("logits", "denoising")  # of classifiers; of a teacher alone
 
@@ -131,7 +131,7 @@ def _prepared(name: str, layout: Layout, device: str) -> tuple[Method, Stage, di
     teacher = layout.denoiser(device)
     teacher.steps, teacher.sampler = 4, "renoise"  # as a stage that goes on from a student needs it
     kind = methods.find(name)
-    guided = "guidance" in kind.model_fields and name != UNGUIDED
+    guided = "guidance" in kind.model_fields and name not in UNGUIDED
     method = kind(guidance=GUIDANCE) if guided else kind()
     stage = method.stages(teacher)[0]
     return method, stage, stages.networks_of(method, stage, teacher)
