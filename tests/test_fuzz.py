@@ -602,7 +602,7 @@ def test_edited_records(place, record, data):
         quiet = Console(file=io.StringIO())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", lambda count: None)
-            patch.setattr(HubDataset, "_rows", unreachable_rows)
+            patch.setattr(HubDataset, "_opened", unreachable_rows)
             tried_quietly(lambda: repeat(path, quiet))
         tried_quietly(lambda: tables.compare(path, place / "record.json", quiet))
         assert records.load(path)

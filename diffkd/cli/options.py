@@ -144,4 +144,5 @@ def prepare_libraries() -> None:
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own
     logging.basicConfig(format="diffkd: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     os.environ["DIFFUSERS_VERBOSITY"] = "error"  # which it reads when it is imported
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for name in ("diffusers", "huggingface_hub"):  # the latter warns of each of its tries
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -734,7 +734,7 @@ def test_a_hub_dataset_that_cannot_be_downloaded(refused, here, monkeypatch):
     def unreachable(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nmore words")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     says = ["nobody/nothing", "Couldn't reach 'nobody/nothing' on the Hub"]
     refused(*with_data(here, "train", hub(path="nobody/nothing")), says=says)
 

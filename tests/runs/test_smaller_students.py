@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 
 import diffkd
@@ -148,7 +149,9 @@ def test_compiling_and_hooks_are_refused_together(here, config):
     """On a GPU, that is: elsewhere compiling is refused anyway."""
     config("small.yaml", training={"compile": True}, student=NARROWED)
     settings = load(here / "small.yaml", Distill)
-    device = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    device = SimpleNamespace(
+        device=torch.device("cuda"), num_processes=1, distributed_type=DistributedType.NO
+    )  # fmt: skip
     with pytest.raises(UserError, match="training.compile bypasses the hooks of method feature; leave it"):
         settings.check(device)
     load(here / "small.yaml", Distill, ["method={name: output}"]).check(device)
