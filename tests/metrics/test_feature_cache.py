@@ -121,12 +121,12 @@ def test_the_code_and_versions_count(here, measure, monkeypatch):
 
 
 def test_a_network_of_the_users_own_is_not_kept(cli, here, monkeypatch):
-    (here / "toy.py").write_text(
+    (here / "kept_features.py").write_text(
         "import torch\nclass Net(torch.nn.Module):\n    num_features = 4\n"
         "    def forward(self, x):\n        return x.float().flatten(1)[:, :4]\n"
     )
     monkeypatch.syspath_prepend(here)
-    assert cli("evaluate", "images", "real", "--features", "toy.Net").code == 0
+    assert cli("evaluate", "images", "real", "--features", "kept_features.Net").code == 0
     assert not (here / "cache").exists()
 
 
