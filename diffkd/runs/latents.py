@@ -115,6 +115,7 @@ def fill(cache: Conditions | None, accelerator: Accelerator, items: Items) -> in
     if cache is None:
         return 0
     left = cache.left()
+    accelerator.wait_for_everyone()  # before any file is written, so that all processes miss the same
     if left:
         rank, world = accelerator.process_index, accelerator.num_processes
         for part in (cache.codec, cache.conditioner):

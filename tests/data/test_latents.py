@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 
@@ -13,6 +14,7 @@ from diffkd.data import shards
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
 from diffkd.models import loading
+from diffkd.runs import latents as running
 from tests import text_to_image
 
 CAPTIONS = ["a red ring", "a star", "a red ring", "", "two stars"]
@@ -101,6 +103,37 @@ def test_it_is_filled_by_several_processes_and_resumed(model, tmp_path):
     for path in (tmp_path / "one").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_a_process_that_is_ahead_waits_until_all_know_what_is_missing(model, tmp_path):
+    """Else the last missing file may be there before another process looks, and they part ways."""
+    filled(tmp_path, model)
+    (null,) = tmp_path.glob("embeddings/*/null.safetensors")
+    null.unlink()
+    barrier, ahead, made = threading.Barrier(2, timeout=60), threading.Event(), []
+
+    class Accelerator:
+        num_processes, is_main_process, device = 2, False, torch.device("cpu")
+
+        def __init__(self, rank):
+            self.process_index = rank
+
+        def wait_for_everyone(self):
+            ahead.set()
+            barrier.wait()
+
+    def fill(rank):
+        if rank:
+            ahead.wait()  # the first is at its first barrier
+        items = contextlib.nullcontext(lambda count: None)
+        made.append(running.fill(cache(tmp_path, model), Accelerator(rank), lambda title, total: items))
+
+    processes = [threading.Thread(target=fill, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert made == [1, 1] and null.exists()
 
 
 def test_encoders_and_autoencoder_are_never_in_memory_together(model, tmp_path, monkeypatch):
