@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffkd import metrics
 from diffkd.metrics.evaluation.records import VALUES
 from diffkd.runs.reports import plots
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
-AGAINST = ("clip_score", "prompt_accuracy")  # numbers that guidance raises, a plot for each
+AGAINST = tuple(  # numbers that guidance raises, a plot for each
+    value.key for kind in metrics.kinds().values() if kind.with_prompts for value in kind.values
+)
 
 
 def weight(record: Record) -> float:
@@ -30,7 +33,7 @@ def swept(records: Sequence[Record]) -> bool:
 
 
 def write(folder: Path, records: Sequence[Record]) -> list[Path]:
-    """fid-clip_score.png and fid-prompt_accuracy.png of a benchmark's records, as far as they were measured;
+    """fid-clip_score.png and the like of a benchmark's records, for each metric of prompts that was measured;
     [] without matplotlib, or without a model of several guidance weights.
 
     One line a model and step count, its points labelled by the weight; a model of one weight is a point.
