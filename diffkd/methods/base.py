@@ -55,9 +55,9 @@ class Needs:
     """What a method takes beside a teacher and a student, for its users.
 
     data: whether it learns from images, and not from their labels alone. real: whether these must be the
-    data's own, and not what the teacher draws. pairs: whether it learns from noises and what the teacher
-    makes of them. after: what it starts from, where that is no teacher. networks: more
-    that it trains or keeps. memory: what these and their activations take, in words; "" for no more than
+    data's own, and not what the teacher draws, by default. pairs: whether it learns from noises and what the
+    teacher makes of them. after: what it starts from, where that is no teacher. networks: more that it trains
+    or keeps. memory: what these and their activations take, in words; "" for no more than
     teacher and student. calls: of networks in one update without guidance, such as "1 student, 2 teacher".
     """
 

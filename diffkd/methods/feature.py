@@ -42,6 +42,7 @@ class Feature(Method):
 
     reference: ClassVar[str] = "Kim et al. 2023, https://arxiv.org/abs/2305.15798"
     needs: ClassVar[Needs] = Needs(
+        real=True,
         networks=("projectors where widths differ",),
         memory="little for projectors; features of both",
         calls="1 student, 1 teacher",

@@ -72,7 +72,7 @@ class IMM(Method):
     """A step of any length gives the distribution that a shorter one gives, by the moments of groups."""
 
     reference: ClassVar[str] = "Zhou, Ermon & Song 2025, https://arxiv.org/abs/2503.07565"
-    needs: ClassVar[Needs] = Needs(calls="2 student, 1 teacher (distillation)")
+    needs: ClassVar[Needs] = Needs(real=True, calls="2 student, 1 teacher (distillation)")
 
     mode: Literal["distillation", "training"] = Field(
         "training",

@@ -19,7 +19,7 @@ class Logits(Method):
     """(1 - alpha) CE with the labels + alpha T^2 KL with the teacher; alpha = 0 is training by labels."""
 
     reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
-    needs: ClassVar[Needs] = Needs(calls="1 student, 1 teacher")
+    needs: ClassVar[Needs] = Needs(real=True, calls="1 student, 1 teacher")
     kind: ClassVar[type[Any]] = Classifier
 
     alpha: float = Field(

@@ -25,5 +25,7 @@ def test_what_a_method_learns_from_images(name):
         assert of(name, settings).learns_what_data_is() and of(name, settings).learns_from_data()
     for settings in NOISED.get(name, [{}] if name not in REAL else []):
         assert not of(name, settings).learns_what_data_is()
+    kind = methods.find(name)
+    assert kind().learns_what_data_is() == kind.needs.real  # which `diffkd methods` lists
     if "mode" in methods.find(name).model_fields:
         assert of(name, {"mode": "training"}).learns_what_data_is()
