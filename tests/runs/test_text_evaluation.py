@@ -145,13 +145,14 @@ def test_a_folder_of_images_with_its_prompts(cli, here, measure):
     assert outcome.code == 2 and "captions.txt" in outcome.stderr
 
 
-def test_scores_of_other_prompts_do_not_compare(cli, here, measure):
+def test_images_of_other_prompts_do_not_compare(cli, here, measure):
+    """By no metric: prompts choose what is drawn, as labels do."""
     args = ["teacher", "--reference", "real", *FAST, "--samples", 4, "--metrics", "clip_score,fid"]
     args += ["--clip-score-weights", "clip"]
     measure(*args, "--prompts", "captions.txt", "--out", "one.json")
     measure(*args, "--prompts", "shapes.txt", "--out", "two.json")
     outcome = cli("compare", "one.json", "two.json")
-    assert outcome.code == 0 and "not by the same protocol: CLIP score" in outcome.stdout
+    assert outcome.code == 1 and "prompts.sha256 was" in outcome.stdout and "FID" not in outcome.stdout
 
 
 @pytest.mark.slow
