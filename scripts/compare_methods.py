@@ -2,6 +2,7 @@
 
     python scripts/compare_methods.py [--data digits] [--seeds 0 1 2] [--methods dmd2 sid] [--minutes 60]
     python scripts/compare_methods.py --trial      # a few updates and images of each, to see that all runs
+    python scripts/compare_methods.py --merge a/results.json b/results.json   # seeds that were run elsewhere
 
 The methods and their configs are listed in scripts/comparison/plan.py. Each is trained with each seed into
 runs/compare/<method>-<seed>, by one thread, as many side by side as there are cores; then every student is
@@ -12,6 +13,7 @@ goes on where it was stopped. Writes results.json, table.md and three pictures t
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import torch
 from comparison import cost, pictures, plan, table
 from comparison.jobs import Job, cores, last_line, side_by_side
 from comparison.measures import VALUES, Measures, Model, student, teachers
+from comparison.merging import merged
 
 from diffkd.errors import UserError
 from diffkd.io.environment import commit
@@ -43,6 +46,13 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=cores(), help="runs side by side; default the cores")
     parser.add_argument("--out", type=Path, help="default runs/compare, or runs/compare-DATA")
     parser.add_argument("--trial", action="store_true", help="of a few updates; into runs/compare-trial")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="only this: one table of several results.json",
+    )
     parser.add_argument("--measure", metavar="FEATURES", help="only this: measures what is finished")
     given = parser.parse_args(arguments)
     if given.jobs < 1:
@@ -66,6 +76,11 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs that were started are ended, and saved
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
+    if given.merge:
+        results = merged([json.loads(path.read_text(encoding="utf-8")) for path in given.merge])
+        given.out.mkdir(parents=True, exist_ok=True)
+        show(given.out, results)
+        return 0
     comparison = plan.COMPARISONS[given.data]
     if given.trial:
         comparison = comparison.tried(given.out)
@@ -136,19 +151,24 @@ def write(
             "seconds": [cost.seconds_with_pairs(run.folder / "log.jsonl", counted) for run in its],
             "passes": counted.total, "passes_of_an_update": counted.update, "students": rows,
         }  # fmt: skip
-    write_json(given.out / "results.json", results)
-    with new_file(given.out / "table.md") as temporary:
-        temporary.write_text(table.markdown_of(results), encoding="utf-8")
-    features = comparison.features[0].title
     folders = {method: its[0].folder for method, its in found.items()}
+    draws = pictures.draws(given.out / "draws.png", results, comparison.teacher, folders)
+    show(given.out, results, *["draws.png"] * draws)
+
+
+def show(out: Path, results: dict[str, Any], *more: str) -> None:
+    """results.json, table.md and the pictures that are made of them."""
+    write_json(out / "results.json", results)
+    with new_file(out / "table.md") as temporary:
+        temporary.write_text(table.markdown_of(results), encoding="utf-8")
+    features = results["features"][0]
     drawn = {
-        "fid-steps.png": pictures.fid_against_steps(given.out / "fid-steps.png", results, features),
-        "fid-seconds.png": pictures.fid_against_seconds(given.out / "fid-seconds.png", results, features),
-        "draws.png": pictures.draws(given.out / "draws.png", results, comparison.teacher, folders),
+        "fid-steps.png": pictures.fid_against_steps(out / "fid-steps.png", results, features),
+        "fid-seconds.png": pictures.fid_against_seconds(out / "fid-seconds.png", results, features),
     }
-    print((given.out / "table.md").read_text(encoding="utf-8"))
-    names = ", ".join(name for name, there in drawn.items() if there)
-    print(f"{given.out}: results.json, table.md" + (f", {names}" if names else "; pictures need matplotlib"))
+    print((out / "table.md").read_text(encoding="utf-8"))
+    names = ", ".join([*(name for name, there in drawn.items() if there), *more])
+    print(f"{out}: results.json, table.md" + (f", {names}" if names else "; pictures need matplotlib"))
 
 
 def _samples(given: argparse.Namespace) -> int | None:

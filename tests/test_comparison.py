@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from diffkd.errors import UserError
 from diffkd.methods.progressive import Progressive
 from diffkd.methods.reflow import Reflow
 from diffkd.training.config import Training
@@ -16,6 +17,7 @@ from tests.tiny import student
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from comparison import cost, plan, table  # noqa: E402
 from comparison.jobs import Job, side_by_side  # noqa: E402
+from comparison.merging import merged  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +140,42 @@ def test_the_table_has_means_spreads_and_ratios_to_both_teachers():
         in lines
     )
     assert table.least_steps(results["methods"]["chain"])["model"] == "1-steps-dmd2"
+
+
+def part(seeds, **methods):
+    """methods: the FID of each seed's one-step student."""
+    return {
+        "data": "digits", "features": ["digits"], "count": 1797, "seeds": seeds, "guidance": 1.0,
+        "commit": f"c{seeds[0]}", "teacher": [row("teacher", 64, 0.4)],
+        "methods": {
+            name: {
+                "seeds": seeds[: len(fids)], "seconds": [10.0 * k + 50 for k in range(len(fids))],
+                "passes": 2000.0, "students": [row("1-steps", 1, *fids)],
+            }
+            for name, fids in methods.items()
+        },
+    }  # fmt: skip
+
+
+def test_seeds_that_were_run_elsewhere_are_one_table():
+    whole = merged([part([0], dmd2=[0.5], imm=[0.6]), part([1, 2], dmd2=[0.7, 0.9], lcm=[0.8])])
+    assert whole["seeds"] == [0, 1, 2] and whole["commit"] == "c0, c1"
+    assert whole["methods"]["dmd2"]["seeds"] == [0, 1, 2]
+    lines = table.markdown_of(whole).splitlines()
+    assert "| dmd2 | 0.700 ± 0.200 (1.75) |  |  | 53 ± 6 | 2,000 |" in lines
+    assert "| imm (1 of 3 seeds) | 0.600 (1.50) |  |  | 50 | 2,000 |" in lines
+    assert "| lcm (1 of 3 seeds) | 0.800 (2.00) |  |  | 50 | 2,000 |" in lines
+    assert merged([whole]) == whole
+
+
+def test_what_does_not_belong_together_is_not_merged():
+    one, other = part([0], dmd2=[0.5]), part([1], dmd2=[0.6])
+    with pytest.raises(UserError, match="dmd2 have a seed twice"):
+        merged([one, one])
+    with pytest.raises(UserError, match="differ in count"):
+        merged([one, other | {"count": 100}])
+    with pytest.raises(UserError, match=r"different teachers \(FID 0.4 and 0.5"):
+        merged([one, other | {"teacher": [row("teacher", 64, 0.5)]}])
+    other["methods"]["dmd2"]["students"] = [row("2-steps", 2, 0.6)]
+    with pytest.raises(UserError, match="of other students"):
+        merged([one, other])
