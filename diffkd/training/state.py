@@ -89,15 +89,14 @@ def _place(accelerator: Accelerator, net: nn.Module, training: Training, half: t
     the small steps towards the student would be rounded away.
     """
     network: Any = net.network if isinstance(net, Model) else net
-    if _is_trained(net):
-        if training.gradient_checkpointing and isinstance(net, Model):  # others are small
-            if not getattr(network, "_supports_gradient_checkpointing", False):
-                raise UserError(
-                    f"training.gradient_checkpointing is not supported by {type(network).__name__}; leave it "
-                    "out"
-                )
-            network.enable_gradient_checkpointing()
-    else:
+    if training.gradient_checkpointing and isinstance(net, Model):  # others are small
+        if getattr(network, "_supports_gradient_checkpointing", False):
+            network.enable_gradient_checkpointing()  # a frozen one's too: gradients may go through it
+        elif _is_trained(net):
+            raise UserError(
+                f"training.gradient_checkpointing is not supported by {type(network).__name__}; leave it out"
+            )
+    if not _is_trained(net):
         network.to(accelerator.device, half)
     if accelerator.device.type == "cuda":
         network.to(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from diffkd.methods.feature import Feature
 from diffkd.methods.progressive import Progressive
 from diffkd.methods.scm import SCM
 from diffkd.methods.shortcut import Shortcut
+from diffkd.methods.sid import SiD
 from diffkd.models import students
 from diffkd.training import checkpoints, state
 from diffkd.training.config import Training
@@ -169,9 +170,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     "method",
     [
         DMD2(gan=0.1, fake_updates=1, blocks=["down_blocks.0", "up_blocks.0.resnets.0"]),
-        Adversarial(blocks=["mid_block.resnets.1"]), Feature(), SCM(), Shortcut(),
+        Adversarial(blocks=["mid_block.resnets.1"]), Feature(), SCM(), Shortcut(), SiD(fake_updates=1),
     ],
-    ids=["dmd2", "adversarial", "feature", "scm", "shortcut"],
+    ids=["dmd2", "adversarial", "feature", "scm", "shortcut", "sid"],
 )  # fmt: skip
 def test_nor_does_it_with_hooks_derivatives_and_small_networks(method, tmp_path):
     nets = []
@@ -183,6 +184,7 @@ def test_nor_does_it_with_hooks_derivatives_and_small_networks(method, tmp_path)
         run_stage(Accelerator(), method, stage, nets[-1], images(), training, run, seed=0, stage_index=0)
         run.close()
         assert nets[-1]["student"].network.is_gradient_checkpointing is again
+        assert nets[-1]["teacher"].network.is_gradient_checkpointing is again
     for name, net in nets[0].items():
         for key, value in net.state_dict().items():
             assert torch.equal(value, nets[1][name].state_dict()[key]), (name, key)
