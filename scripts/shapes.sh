@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Text to image from nothing, on captioned shapes of 32x32: trains a whole StableDiffusionPipeline, distils it to few steps by
+# four methods at one cost and to one student for every guidance weight, and measures all on captions that nothing was
+# trained on. Writes runs/shapes-benchmark (the table), runs/shapes-guidance-benchmark (curves over the weight), and of each
+# run its students and a report.html with the same prompts drawn by teacher and students. 40 minutes on two cores.
+# The same command goes on where it was stopped.
+. "$(dirname "$0")/_setup" text,report
+diffkd train configs/shapes/teacher.yaml
+diffkd cache configs/shapes/progressive.yaml
+# a run on each of two cores; the teacher by its path, as two runs cannot both hold its own
+printf '%s\n' progressive best lcm dmd2 guidance | xargs -P 2 -I NAME sh -c '
+  OMP_NUM_THREADS=1 diffkd distill configs/shapes/NAME.yaml "teacher={path: runs/shapes-teacher/teacher}" \
+    > runs/shapes-NAME.log 2>&1 || { tail -n 5 runs/shapes-NAME.log >&2; exit 255; }'
+diffkd benchmark configs/shapes/benchmark.yaml
+diffkd benchmark configs/shapes/guidance-benchmark.yaml
