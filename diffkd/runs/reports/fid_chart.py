@@ -91,5 +91,8 @@ def _chart(measured: Measurements) -> str:
     axes.set_xticks(labelled, [str(steps) for steps in labelled], fontsize=8.5)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("steps")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(  # above all points
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, handlelength=1.5,
+        columnspacing=1,
+    )  # fmt: skip
     return plots.svg(figure, "FID against steps, of the teacher and the students")

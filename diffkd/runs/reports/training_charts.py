@@ -100,19 +100,24 @@ def _chart(stages: Stages, curves: dict[str, list[Curve]], label: str, scale: st
             axes.plot([], [], color=plots.STUDENT, linewidth=1.3, linestyle=style, label=shown)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
-    short = (printable(name.removesuffix("-steps")) for name in stages)
-    names = [name.encode("ascii", "replace").decode()[:10] for name in short]
     updates = [_updates(records) for records in stages.values()]
     if len(stages) > 1:
-        labelled = range(0, len(names), -(-len(names) // 10))  # labels must not overlap
-        axes.set_xticks([i + 0.5 for i in labelled], [f"{names[i]}\n{updates[i]}" for i in labelled])
+        labels = [_label(name, count) for name, count in zip(stages, updates, strict=True)]
+        labelled = range(0, len(labels), -(-len(labels) // 10))  # they must not overlap
+        axes.set_xticks([i + 0.5 for i in labelled], [labels[i] for i in labelled])
         axes.tick_params(axis="x", length=0)
         axes.set_xlabel("stage (steps of its student), and its updates")
     else:
         axes.set_xticks([0, 0.5, 1], ["0", f"{updates[0] / 2:g}", str(updates[0])])
         axes.set_xlabel("updates")
-    axes.set_xlim(0, len(names))
+    axes.set_xlim(0, len(stages))
     return plots.svg(figure, label)
+
+
+def _label(stage: str, updates: int) -> str:
+    """The steps of a stage's student, its updates, and its method where its name says so: a line each."""
+    steps, _, method = printable(stage).encode("ascii", "replace").decode().partition("-steps")
+    return "\n".join([steps[:10], str(updates), method.removeprefix("-")[:10]]).rstrip()
 
 
 def _heat(stages: Stages, key: str) -> str:
