@@ -13,7 +13,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from diffkd.errors import UserError
 from diffkd.io.text import log
 
-PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth")
+UNPICKLED = (".pkl", ".pickle", ".pyd", ".pt", ".pth")  # by datasets, were they let through
 
 
 def _text(content: bytes) -> str:
@@ -57,7 +57,7 @@ def _warn_if_cut(shard: str) -> None:
 
 def _without_pickles(shard: str, files: Any) -> Iterator[tuple[str, IO[bytes]]]:
     for name, file in files:
-        if any(suffix.lower() in PICKLES for suffix in PurePosixPath(name).suffixes):
+        if any(suffix.lower() in UNPICKLED for suffix in PurePosixPath(name).suffixes):
             raise UserError(
                 f"{os.path.basename(shard)} holds {name}, and pickles can run code; write the shards without"
             )

@@ -25,7 +25,7 @@ from diffkd.data.latents import Conditions, LatentCache, UnseenLatents
 from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.text import log
-from diffkd.metrics.evaluation.image_sources import spread as chosen
+from diffkd.metrics.evaluation.image_sources import subset as chosen
 from diffkd.runs import config_files
 from diffkd.runs.config import Distill
 from diffkd.training import launch

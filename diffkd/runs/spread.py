@@ -30,7 +30,7 @@ from diffkd.io.text import from_json, log
 from diffkd.methods.base import Stage
 from diffkd.metrics import features
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sources import spread as chosen
+from diffkd.metrics.evaluation.image_sources import subset as chosen
 from diffkd.metrics.features.digits import MAX_SIDE
 from diffkd.runs.session import Session
 from diffkd.training.run_files import LOG

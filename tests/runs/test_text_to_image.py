@@ -391,7 +391,7 @@ def test_the_captions_of_a_reference_are_the_prompts(cli, here):
     """Of pictures that are held out, in a run and by `diffkd evaluate`."""
     held_out = {"kind": "shapes", "count": 20, "start": 1_000_000}
     captions = Shapes(**held_out).load().captions
-    chosen = [captions[i] for i in image_sources.spread(20, 6).tolist()]
+    chosen = [captions[i] for i in image_sources.subset(20, 6).tolist()]
     measured = {
         "features": "shapes",
         "metrics": ["fid", "prompt_accuracy"],
@@ -407,7 +407,7 @@ def test_the_captions_of_a_reference_are_the_prompts(cli, here):
     outcome = cli("evaluate", "teacher", "--reference", "shapes", "--samples", 6, "--steps", 1, "--json")
     assert outcome.code == 0, outcome.stderr
     many = Shapes(kind="shapes", count=2000, start=1_000_000).load().captions
-    expected = described([many[i] for i in image_sources.spread(2000, 6).tolist()])
+    expected = described([many[i] for i in image_sources.subset(2000, 6).tolist()])
     assert json.loads(outcome.stdout)["protocol"]["prompts"] == expected
 
 

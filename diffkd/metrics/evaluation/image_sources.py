@@ -198,7 +198,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"image {path} cannot be read ({reason(error)}); repair it, or take it out")
 
 
-def spread(total: int, count: int) -> Tensor:
+def subset(total: int, count: int) -> Tensor:
     """`count` indices of `total`: where they are fewer a fixed random choice in order, else all in turn.
 
     Images and labels often come class by class, so that the first ones are of the first classes, or the
@@ -211,10 +211,10 @@ def spread(total: int, count: int) -> Tensor:
 
 
 def thinned(source: Source, count: int) -> Source:
-    """That many of its images, by `spread`."""
+    """That many of its images, by `subset`."""
     if count == len(source):
         return source
-    chosen = spread(len(source), count)
+    chosen = subset(len(source), count)
     thin = copy.copy(source)
     thin.labels = None if source.labels is None else source.labels[chosen]
     if isinstance(thin, FolderSource):

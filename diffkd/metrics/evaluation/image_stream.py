@@ -22,7 +22,7 @@ from diffkd.generation.prompts import described
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sources import WORKERS, Source, batches, spread, thinned
+from diffkd.metrics.evaluation.image_sources import WORKERS, Source, batches, subset, thinned
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES
 
@@ -73,7 +73,7 @@ def stored_images(source: Source, config: Evaluation, prompts: Sequence[str] | N
             f"{source.name} has {len(source):,} images and there are {len(prompts):,} prompts; give one for "
             "each image, or as many images of each prompt"
         )
-    own = [prompts[i % len(prompts)] for i in spread(len(source), len(chosen)).tolist()]
+    own = [prompts[i % len(prompts)] for i in subset(len(source), len(chosen)).tolist()]
     return replace(stream, prompts=own, protocol={"prompts": described(prompts)})
 
 
@@ -119,7 +119,7 @@ def prompts_for(denoiser: Denoiser, captions: Sequence[str], count: int) -> list
     """Captions for so many images, a fixed random choice; None for a model without prompts."""
     if denoiser.conditioner is None or not captions:
         return None
-    return [captions[i] for i in spread(len(captions), count).tolist()]
+    return [captions[i] for i in subset(len(captions), count).tolist()]
 
 
 def brought_to(batches: Batches, size: int | None) -> Batches:
@@ -191,12 +191,12 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
 def _labels(
     denoiser: Denoiser, config: Evaluation, reference: Reference, count: int, classes: Sequence[str]
 ) -> tuple[Any, Any]:
-    """(what the protocol says of the labels, the labels): the reference's own, by `image_sources.spread`."""
+    """(what the protocol says of the labels, the labels): the reference's own, by `image_sources.subset`."""
     if isinstance(config.labels, list):
         return config.labels, config.labels
     if denoiser.num_classes is None:
         return None, None
     labels = reference.labels_of(classes)
     if config.labels == "data" and labels is not None:
-        return "data", labels[spread(len(labels), count)]
+        return "data", labels[subset(len(labels), count)]
     return "balanced", None

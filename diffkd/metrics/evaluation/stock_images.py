@@ -15,7 +15,7 @@ from diffkd.io.naming import called, in_config
 from diffkd.io.places import expanded
 from diffkd.io.text import log
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.image_sources import spread
+from diffkd.metrics.evaluation.image_sources import subset
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     Numbered,
@@ -111,7 +111,7 @@ class StockPipeline:
         if isinstance(config.labels, list):
             every = torch.tensor(config.labels)[torch.arange(count) % len(config.labels)]
         elif config.labels == "data" and (known := reference.labels_of(names)) is not None:
-            every = known[spread(len(known), count)]
+            every = known[subset(len(known), count)]
         else:
             said, every = "balanced", torch.arange(count) % classes
         if not 0 <= int(every.min()) <= int(every.max()) < classes:
