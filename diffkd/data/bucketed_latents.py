@@ -46,6 +46,8 @@ class BucketedLatents(Conditions):
         missing = [(part, number) for part in self.parts for number in part.latents.missing()]
         super().fill(rank, world, barrier, on_items)
         if rank == 0:
+            if self.images.sizes is not None:
+                self.images.sizes.keep(self.folder)
             for part in self.parts:
                 part.latents.begin()
         barrier()

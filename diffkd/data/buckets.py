@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffkd.data.images import Images
+from diffkd.data.on_demand import OnDemand
 from diffkd.data.packed import PackedStrings
+from diffkd.data.shards import Shards, keyed
 
 MOST_ASPECT = 2.0  # of a shape's sides
 
@@ -46,21 +49,55 @@ def cropped(sizes: Tensor, shape: Shape) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Height and width of each image of a dataset, (N, 2) int64, in its order. fingerprint: of its files.
+
+    Kept beside the latents, they are read once and not at every start.
+    """
+
+    values: Tensor
+    fingerprint: str
+
+    @classmethod
+    def of(cls, images: OnDemand, fingerprint: str, kept: Path | None) -> Sizes:
+        """By the heads of all files, or as they were kept in a folder."""
+
+        def check(found: dict[str, Tensor]) -> None:
+            if found["sizes"].shape != (len(images), 2) or found["sizes"].dtype != torch.int64:
+                raise ValueError("it holds other tensors")
+
+        found = None if kept is None else _place(kept, fingerprint).read(0, check)
+        return cls(images.sizes() if found is None else found["sizes"], fingerprint)
+
+    def keep(self, folder: Path) -> None:
+        """Writes them, where they are not there; by one process."""
+        place = _place(folder, self.fingerprint)
+        if place.missing():
+            place.begin()
+            place.write(0, {"sizes": self.values})
+
+
+def _place(folder: Path, fingerprint: str) -> Shards:
+    return keyed(folder, "sizes", {"images": fingerprint}, 1, 1)
+
+
+@dataclass(frozen=True)
 class BucketedImages(Images):
     """parts: the images of each bucket, the most frequent shape first, whose shape and pixels stand for all.
-    labels and captions are those of the parts, one after the other."""
+    labels and captions are those of the parts, one after the other. sizes: what buckets were chosen by."""
 
     parts: tuple[Images, ...] = ()
+    sizes: Sizes | None = None
 
     @staticmethod
-    def of(parts: Sequence[Images]) -> BucketedImages:
+    def of(parts: Sequence[Images], sizes: Sizes | None = None) -> BucketedImages:
         """Those of several shapes as one."""
         ordered = tuple(sorted(parts, key=len, reverse=True))
         first, labels = ordered[0], [part.labels for part in ordered if part.labels is not None]
         captions = PackedStrings(caption for part in ordered for caption in part.captions)
         return BucketedImages(
             first.name, first.pixels, torch.cat(labels) if labels else None, first.classes, first.flip,
-            captions, ordered,
+            captions, ordered, sizes,
         )  # fmt: skip
 
     def __len__(self) -> int:

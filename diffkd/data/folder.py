@@ -43,8 +43,9 @@ class Folder(ResizedDataset):
         captions = [found.captions[i] for i in readable] if found.captions else []
         return Images(str(self.path), pixels, labels, found.classes, self.flip, captions)
 
-    def open(self) -> Images:
-        """The images, decoded when they are asked for; their fingerprint is of the files' names and sizes."""
+    def open(self, kept: Path | None = None) -> Images:
+        """The images, decoded when they are asked for; their fingerprint is of the files' names and sizes.
+        kept: a folder that may have what an earlier run found out of them."""
         root, found = self._listed()
         names = PackedStrings(str(path.relative_to(root)) for path in found.paths)
         files = hashlib.sha256()
@@ -55,7 +56,7 @@ class Folder(ResizedDataset):
         return self.on_demand(
             len(names), lambda i: open_image(root / names[i]), lambda i: str(root / names[i]),
             files.hexdigest(),
-            lambda pixels: Images(str(self.path), pixels, labels, found.classes, self.flip, captions),
+            lambda pixels: Images(str(self.path), pixels, labels, found.classes, self.flip, captions), kept,
         )  # fmt: skip
 
     def _listed(self) -> tuple[Path, Listing]:

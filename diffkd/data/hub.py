@@ -61,8 +61,9 @@ class HubDataset(ResizedDataset):
             self.path, pixels, labels, classes, self.flip, [captions[i] for i in readable] if captions else []
         )
 
-    def open(self) -> Images:
-        """The images, decoded when they are asked for. Their fingerprint is the one that `datasets` gives."""
+    def open(self, kept: Path | None = None) -> Images:
+        """The images, decoded when they are asked for. Their fingerprint is the one that `datasets` gives.
+        kept: as in `Folder.open`."""
         rows, image = self._opened()
         labels, classes = self._labels(rows)
         encoded = _encoded(rows, image)
@@ -70,7 +71,7 @@ class HubDataset(ResizedDataset):
         return self.on_demand(
             len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]",
             f"{rows._fingerprint} {image}",
-            lambda pixels: Images(self.path, pixels, labels, classes, self.flip, captions),
+            lambda pixels: Images(self.path, pixels, labels, classes, self.flip, captions), kept,
         )  # fmt: skip
 
     def _opened(self) -> tuple[Any, str]:

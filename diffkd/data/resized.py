@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from diffkd.data.buckets import BucketedImages, Shape, bucket_shapes, nearest
+from diffkd.data.buckets import BucketedImages, Shape, Sizes, bucket_shapes, nearest
 from diffkd.data.decoding import fitted, upright
 from diffkd.data.images import Images
 from diffkd.data.on_demand import OnDemand
@@ -114,11 +115,12 @@ class ResizedDataset(Strict):
         name_of: Callable[[int], str],
         fingerprint: str,
         made_of: Callable[[OnDemand], Images],
+        kept: Path | None,
     ) -> Images:
         """`count` images, decoded when they are asked for, in buckets where the config has them.
 
         open_one, name_of: open and name the image of an index. fingerprint: of the files. made_of: adds to
-        the pixels all else that is known of the images.
+        the pixels all else that is known of the images. kept: where their sizes may be, of an earlier run.
         """
 
         def of(shape: Shape | None) -> OnDemand:
@@ -129,11 +131,12 @@ class ResizedDataset(Strict):
         if self.buckets is None:
             return made_of(of(None))
         among = bucket_shapes(self.size, self.buckets)
-        chosen = nearest(of(None).sizes(), among)
+        sizes = Sizes.of(of(None), fingerprint, kept)
+        chosen = nearest(sizes.values, among)
         parts = [
             made_of(of(shape)).take((chosen == place).nonzero()[:, 0]) for place, shape in enumerate(among)
         ]
-        return BucketedImages.of([part for part in parts if len(part)])
+        return BucketedImages.of([part for part in parts if len(part)], sizes)
 
 
 def _allocate(shape: Sequence[int]) -> np.ndarray:

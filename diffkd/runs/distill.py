@@ -36,16 +36,15 @@ IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed
 
 def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
-    data = config.data
     images: Images | Unseen | None
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
     if source.train is None:
         teacher = source.load()
-        images = latents.opened(data, latent=teacher.codec is not None)
+        images = latents.opened(config, latent=teacher.codec is not None)
     else:
         found = config_files.load_train(source.train)
-        images = latents.opened(data, latent=not isinstance(found, Train))
+        images = latents.opened(config, latent=not isinstance(found, Train))
         source = source.model_copy(update={"path": str(found.out / "teacher"), "train": None})
         if isinstance(found, Train):
             teacher_run = found

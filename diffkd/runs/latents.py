@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
-from diffkd.data import Data
 from diffkd.data.absent import NoData, TeacherDraws, Unseen
 from diffkd.data.bucketed_latents import BucketedLatents
 from diffkd.data.buckets import BucketedImages
@@ -34,12 +34,19 @@ TOGETHER = 16  # latents that are drawn at once
 Items = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def opened(data: Data, *, latent: bool) -> Images | None:
+def opened(config: Distill, *, latent: bool) -> Images | None:
     """A run's data: in memory, or for a model of latents, which encodes each image once, decoded when they
     are asked for. None where there are no images."""
+    data = config.data
     if isinstance(data, TeacherDraws):
         return None
-    return data.open() if latent and isinstance(data, Folder | HubDataset) else data.load()
+    if latent and isinstance(data, Folder | HubDataset):
+        return data.open(_folder(config))
+    return data.load()
+
+
+def _folder(config: Distill) -> Path:
+    return config.cache or config.out / "cache"
 
 
 def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Conditions | None:
@@ -73,7 +80,7 @@ def cache(config: Distill, teacher: Denoiser, images: Images | Unseen) -> Condit
         raise UserError(f"{teacher.name} draws from prompts, and {name} has no captions; {remedy}")
     several = isinstance(images, BucketedImages)
     kind: Any = UnseenLatents if unseen else BucketedLatents if several else LatentCache
-    found: Conditions = kind(config.cache or config.out / "cache", images, teacher.codec, teacher.conditioner)
+    found: Conditions = kind(_folder(config), images, teacher.codec, teacher.conditioner)
     fit(teacher, found)
     return found
 
@@ -146,7 +153,7 @@ def fill_alone(config: Distill, console: Console) -> None:
             raise UserError(f"the teacher is not there yet; run diffkd train {source.train} first")
         source = source.model_copy(update={"path": str(folder), "train": None})
     teacher = source.load()
-    images = opened(config.data, latent=teacher.codec is not None) or unseen(config, teacher)
+    images = opened(config, latent=teacher.codec is not None) or unseen(config, teacher)
     found = cache(config, teacher, images)
     if found is None:
         raise UserError(

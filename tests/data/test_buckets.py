@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from diffkd.data.bucketed_latents import BucketedLatents
 from diffkd.data.buckets import BucketedImages, bucket_shapes, cropped, nearest
 from diffkd.data.folder import Folder
+from diffkd.data.on_demand import OnDemand
 from diffkd.errors import UserError
 from diffkd.models import loading
 from tests import text_to_image
@@ -175,3 +179,23 @@ def test_an_image_too_small_for_its_shape(tmp_path):
     images = Folder(kind="folder", path=tmp_path, size=64, buckets=16).open()
     with pytest.raises(UserError, match=r"a\.png is 70x33, smaller than size 64 \(here 80x48\)"):
         images.uint8(slice(0, 1))
+
+
+def test_sizes_are_read_once(model, root, tmp_path, monkeypatch):
+    """Kept beside the latents; those of other files, and damaged ones, are read anew."""
+    root = Path(shutil.copytree(root, tmp_path / "images"))
+    data = Folder(kind="folder", path=root, size=32, buckets=8, upscale=True)
+    made, _ = cache(tmp_path / "cache", root, model, upscale=True)
+    (file,) = (tmp_path / "cache" / "sizes").glob("*/*.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(OnDemand, "sizes", lambda self: pytest.fail("heads were read"))
+        again = data.open(tmp_path / "cache")
+    assert [part.pixels.files.tolist() for part in again.parts] == [
+        part.pixels.files.tolist() for part in made.images.parts
+    ]
+    assert again.digest() == made.images.digest() == data.open().digest()
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert data.open(tmp_path / "cache").digest() == again.digest()
+    Image.fromarray(np.zeros((90, 40, 3), np.uint8)).save(root / "another.png")
+    assert len(data.open(tmp_path / "cache")) == len(again) + 1
