@@ -143,6 +143,23 @@ def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
             assert one == other or (path.name == "config.json" and json.loads(one) == json.loads(other))
 
 
+def test_what_is_cached_of_a_model_is_good_for_its_copies_and_students(stock, tmp_path):
+    """Configs say where they came from, which makes no other encoder; their numbers do."""
+    denoiser = loading.load(stock[1])
+    type(stock[0]).from_pretrained(stock[1]).save_pretrained(tmp_path / "copy")
+    student = loading.load(stock[1])
+    student.steps, student.clip = 4, None
+    loading.save(student, tmp_path / "student")
+    for place in ("copy", "student"):
+        again = loading.load(tmp_path / place)
+        assert again.codec.key == denoiser.codec.key
+        assert again.conditioner.key == denoiser.conditioner.key
+    changed(tmp_path / "copy", "vae/config.json", scaling_factor=0.5)
+    changed(tmp_path / "copy", "text_encoder/config.json", hidden_act="gelu")
+    other = loading.load(tmp_path / "copy")
+    assert other.codec.key != denoiser.codec.key and other.conditioner.key != denoiser.conditioner.key
+
+
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
 def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
     pipeline = text_to_image.pipeline(tmp_path / "parts", tiny_vae=kind == "AutoencoderTiny")
