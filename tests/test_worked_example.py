@@ -66,6 +66,8 @@ def test_the_example_runs_as_it_is_written(cli, here, capsys):
         if words[0] == "cache":  # of the teacher that was trained before
             assert "captions and images computed" in outcome.stdout
     assert called == ["train", "cache", "distill", "sample"]
+    latents = here / "runs" / "shapes-teacher" / "cache" / "latents"
+    assert len([*latents.iterdir()]) == 1, "the students' are those that their teacher was trained with"
     run = here / "runs" / "shapes-progressive"
     assert {folder.name for folder in (run / "students").iterdir()} == {f"{n}-steps" for n in (8, 4, 2, 1)}
     assert diffkd.load(run / "students" / "4-steps").guidance_baked_in == 2.0
