@@ -87,6 +87,14 @@ def test_what_one_network_outputs_is_what_the_other_does(source, target):
     assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_data_is_data(source, target):
+    x0, zeros = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    s = time_on(SCHEDULES[source], SCHEDULES[target], zeros)
+    assert torch.equal(s, zeros)
+    assert torch.equal(state_on(SCHEDULES[source], SCHEDULES[target], x0, zeros, s), x0)
+
+
 def test_pure_noise_is_pure_noise():
     """Both end at alpha = 0: the state stays as it is, at the times 1."""
     noise, ones = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
