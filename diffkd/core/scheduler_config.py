@@ -88,7 +88,12 @@ EDM_FIELDS = frozenset(
 
 def is_flow(scheduler: Any) -> bool:
     """Whether its path is alpha = 1 - sigma, whatever betas its config has too."""
-    return _is(scheduler, FLOW) or bool(scheduler.config.get("use_flow_sigmas"))
+    return is_flow_match(scheduler) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def is_flow_match(scheduler: Any) -> bool:
+    """Whether it is of a flow alone, and gives its network the whole of T sigma as time."""
+    return _is(scheduler, FLOW)
 
 
 def is_edm(scheduler: Any) -> bool:
@@ -98,7 +103,7 @@ def is_edm(scheduler: Any) -> bool:
 
 def check_flow(scheduler: Any) -> None:
     """Raises UserError, naming the field, for a scheduler of a flow that is not read as it is meant."""
-    if _is(scheduler, FLOW):
+    if is_flow_match(scheduler):
         _check_fields(scheduler, FLOW_FIELDS, FLOW_ONLY)
         return
     _check_kind(scheduler)

@@ -55,6 +55,7 @@ def prediction_of(scheduler: Any) -> str:
 def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSchedule:
     scheduler_config.check_flow(scheduler)
     kind, config = type(scheduler).__name__, scheduler.config
+    alone = scheduler_config.is_flow_match(scheduler)
     if not config.get("use_dynamic_shifting"):
         _check_none(scheduler, "mu", mu)
     elif mu is None:
@@ -63,7 +64,7 @@ def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSched
             "name its mu, or set use_dynamic_shifting to false and a shift"
         )
     if steps is not None:
-        if kind != scheduler_config.FLOW:
+        if not alone:
             raise UserError(
                 f"scheduler {kind} gives its network times without fractions on its own grid, which diffkd "
                 f"does not; leave out steps, or use {scheduler_config.FLOW}"
@@ -76,7 +77,7 @@ def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSched
             f"scheduler {kind} has shift_terminal {config.shift_terminal}, with which its grid depends on "
             "the number of steps; name steps, or set it to null"
         )
-    shift = scheduler.shift if kind == scheduler_config.FLOW else config.flow_shift
+    shift = scheduler.shift if alone else config.flow_shift
     law = Shift(shift) if mu is None else Shift.dynamic(mu, config.time_shift_type)
     return FlowSchedule(law, config.num_train_timesteps)
 

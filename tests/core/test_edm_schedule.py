@@ -124,7 +124,7 @@ def test_ddim_is_the_stock_euler(steps, prediction):
     rounding = (
         torch.finfo(torch.float32).eps * first.abs().max()
     )  # the stock step subtracts states of this size
-    assert (samplers.sample(denoiser, noise, steps) - x).abs().max() < 2 * rounding
+    assert (samplers.sample(denoiser, noise, steps) - x).abs().max() < 3 * rounding
 
 
 def test_noise_is_scaled_once():
