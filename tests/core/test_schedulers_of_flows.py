@@ -37,7 +37,8 @@ LIKE_BETAS = [
 
 @pytest.mark.parametrize(("kind", "fields"), [(Euler, FLOW_FIELDS), (EDM, EDM_FIELDS)])
 def test_every_field_is_in_the_table(kind, fields):
-    assert parameters(kind) == fields
+    """A field of a newer diffusers fails here: it has to be looked at before it is drawn over."""
+    assert parameters(kind) <= fields
 
 
 def test_those_of_flow_kind_that_look_like_betas_are_known():
