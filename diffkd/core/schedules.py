@@ -45,11 +45,17 @@ def from_diffusers(scheduler: Any, *, steps: int | None = None, mu: float | None
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What its network outputs, in diffkd's words; a network of EDM's kind is `Preconditioned` first."""
+    """What its network outputs, in diffkd's words; a network of EDM's kind is `Preconditioned` first.
+
+    Raises UserError for a flow that `from_diffusers` refuses.
+    """
     if scheduler_config.is_edm(scheduler):
         return "sample"
     name = str(scheduler.config.get("prediction_type", "flow_prediction"))
-    return scheduler_config.FLOW_PREDICTIONS[name] if scheduler_config.is_flow(scheduler) else name
+    if not scheduler_config.is_flow(scheduler):
+        return name
+    scheduler_config.check_flow(scheduler)
+    return scheduler_config.FLOW_PREDICTIONS[name]
 
 
 def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSchedule:
@@ -69,6 +75,9 @@ def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSched
                 f"scheduler {kind} gives its network times without fractions on its own grid, which diffkd "
                 f"does not; leave out steps, or use {scheduler_config.FLOW}"
             )
+        least = 2 if config.get("shift_terminal") else 1  # which is the last sigma, and not the first
+        if steps < least:
+            raise UserError(f"scheduler {kind} has no grid of {steps} steps; use {least} or more")
         own = copy.deepcopy(scheduler)
         own.set_timesteps(steps, mu=mu)
         return FlowSchedule(Nodes(tuple(own.sigmas.tolist())), config.num_train_timesteps)

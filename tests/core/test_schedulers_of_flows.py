@@ -79,8 +79,11 @@ def test_a_flow_that_looks_like_betas_is_never_betas(kind):
     with pytest.raises(UserError, match="times without fractions on its own grid.*leave out steps"):
         from_diffusers(scheduler, steps=4)
     wrong = kind(prediction_type="epsilon", use_flow_sigmas=True)
-    with pytest.raises(UserError, match="prediction_type 'epsilon'; supported are flow_prediction, sample"):
-        from_diffusers(wrong)
+    for read in (from_diffusers, prediction_of):
+        with pytest.raises(
+            UserError, match="prediction_type 'epsilon'; supported are flow_prediction, sample"
+        ):
+            read(wrong)
     assert isinstance(from_diffusers(kind()), BetaSchedule)
 
 
@@ -110,6 +113,9 @@ def test_an_edm_scheduler_by_its_config():
         (Euler(use_dynamic_shifting=True), {}, "use_dynamic_shifting, a shift that its .*name its mu"),
         (Euler(), {"mu": 0.5}, "FlowMatchEulerDiscreteScheduler takes no mu 0.5; leave it out"),
         (Euler(shift_terminal=0.1), {}, "shift_terminal 0.1, .* name steps, or set it to null"),
+        (Euler(), {"steps": 0}, "has no grid of 0 steps; use 1 or more"),
+        (Euler(shift_terminal=0.1), {"steps": 1}, "has no grid of 1 steps; use 2 or more"),
+        (EDM(), {"steps": 0}, "0 time steps make no EDM schedule"),
         (Euler(shift=-1.0), {}, "shift of -1.0 is out of range"),
         (EDM(sigma_schedule="exponential"), {}, "EDMEulerScheduler has sigma_schedule 'exponential'"),
         (EDM(), {"mu": 0.5}, "EDMEulerScheduler takes no mu"),
