@@ -21,7 +21,7 @@ class Gaussian(nn.Module):
 
     def forward(self, x_t: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
         self.calls += 1
-        t = (time.double() + 1) / self.schedule.num_train_timesteps
+        t = self.schedule.of_network_time(time)
         alpha, sigma = self.schedule.at(t, like=x_t)
         x0 = self.mean + alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * (x_t - alpha * self.mean)
         return write_prediction(self.prediction, x_t, x0, alpha, sigma)
@@ -97,7 +97,7 @@ class FlowMap(nn.Module):
         self.schedule, self.off, self.mean, self.std = schedule, off, mean, std
 
     def forward(self, x_t: Tensor, time: Tensor, interval: Tensor, **cond: Tensor) -> Tensor:
-        t = (time.double() + 1) / self.schedule.num_train_timesteps
+        t = self.schedule.of_network_time(time)
         s = t - interval
         s = s * (s > 1e-6)  # the time is rounded to float32 on its way here
         x_s = flow(self.schedule, x_t, t, s, self.mean, self.std)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule, Time, write_prediction
+from diffkd.core.schedules import BetaSchedule, Schedule, Time, write_prediction
 from diffkd.errors import UserError
 
 
@@ -26,7 +26,7 @@ class Classifier(nn.Module):
         num_classes: int,
         *,
         shape: tuple[int, int, int] | None = None,
-        schedule: Schedule | None = None,
+        schedule: BetaSchedule | None = None,
     ) -> None:
         super().__init__()
         self.network, self.num_classes, self.shape, self.schedule = network, num_classes, shape, schedule
@@ -66,9 +66,9 @@ class _Guided(nn.Module):
         self.denoiser, self.classifier, self.scale = denoiser, classifier, scale
 
     def forward(self, x_t: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
-        """time: the table's index, (B,), as networks are given it."""
+        """time: (B,), as networks are given it."""
         denoiser, schedule = self.denoiser, self.denoiser.schedule
-        t = (time.double() + 1) / schedule.num_train_timesteps
+        t = schedule.of_network_time(time)
         cond: dict[str, Any] = {} if denoiser.num_classes is None else {"class_labels": class_labels}
         output = denoiser.output(x_t, t, **cond)
         alpha, sigma = schedule.at(t, like=x_t)
@@ -102,11 +102,11 @@ def guided(denoiser: Denoiser, classifier: Classifier, scale: float = 1.0) -> De
             "the classifier takes clean images, and guidance needs one for noised images; distil one with "
             "method.noisy: true and the denoiser's schedule"
         )
-    ours, theirs = denoiser.schedule.alphas_cumprod, classifier.schedule.alphas_cumprod
+    ours, theirs = _levels(denoiser.schedule), _levels(classifier.schedule)
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=1e-6):
         raise UserError(
-            f"the classifier's noise schedule, of {len(theirs)} steps, is not the denoiser's, of {len(ours)};"
-            " distil one with the denoiser's schedule"
+            f"the classifier's noise schedule, of {theirs.shape[1]} steps, is not the denoiser's, of "
+            f"{ours.shape[1]}; distil one with the denoiser's schedule"
         )
     for name in ("shape", "num_classes"):
         ours, theirs = getattr(denoiser, name), getattr(classifier, name)
@@ -123,3 +123,9 @@ def guided(denoiser: Denoiser, classifier: Classifier, scale: float = 1.0) -> De
         clip=denoiser.clip,
         steps=denoiser.steps,
     )
+
+
+def _levels(schedule: Schedule) -> Tensor:
+    """alpha² and sigma² at the T times of a schedule's table: (2, T) float64."""
+    total = schedule.num_train_timesteps
+    return torch.stack(schedule.squares(torch.arange(1, total + 1, dtype=torch.float64) / total))

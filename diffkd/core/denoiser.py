@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
     name: what messages call it.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
-    UserError for an epsilon network on a schedule that reaches alpha = 0, where eps does not determine x0.
+    UserError for a prediction type that does not determine x0 on this schedule, such as eps at alpha = 0.
     """
 
     def __init__(
@@ -81,12 +81,7 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise UserError(f"prediction type {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
-        if prediction == "epsilon" and schedule.zero_terminal_snr:
-            raise UserError(
-                f"an epsilon network cannot start from alpha = 0, where this schedule of "
-                f"{schedule.num_train_timesteps} steps ends (zero terminal SNR); "
-                "use prediction_type v_prediction, or a schedule without rescale_betas_zero_snr"
-            )
+        schedule.check_prediction(prediction)
         self.network = network
         self.schedule = schedule
         self.prediction = prediction

@@ -67,13 +67,23 @@ def ddim(
     """DDIM (Song et al. 2021, equation 12, eta = 0), order 1, one evaluation a step.
 
     A float32 network is stepped by the stock scheduler's operations in their order, so that its pixels are
-    the same bit for bit. In half precision, where that is meaningless, a step is two fused operations.
+    the same bit for bit: on the straight path of a flow, Euler's step along its output. Elsewhere, in half
+    precision, where that is meaningless, a step is two fused operations.
     """
+    if denoiser.schedule.straight and denoiser.prediction == "flow" and clip is None:
+        return _euler(denoiser, x, times, **cond)
     if isinstance(times, Tensor) or denoiser.dtype not in HALF or clip is not None:
         return ancestral(denoiser, x, times, clip=clip, noise=noise, eta=0.0, **cond)
     for t, s in pairwise(times):
         of_x, of_output = ddim_coefficients(denoiser, t, s)
         x = torch.add(of_x * x, denoiser.output(x, t, **cond), alpha=of_output)
+    return x
+
+
+def _euler(denoiser: Denoiser, x: Tensor, times: Times, **cond: Any) -> Tensor:
+    for t, s in pairwise(times):
+        (_, sigma_t), (_, sigma_s) = (denoiser.schedule.at(time, like=x) for time in (t, s))
+        x = x + (sigma_s - sigma_t) * denoiser.output(x, t, **cond).to(x.dtype)
     return x
 
 
@@ -109,7 +119,7 @@ def ancestral(
             x = alpha_s * x0 + sigma_s * eps
             continue
         alpha_t, sigma_t = denoiser.schedule.at(t, like=x)
-        variance = (sigma_s / sigma_t) ** 2 * (1 - (alpha_t / alpha_s) ** 2) * eta**2
+        variance = denoiser.schedule.posterior_variance(alpha_t, sigma_t, alpha_s, sigma_s) * eta**2
         fresh = noise(x) if noise is not None else torch.randn_like(x)
         x = alpha_s * x0 + _root(sigma_s**2 - variance) * eps + _root(variance) * fresh
     return x
@@ -245,4 +255,5 @@ def sample(
         return randn(x.shape, generator, x)
 
     source = from_generator if fresh is None else fresh
-    return find(sampler)(denoiser, noise, grid(steps), clip=denoiser.clip, noise=source, **cond)
+    first = denoiser.schedule.from_noise(noise)
+    return find(sampler)(denoiser, first, grid(steps), clip=denoiser.clip, noise=source, **cond)

@@ -68,8 +68,9 @@ def student_inputs(
         t, _ = grid_times(len(x0), steps, rng, x0.device)
         eps = _noise_like(x0, rng)
         alpha, sigma = student.schedule.at(t, like=x0)
-        return torch.where((t == 1).reshape(-1, 1, 1, 1), eps, alpha * x0 + sigma * eps), t
-    x = _noise_like(x0, rng)
+        first = student.schedule.from_noise(eps)
+        return torch.where((t == 1).reshape(-1, 1, 1, 1), first, alpha * x0 + sigma * eps), t
+    x = student.schedule.from_noise(_noise_like(x0, rng))
     shift = torch.rand((), generator=rng, dtype=torch.float64)
     count = len(x)
     taken = ((torch.arange(count) + shift) * steps / count).long().clamp(max=steps - 1)  # steps, by row
@@ -101,7 +102,8 @@ def draw(
     gradients pass through all of them.
     """
     if drawn == "ddim":
-        return samplers.ddim(student, _noise_like(x0, rng), samplers.grid(steps), **cond)
+        first = student.schedule.from_noise(_noise_like(x0, rng))
+        return samplers.ddim(student, first, samplers.grid(steps), **cond)
     x_t, t = student_inputs(student, x0, steps, rng, simulated=simulated, **cond)
     x: Tensor = student(x_t, t, **cond)
     return x

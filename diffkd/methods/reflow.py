@@ -29,7 +29,7 @@ def line(schedule: Schedule, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tens
     """
     alpha, sigma = schedule.at(t, like=x0)
     alpha_1, sigma_1 = schedule.at(torch.ones_like(t), like=x0)
-    eps = (noise - alpha_1 * x0) / sigma_1
+    eps = (schedule.from_noise(noise) - alpha_1 * x0) / sigma_1
     return alpha * x0 + sigma * eps, eps
 
 

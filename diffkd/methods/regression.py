@@ -66,7 +66,7 @@ class Regression(Method):
         assert noise is not None
         # 1. the student's one step from pure noise is its prediction there
         t = torch.ones(len(x0), dtype=torch.float64, device=x0.device)
-        denoised = student(noise, t, **batch.cond)
+        denoised = student(student.schedule.from_noise(noise), t, **batch.cond)
         # 2. its distance from the teacher's image of that noise
         loss = distance(denoised, x0, self.huber)
         gap = squared_error(denoised.detach(), x0).sqrt()

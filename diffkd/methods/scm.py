@@ -17,6 +17,7 @@ from diffkd.core.derivative import STEP, Derivative, directional
 from diffkd.core.losses import squared_error
 from diffkd.core.schedules import read_prediction
 from diffkd.core.times import TimeLaw, draw_times
+from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
@@ -95,6 +96,11 @@ class SCM(Method):
 
     def stages(self, start: Denoiser) -> list[Stage]:
         check_start(start, self.steps, self.guidance)
+        if not start.schedule.variance_preserving:
+            raise UserError(
+                "scm's angle is of a schedule that preserves variance (alpha² + sigma² = 1), which this "
+                "teacher's does not; use consistency, or a teacher of betas"
+            )
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,

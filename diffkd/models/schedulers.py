@@ -8,7 +8,7 @@ import diffusers
 
 from diffkd.core.denoiser import StockSampler
 from diffkd.core.scheduler_config import FIELDS, SCHEDULERS, clip_of
-from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.core.schedules import Schedule, from_betas
 from diffkd.errors import UserError
 from diffkd.io.text import log, quoted, reason
 from diffkd.models import validation
@@ -44,7 +44,7 @@ def read(source: Source, *, converted_to: str | None = None) -> Sampling:
         scheduler = _built(kind, config)
         if converted_to is not None:
             scheduler = _built(converted_to, scheduler.config)
-        schedule, clip = from_diffusers(scheduler), clip_of(scheduler)
+        schedule, clip = from_betas(scheduler), clip_of(scheduler)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     except Exception as error:  # diffusers raises many types for invalid values

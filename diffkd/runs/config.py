@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from diffkd import methods
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.core.schedules import BetaSchedule, from_betas
 from diffkd.data import Data
 from diffkd.data.absent import NoData, TeacherDraws
 from diffkd.errors import UserError
@@ -41,10 +41,10 @@ class NoiseSchedule(Strict):
     beta_end: float = Field(0.02, gt=0, lt=1, description="of the linear schedules")
     zero_terminal_snr: bool = Field(True, description="whether the last step is pure noise")
 
-    def build(self) -> Schedule:
+    def build(self) -> BetaSchedule:
         from diffusers import DDIMScheduler
 
-        return from_diffusers(
+        return from_betas(
             DDIMScheduler(
                 num_train_timesteps=self.num_train_timesteps,
                 beta_schedule=self.beta_schedule,

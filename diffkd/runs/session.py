@@ -245,7 +245,7 @@ def identity(teacher: Denoiser) -> str:
     """A hash of its weights and of how its output is read."""
     reading = (teacher.prediction, teacher.num_classes, teacher.null_label, teacher.clip)
     total = hashlib.sha256(f"{digest(teacher.network.state_dict())} {reading}".encode())
-    total.update(teacher.schedule.alphas_cumprod.numpy().tobytes())
+    total.update(teacher.schedule.content())
     return total.hexdigest()
 
 

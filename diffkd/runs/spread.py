@@ -169,7 +169,8 @@ class SpreadWatch:
                 if student.guidance_range is not None:
                     cond[GUIDANCE] = torch.full((len(part),), student.usual_guidance)
                 x0 = samplers.find(stage.drawn)(
-                    student, noise[part].to(student.device), samplers.grid(stage.steps), clip=None,
+                    student, student.schedule.from_noise(noise[part].to(student.device)),
+                    samplers.grid(stage.steps), clip=None,
                     noise=lambda x: torch.randn(x.shape, generator=generator).to(x.device),
                     **{key: value.to(student.device) for key, value in cond.items()},
                 )  # fmt: skip

@@ -3,14 +3,28 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import nn
 
 from diffkd.core import samplers
-from diffkd.core.schedules import Schedule, from_diffusers, to_diffusers
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import (
+    BetaSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    Schedule,
+    Shift,
+    from_diffusers,
+    to_diffusers,
+)
 from diffkd.errors import UserError
-from tests.gaussian import flow, gaussian
+from tests.gaussian import flow, gaussian, marginal
 
 COSINE = Schedule.cosine(1024)
 LINEAR = from_diffusers(DDPMScheduler())
+PATHS = {  # and a prediction type of each
+    "cosine": (COSINE, "sample"), "linear": (LINEAR, "sample"), "flow": (FlowSchedule(), "flow"),
+    "shifted": (FlowSchedule(Shift(3.0)), "flow"), "edm": (EDMSchedule(), "sample"),
+}  # fmt: skip
 CASES = [
     (LINEAR, "epsilon"),
     (LINEAR, "v_prediction"),
@@ -64,7 +78,7 @@ def test_dpmpp_2m_is_diffusers_dpm_solver(schedule, prediction, steps):
         schedule.zero_terminal_snr
     ):  # diffusers' solver cannot start at alpha = 0 and takes 2^-12, so here we do too
         steps = {2: 2, 5: 4, 20: 32}[steps]
-        schedule = Schedule(
+        schedule = BetaSchedule(
             torch.cat([schedule.alphas_cumprod[:-1], torch.tensor([2.0**-24])]), schedule.betas
         )
     scheduler = DPMSolverMultistepScheduler(
@@ -84,12 +98,13 @@ def _seeded(seed):
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
-@pytest.mark.parametrize("schedule", [COSINE, LINEAR])
-def test_order_of_convergence(sampler, order, schedule):
+@pytest.mark.parametrize("path", PATHS)
+def test_order_of_convergence(sampler, order, path):
     """Errors against the exact flow between two times, fitted over doublings of the step count."""
-    denoiser = gaussian(schedule)
+    schedule, prediction = PATHS[path]
+    denoiser = gaussian(schedule, prediction)
     x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
-    counts, errors = [64, 128, 256, 512], []
+    counts, errors = [128, 256, 512], []
     start, end = 0.75, 0.125
     for steps in counts:
         times = torch.linspace(start, end, steps + 1, dtype=torch.float64)[:, None].expand(-1, 4)
@@ -97,6 +112,102 @@ def test_order_of_convergence(sampler, order, schedule):
         errors.append((landed - flow(schedule, x, times[0], times[-1])).abs().max().item())
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert all(abs(slope - order) < 0.25 for slope in slopes), (errors, slopes)
+
+
+def distribution(sampler, denoiser, times, start, **options):
+    """Mean and standard deviation of what a sampler that is linear in its state and noises makes of N(start).
+
+    A batch of 0, of 1, and of 0 with each of the noises alone gives its coefficients.
+    """
+    x = torch.zeros(len(times) + 1, 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+    drawn = iter(range(2, len(x)))
+
+    def noise(x):
+        only = torch.zeros_like(x)
+        only[next(drawn)] = 1
+        return only
+
+    landed = sampler(denoiser, x, times, clip=None, noise=noise, **options).flatten()
+    slope, *noises = (landed[1:] - landed[0]).tolist()
+    variance = (slope * start.stddev.item()) ** 2 + sum(c * c for c in noises)
+    return landed[0].item() + slope * start.mean.item(), math.sqrt(variance)
+
+
+def normal(schedule, t):
+    return marginal(schedule, t, torch.tensor(0.3).double(), torch.tensor(0.5).double())
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("path", PATHS)
+def test_order_of_convergence_in_distribution(path, eta):
+    """The ancestral sampler's mean is that of the exact path, its width is of order 1."""
+    schedule, prediction = PATHS[path]
+    start, end = normal(schedule, 0.75), normal(schedule, 0.125)
+    errors = []
+    for steps in (128, 256, 512):
+        times = torch.linspace(0.75, 0.125, steps + 1, dtype=torch.float64).tolist()
+        mean, std = distribution(samplers.ancestral, gaussian(schedule, prediction), times, start, eta=eta)
+        assert abs(mean - end.mean) < 1e-6
+        errors.append(abs(std - end.stddev.item()))
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(abs(slope - 1) < 0.1 for slope in slopes), (errors, slopes)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_variance_between_two_times(path):
+    """Of x_s given x_t and x0: that of N(alpha_s x0, sigma_s²) times that of x_t = a x_s + b eps."""
+    schedule, _ = PATHS[path]
+    pair = torch.rand(2, 100, dtype=torch.float64).sort(0, descending=True).values
+    t, s = (pair * 0.98 + 0.01) + torch.tensor([[0.01], [0.0]])
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+    a = alpha_t / alpha_s
+    b2 = sigma_t**2 - a**2 * sigma_s**2
+    expected = 1 / (1 / sigma_s**2 + a**2 / b2)
+    found = schedule.posterior_variance(alpha_t, sigma_t, alpha_s, sigma_s)
+    assert torch.allclose(found, expected, rtol=1e-9)
+    ends = schedule.numbers(1.0), schedule.numbers(0.5)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ends
+    one = schedule.posterior_variance(alpha_t, sigma_t, alpha_s, sigma_s)
+    a = alpha_t / alpha_s
+    assert one == pytest.approx(sigma_s**2 * (sigma_t**2 - a**2 * sigma_s**2) / sigma_t**2, rel=1e-9)
+    assert schedule.posterior_variance(alpha_t, sigma_t, *schedule.numbers(0.0)) == 0
+
+
+class Consistency(nn.Module):
+    """Where the exact flow through x_t begins: of Gaussian data in closed form."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t, time):
+        t = self.schedule.of_network_time(time)
+        return flow(self.schedule, x_t, t, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("path", PATHS)
+def test_renoise_draws_the_data_by_a_consistency_function(path, steps):
+    """Exactly, whatever the number of steps, from the distribution at t = 1."""
+    schedule, _ = PATHS[path]
+    denoiser = Denoiser(Consistency(schedule), schedule, "sample")
+    mean, std = distribution(samplers.renoise, denoiser, samplers.grid(steps), normal(schedule, 1.0))
+    assert mean == pytest.approx(0.3, abs=1e-5) and std == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("path", PATHS)
+def test_from_noise_to_data_on_every_path(path, sampler):
+    """Down to t = 0 from the state that noise stands for, towards where the exact flow leads."""
+    schedule, prediction = PATHS[path]
+    noise, ones = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    exact = flow(schedule, schedule.from_noise(noise), ones, torch.zeros_like(ones))
+    errors = [
+        (samplers.sample(gaussian(schedule, prediction), noise, steps, sampler) - exact).abs().max().item()
+        for steps in (50, 200)
+    ]
+    assert errors[1] < errors[0] / 2 and errors[1] < 0.01 * noise.abs().max(), errors
 
 
 def test_the_exact_one_step_student():
@@ -121,10 +232,11 @@ def test_heun_ends_in_a_first_order_step():
     assert torch.allclose(heun, samplers.sample(denoiser, noise, 1, "ddim"))
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_every_image_has_its_own_times(sampler):
+def test_every_image_has_its_own_times(sampler, path):
     """A batch whose images are at different times is each image alone, the one that ends at 0 included."""
-    denoiser = gaussian(COSINE)
+    denoiser = gaussian(*PATHS[path])
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     s = torch.tensor([0.75, 0.125, 0.0], dtype=torch.float64)

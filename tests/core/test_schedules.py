@@ -8,6 +8,7 @@ import torch
 from diffkd.core.schedules import (
     PREDICTIONS,
     Schedule,
+    from_betas,
     from_diffusers,
     read_prediction,
     to_diffusers,
@@ -176,7 +177,7 @@ def test_the_default_spacing_does_not_start_at_noise():
 
 def test_a_scheduler_without_betas_is_refused():
     with pytest.raises(UserError, match="has no betas, and is not supported; supported are"):
-        from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
+        from_betas(diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def test_flow_has_no_stock_ddim():

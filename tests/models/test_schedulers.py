@@ -15,7 +15,7 @@ import torch
 
 import diffkd
 from diffkd.core.scheduler_config import CLIPPING, FIELDS, ONLY, READ, REPLACED, SCHEDULERS, check_scheduler
-from diffkd.core.schedules import from_diffusers, to_diffusers
+from diffkd.core.schedules import from_betas, from_diffusers, to_diffusers
 from diffkd.errors import UserError
 from diffkd.generation.generator import generate
 from diffkd.generation.stock import generate_stock
@@ -78,7 +78,7 @@ def test_every_other_scheduler_is_refused(name):
     except Exception:
         pytest.skip("it needs arguments or a package")
     with pytest.raises(UserError, match="is not supported; supported are discrete schedulers"):
-        from_diffusers(scheduler)
+        from_betas(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,22 @@ def test_every_other_scheduler_is_refused(name):
 def test_what_is_refused(kind, options, tmp_path, make_pipeline):
     scheduler = kind(num_train_timesteps=T, **options)
     with pytest.raises(UserError, match=f"{kind.__name__} has {next(iter(options))}|prediction_type"):
-        from_diffusers(scheduler)
+        from_betas(scheduler)
     folder = make_pipeline(tmp_path, pipeline="DDPMPipeline")
     scheduler.save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
     rewrite(folder / "model_index.json", scheduler=[index["scheduler"][0], kind.__name__])
     with pytest.raises(UserError, match=f"{kind.__name__} has"):
+        loading.load(folder)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_a_pipeline_of_another_path_is_refused(name, tmp_path, make_pipeline):
+    """Core reads these schedulers; no family of pipelines does."""
+    folder = make_pipeline(tmp_path, pipeline="DDPMPipeline")
+    getattr(diffusers, name)().save_pretrained(folder / "scheduler")
+    rewrite(folder / "model_index.json", scheduler=["diffusers", name])
+    with pytest.raises(UserError, match=f"scheduler {name} has no betas, and is not supported"):
         loading.load(folder)
 
 

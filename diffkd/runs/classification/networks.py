@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffkd.core.classifier import Classifier
-from diffkd.core.schedules import Schedule, from_diffusers
+from diffkd.core.schedules import BetaSchedule, from_betas
 from diffkd.errors import UserError
 from diffkd.io import plugins
 from diffkd.io.config import Strict, validation_message
@@ -185,9 +185,9 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         raise UserError(f"the weights in {path} are not all finite numbers; train them again")
 
 
-def _schedule(config: Mapping[str, Any], folder: Path) -> Schedule:
+def _schedule(config: Mapping[str, Any], folder: Path) -> BetaSchedule:
     validation.check_scheduler(config, str(folder))
     try:
-        return from_diffusers(DDIMScheduler.from_config(dict(config)))
+        return from_betas(DDIMScheduler.from_config(dict(config)))
     except Exception as error:  # whatever diffusers raises for nonsensical values
         raise UserError(f"{folder / CARD} has a schedule that cannot be built ({reason(error)})") from error
