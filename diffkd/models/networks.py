@@ -18,15 +18,21 @@ from diffkd.models.source import Source
 
 
 def read(
-    source: Source, component: str, kind: Any, check: Callable[[dict[str, Any], str], None] | None = None
+    source: Source,
+    component: str,
+    kind: Any,
+    check: Callable[[dict[str, Any], str], None] | None = None,
+    *,
+    once: str | None = None,
 ) -> Any:
     """The network of this class that a pipeline calls `component`, in float32.
 
-    check: given the config and the model's name, before memory is taken. Raises UserError for another class,
-    and for weights that are not whole, or not those of the config.
+    once: what the class was called by earlier versions of diffusers. check: given the config and the model's
+    name, before memory is taken. Raises UserError for another class, and for weights that are not whole, or
+    not those of the config.
     """
     entry = source.index.get(component, ["diffusers", kind.__name__])
-    if not isinstance(entry, list) or entry[-1:] != [kind.__name__]:
+    if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once]):
         raise UserError(
             f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
             f"{kind.__name__}"
