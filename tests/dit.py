@@ -44,7 +44,7 @@ def network(*, classes: int = CLASSES, learned: bool = True, **options: Any) -> 
 def pipeline(
     *, prediction: str = "epsilon", noise: Any = None, seed: int = 0, vae: Any = None, **options: Any
 ) -> Any:
-    """A whole DiTPipeline for images of 32x32, random and far from initialisation, where blocks do nothing."""
+    """A whole DiTPipeline for images of 32x32, random but far from initialisation, where it says nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = {"transformer": network(**options), "vae": vae or autoencoder()}
