@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,6 +20,7 @@ from tests import dit
 from tests.refusals import refuse
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "out": "run",
     "teacher": {"path": "teacher"},
@@ -118,6 +120,24 @@ def test_the_cache_holds_the_latents_that_stock_encodes(cli, here):
     assert torch.allclose(kept["mean"], encoded.mean * scale, atol=1e-5)
     assert torch.allclose(kept["std"], encoded.std * scale, atol=1e-5)
     assert images.labels.tolist() == sorted(images.labels.tolist()) and images.num_classes == 3
+
+
+def test_the_config_for_a_dit_runs(cli, tmp_path, monkeypatch, work):
+    """Two updates of every stage, of the epsilon teacher that it is for."""
+    dit.pipeline(classes=3).save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "dit" / "progressive.yaml"
+    changes = {
+        "teacher.path": "teacher", "data.path": str(work / "images"), "data.size": 32, "method.updates": 2,
+        "method.updates_v": 2, "training.batch_size": 4, "training.micro_batches": 2, "evaluation": None,
+        "pictures": 0,
+    }  # fmt: skip
+    outcome = cli("distill", config, *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
+    assert outcome.code == 0, outcome.stderr
+    for steps in (8, 4, 2, 1):
+        folder = tmp_path / "runs/dit-progressive/students" / f"{steps}-steps"
+        (ours,) = diffkd.generate(diffkd.load(folder), 2, labels=[2, 1], seed=5)
+        assert np.abs(ours.numpy().astype(int) - stock_images(folder, [2, 1], 5)).max() <= 1
 
 
 def test_every_method_is_named_above():
