@@ -38,7 +38,8 @@ class Autoencoder:
             )
         self.name, self.place, self.kind = source.name, source.folder / "vae", getattr(diffusers, kind)
         self.variant = source.variant if source.variant in variants_of(self.place) else None
-        validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
+        with networks.readable(self.place, self.name):
+            validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
         self.device = torch.device("cpu")
         config = networks.config_of(self.place, self.kind)
         widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,13 @@ def read_from(
     check: Callable[[dict[str, Any], str], None] | None = None,
 ) -> Any:
     """The same from a folder. name: what messages call the model."""
-    try:
+    with readable(place, name):
         variant = validation.check_network(kind, place, name, variant=variant)
         if check is not None:
             check(read_object(place / "config.json"), name)
         network, loading = kind.from_pretrained(
             place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, variant=variant
         )
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many types for an invalid config
-        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
-        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
     if loading["missing_keys"]:
         raise UserError(
             f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
@@ -71,6 +67,19 @@ def read_from(
         )
     nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
     return network
+
+
+@contextmanager
+def readable(place: Path, name: str) -> Iterator[None]:
+    """Raises UserError where the network in this folder cannot be built: diffusers raises many types for an
+    invalid config. name: what the message calls the model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
+        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
 
 
 def config_of(place: Path, kind: Any) -> dict[str, Any]:

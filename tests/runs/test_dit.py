@@ -182,6 +182,17 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, mo
     assert_same_runs(here / "whole", here / "broken")
 
 
+def test_two_processes_distil_what_one_does(cli, here, launched):
+    """The students and their cached latents, up to the order of a sum."""
+    given = ("method.steps=[2]", "method.learning_rate=1e-3", "training.micro_batches=2", "pictures=0")
+    assert cli("distill", "run.yaml", "out=one", *given).code == 0
+    done = launched(2, "distill", "run.yaml", "out=two", *given)
+    assert done.returncode == 0, done.stderr
+    one, two = (network(here / out / "students" / "2-steps") for out in ("one", "two"))
+    a, b = (torch.cat([value.double().flatten() for value in each.values()]) for each in (one, two))
+    assert (a - b).norm() <= 1e-5 * a.norm()
+
+
 def test_a_run_without_images(cli, here):
     """Its data is what the teacher draws of its classes in turn."""
     data = "data={kind: none, draws: 6, steps: 3, guidance: 2}"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ NETWORK = DiTTransformer2DModel
 CALL = {"guidance_scale": 1.0}  # the pipeline guides by default, and names label 1000 as no class
 ONCE = "Transformer2DModel"  # what diffusers called the network before version 0.29
 COPIED = {"vae": STEM}
+MOST_TOKENS = 1 << 16  # of an image; the published networks have 1024 at most
 COUNTS = (
     "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "sample_size", "patch_size",
     "num_embeds_ada_norm",
@@ -73,7 +73,7 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
 
 
 def _check_config(config: Mapping[str, Any], name: str) -> None:
-    """Raises UserError for a network that `call` does not describe, or that would fill the memory."""
+    """Raises UserError for a network that `call` does not describe, or of images beyond all use."""
     networks.check_supported(config, name, {"norm_type": ("ada_norm_zero",)})
     for key in COUNTS:
         value = config[key]
@@ -88,12 +88,10 @@ def _check_config(config: Mapping[str, Any], name: str) -> None:
     side, patch = config["sample_size"], config["patch_size"]
     if side % patch:
         raise UserError(f"{name} has sample_size {side}, which does not divide by its patch_size {patch}")
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    needed = (side // patch) ** 2 * width * 16  # of the table of positions, as it is made
-    if needed > psutil.virtual_memory().total:
+    if (tokens := (side // patch) ** 2) > MOST_TOKENS:
         raise UserError(
-            f"{name} has sample_size {side} and patch_size {patch}, whose table of positions needs "
-            f"{needed / 2**30:.0f} GiB, more than this machine has; repair its config.json"
+            f"{name} has sample_size {side} and patch_size {patch}, which are {tokens:,} tokens; supported "
+            f"are up to {MOST_TOKENS:,}"
         )
 
 
