@@ -62,6 +62,25 @@ PROMPTED = BARRED + textwrap.dedent("""
         names = dict(kind=type(pipeline).__name__, scheduler=type(pipeline.scheduler).__name__)
         np.savez(job["out"], latents=draw("latent").numpy(), picture=np.asarray(draw("pil")[0]), **names)
 """)
+LABELLED = BARRED + textwrap.dedent("""
+    import pathlib
+    import numpy as np, torch
+    from diffusers import DiffusionPipeline
+    students, n, labels, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    for folder, out in students:
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        card = json.loads(pathlib.Path(folder, "diffkd.json").read_text())
+        decode, given = pipeline.vae.decode, []
+        pipeline.vae.decode = lambda z, *args, **more: (given.append(z), decode(z, *args, **more))[1]
+        generators = [torch.Generator().manual_seed(5 + i) for i in range(n)]
+        options = dict(class_labels=labels, generator=generators, num_inference_steps=card["steps"])
+        pil = pipeline(**options, **card["call"]).images
+        latents = given[0] * pipeline.vae.config.scaling_factor
+        names = dict(kind=type(pipeline).__name__, scheduler=type(pipeline.scheduler).__name__)
+        np.savez(out, pictures=np.stack([np.asarray(p) for p in pil]), latents=latents.numpy(), **names)
+""")
 
 
 @dataclass(frozen=True)
@@ -108,5 +127,19 @@ def stock_pictures(
     jobs = [(str(folder), steps, str(out)) for (folder, steps), out in zip(students, outs, strict=True)]
     argument = json.dumps([jobs, n, None if labels is None else list(labels), torch.get_num_threads()])
     done = subprocess.run([sys.executable, "-c", STOCK, argument], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return [np.load(out) for out in outs]
+
+
+def stock_pictures_of_labels(folders: Sequence[Path], place: Path, labels: Sequence[int]) -> list[Any]:
+    """Of each of these latent students, called as its card says, an image of each label from the seeds 5, 6,
+    ...: `latents` (N, C, H, W), `pictures` in uint8 (N, H, W, 3), and the names of the pipeline (`kind`) and
+    of its `scheduler`. place: a folder to work in."""
+    outs = [place / f"labelled-{number}.npz" for number in range(len(folders))]
+    jobs = [(str(folder), str(out)) for folder, out in zip(folders, outs, strict=True)]
+    argument = json.dumps([jobs, len(labels), list(labels), torch.get_num_threads()])
+    done = subprocess.run(
+        [sys.executable, "-c", LABELLED, argument], capture_output=True, text=True, cwd=place
+    )
     assert done.returncode == 0, done.stderr
     return [np.load(out) for out in outs]

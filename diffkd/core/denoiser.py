@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -134,9 +135,9 @@ class Denoiser(nn.Module):
             given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
             return null + weight * (given - null)
         x_t = x_t.to(self.dtype)
-        if (second := attached(self.network)) is not None:
-            second.value = cond.pop(INTERVAL, None)
-        output: Any = self.call(self.network, x_t, self.schedule.network_time(t, x_t), cond)
+        second = attached(self.network)
+        with nullcontext() if second is None else second.told(cond.pop(INTERVAL, None)):
+            output: Any = self.call(self.network, x_t, self.schedule.network_time(t, x_t), cond)
         sample: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return sample
 

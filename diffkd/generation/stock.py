@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,20 @@ def generate_stock(
     labels: Tensor | None = None,
     batch_size: int = 64,
     share: tuple[int, int] = (0, 1),
+    call: Mapping[str, Any] | None = None,
 ) -> Iterator[Tensor]:
     """n images as uint8 batches (B, H, W, C); image i from `torch.Generator().manual_seed(seed + i)`.
 
-    labels: (n,), for a pipeline that takes class labels. share: as for `generate`. Raises UserError where the
-    pipeline refuses its arguments.
+    labels: (n,), for a pipeline that takes class labels. share: as for `generate`. call: other arguments.
+    Raises UserError where the pipeline refuses its arguments.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
     rank, world = share
     for start in range(rank * batch_size, n, world * batch_size):
         count = min(batch_size, n - start)
-        options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+        options: dict[str, Any] = {**(call or {})}
+        if steps is not None:
+            options["num_inference_steps"] = steps
         if "batch_size" in parameters:
             options["batch_size"] = count
         if labels is not None:

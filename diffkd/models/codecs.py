@@ -22,9 +22,13 @@ LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
 
 class Autoencoder:
     """The codec of a pipeline's `vae`: latents are scaled by its scaling factor, or normalised by its means
-    and standard deviations where it has them. Its weights are read when it is first used, in float32."""
+    and standard deviations where it has them. Its weights are read when it is first used, in float32.
 
-    def __init__(self, source: Source) -> None:
+    only: height and width of the only latents that the pipeline's network takes, None for one that takes any.
+    """
+
+    def __init__(self, source: Source, only: tuple[int, int] | None = None) -> None:
+        self.source, self.only = source, only
         entry = source.index.get("vae")
         kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind not in SUPPORTED:
@@ -34,7 +38,8 @@ class Autoencoder:
             )
         self.name, self.place, self.kind = source.name, source.folder / "vae", getattr(diffusers, kind)
         self.variant = source.variant if source.variant in variants_of(self.place) else None
-        validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
+        with networks.readable(self.place, self.name):
+            validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
         self.device = torch.device("cpu")
         config = networks.config_of(self.place, self.kind)
         widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
@@ -68,13 +73,29 @@ class Autoencoder:
         return fingerprints.of_files([self.place / "config.json", *files])
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide."""
+        """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide, or is
+        not the only one."""
         if height % self.factor or width % self.factor:
             raise UserError(
                 f"images of {width}x{height} do not divide by {self.factor}, the scale of the latents of "
                 f"{self.name}; use multiples of it"
             )
-        return self.channels, height // self.factor, width // self.factor
+        latents = height // self.factor, width // self.factor
+        if self.only not in (None, latents):
+            own_height, own_width = (side * self.factor for side in self.only)
+            raise UserError(
+                f"images of {width}x{height} are not of the one size that {self.name} takes and makes; use "
+                f"{own_width}x{own_height}"
+            )
+        return self.channels, *latents
+
+    def check_channels(self, taken: int) -> None:
+        """Raises UserError where the latents have other channels than the network takes."""
+        if self.channels != taken:
+            raise UserError(
+                f"{self.name} has an autoencoder of {self.channels} channels, and its network takes {taken}; "
+                "are they of one model?"
+            )
 
     @cached_property
     def network(self) -> Any:

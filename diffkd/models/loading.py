@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,10 @@ def _family_of(found: Source) -> Family:
         if name in names:
             return family
         supported += names
+    (near,) = difflib.get_close_matches(name, supported, n=1, cutoff=0)
     raise UserError(
         f"{found.name} is a {name}, which is not a supported {'network' if alone else 'pipeline'}; supported "
-        f"are {', '.join(supported)}"
+        f"are {', '.join(supported)}, the nearest {near}"
         + ("" if alone else " (diffkd evaluate --sampler stock measures others)")
     )
 
@@ -177,18 +179,33 @@ def _quiet() -> Iterator[None]:
 
 def save(denoiser: Denoiser, folder: Path) -> None:
     """Writes a stock pipeline that needs no diffkd, without its model card."""
-    for family in families():
-        if isinstance(denoiser.network, family.NETWORK):
-            family.save(denoiser, folder)
-            return
-    raise UserError(
-        f"a {type(denoiser.network).__name__} cannot be saved: no pipeline of its own is supported"
-    )
+    family = _family_saving(denoiser)
+    if family is None:
+        raise UserError(
+            f"a {type(denoiser.network).__name__} cannot be saved: no pipeline of its own is supported"
+        )
+    family.save(denoiser, folder)
+
+
+def stock_call(denoiser: Denoiser) -> dict[str, Any]:
+    """Arguments with which its stock pipeline draws what diffkd draws, beside steps and labels or prompts."""
+    family = _family_saving(denoiser)
+    return {} if family is None else {**family.CALL}
+
+
+def _family_saving(denoiser: Denoiser) -> Family | None:
+    return next((family for family in families() if isinstance(denoiser.network, family.NETWORK)), None)
 
 
 def set_null_label(denoiser: Denoiser, null_label: int) -> None:
     """Sets the label that means "no class", for a pipeline whose config does not name it."""
+    if null_label == denoiser.null_label:
+        return
     total = getattr(denoiser.network.config, "num_class_embeds", None)
+    if total is None and denoiser.null_label is not None:
+        raise UserError(
+            f"null_label {null_label} is not that of this model, which is {denoiser.null_label}; leave it out"
+        )
     if total is None or null_label >= total:
         raise UserError(f"null_label {null_label} is not a label of this model, which has {total or 'none'}")
     denoiser.null_label = null_label

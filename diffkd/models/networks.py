@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ from diffkd.models.source import Source
 
 
 def read(
-    source: Source, component: str, kind: Any, check: Callable[[dict[str, Any], str], None] | None = None
+    source: Source,
+    component: str,
+    kind: Any,
+    check: Callable[[dict[str, Any], str], None] | None = None,
+    *,
+    once: str | None = None,
 ) -> Any:
     """The network of this class that a pipeline calls `component`, in float32.
 
-    check: given the config and the model's name, before memory is taken. Raises UserError for another class,
-    and for weights that are not whole, or not those of the config.
+    once: what the class was called by earlier versions of diffusers. check: given the config and the model's
+    name, before memory is taken. Raises UserError for another class, and for weights that are not whole, or
+    not those of the config.
     """
     entry = source.index.get(component, ["diffusers", kind.__name__])
-    if not isinstance(entry, list) or entry[-1:] != [kind.__name__]:
+    if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once]):
         raise UserError(
             f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
             f"{kind.__name__}"
@@ -42,18 +49,13 @@ def read_from(
     check: Callable[[dict[str, Any], str], None] | None = None,
 ) -> Any:
     """The same from a folder. name: what messages call the model."""
-    try:
+    with readable(place, name):
         variant = validation.check_network(kind, place, name, variant=variant)
         if check is not None:
             check(read_object(place / "config.json"), name)
         network, loading = kind.from_pretrained(
             place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, variant=variant
         )
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many types for an invalid config
-        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
-        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
     if loading["missing_keys"]:
         raise UserError(
             f"{name}: the weights in {place} lack {loading['missing_keys'][0]}; are they complete?"
@@ -65,6 +67,19 @@ def read_from(
         )
     nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
     return network
+
+
+@contextmanager
+def readable(place: Path, name: str) -> Iterator[None]:
+    """Raises UserError where the network in this folder cannot be built: diffusers raises many types for an
+    invalid config. name: what the message calls the model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300].removesuffix("; is it complete?")
+        raise UserError(f"{name}: the network in {place} cannot be read ({why}); is it complete?") from error
 
 
 def config_of(place: Path, kind: Any) -> dict[str, Any]:

@@ -143,6 +143,11 @@ def card(folder: Path) -> dict[str, Any]:
         and weights[0] <= weights[1]
     ):
         raise UserError(f"{path} has guidance_range {quoted(weights)}, which is not two weights; repair it")
+    call = content.get("call", {})
+    if not isinstance(call, dict) or not all(
+        key.isidentifier() and type(value) in (int, float) for key, value in call.items()
+    ):
+        raise UserError(f"{path} has call {quoted(call)}, which is not numbers by name; repair or remove it")
     metrics = content.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")

@@ -187,7 +187,7 @@ def _spread_watch(
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
         opened = latents.fit(source.load(session.accelerator.device), cached)
         if cached is not None:
-            return latents.drawn(opened, cached, count, steps, guidance, config.seed)
+            return latents.drawn(opened, cached, labels, count, steps, guidance, config.seed)
         return generate(opened, count, steps=steps, seed=config.seed, labels=labels, **options)
 
     conditional = teacher.num_classes is not None

@@ -105,13 +105,22 @@ def fit(denoiser: Denoiser, cache: Conditions | None) -> Denoiser:
 
 @torch.no_grad()
 def drawn(
-    teacher: Denoiser, cache: Conditions, count: int, steps: int, guidance: float, seed: int
+    teacher: Denoiser,
+    cache: Conditions,
+    labels: Tensor | None,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
 ) -> Iterator[Tensor]:
-    """Latents (B, C, H, W) that a teacher draws for the prompts of some examples, in batches."""
+    """Latents (B, C, H, W) that a teacher draws for these labels (count,), or for the prompts of some
+    examples, in batches."""
     generator = torch.Generator().manual_seed(derived_seed(seed, *b"drawn"))
-    for part in chosen(len(cache), count).split(TOGETHER):
+    examples = chosen(len(cache), count)
+    for part in torch.arange(count).split(TOGETHER):
         noise = torch.randn(len(part), *cache.shape, generator=generator).to(teacher.device)
-        cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in cache.asked(part).items()}
+        given = cache.asked(examples[part]) if labels is None else {"class_labels": labels[part]}
+        cond: dict[str, Any] = {key: value.to(teacher.device) for key, value in given.items()}
         cond |= teacher.guided_by(guidance, len(part))
         yield samplers.sample(teacher, noise, steps, teacher.sampler, **cond)
 

@@ -162,7 +162,7 @@ class SpreadWatch:
         with torch.no_grad(), torch.random.fork_rng(), eager:  # whatever its layers draw
             for part in torch.arange(DRAWN).split(training.batch_size // training.parts(processes)):
                 cond: dict[str, Any] = {} if labels is None else {"class_labels": labels[part]}
-                if self.cache is not None:
+                if self.cache is not None and self.cache.embeddings is not None:
                     cond = self.cache.asked(chosen(len(self.cache), DRAWN)[part])
                 if stage.interval:
                     cond[INTERVAL] = torch.full((len(part),), 1 / stage.steps, dtype=torch.float64)
@@ -187,8 +187,9 @@ class SpreadWatch:
             return self._spread(self.teacher(DRAWN, self._labels), self._labels)
         if self.cache is not None:
             rng, main = torch.Generator().manual_seed(derived_seed(self.session.seed)), self.cache.main
-            batches = (main.batch(DRAWN, rng)[0] for _ in range(0, LOOKED_AT, DRAWN))
-            return self._spread(batches, None)
+            batches = [main.batch(DRAWN, rng) for _ in range(0, LOOKED_AT, DRAWN)]
+            given = [cond["class_labels"] for _, cond in batches] if self.conditional else []
+            return self._spread((x0 for x0, _ in batches), torch.cat(given) if given else None)
         chosen = torch.arange(0, len(images), -(-len(images) // LOOKED_AT))
         labels = images.labels[chosen] if self.conditional and images.labels is not None else None
         parts = (images.uint8(part).permute(0, 2, 3, 1) for part in chosen.split(DRAWN))

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from diffkd.core import interval
 from diffkd.core.classifier import Model
 from diffkd.errors import UserError
 from diffkd.methods.base import Optimization, Stage
@@ -91,6 +92,7 @@ def _place(accelerator: Accelerator, net: nn.Module, training: Training, half: t
     network: Any = net.network if isinstance(net, Model) else net
     if training.gradient_checkpointing and isinstance(net, Model):  # others are small
         if getattr(network, "_supports_gradient_checkpointing", False):
+            interval.check_recomputed(network)
             network.enable_gradient_checkpointing()  # a frozen one's too: gradients may go through it
         elif _is_trained(net):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
 def test_every_file_keeps_the_contract(family):
     assert all(hasattr(diffusers, name) for name in family.PIPELINES)
     assert issubclass(family.NETWORK, nn.Module) and callable(family.load) and callable(family.save)
+    for name in family.PIPELINES:
+        assert {*family.CALL} <= {*inspect.signature(getattr(diffusers, name).__call__).parameters}
 
 
 def test_no_two_families_load_the_same_pipeline():

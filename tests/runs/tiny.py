@@ -55,7 +55,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def network(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (weights,) = (place for name in ("unet", "transformer") if (place := folder / name).is_dir())
+    return load_file(weights / "diffusion_pytorch_model.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

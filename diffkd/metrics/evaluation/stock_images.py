@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from diffkd.metrics.evaluation.image_stream import (
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.models import loading
+
+NO_CLASS = 1000  # the label that a DiTPipeline guides with, whatever its network's classes
 
 
 def stock_option() -> str:
@@ -74,12 +77,15 @@ class StockPipeline:
         if steps and self.steps not in (None, steps):
             log.warning("%s was made for %d steps, and is drawn in %d", self.path, self.steps, steps)
         pipeline, count = self.pipeline, default_count(config, reference)
+        call = {**self.card.get("call", {})}
+        arguments = stock_defaults(pipeline) | call
+        self._check_guided(arguments)
         said, labels = self._labels(config, reference, count)
 
         def drawn(rank: int, world: int) -> Numbered:
             images = generate_stock(
                 pipeline, count, steps=steps, seed=config.seed, labels=labels, batch_size=config.batch_size,
-                share=(rank, world),
+                share=(rank, world), call=call,
             )  # fmt: skip
             return numbered(images, config.batch_size, rank, world)
 
@@ -87,9 +93,18 @@ class StockPipeline:
         return ImageStream(count, brought_to(drawn, config.image_size), {
             **({"steps": steps} if steps else {}), "sampler": "stock",
             "scheduler": {"name": type(pipeline.scheduler).__name__, **settings},
-            "pipeline": {"name": type(pipeline).__name__, **stock_defaults(pipeline)},
+            "pipeline": {"name": type(pipeline).__name__, **arguments},
             "labels": said, "seed": config.seed, "dtype": str(pipeline.dtype).removeprefix("torch."),
         })  # fmt: skip
+
+    def _check_guided(self, arguments: Mapping[str, Any]) -> None:
+        """Raises UserError for a DiTPipeline that guides a network of other classes than ImageNet's."""
+        classes = getattr(self.network, "config", {}).get("num_embeds_ada_norm", NO_CLASS)
+        if classes != NO_CLASS and arguments.get("guidance_scale", 1) > 1:
+            raise UserError(
+                f"{self.path} has {classes} classes, and a {type(self.pipeline).__name__} guides with label "
+                f"{NO_CLASS} as no class; leave out {stock_option()}"
+            )
 
     def _labels(self, config: Evaluation, reference: Reference, count: int) -> tuple[Any, Tensor | None]:
         """(what the protocol says of the labels, (count,)); None for a network without classes."""

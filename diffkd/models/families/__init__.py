@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import nn
 
@@ -27,6 +28,11 @@ class Family(Protocol):
     @property
     def NETWORK(self) -> type[nn.Module]:
         """The class of the networks it saves."""
+
+    @property
+    def CALL(self) -> Mapping[str, Any]:
+        """Arguments of the stock pipeline's call, beside steps and labels or prompts, with which it draws
+        what diffkd draws; {} where its defaults do."""
 
     def load(self, source: Source) -> Denoiser:
         """The model of this source as a Denoiser in float32. Raises UserError for what is not supported.

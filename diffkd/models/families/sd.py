@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffkd.core.conditioning import Cond
@@ -20,24 +16,23 @@ from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import quoted
-from diffkd.models import guidance_input, networks, schedulers
+from diffkd.models import components, guidance_input, networks, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
-from diffkd.models.pipeline_files import INDEX, STEM, read_object, variants_of, weights_of
+from diffkd.models.pipeline_files import INDEX, STEM
 from diffkd.models.source import Source
 from diffkd.models.unet import to_fast, to_stock
 
 XL = "StableDiffusionXLPipeline"
 PIPELINES = ("StableDiffusionPipeline", XL)
 NETWORK = UNet2DConditionModel
+CALL: dict[str, Any] = {}
 EMBEDDED = 16  # width of the guidance embedding of students that have guidance baked in
 UNKNOWN_RANGE = (1.0, 15.0)  # of the weights that a network was trained for, where no card says it
 COPIED = {  # components that students have of their teacher, and the stem of their weights' names
     "vae": STEM, "text_encoder": "model", "text_encoder_2": "model", "tokenizer": None, "tokenizer_2": None,
     "safety_checker": "model", "feature_extractor": None, "image_encoder": "model",
 }  # fmt: skip
-FLOATS_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors says it
-FLOATS = frozenset(FLOATS_OF.values())
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "class_embed_type": (None,),
@@ -56,7 +51,7 @@ def load(source: Source) -> Denoiser:
             "give the folder of their pipeline"
         )
     two = source.index["_class_name"] == XL
-    _check_components(source)
+    components.check(source, "unet", COPIED)
     _check_config(networks.config_of(source.place_of("unet"), UNet2DConditionModel), source.name, two=two)
     network = networks.read(source, "unet", UNet2DConditionModel)
     network = to_fast(network)
@@ -81,26 +76,6 @@ def load(source: Source) -> Denoiser:
         codec=codec,
         conditioner=conditioner,
     )
-
-
-def _check_components(source: Source) -> None:
-    """Raises UserError for components that a student cannot have from its teacher."""
-    for component in source.index:
-        if not _has(source, component) or component in ("unet", "scheduler"):
-            continue
-        if component not in COPIED:
-            raise UserError(
-                f"{source.name} has a component {quoted(component)}, which is not supported; supported are "
-                f"unet, scheduler, {', '.join(COPIED)}"
-            )
-        place, stem = source.folder / component, COPIED[component]
-        if not place.is_dir():
-            raise UserError(
-                f"{source.name} has no folder {component}, which its index names; is it complete?"
-            )
-        if stem is not None:
-            asked = source.variant if source.variant in variants_of(place, stem) else None
-            weights_of(place, source.name, asked, stem)
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
@@ -143,17 +118,13 @@ def _check_config(config: Mapping[str, Any], name: str, *, two: bool) -> None:
 
 def _check_widths(config: Any, codec: Autoencoder, conditioner: ClipPrompts) -> None:
     """Raises UserError where encoder, autoencoder and network do not fit each other."""
-    width, latents = conditioner.example["encoder_hidden_states"].shape[-1], codec.channels
+    width = conditioner.example["encoder_hidden_states"].shape[-1]
     if config.cross_attention_dim != width:
         raise UserError(
             f"{codec.name} has text encoders of width {width}, and its network takes "
             f"{config.cross_attention_dim}; are they of one model?"
         )
-    if config.in_channels != latents:
-        raise UserError(
-            f"{codec.name} has an autoencoder of {latents} channels, and its network takes "
-            f"{config.in_channels}; are they of one model?"
-        )
+    codec.check_channels(config.in_channels)
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
@@ -174,49 +145,8 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
     scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
     scheduler.save_pretrained(folder / "scheduler")
-    for component, stem in COPIED.items():
-        if _has(source, component):
-            _copy(source, component, stem, folder / component, network.dtype)
+    components.copy(source, COPIED, folder, network.dtype)
     write_json(folder / INDEX, {**source.index, "scheduler": ["diffusers", type(scheduler).__name__]})
-
-
-def _has(source: Source, component: str) -> bool:
-    entry = source.index.get(component)
-    return isinstance(entry, list) and entry != [None, None]
-
-
-def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype: torch.dtype) -> None:
-    """The files of a component that is not trained: its configs, and of its weights those that are read,
-    under the plain name and in this dtype, so that stock pipelines open them without a word."""
-    place = source.folder / component
-    folder.mkdir(exist_ok=True)
-    for path in place.iterdir():
-        if path.suffix in (".json", ".txt") and not path.name.startswith(f"{stem}.safetensors.index"):
-            shutil.copy(path, folder / path.name)
-    if stem is None:
-        return
-    asked = source.variant if source.variant in variants_of(place, stem) else None
-    variant, files = weights_of(place, source.name, asked, stem)
-    index = variants_of(place, stem)[variant]
-    sharded = index.suffix == ".json"
-    if sharded:
-        shutil.copy(index, folder / f"{stem}.safetensors.index.json")
-    for path in files:
-        _copy_weights(path, folder / (path.name if sharded else f"{stem}.safetensors"), dtype)
-    config = read_object(folder / "config.json")
-    if named := [key for key in ("dtype", "torch_dtype") if key in config]:  # which transformers goes by
-        write_json(folder / "config.json", config | dict.fromkeys(named, str(dtype).removeprefix("torch.")))
-
-
-def _copy_weights(path: Path, to: Path, dtype: torch.dtype) -> None:
-    with safe_open(path, framework="pt") as file:
-        held = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        if not held.intersection(FLOATS) - {FLOATS_OF.get(dtype)}:
-            shutil.copy(path, to)
-            return
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    save_file(made, to, metadata={"format": "pt"})
 
 
 @contextmanager

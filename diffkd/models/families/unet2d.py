@@ -20,6 +20,7 @@ from diffkd.models.unet import to_fast, to_stock
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 NETWORK = UNet2DModel
+CALL: dict[str, Any] = {}
 
 
 def load(source: Source) -> Denoiser:

@@ -9,7 +9,7 @@ from typing import Any
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.metrics.evaluation.records import formatted
-from diffkd.models import sizes
+from diffkd.models import loading, sizes
 from diffkd.models.loading import CARD
 from diffkd.runs.reports import markdown, teacher_sampling
 
@@ -36,6 +36,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
+        **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
         **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
         **more,
@@ -63,8 +64,11 @@ def _code(*lines: str) -> list[str]:
 
 def _pipeline(card: Mapping[str, Any]) -> list[str]:
     steps, classes = card.get("steps"), card.get("num_classes")
-    labels = f", class_labels=[i % {classes} for i in range(16)]" if classes else ""
-    drawn = '"what to draw"' if card.get("prompts") else f"batch_size=16{labels}"
+    call = {} if card.get("prompts") else {"batch_size": 16}  # a pipeline of another call says it
+    given = [f"{key}={value!r}" for key, value in card.get("call", call).items()]
+    if classes:
+        given.append(f"class_labels=[i % {classes} for i in range(16)]")
+    drawn = ", ".join(['"what to draw"', *given] if card.get("prompts") else given)
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
@@ -87,6 +91,11 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     if steps:
         advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
         lines += [advice, ""]
+    if (scale := card.get("call", {}).get("guidance_scale")) is not None:
+        lines += [
+            f"Name `guidance_scale={scale}`: by default the pipeline guides it on top, to another image.",
+            "",
+        ]
     lines += markdown.facts(card, PIPELINE_FACTS)
     lines += _class_names(card)
     measured = [row for row in map(_measured, card.get("metrics", [])) if row is not None]
