@@ -2,12 +2,14 @@
 
     python scripts/side_by_side.py runs/digits-best docs/quickstart.png
 
-Reads samples/*.png and metrics.json of the run (extra `report`).
+Reads samples/*.png and metrics.json of the run (extra `report`). Of a text-to-image run the prompts are below
+their columns.
 """
 
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,28 +28,39 @@ def tiles(path: Path) -> list[np.ndarray]:
         return [np.asarray(tile) for tile in grids.tiles(grid, TILES)]
 
 
+def prompts(run: Path) -> list[str]:
+    """Of the first tiles; none of a run without prompts."""
+    with Image.open(next(iter((run / "samples").glob("*.png")))) as grid:
+        return grids.prompts_of(grid, TILES)
+
+
 def rows(run: Path) -> list[tuple[str, str, list[np.ndarray]]]:
     """(role, title, tiles): the teacher from many steps to few, then the students."""
-    fids = {(r["model"], r["steps"]): r["fid"] for r in json.loads((run / "metrics.json").read_text())}
+    measured = {(r["model"], r["steps"]): r for r in json.loads((run / "metrics.json").read_text())}
     found = []
     for path in (run / "samples").glob("*.png"):
         teacher, steps, method = re.fullmatch(r"(teacher-)?(\d+)-steps(?:-(.+))?", path.stem).groups()
         role, name = ("teacher", "teacher") if teacher else ("student", path.stem)
         title = f"{role}, {steps} step{'s' * (steps != '1')}" + (f", {method}" if method else "")
-        if (name, int(steps)) in fids:
-            title += f"   FID {fids[name, int(steps)]:.2f}"
+        if record := measured.get((name, int(steps))):
+            title += f"   FID {record['fid']:.{2 if record['fid'] < 100 else 0}f}"
         found.append((role == "student", -int(steps), name, role, title, tiles(path)))
     return [row[3:] for row in sorted(found, key=lambda row: row[:3])]
 
 
-def strips(out: Path, drawn: Sequence[tuple[str, str, Sequence[np.ndarray]]], left: float) -> None:
+def strips(
+    out: Path, drawn: Sequence[tuple[str, str, Sequence[np.ndarray]]], left: float, below: Sequence[str] = ()
+) -> None:
     """A picture of rows: a title, its colour, TILES images of (H, W) or (H, W, 3). left: the titles' share of
-    the width. Raises ImportError without matplotlib."""
+    the width. below: what is written under the columns. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 0.5 * len(drawn)), dpi=110)
+    texts = [textwrap.fill(text, 11) for text in below]
+    tall = len(drawn) + 0.17 * max((text.count("\n") + 2 for text in texts), default=0)  # in rows
+    figure = Figure(figsize=(7.2, 0.5 * tall), dpi=110)
+    bottom = 0.005 + 1 - len(drawn) / tall
     grid = figure.add_gridspec(
-        len(drawn), TILES, left=left, right=0.995, top=0.995, bottom=0.005, wspace=0.06, hspace=0.1
+        len(drawn), TILES, left=left, right=0.995, top=0.995, bottom=bottom, wspace=0.06, hspace=0.1
     )
     for y, (title, colour, images) in enumerate(drawn):
         for x, image in enumerate(images):
@@ -55,8 +68,11 @@ def strips(out: Path, drawn: Sequence[tuple[str, str, Sequence[np.ndarray]]], le
             axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set_axis_off()
         figure.text(
-            left - 0.01, 1 - (y + 0.5) / len(drawn), title, ha="right", va="center", fontsize=9, color=colour
+            left - 0.01, 1 - (y + 0.5) / tall, title, ha="right", va="center", fontsize=9, color=colour
         )
+    for x, text in enumerate(texts):
+        place = left + (x + 0.5) * (0.995 - left) / TILES
+        figure.text(place, bottom - 0.03 / tall, text, ha="center", va="top", fontsize=5.5, color=INK)
     figure.savefig(out, facecolor="white")
 
 
@@ -68,7 +84,7 @@ def main() -> None:
     drawn = [
         (title, TEACHER if role == "teacher" else STUDENT, images) for role, title, images in rows(given.run)
     ]
-    strips(given.out, drawn, left=0.34)
+    strips(given.out, drawn, left=0.34, below=prompts(given.run))
     print(f"{given.out}: {given.out.stat().st_size // 1000} kB")
 
 
