@@ -127,10 +127,8 @@ def test_statistics_alone_are_reference_enough(cli, here, measure):
 
 def test_a_folder_of_images_with_its_prompts(cli, here, measure):
     """As it was written; some of it with the prompts of those."""
-    assert (
-        cli("sample", "teacher", "--prompts", "captions.txt", "-n", 2, "--steps", 2, "--out", "images").code
-        == 0
-    )
+    given = ("--prompts", "captions.txt", "-n", 2, "--steps", 2, "--batch-size", 4)
+    assert cli("sample", "teacher", *given, "--out", "images").code == 0
     images = drawn(cli, "teacher", 2, "--steps", 2)
     args = ["images", "--reference", "real", "--features", "shapes", "--prompts", "captions.txt", "--metrics"]
     args += ["clip_score", "--clip-score-weights", "clip"]
