@@ -58,7 +58,7 @@ def data(request, here):
     return request.param
 
 
-FILES = {"squares": 3, "buckets": 2 + 3, "prompts": 2}  # of a cache
+FILES = {"squares": 3, "buckets": 2 + 3 + 1, "prompts": 2}  # of a cache, of buckets also the sizes
 
 
 def cached(folder):
