@@ -115,13 +115,6 @@ class EDMSchedule(Schedule):
                 "preserve variance); use sample, with the network preconditioned, or flow"
             )
 
-    def check_steps(self, steps: int, sampler: str = "ddim") -> None:
-        if not 1 <= steps <= self.num_train_timesteps:
-            raise UserError(
-                f"a student of {steps} steps does not fit an EDM schedule of {self.num_train_timesteps} time "
-                f"steps; use 1 to {self.num_train_timesteps}"
-            )
-
 
 @dataclass(frozen=True)
 class Preconditioned:

@@ -190,9 +190,5 @@ class FlowSchedule(Schedule):
             )
 
     def check_steps(self, steps: int, sampler: str = "ddim") -> None:
-        if not 1 <= steps <= self.num_train_timesteps:
-            raise UserError(
-                f"a student of {steps} steps does not fit a flow of {self.num_train_timesteps} time steps; "
-                f"use 1 to {self.num_train_timesteps}"
-            )
+        super().check_steps(steps, sampler)
         self.law.check_steps(steps)

@@ -73,9 +73,13 @@ class Schedule(ABC):
     def check_prediction(self, prediction: str) -> None:
         """Raises UserError for a prediction type that does not determine x0 everywhere on this schedule."""
 
-    @abstractmethod
     def check_steps(self, steps: int, sampler: str = "ddim") -> None:
         """Raises UserError for a step count that students of this schedule cannot have."""
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise UserError(
+                f"a student of {steps} steps does not fit a schedule of {self.num_train_timesteps} time "
+                f"steps; use 1 to {self.num_train_timesteps}"
+            )
 
     @abstractmethod
     def content(self) -> bytes:

@@ -33,7 +33,7 @@ def read(
     not those of the config.
     """
     entry = source.index.get(component, ["diffusers", kind.__name__])
-    if not isinstance(entry, list) or entry[-1:] not in [[name] for name in (kind.__name__, once) if name]:
+    if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once or kind.__name__]):
         raise UserError(
             f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
             f"{kind.__name__}"

@@ -140,7 +140,7 @@ def test_noise_is_scaled_once():
         (lambda: EDMSchedule(rho=0.0), "rho 0.0"),
         (lambda: EDMSchedule(sigma_data=math.inf), "sigma_data inf"),
         (lambda: EDMSchedule(num_train_timesteps=1), "1 time steps make no EDM schedule"),
-        (lambda: EDMSchedule().check_steps(0), "0 steps does not fit an EDM schedule of 1000"),
+        (lambda: EDMSchedule().check_steps(0), "0 steps does not fit a schedule of 1000"),
         (lambda: EDMSchedule(num_train_timesteps=18).check_steps(19), "use 1 to 18"),
         (lambda: Denoiser(Network(), EDMSchedule(), "v_prediction"), "v_prediction does not give x0"),
     ],

@@ -236,7 +236,7 @@ def test_epsilon_is_fine_below_pure_noise():
         (lambda: Nodes((0.5, math.nan)), "no grid of a flow"),
         (lambda: stretched([1.0], 0.1), "single step from pure noise has no last sigma"),
         (lambda: stretched([1.0, 0.5], 1.0), "shift_terminal 1.0 is out of range"),
-        (lambda: FlowSchedule().check_steps(0), "0 steps does not fit a flow of 1000"),
+        (lambda: FlowSchedule().check_steps(0), "0 steps does not fit a schedule of 1000"),
         (lambda: FlowSchedule().check_steps(1001), "use 1 to 1000"),
         (lambda: FlowSchedule(LAWS["terminal"]).check_steps(3), "grid of 8 sigmas; use one of 1, 2, 4, 8"),
     ],
