@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 ODD = (None, True, -1, 10**400, "x", "\x1b[31m\u202e", [], {}, [[]], {"a": 1})
 LARGEST_VALUE = 40  # keys of one file whose values are replaced
+
+
+def changed(folder: Path, path: str, **values: Any) -> None:
+    """Other values at the top of a JSON file of a folder."""
+    content = json.loads((folder / path).read_text())
+    (folder / path).write_text(json.dumps({**content, **values}))
 
 
 def edits(text: str) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import diffusers
@@ -15,6 +14,7 @@ from diffkd.errors import UserError
 from diffkd.models import loading, students
 from diffkd.models.students.config import DropBlocks, Narrow
 from tests import dit
+from tests.edits import changed
 
 LABELS = [3, 5, 0]
 TRAILING = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
@@ -266,17 +266,13 @@ def test_blocks_that_are_computed_again_would_not_know_it(saved):
 # what is refused
 
 
-def changed(folder, path, **values):
-    content = json.loads((folder / path).read_text())
-    (folder / path).write_text(json.dumps({**content, **values}))
-
-
 @pytest.mark.parametrize(
     ("path", "values", "says"),
     [
         ("model_index.json", {"safety_checker": ["x", "Y"]}, "component 'safety_checker'"),
         ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "autoencoder of type.*VQModel"),
         ("model_index.json", {"transformer": ["diffusers", "SD3Transformer2DModel"]}, "SD3Transformer2DMod"),
+        ("model_index.json", {"transformer": [None, None]}, "network of type.*None"),
         ("transformer/config.json", {"norm_type": "layer_norm"}, "norm_type 'layer_norm'"),
         ("transformer/config.json", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm None"),
         (

@@ -14,6 +14,7 @@ from diffkd.core import samplers
 from diffkd.errors import UserError
 from diffkd.models import guidance_input, loading
 from tests import text_to_image
+from tests.edits import changed
 
 PROMPTS = ["a small red ring above a large blue square", "two stars", ""]
 
@@ -206,11 +207,6 @@ def test_students_of_variants_and_shards_open_without_naming_them(tmp_path, how)
     assert torch.equal(one, other) and pipeline.text_encoder.dtype == torch.float32
 
 
-def changed(folder, path, **values):
-    content = json.loads((folder / path).read_text())
-    (folder / path).write_text(json.dumps({**content, **values}))
-
-
 @pytest.mark.parametrize(
     ("path", "values", "says"),
     [
@@ -221,6 +217,7 @@ def changed(folder, path, **values):
         ("model_index.json", {"tokenizer": ["own", "Tokenizer"]}, "tokenizer of"),
         ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "supported is UNet2DConditionModel"),
         ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "StableDiffusionInpaintPip"),
+        ("model_index.json", {"unet": [None, None]}, "network of type.*None"),
         ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("vae/config.json", {"scaling_factor": 0}, "scaling_factor 0"),
