@@ -18,20 +18,10 @@ import diffkd
 from diffkd import methods
 from tests import dit
 from tests.refusals import refuse
+from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "out": "run",
-    "teacher": {"path": "teacher"},
-    "data": {"kind": "folder", "path": "images", "size": 32},
-    "method": {
-        "name": "progressive", "steps": [4, 2], "updates": 2, "learning_rate": 1e-4, "guidance": 3.0,
-    },
-    "training": {"batch_size": 4, "log_every": 1, "checkpoint_every": 1},
-    "evaluation": None,
-    "pictures": 4,
-}  # fmt: skip
 SEVERAL: dict[str, Any] = {"steps": [2, 1]}
 ONE: dict[str, Any] = {"steps": 2}
 METHODS: dict[str, dict[str, Any]] = {

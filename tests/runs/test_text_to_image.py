@@ -27,21 +27,11 @@ from diffkd.metrics.evaluation import image_sources
 from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
+from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
-CONFIG = {
-    "out": "run",
-    "teacher": {"path": "teacher"},
-    "data": {"kind": "folder", "path": "images", "size": 32},
-    "method": {
-        "name": "progressive", "steps": [4, 2], "updates": 2, "learning_rate": 1e-4, "guidance": 3.0,
-    },
-    "training": {"batch_size": 4, "log_every": 1, "checkpoint_every": 1},
-    "evaluation": None,
-    "pictures": 4,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["sd", "xl"])

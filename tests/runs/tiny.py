@@ -36,6 +36,17 @@ UNMEASURED = {"evaluation": None, "pictures": 0}
 DEEP_TEACHER = {**TEACHER, **UNMEASURED, "model": {"channels": [8, 16], "layers": 2, "norm_groups": 4}}
 # in the log, and different in every run
 MEASURED = ("images_per_second", "cpu_seconds_per_update", "peak_memory_gb")
+OF_LATENTS = {  # a run of a latent model, of two updates a stage
+    "out": "run",
+    "teacher": {"path": "teacher"},
+    "data": {"kind": "folder", "path": "images", "size": 32},
+    "method": {
+        "name": "progressive", "steps": [4, 2], "updates": 2, "learning_rate": 1e-4, "guidance": 3.0,
+    },
+    "training": {"batch_size": 4, "log_every": 1, "checkpoint_every": 1},
+    "evaluation": None,
+    "pictures": 4,
+}  # fmt: skip
 
 
 def write(path: str | Path, content: dict[str, Any], **more: Any) -> Path:
