@@ -8,8 +8,9 @@
 diffkd train configs/shapes/teacher.yaml
 diffkd cache configs/shapes/progressive.yaml
 # a run on each of two cores; the teacher by its path, as two runs cannot both hold its own
-printf '%s\n' progressive best lcm dmd2 guidance | xargs -P 2 -I NAME sh -c '
+printf '%s\n' guidance progressive lcm dmd2 best | xargs -P 2 -I NAME sh -c '
   OMP_NUM_THREADS=1 diffkd distill configs/shapes/NAME.yaml "teacher={path: runs/shapes-teacher/teacher}" \
     > runs/shapes-NAME.log 2>&1 || { tail -n 5 runs/shapes-NAME.log >&2; exit 255; }'
-diffkd benchmark configs/shapes/benchmark.yaml
-diffkd benchmark configs/shapes/guidance-benchmark.yaml
+for benchmark in benchmark guidance-benchmark; do
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m diffkd.cli benchmark configs/shapes/$benchmark.yaml
+done

@@ -76,8 +76,8 @@ class Networks:
 class Graphs:
     """The most activations that an update holds at a time, as multiples of those of a pass of the student.
 
-    all: without checkpointing. plain: of these, what stays as large with it, such as the teacher's where
-    gradients go through it.
+    all: without checkpointing. plain: of these, what stays as large with it, such as feature maps that a
+    method keeps.
     """
 
     all: float
