@@ -37,7 +37,7 @@ def shapes(denoiser: Denoiser, size: tuple[int, int] | None) -> tuple[tuple[int,
 
 
 def of_shape(denoiser: Denoiser, shape: tuple[int, int, int]) -> Denoiser:
-    """The denoiser as it draws this shape: another around the same network where its schedule goes by that."""
+    """The denoiser as it draws this shape: another around its network where its schedule goes by that."""
     if denoiser.schedule_of is None or shape == denoiser.shape:
         return denoiser
     fitted = students.with_network(denoiser, denoiser.network)
