@@ -15,12 +15,15 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import reason
 from diffkd.models import source, validation
+from diffkd.models.codecs import Autoencoder
 from diffkd.models.families import Family, families
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
 from diffkd.models.source import CARD, Source, card, folder_of
 
 __all__ = ["CARD", "card", "folder_of", "load", "open_stock", "save", "set_null_label"]
+
+TRIED = 32  # latents a side, at most, of what a network of any size is tried with
 
 
 def load(
@@ -85,8 +88,11 @@ def _try(denoiser: Denoiser) -> None:
         return
     inputs: tuple[Any, ...] = denoiser.example_inputs()
     x, t, cond = inputs
+    codec = denoiser.codec
+    if isinstance(codec, Autoencoder) and codec.only is None:  # of any size: a small one does
+        x = x[..., :TRIED, :TRIED]
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    size = "x".join(map(str, denoiser.shape))
+    size = "x".join(map(str, x.shape[1:]))
     try:
         output = denoiser.output(x, t, **cond)
         finite = bool(output.isfinite().all())
@@ -190,7 +196,19 @@ def save(denoiser: Denoiser, folder: Path) -> None:
 def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     """Arguments with which its stock pipeline draws what diffkd draws, beside steps and labels or prompts."""
     family = _family_saving(denoiser)
-    return {} if family is None else {**family.CALL}
+    call = {} if family is None else {**family.CALL}
+    default_size: Any = getattr(family, "default_size", None)
+    if default_size is not None and denoiser.codec is not None and denoiser.shape is not None:
+        latents = denoiser.shape[1:]
+        if latents != tuple(default_size(denoiser.network)):
+            height, width = (side * denoiser.codec.factor for side in latents)
+            call |= {"height": height, "width": width}
+    return call
+
+
+def has_global_noise(denoiser: Denoiser) -> bool:
+    """Whether its stock pipeline draws the noise between steps from torch's global generator."""
+    return bool(getattr(_family_saving(denoiser), "GLOBAL_NOISE", False))
 
 
 def _family_saving(denoiser: Denoiser) -> Family | None:
