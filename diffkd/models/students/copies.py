@@ -15,7 +15,8 @@ from diffkd.models.unet import UNet, UNet2D, reinitialized_like
 
 
 def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None = None) -> Denoiser:
-    """The same denoiser around another network; prediction: its type, by default that of the denoiser."""
+    """The same denoiser around another network, guided plainly; prediction: its type, by default that of the
+    denoiser."""
     changed = Denoiser(
         network,
         denoiser.schedule,
@@ -29,11 +30,13 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         guidance_baked_in=denoiser.guidance_baked_in,
         guidance_range=denoiser.guidance_range,
         call=denoiser.call,
+        guide=denoiser.guide,
         example=denoiser.example,
         codec=denoiser.codec,
         conditioner=denoiser.conditioner,
     )
     changed.set_null(denoiser.null)
+    changed.taught_kind = denoiser.taught_kind
     return changed.train(network.training)
 
 
