@@ -131,8 +131,8 @@ def test_rows_as_lumina2_does():
     null, given = outputs(2, 4, 8, 12, torch.float32)
     embeds, mask = torch.zeros(2, 3, 8), torch.ones(2, 3, dtype=torch.long)
     handed = stepped(
-        "Lumina2Pipeline", [given, null], guidance_scale=4.0, prompt_embeds=embeds, prompt_attention_mask=mask,
-        negative_prompt_embeds=embeds, negative_prompt_attention_mask=mask,
+        "Lumina2Pipeline", [given, null], guidance_scale=4.0, prompt_embeds=embeds,
+        prompt_attention_mask=mask, negative_prompt_embeds=embeds, negative_prompt_attention_mask=mask,
     )  # fmt: skip
     assert torch.equal(-handed, guidance.row_norms(null, given, 4.0))
 

@@ -6,71 +6,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from torch import nn
 
 from diffkd.core import guidance, samplers
 from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.core.guidance_kinds import described, in_words, set_kind
-from diffkd.core.schedules import EDMSchedule, FlowSchedule, Schedule, Shift, from_diffusers, write_prediction
+from diffkd.core.schedules import EDMSchedule, FlowSchedule, Shift
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator
 from diffkd.methods import progressive
 from diffkd.models.students.copies import with_network
+from tests.guided import COSINE, LINEAR, MEANS, NULL, Classes, by_hand, level, model, posterior
 
-COSINE, LINEAR = Schedule.cosine(64), from_diffusers(DDPMScheduler())
 FLOW, EDM = FlowSchedule(Shift(3.0)), EDMSchedule()
-NULL = 3
-MEANS = torch.tensor([-0.6, 0.1, 0.7, 0.2], dtype=torch.float64)  # of three classes and of no class
-STD = 0.5
-
-
-def posterior(schedule, x_t, t, mean, std=STD):
-    """E[x0 | x_t] of data from N(mean, std² I)."""
-    alpha, sigma = schedule.at(t, like=x_t)
-    return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
-
-
-class Classes(nn.Module):
-    """The exact posterior mean of each class, and of no class, as any prediction type."""
-
-    def __init__(self, schedule, prediction, means=MEANS, std=STD):
-        super().__init__()
-        self.schedule, self.prediction, self.std = schedule, prediction, std
-        self.means = nn.Parameter(means.clone(), requires_grad=False)
-        self.calls = []  # sizes of their batches
-
-    def forward(self, x_t, time, class_labels):
-        self.calls.append(len(x_t))
-        t = self.schedule.of_network_time(time)
-        mean = self.means[class_labels].reshape(-1, 1, 1, 1)
-        x0 = posterior(self.schedule, x_t, t, mean, self.std)
-        return write_prediction(self.prediction, x_t, x0, *self.schedule.at(t, like=x_t))
-
-
-def model(schedule=COSINE, prediction="v_prediction", **options):
-    return Denoiser(
-        Classes(schedule, prediction, **options), schedule, prediction, shape=(1, 2, 2), num_classes=3,
-        null_label=NULL,
-    )  # fmt: skip
 
 
 def states(count=5, seed=0):
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 1, 2, 2, generator=rng, dtype=torch.float64)
     return x, torch.arange(count) % 3
-
-
-def level(schedule, t):
-    alpha, sigma = schedule.numbers(t)
-    return sigma / alpha if alpha else float("inf")
-
-
-def by_hand(schedule, x, t, labels, w, null=None):
-    """Guided x0 of the Gaussians."""
-    given = posterior(schedule, x, t, MEANS[labels].reshape(-1, 1, 1, 1))
-    null = posterior(schedule, x, t, MEANS[NULL]) if null is None else null
-    return null + w * (given - null)
 
 
 # within an interval
