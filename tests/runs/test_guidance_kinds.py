@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import diffkd
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.methods.output import Output
+from diffkd.metrics.evaluation import comparison
 from diffkd.models import loading, sizes
 from diffkd.models.students import copy_of
 from diffkd.runs.benchmark_config import Benchmark
@@ -213,6 +214,11 @@ def test_a_benchmark_of_kinds(cli, here):
     ]  # fmt: skip
     assert rows["within", 2.0]["nfe"] == 3 and rows["plain", 2.0]["nfe"] == 4
     assert {json.dumps(r["protocol"]["teacher"]["guidance_kind"]) for r in found} == {'{"rescale": 0.5}'}
+    one, other = found[0], json.loads(json.dumps(found[1]))
+    agreement = {key for key in comparison.comparable(one, other) if key != "fid"}
+    assert {"psnr", "feature_distance"} <= agreement
+    other["protocol"]["teacher"]["guidance_kind"]["rescale"] = 0.6  # of another teacher's images
+    assert {*comparison.comparable(one, other)} == {"fid"}
 
 
 @pytest.mark.parametrize(
