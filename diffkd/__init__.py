@@ -21,6 +21,7 @@ _MODULES = {
     "schedules": "diffkd.core.schedules", "samplers": "diffkd.core.samplers", "losses": "diffkd.core.losses",
     "classifier": "diffkd.core.classifier", "students": "diffkd.models.students", "methods": "diffkd.methods",
     "classifiers": "diffkd.runs.classification.networks", "metrics": "diffkd.metrics",
+    "guidance": "diffkd.core.guidance_kinds",
 }  # fmt: skip
 __all__ = ["Denoiser", "evaluate", "generate", "load"]
 

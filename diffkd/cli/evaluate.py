@@ -16,12 +16,15 @@ from diffkd.cli.options import (
     Dtype,
     FeatureResize,
     Features,
+    GuidanceInterval,
+    GuidanceRescale,
     ImageSize,
     NoiseScheduler,
     Quantized,
     Split,
     Variant,
     Weights,
+    Worse,
     among,
     prepare_libraries,
 )
@@ -94,6 +97,9 @@ def evaluate(
             help="Guidance weight; default 1, which is none, or the usual one of a model that takes it.",
         ),
     ] = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_rescale: GuidanceRescale = None,
+    worse: Worse = None,
     null_label: Annotated[
         int | None, typer.Option(min=0, help="The label that means no class, where a pipeline has one.")
     ] = None,
@@ -165,7 +171,8 @@ def evaluate(
 
     options = evaluate_options.Options(
         metrics, steps, samples, features, weights, feature_resize, dtype, resize, split, classes, sampler,
-        guidance, null_label, quantize, prompts, variant, scheduler, teacher, teacher_steps, teacher_guidance,
+        guidance, guidance_interval, guidance_rescale, worse, null_label, quantize, prompts, variant,
+        scheduler, teacher, teacher_steps, teacher_guidance,
         bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights,
         clip_score_weights, protocol, seed, batch_size,
         allow_mismatch, cache,

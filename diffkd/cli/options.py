@@ -43,6 +43,22 @@ NoiseScheduler = Annotated[
         "that has one, or a class such as DDPMScheduler.",
     ),
 ]
+GuidanceInterval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        help="Of a guided teacher: the least and largest noise level, sigma / alpha, at which it is guided.",
+    ),
+]
+GuidanceRescale = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Of a guided teacher: how far its output keeps the deviation of the unguided one."
+    ),
+]
+Worse = Annotated[
+    str | None,
+    typer.Option(help="Of a guided teacher: a worse model that guidance leads away from (autoguidance)."),
+]
 StopAfter = Annotated[
     str | None,
     typer.Option(help="Save and stop, exit status 0, after such as 50m; the same command resumes it."),

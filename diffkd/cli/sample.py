@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from diffkd.cli.options import NoiseScheduler, Quantized, Variant, among, prepare_libraries
+from diffkd.cli.options import (
+    GuidanceInterval,
+    GuidanceRescale,
+    NoiseScheduler,
+    Quantized,
+    Variant,
+    Worse,
+    among,
+    prepare_libraries,
+)
 
 
 def sample(
@@ -48,6 +57,9 @@ def sample(
         float | None,
         typer.Option("-w", "--guidance", min=0, help="Guidance weight; default 1, which is none."),
     ] = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_rescale: GuidanceRescale = None,
+    worse: Worse = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images at a time.")] = 64,
     dtype: Annotated[
         str | None,
@@ -93,6 +105,7 @@ def sample(
     from diffkd.errors import UserError
     from diffkd.generation.sample import sample_to
     from diffkd.io.prompts import read_prompts
+    from diffkd.models import guidance_kind
 
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts are both given; leave out one")
@@ -106,4 +119,5 @@ def sample(
         steps=steps, sampler=sampler, batch_size=batch_size, dtype=dtype, mode=mode,
         image_format=image_format, workers=workers, device=device, overwrite=overwrite, quantize=quantize,
         variant=variant, scheduler=scheduler, options=options,
+        guidance_kind=guidance_kind.of_options(guidance_interval, guidance_rescale, worse),
     )  # fmt: skip

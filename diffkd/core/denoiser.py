@@ -9,7 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffkd.core import guidance as guides
+from diffkd.core import paths
 from diffkd.core.conditioning import Codec, Cond, Conditioner
+from diffkd.core.guidance import Guide
 from diffkd.core.interval import attached
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
@@ -55,6 +58,8 @@ class Denoiser(nn.Module):
     guidance_range: least and largest weight of a network that takes it as an input, None for one that does
     not. guidance_by_default: the weight that its stock pipeline names, where that is in the range.
     schedule_of: the schedule by the shape of what it works on, where the stock pipeline's goes by that.
+    guide: the form of its guidance, a function of the outputs without condition and with it, and of w.
+    guidance_kind, worse: see `guidance_kinds.set_kind`.
     name: what messages call it.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
@@ -78,6 +83,7 @@ class Denoiser(nn.Module):
         guidance_by_default: float = USUAL_GUIDANCE,
         schedule_of: Callable[[tuple[int, int, int]], Schedule] | None = None,
         call: Call = call,
+        guide: Guide = guides.plain,
         example: Cond | None = None,
         codec: Codec | None = None,
         conditioner: Conditioner | None = None,
@@ -98,6 +104,9 @@ class Denoiser(nn.Module):
         self.guidance_baked_in, self.guidance_range = guidance_baked_in, guidance_range
         self.guidance_by_default, self.schedule_of = guidance_by_default, schedule_of
         self.call, self.codec, self.conditioner = call, codec, conditioner
+        self.guide, self.guidance_kind = guide, guides.Kind()
+        self.worse: Denoiser | None = None  # what guidance leads away from, in place of no condition
+        self.taught_kind: dict[str, Any] = {}  # the kind of the guidance that is baked in, as its card has it
         self.example = dict(example or {})
         self.name = "the model"
         self._null: tuple[str, ...] = ()
@@ -119,15 +128,17 @@ class Denoiser(nn.Module):
         return self.predict(x_t, t, guidance=guidance, **cond).x0
 
     def predict(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Predicted:
-        """x0 and eps from one call. guidance: w in `uncond + w (cond - uncond)` (Ho & Salimans 2022). Or cond
-        has `guidance_scale` (B,), the w of each example, which is an input where the network has one."""
+        """x0 and eps. guidance: w in `uncond + w (cond - uncond)` (Ho & Salimans 2022), or of another
+        `guide`. Or cond has `guidance_scale` (B,), the w of each example, which is an input where the network
+        has one."""
         output = self.output(x_t, t, guidance=guidance, **cond)
         alpha, sigma = self.schedule.at(t, like=x_t)
         return Predicted(*read_prediction(self.prediction, x_t, output.to(x_t.dtype), alpha, sigma))
 
     def output(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
         """The network's output, of its prediction type: (B, C, H, W) in the network's dtype, or with guidance
-        in that of x_t. x0 and eps are linear in it, so guiding the output guides both.
+        in that of x_t. x0 and eps are linear in it, so guiding the output guides both; a form that is not
+        linear is meant for outputs, as stock pipelines have it.
 
         cond: may hold `interval` (B,), t - r of the step from t to r, for a network that takes one.
         """
@@ -135,15 +146,35 @@ class Denoiser(nn.Module):
         if GUIDANCE in cond and self.guidance_range is None:
             weight = cond.pop(GUIDANCE).to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1))
         if isinstance(weight, Tensor) or weight != 1.0:
-            x_t2, t2, cond2 = self._with_null(x_t, t, cond)
-            given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
-            return null + weight * (given - null)
+            return self._guided(x_t, t, weight, cond)
         x_t = x_t.to(self.dtype)
         second = attached(self.network)
         with nullcontext() if second is None else second.told(cond.pop(INTERVAL, None)):
             output: Any = self.call(self.network, x_t, self.schedule.network_time(t, x_t), cond)
         sample: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return sample
+
+    def _guided(self, x_t: Tensor, t: Time, weight: guides.Weight, cond: dict[str, Any]) -> Tensor:
+        """The output with guidance, in the dtype of x_t: of one call where its kind has none at t, if t is a
+        number; else of two, as one of twice the batch or, of a worse model, one of each."""
+        kind, worse = self.guidance_kind, self.worse
+        inside = kind.inside(self.schedule, t)
+        if inside is False:
+            return self.output(x_t, t, **cond).to(x_t.dtype)
+        if worse is None:
+            x_t2, t2, cond2 = self._with_null(x_t, t, cond)
+            given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
+        else:
+            given = self.output(x_t, t, **cond).to(x_t.dtype)
+            null = paths.output_of_another(
+                lambda x, s: worse.output(x, s, **cond), worse.schedule, self.schedule,
+                (worse.prediction, self.prediction), x_t, t,
+            )  # fmt: skip
+        return kind.combined(self.guide, null, given, weight, inside)
+
+    def calls(self, t: float, weight: float = 1.0) -> int:
+        """How many network evaluations an output at t is, with this weight: 1 or 2."""
+        return 2 if weight != 1.0 and self.guidance_kind.inside(self.schedule, t) else 1
 
     def _with_null(self, x_t: Tensor, t: Time, cond: Cond) -> tuple[Tensor, Time, dict[str, Any]]:
         """The batch doubled: the first half conditional, the second not."""
@@ -225,13 +256,15 @@ class Denoiser(nn.Module):
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:
-        """Raises UserError where the model has nothing that means "no condition", or has no need of it."""
+        """Raises UserError where the model has nothing that means "no condition", nor a worse model, or has
+        no need of it."""
         if self.guidance_range is not None:
             raise UserError(
                 f"{self.name} takes its guidance as an input and is not guided by a second pass; name the "
                 f"weight as that (teacher.guidance in a run), and leave out {called('guidance')}"
             )
-        if self.conditioner is None and not self._null and self.null_label is None:
+        there = self.conditioner is not None or self._null or self.null_label is not None
+        if not there and self.worse is None:
             raise UserError(
                 "guidance needs a label that means no class, and this model has none; "
                 f"use {called('guidance')} 1, or name it as {called('null_label')} where the model was "

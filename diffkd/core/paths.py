@@ -6,9 +6,12 @@ same sigma / alpha and with the state scaled. alpha + sigma stands for alpha, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from diffkd.core.noise_schedule import Schedule
+from diffkd.core.noise_schedule import Schedule, Time
 from diffkd.core.predictions import read_prediction, written
 from diffkd.errors import UserError
 
@@ -45,6 +48,33 @@ def output_on(
     x0, eps = read_prediction(predictions[0], x_t, output, *source.at(t, like=x_t))
     found: Tensor = written(predictions[1], x0, eps, *target.at(s, like=x_t))
     return found
+
+
+def output_of_another(
+    ask: Callable[[Tensor, Time], Tensor],
+    source: Schedule,
+    target: Schedule,
+    predictions: tuple[str, str],
+    x_t: Tensor,
+    t: Time,
+) -> Tensor:
+    """What a model of predictions[0] on `source` says of a state of `target`, as an output of predictions[1]
+    there: (B, ...) in the dtype of x_t. ask: the model's output at a state and a time of its own.
+
+    On one schedule the state and the time are its own, and so is the output of an equal type.
+    """
+    if source is target:
+        output = ask(x_t, t).to(x_t.dtype)
+        if predictions[0] == predictions[1]:
+            return output
+        x0, eps = read_prediction(predictions[0], x_t, output, *source.at(t, like=x_t))
+        found: Tensor = written(predictions[1], x0, eps, *target.at(t, like=x_t))
+        return found
+    if isinstance(t, float):
+        t = torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device)
+    s = time_on(target, source, t)
+    x_s = state_on(target, source, x_t, t, s)
+    return output_on(source, target, predictions, x_s, ask(x_s, s).to(x_t.dtype), s, t)
 
 
 def check_reaches(source: Schedule, target: Schedule) -> None:

@@ -223,7 +223,13 @@ def find(name: str) -> Sampler:
 
 def nfe(sampler: str, steps: int) -> int:
     """Network evaluations of a run down to t = 0, without guidance."""
-    return 2 * steps - 1 if sampler == "heun" else steps
+    return len(times_asked(sampler, steps))
+
+
+def times_asked(sampler: str, steps: int) -> list[float]:
+    """The times of these evaluations, in their order."""
+    times = grid(steps)[:-1]
+    return times if sampler != "heun" else [*times[:1], *(t for t in times[1:] for _ in range(2))]
 
 
 def fresh_noises(sampler: str, steps: int, eta: float = 1.0) -> int:

@@ -96,12 +96,16 @@ class ImageGenerator:
         self.timer = Timer(self.device)
         self.runner: cuda_graphs.Runner | None = None
         if self.device.type == "cuda":
-            denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for one in (denoiser, denoiser.worse):
+                if one is not None:
+                    one.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of one image; a guided one is two."""
-        return samplers.nfe(self.sampler, self.steps) * (1 if self.options.get("guidance", 1.0) == 1 else 2)
+        """Network evaluations of one image; a guided one is two, of the model and of a worse one if it has
+        one."""
+        weight = self.options.get("guidance", 1.0)
+        return sum(self.denoiser.calls(t, weight) for t in samplers.times_asked(self.sampler, self.steps))
 
     @property
     def num_batches(self) -> int:
@@ -133,7 +137,8 @@ class ImageGenerator:
     def prepare(self) -> cuda_graphs.Runner:
         """Warms up, captures or compiles, once; on a CPU there is nothing to do unless mode is `compile`."""
         if self.runner is None:
-            if self.embeddings is not None and self.options.get("guidance", 1.0) != 1.0:
+            guided = self.options.get("guidance", 1.0) != 1.0 and self.denoiser.worse is None
+            if self.embeddings is not None and guided:
                 self.denoiser.set_null(self.embeddings.conditioner.null(self.negative))
             fits = cuda_graphs.largest_fitting(self._prepare, self.batch_size)
             if fits < self.batch_size:

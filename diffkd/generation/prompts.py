@@ -37,6 +37,11 @@ def check_prompts(
         raise UserError(
             f"{denoiser.name} takes its guidance as an input, without a negative prompt; leave it out"
         )
+    if negative is not None and denoiser.worse is not None:
+        raise UserError(
+            "a negative prompt is what guidance leads away from, and here that is a worse model; leave out "
+            "one of the two"
+        )
     if negative is not None and guidance == 1.0:
         raise UserError("a negative prompt is what guidance leads away from; give a guidance other than 1")
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from diffkd.core import guidance_kinds
 from diffkd.core.digest import digest
 from diffkd.errors import Unfinished, UserError
 from diffkd.generation import cuda_graphs, grids
@@ -32,6 +33,7 @@ from diffkd.io.progress import bar, say
 from diffkd.io.system_errors import CAUSES, system_error
 from diffkd.io.text import counted, format_bytes, log, reason
 from diffkd.models import loading
+from diffkd.models.guidance_kind import GuidanceKind
 
 GRID_IMAGES = 64
 DEFAULT_IMAGES = 64
@@ -62,6 +64,7 @@ def sample_to(
     quantize: str | None = None,
     variant: str | None = None,
     scheduler: str | None = None,
+    guidance_kind: GuidanceKind | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Generates n images, or those of them that are missing; all processes of a launcher share the work.
@@ -88,6 +91,9 @@ def sample_to(
             del options[name]
     if denoiser.conditioner is not None and not prompts:
         raise UserError(f"{model} draws from prompts; give --prompt, or a file of them by --prompts")
+    if guidance_kind is not None:
+        guidance_kind.check_weights([options.get("guidance")])
+        guidance_kind.set_on(denoiser)
     check_prompts(denoiser, prompts, negative)
     n = DEFAULT_IMAGES if n is None and not prompts else (n or 1) * len(prompts or (None,))
     labels = requested_labels(requested, denoiser, model, n)
@@ -103,6 +109,8 @@ def sample_to(
         "dtype": str(denoiser.dtype).removeprefix("torch."), "format": writer.format,
         **denoiser.opened_with,
     }  # fmt: skip
+    if kind := guidance_kinds.described(denoiser):
+        settings["guidance_kind"] = kind
     if prompts:
         settings |= {"prompts": described(prompts), "negative": negative, "size": [*generator.size]}
         settings |= {key: value.key for key, value in denoiser.around.items()}

@@ -50,6 +50,7 @@ def load(
     options = {"variant": variant, "scheduler": scheduler}
     denoiser.opened_with = {key: value for key, value in options.items() if value is not None}
     denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
+    denoiser.taught_kind = found.card.get("guidance_kind", {})
     denoiser = denoiser.to(device=device, dtype=dtype).eval()
     if quantize:
         denoiser = quantized(denoiser, quantize)

@@ -56,4 +56,18 @@ def _bytes(weight: Tensor) -> int:
 def denoiser_size(denoiser: Denoiser) -> Size:
     """The size of a denoiser's network; macs of one evaluation, of which guidance takes two."""
     x_t, t, cond = denoiser.example_inputs()
-    return network_size(denoiser, x_t, t, **cond)
+    found = network_size(denoiser, x_t, t, **cond)
+    if denoiser.worse is None:
+        return found
+    worse = denoiser_size(denoiser.worse)  # whose weights are among the denoiser's
+    return Size(found.parameters - worse.parameters, found.macs, found.bytes - worse.bytes)
+
+
+def drawn_size(denoiser: Denoiser) -> Size:
+    """Of all that it is drawn with: a worse model that guidance leads away from counts, too. macs are then
+    the mean of the two networks', which take turns."""
+    own = denoiser_size(denoiser)
+    if denoiser.worse is None:
+        return own
+    worse = denoiser_size(denoiser.worse)
+    return Size(own.parameters + worse.parameters, (own.macs + worse.macs) // 2, own.bytes + worse.bytes)

@@ -145,6 +145,11 @@ def card(folder: Path) -> dict[str, Any]:
         and weights[0] <= weights[1]
     ):
         raise UserError(f"{path} has guidance_range {quoted(weights)}, which is not two weights; repair it")
+    if not _is_guidance_kind(content.get("guidance_kind", {})):
+        raise UserError(
+            f"{path} has guidance_kind {quoted(content['guidance_kind'])}, which is no kind of guidance; "
+            "repair or remove it"
+        )
     call = content.get("call", {})
     if not isinstance(call, dict) or not all(
         key.isidentifier() and type(value) in (int, float) for key, value in call.items()
@@ -157,6 +162,20 @@ def card(folder: Path) -> dict[str, Any]:
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")
     return content
+
+
+def _is_guidance_kind(content: Any) -> bool:
+    """Whether it is what `guidance_kinds.in_words` reads."""
+    if not isinstance(content, dict) or not content.keys() <= {"interval", "rescale", "worse"}:
+        return False
+    interval, worse = content.get("interval", [0, 0]), content.get("worse", {"path": ""})
+    numbers = [content.get("rescale", 0), *(interval if isinstance(interval, list) else [None])]
+    return (
+        len(numbers) == 3
+        and all(type(number) in (int, float) and 0 <= number <= MAX_NUMBER for number in numbers)
+        and isinstance(worse, dict)
+        and isinstance(worse.get("path"), str)
+    )
 
 
 def folder_of(path_or_hub_id: str | Path) -> Path:

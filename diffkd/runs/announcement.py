@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffkd.core import guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.absent import Unseen
 from diffkd.data.buckets import BucketedImages
@@ -13,6 +14,7 @@ from diffkd.errors import UserError, printable
 from diffkd.io.text import counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.image_stream import guided_by
 from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.models import pipeline_files
 
@@ -67,6 +69,8 @@ def teacher(denoiser: Denoiser, path: str, images: Images | Unseen) -> str:
         said.append(f"a student of {counted(denoiser.steps, 'step')} itself")
     if denoiser.guidance_baked_in != 1:
         said.append(f"guidance {denoiser.guidance_baked_in:g} baked in")
+    if kind := guided_by(denoiser):
+        said.append(f"guided {guidance_kinds.in_words(kind['guidance_kind'])}")
     if denoiser.guidance_range is not None:
         least, largest = denoiser.guidance_range
         said.append(f"takes guidance from {least:g} to {largest:g}")

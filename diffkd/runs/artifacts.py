@@ -125,7 +125,7 @@ class RunArtifacts:
         broadcast_object_list(known)  # what the main process sees, which writes the file
         if known[0] is not None:
             return known[0]
-        size = sizes.denoiser_size(denoiser).recorded()
+        size = sizes.drawn_size(denoiser).recorded()
         values = self._evaluate(name, denoiser, steps, path, null_label=null_label, guidance=guidance)
         denoiser.close()  # it may go on to teach
         record = {"model": name, "role": role, **size, **values}

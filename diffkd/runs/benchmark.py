@@ -81,11 +81,12 @@ def _wanted(settings: Benchmark, found: Sequence[Record]) -> list[Target]:
             wanted.append(Target(
                 model.path, name=model.title, steps=left, guidance=weight, stock=model.stock,
                 null_label=model.null_label, quantize=model.quantize, prompts=model.prompts,
-                opening=model.opening,
+                opening=model.opening, guidance_kind=model.guidance_kind,
                 teacher=teacher.path if teacher else None,
                 teacher_steps=teacher.steps[0] if teacher and teacher.steps else AGREEMENT_STEPS,
                 teacher_guidance=teacher.guidance[0] if teacher and teacher.guidance else None,
                 teacher_opening=teacher.opening if teacher else {},
+                teacher_kind=teacher.guidance_kind if teacher else None,
             ))  # fmt: skip
     return wanted
 

@@ -74,11 +74,19 @@ class Benchmark(Strict):
                     f"models name {model.title} twice; rename one of them, or give each different steps or "
                     "guidance"
                 )
+            if any(entry.guidance_kind != model.guidance_kind for entry in namesakes):
+                raise ValueError(
+                    f"models name {model.title} twice, with different kinds of guidance, which are no curve "
+                    "of one model; rename one of them"
+                )
         if self.teacher is not None and len(self.teacher.guidance) > 1:
             raise ValueError(
                 f"teacher.guidance {self.teacher.guidance} is more than one weight, and agreement is with "
                 "images of one; give one"
             )
+        for entry in (*self.models, *([] if self.teacher is None else [self.teacher])):
+            if entry.guidance_kind is not None:
+                entry.guidance_kind.check_weights(entry.guidance)
         metric = teacher_metric(self.evaluation)
         if metric is not None and self.teacher is None:
             raise ValueError(f"config key teacher is missing, and the metric {metric} needs one; name it")

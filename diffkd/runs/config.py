@@ -21,6 +21,7 @@ from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import guidance_input, loading
+from diffkd.models.guidance_kind import GuidanceKind
 from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
@@ -141,6 +142,9 @@ class Opened(Strict):
     scheduler: str | None = Field(
         None, description="the noise scheduler: a scheduler_config.json, a folder or a class; default its own"
     )
+    guidance_kind: GuidanceKind | None = Field(
+        None, description="of its guidance, where a weight says so: {interval, rescale, worse}; default plain"
+    )
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -182,7 +186,13 @@ class Teacher(Opened):
             loading.set_null_label(teacher, self.null_label)
         if self.guidance is not None:
             guidance_input.fold(teacher, self.guidance)
+        self.guide(teacher)
         return teacher
+
+    def guide(self, teacher: Denoiser) -> None:
+        """Gives the teacher its kind of guidance."""
+        if self.guidance_kind is not None:
+            self.guidance_kind.set_on(teacher)
 
 
 class Distill(TrainingRun):

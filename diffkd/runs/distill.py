@@ -49,6 +49,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         if isinstance(found, Train):
             teacher_run = found
             teacher = untrained_teacher(found, found.data.load())  # enough to check the rest against
+            source.guide(teacher)
         else:  # whose encoders are needed for that
             check_run(config, accelerator, options)
             train_text_to_image(found, console, options)

@@ -18,6 +18,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sets import SETS
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
+from diffkd.models import guidance_kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Options:
     classes: str | None = None
     sampler: str | None = None
     guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    worse: str | None = None
     null_label: int | None = None
     quantize: str | None = None
     prompts: str | None = None
@@ -63,8 +67,8 @@ class Options:
 
 
 # Options that mean something for a model only; and the config's names of those that are called otherwise.
-OF_MODELS = ("steps", "classes", "sampler", "guidance", "null_label", "quantize", "variant",
-             "scheduler", "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
+OF_MODELS = ("steps", "classes", "sampler", "guidance", *guidance_kind.OPTIONS, "null_label", "quantize",
+             "variant", "scheduler", "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
 KEYS = {"feature_resize": "resize", "classes": "labels", "dino_weights": "dinov2_weights"}
 OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 
@@ -90,8 +94,11 @@ def option(name: str) -> str:
 
 
 def target_of(path: str, options: Options) -> Target:
+    kind = guidance_kind.of_options(options.guidance_interval, options.guidance_rescale, options.worse)
+    if kind is not None:
+        kind.check_weights([options.guidance])
     return Target(
-        path, steps=parse_steps(options.steps), guidance=options.guidance,
+        path, guidance_kind=kind, steps=parse_steps(options.steps), guidance=options.guidance,
         stock=options.sampler == "stock", resize=size_of(options), teacher=options.teacher,
         teacher_steps=_or(options.teacher_steps, AGREEMENT_STEPS),
         teacher_guidance=options.teacher_guidance, null_label=options.null_label,

@@ -85,7 +85,10 @@ class Measurement:
                 )
 
     def _teacher(self, target: Target, *place: Any) -> ImageStream | None:
-        key = target.teacher, target.teacher_steps, target.teacher_guidance, target.null_label
+        key = (
+            target.teacher, target.teacher_steps, target.teacher_guidance, target.teacher_kind,
+            target.null_label,
+        )  # fmt: skip
         if key not in self._teachers:
             self._teachers = {key: teacher_of(target, *place)}
         return self._teachers[key]

@@ -7,12 +7,13 @@ from dataclasses import replace
 from itertools import chain, count
 from typing import Any
 
-from diffkd.core import interval
+from diffkd.core import guidance_kinds, interval
 from diffkd.core.denoiser import Denoiser
-from diffkd.data.absent import Unseen
+from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
+from diffkd.metrics.evaluation.image_stream import guided_by
 from diffkd.models import guidance_input, students
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
@@ -42,6 +43,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             for one in stage.students:
                 start = student = students.with_network(student, student.network, stage.prediction)
                 start.steps, start.sampler = one.steps, one.drawn
+                start.worse = teacher.worse  # so that methods find what the run's teacher can be guided by
                 start.guidance_range = stage.guidance_range or start.guidance_range
                 teachers["previous"] = teachers[one.name] = start
                 if one.steps is not None:
@@ -49,7 +51,13 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if stage.interval:
                 interval.check(student.network)
             _check_guidance(stage, method, student)
+            if own is not teacher:
+                _check_plainly(stage, teacher)
     _check_pairs(plan)
+    if config.teacher.guidance_kind is not None:
+        drawn = config.data.guidance if isinstance(config.data, TeacherDraws) else None
+        weights = [w for _, stage in plan for w in stage.guidance_range or (stage.guidance,)]
+        config.teacher.guidance_kind.check_weights([*weights, drawn], "method.guidance")
     return plan
 
 
@@ -90,18 +98,30 @@ def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
     """What the card of a stage's students says of how they were taught. teacher: the run's own.
 
     guidance_baked_in: the stage's own weight; where that is 1, what the model that it learns from has baked
-    in. teacher_sampler: by which the teacher's steps, or its pairs, were taken; left out where it takes none.
+    in. guidance_kind: of that guidance, left out where it is the plain one. teacher_sampler: by which the
+    teacher's steps, or its pairs, were taken; left out where it takes none.
     """
     stage = plan[index][1]
-    baked_in = stage.guidance
-    if baked_in == 1:
-        made_by = maker(plan, index)
-        stages = [number for number, (_, one) in enumerate(plan) if made_by in {x.name for x in one.students}]
-        baked_in = (
-            taught(plan, stages[0], teacher)["guidance_baked_in"] if stages else teacher.guidance_baked_in
-        )
     sampler = stage.sampler if stage.pairs is None else stage.pairs.sampler
-    return {"guidance_baked_in": baked_in} | ({} if sampler is None else {"teacher_sampler": sampler})
+    return _baked_in(plan, index, teacher) | ({} if sampler is None else {"teacher_sampler": sampler})
+
+
+def _baked_in(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
+    """guidance_baked_in and guidance_kind of `taught`."""
+    stage = plan[index][1]
+    if _guides(stage):
+        return {"guidance_baked_in": stage.guidance, **guided_by(teacher)}
+    made_by = maker(plan, index)
+    stages = [number for number, (_, one) in enumerate(plan) if made_by in {x.name for x in one.students}]
+    if stages:
+        return _baked_in(plan, stages[0], teacher)
+    kind = {"guidance_kind": teacher.taught_kind} if teacher.taught_kind else {}
+    return {"guidance_baked_in": teacher.guidance_baked_in, **kind}
+
+
+def _guides(stage: Stage) -> bool:
+    """Whether its teacher is asked with guidance."""
+    return stage.guidance != 1.0 or stage.guidance_range is not None
 
 
 def weight(stage: Stage, teacher: Denoiser) -> float:
@@ -138,6 +158,15 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
         raise UserError(
             f"stage {stage.name} compares with networks that do not know the weight which its student takes "
             "as an input; bake one weight in for this method"
+        )
+
+
+def _check_plainly(stage: Stage, teacher: Denoiser) -> None:
+    """Raises UserError where a stage guides a student, and the run's teacher is guided in another kind."""
+    if _guides(stage) and guidance_kinds.described(teacher):
+        raise UserError(
+            f"stage {stage.name} guides a student before it, and teacher.guidance_kind is of the run's "
+            "teacher alone; set method.teacher: original where the method has it, or leave one of the two out"
         )
 
 

@@ -20,6 +20,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
+from diffkd.models.guidance_kind import GuidanceKind, of_options
 from diffkd.runs.measurement import Measurement, check_sha256
 
 
@@ -57,12 +58,21 @@ def repeat(
         if protocol.get("prompts"):
             now = new["protocol"].get("prompts", {}).get("sha256")
             check_sha256(protocol["prompts"].get("sha256"), now, f"{protocol['target'].get('prompts')}")
+        _check_worse(protocol, new["protocol"])
         if protocol.get("teacher"):
             teacher = new["protocol"]["teacher"].get("sha256")
             check_sha256(protocol["teacher"].get("sha256"), teacher, "the teacher")
+            _check_worse(protocol["teacher"], new["protocol"]["teacher"])
         if measurement.processes.main:
             same = _report(old, new, console) and same
     return same
+
+
+def _check_worse(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises UserError where the model that guidance led away from is another now."""
+    if worse := old.get("guidance_kind", {}).get("worse"):
+        now = new["guidance_kind"]["worse"]["sha256"]
+        check_sha256(worse.get("sha256"), now, f"the worse model {worse['path']}")
 
 
 def _report(old: Record, new: Record, console: Console) -> bool:
@@ -85,6 +95,14 @@ def _opening(where: dict[str, Any]) -> dict[str, str]:
     return {key: where[key] for key in ("variant", "scheduler") if where.get(key) is not None}
 
 
+def _kind(drawn: dict[str, Any]) -> GuidanceKind | None:
+    """Of the guidance that images were drawn with, by their protocol."""
+    found = drawn.get("guidance_kind")
+    if found is None:
+        return None
+    return of_options(found.get("interval"), found.get("rescale"), found.get("worse", {}).get("path"))
+
+
 def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, Any]:
     """What was measured, how, and the reference's spec."""
     target, teacher = protocol["target"], protocol.get("teacher") or {}
@@ -101,11 +119,13 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, An
         target["path"],
         steps=(protocol["steps"],) if "steps" in protocol else (),
         guidance=protocol.get("guidance"),
+        guidance_kind=_kind(protocol),
         stock=target["kind"] == "stock",
         resize=target.get("spec", {}).get("resize"),
         teacher=teacher.get("path"),
         teacher_steps=teacher.get("steps", AGREEMENT_STEPS),
         teacher_guidance=teacher.get("guidance"),
+        teacher_kind=_kind(teacher),
         null_label=target.get("null_label"),
         quantize=target.get("quantize"),
         prompts=target.get("prompts"),

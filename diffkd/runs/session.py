@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from diffkd.core import guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.data.absent import Unseen
@@ -242,10 +244,14 @@ def _run_folder(config: TrainingRun, accelerator: Accelerator, options: ResumeOp
 
 
 def identity(teacher: Denoiser) -> str:
-    """A hash of its weights and of how its output is read."""
+    """A hash of its weights, of how its output is read, and of how it is guided where that is not plainly."""
     reading = (teacher.prediction, teacher.num_classes, teacher.null_label, teacher.clip)
     total = hashlib.sha256(f"{digest(teacher.network.state_dict())} {reading}".encode())
     total.update(teacher.schedule.content())
+    if kind := guidance_kinds.described(teacher):
+        total.update(json.dumps(kind, sort_keys=True).encode())
+    if teacher.worse is not None:
+        total.update(identity(teacher.worse).encode())
     return total.hexdigest()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffkd.core import interval
 from diffkd.core.classifier import Model
+from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.methods.base import Optimization, Stage
 from diffkd.training.config import Training
@@ -58,6 +59,8 @@ def prepare(
     for name, net in nets.items():
         half = HALF_PRECISION.get(training.precision) if name == "teacher" else None
         _place(accelerator, net, training, half)
+        if isinstance(net, Denoiser) and net.worse is not None:
+            _place(accelerator, net.worse, training, half)
     kind = LEARNERS.get(accelerator.distributed_type, Copies)
     learners = {}
     for name in trained:

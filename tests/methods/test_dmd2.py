@@ -8,13 +8,17 @@ import torch
 from pydantic import ValidationError
 
 from diffkd.core.discriminator import logistic, non_saturating
+from diffkd.core.guidance_kinds import set_kind
+from diffkd.core.noise import add_noise
+from diffkd.core.scores import draw, noise_times
 from diffkd.errors import UserError
 from diffkd.methods.adversarial import Adversarial
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.dmd2 import DMD2
 from diffkd.methods.f_distill import FDistill
 from diffkd.methods.sid import SiD
-from tests.gaussian import gaussian
+from tests import guided
+from tests.gaussian import affine, gaussian
 from tests.methods.matching import (
     COSINE,
     FAKE,
@@ -96,6 +100,62 @@ def test_only_the_teacher_is_guided():
         step = Step(method.stages(teacher)[0], 0)
         values.append(next(method.losses(nets, batch, step, torch.Generator().manual_seed(0))).value)
     assert values[0] == 0 and values[1] > 1e-6
+
+
+def test_guidance_of_another_kind_is_baked_in_by_hand():
+    """Classes in closed form: the teacher is guided within an interval and led away from a worse model."""
+    teacher, worse = guided.model(prediction="sample"), guided.model(prediction="sample", std=0.8)
+    set_kind(teacher, interval=(0.28, 5.42), worse=worse)
+    method, rng = DMD2(guidance=3.0, fake_updates=1), torch.Generator().manual_seed(5)
+    nets = {
+        "teacher": teacher,
+        "student": affine(COSINE, *STUDENT),
+        "fake": guided.model(prediction="sample"),
+    }
+    labels = torch.arange(8) % 3
+    batch = Batch(torch.zeros(8, 1, 2, 2, dtype=torch.float64), {"class_labels": labels})
+    found = next(method.losses(nets, batch, Step(method.stages(teacher)[0], 0), rng))
+    rng.manual_seed(5)
+    x = STUDENT[0] + STUDENT[1] * torch.randn(8, 1, 2, 2, generator=rng, dtype=torch.float64)
+    torch.rand((), generator=rng, dtype=torch.float64)
+    t = torch.randint(2, 63, (8,), generator=rng).double() / 64
+    x_t = noised(x, t, torch.randn(8, 1, 2, 2, generator=rng))
+    inside = torch.tensor([0.28 <= guided.level(COSINE, time) <= 5.42 for time in t.tolist()])
+    assert inside.any() and not inside.all()
+    given = guided.by_hand(COSINE, x_t, t, labels, 1.0)
+    its = guided.posterior(COSINE, x_t, t, guided.MEANS[labels].reshape(-1, 1, 1, 1), 0.8)
+    real = torch.where(inside.reshape(-1, 1, 1, 1), its + 3.0 * (given - its), given)
+    direction = (given - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)  # the fake is the teacher
+    assert found.value.item() == pytest.approx(direction.square().mean().item() / 2, rel=1e-5)
+    assert (found.metrics["gap"] > 0).tolist() == inside.tolist()
+
+
+def test_a_tiny_network_guided_within_an_interval_by_hand():
+    """Where one call of the network for each of given and null says what the target is."""
+    teacher = student(4, "v_prediction", COSINE, steps=None)
+    teacher.num_classes, teacher.null_label = 3, 3
+    set_kind(teacher, interval=(0.28, 5.42), rescale=0.7)
+    method = DMD2(guidance=3.0)
+    nets = {"teacher": teacher, "student": student(4, "v_prediction", COSINE, seed=1)}
+    nets |= method.networks(teacher, nets["student"])
+    labels, stage = torch.arange(12) % 3, method.stages(teacher)[0]
+    batch = Batch(torch.zeros(12, 1, 8, 8), {"class_labels": labels})
+    found = next(method.losses(nets, batch, Step(stage, 0), torch.Generator().manual_seed(0)))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = draw(nets["student"], batch.x0, 1, rng, drawn="renoise", simulated=True, class_labels=labels)
+        t = noise_times(12, COSINE, 0.02, 0.98, rng, x.device)
+        x_t = add_noise(COSINE, x, t, rng)
+        given, null = (teacher.output(x_t, t, class_labels=c) for c in (labels, torch.full((12,), 3)))
+        plain = null + 3.0 * (given - null)
+        ratio = given.std((1, 2, 3), keepdim=True) / plain.std((1, 2, 3), keepdim=True)
+        inside = torch.tensor([0.28 <= guided.level(COSINE, time) <= 5.42 for time in t.tolist()])
+        v = torch.where(inside.reshape(-1, 1, 1, 1), 0.7 * ratio * plain + 0.3 * plain, given)
+        alpha, sigma = COSINE.at(t, like=x_t)
+        real, drawn = alpha * x_t - sigma * v, alpha * x_t - sigma * given
+    assert inside.any() and not inside.all()
+    direction = (drawn - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    assert found.value.item() == pytest.approx(direction.square().mean().item() / 2, rel=1e-3)
 
 
 # the discriminator

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffkd.core import samplers
+from diffkd.core.guidance_kinds import set_kind
 from diffkd.errors import UserError
 from diffkd.models import guidance_input, loading
 from tests import text_to_image
@@ -96,6 +97,30 @@ def test_the_samplers_latents_are_the_pipelines(stock, steps, guidance):
     ).images  # fmt: skip
     pipeline.scheduler = stock_scheduler
     assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_is_the_pipelines(stock, phi):
+    """Its guidance_rescale; 0 there is the plain kind here."""
+    pipeline, folder = stock
+    denoiser = loading.load(folder)
+    cond = conditioned(denoiser, PROMPTS)
+    set_kind(denoiser, rescale=phi)
+    ours = samplers.sample(denoiser, latents(3), 4, guidance=5.0, **cond)
+    stock_scheduler = pipeline.scheduler
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        stock_scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    theirs, plain = (
+        pipeline(
+            PROMPTS, num_inference_steps=4, guidance_scale=5.0, latents=latents(3), output_type="latent",
+            guidance_rescale=share,
+        ).images
+        for share in (phi, 0.0)
+    )  # fmt: skip
+    pipeline.scheduler = stock_scheduler
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+    assert (phi > 0) == bool((theirs - plain).abs().max() > 1e-2 * plain.abs().max())
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])

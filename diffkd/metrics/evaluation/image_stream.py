@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffkd.core import guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.data.decoding import fitted
@@ -109,6 +110,7 @@ def sampled_images(
         "steps": steps, "nfe": generator.nfe,
         "sampler": sampler,
         "guidance": options.get("guidance", 1.0) if generator.weight is None else generator.weight,
+        **({} if unguided else guided_by(denoiser)),
         "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({} if prompts is None else {"prompts": described(prompts)}),
@@ -186,6 +188,14 @@ def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> di
     where = {"kind": "model", "path": str(place.resolve()) if place.exists() else path}
     more = denoiser.opened_with | ({} if null_label is None else {"null_label": null_label})
     return {**where, "sha256": digest(denoiser.network.state_dict()), **more}
+
+
+def guided_by(denoiser: Denoiser) -> dict[str, Any]:
+    """What a record or a card says of the kind of a model's guidance; {} for the plain kind."""
+    kind = guidance_kinds.described(denoiser)
+    if denoiser.worse is not None:
+        kind["worse"] = identity(denoiser.worse, denoiser.worse.name)
+    return {"guidance_kind": kind} if kind else {}
 
 
 def _labels(

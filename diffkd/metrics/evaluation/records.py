@@ -78,6 +78,17 @@ class _Spec(_Known):
     resize: Positive | None = None
 
 
+class _Worse(_Known):
+    path: str
+    sha256: str | None = None
+
+
+class _GuidanceKind(_Known):
+    interval: list[float] | None = Field(None, min_length=2, max_length=2)
+    rescale: float = Field(0.0, ge=0, le=1)
+    worse: _Worse | None = None
+
+
 class _Where(_Known):
     path: str
     kind: str = "model"
@@ -90,6 +101,7 @@ class _Where(_Known):
     scheduler: str | None = None
     steps: Positive | None = None
     guidance: float = Field(1.0, ge=0)
+    guidance_kind: _GuidanceKind = _GuidanceKind()
 
 
 class _Reference(_Known):
@@ -113,6 +125,7 @@ class _Protocol(_Known):
     device: str
     steps: Positive | None = None
     guidance: float = Field(1.0, ge=0)
+    guidance_kind: _GuidanceKind = _GuidanceKind()
 
 
 class _Record(_Known):

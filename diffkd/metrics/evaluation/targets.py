@@ -31,7 +31,8 @@ from diffkd.metrics.evaluation.image_stream import (
 )
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.stock_images import StockPipeline, stock_option
-from diffkd.models import loading, sizes
+from diffkd.models import guidance_kind, loading, sizes
+from diffkd.models.guidance_kind import GuidanceKind
 from diffkd.models.source import holds_model
 
 AGREEMENT_STEPS = 64  # of the teacher that a student is compared with image by image
@@ -45,6 +46,7 @@ class Target:
     name: str | None = None  # default the last part of the path
     steps: tuple[int, ...] = ()  # none: a student's own
     guidance: float | None = None  # default none, or the usual one of a model that takes it as an input
+    guidance_kind: GuidanceKind | None = None
     null_label: int | None = None
     quantize: str | None = None
     prompts: str | None = None  # a file of them, one a line, for the images in turn
@@ -54,6 +56,7 @@ class Target:
     teacher: str | None = None
     teacher_steps: int = AGREEMENT_STEPS
     teacher_guidance: float | None = None
+    teacher_kind: GuidanceKind | None = None
     teacher_opening: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,7 +89,7 @@ def teacher_of(
     """What the target is compared with image by image, drawn once however often it is used."""
     if target.teacher is None:
         return None
-    denoiser = _load(target.teacher, device, target.null_label, **target.teacher_opening)
+    denoiser = _load(target.teacher, device, target.null_label, target.teacher_kind, **target.teacher_opening)
     stream = sampled_images(
         denoiser, config, reference, target.teacher_steps, guidance=target.teacher_guidance,
         classes=class_names(loading.card(expanded(target.teacher))),
@@ -136,7 +139,10 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
 def _model(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
-    denoiser = _load(target.path, device, target.null_label, quantize=target.quantize, **target.opening)
+    denoiser = _load(
+        target.path, device, target.null_label, target.guidance_kind, quantize=target.quantize,
+        **target.opening,
+    )  # fmt: skip
     if not target.steps and denoiser.steps is None:
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")
@@ -147,7 +153,7 @@ def _model(
         where["quantize"] = target.quantize
     if target.prompts is not None:
         where["prompts"] = _absolute(target.prompts)
-    size = sizes.denoiser_size(denoiser).recorded()
+    size = sizes.drawn_size(denoiser).recorded()
     for steps in target.steps or (denoiser.steps or 0,):
         stream = sampled_images(
             denoiser,
@@ -161,10 +167,14 @@ def _model(
         yield OpenedTarget(f"{steps} steps", stream, where, size)
 
 
-def _load(path: str, device: torch.device, null_label: int | None, **options: Any) -> Denoiser:
+def _load(
+    path: str, device: torch.device, null_label: int | None, kind: GuidanceKind | None, **options: Any
+) -> Denoiser:
     denoiser = loading.load(path, device=device, **options)
     if null_label is not None and denoiser.null_label is None:
         loading.set_null_label(denoiser, null_label)
+    if kind is not None:
+        kind.set_on(denoiser)
     return denoiser
 
 
@@ -186,6 +196,9 @@ def _stock(
 ) -> Iterator[OpenedTarget]:
     if target.guidance not in (None, 1):
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
+    for option, given in zip(guidance_kind.OPTIONS, _kind_of(target), strict=True):
+        if given:
+            raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called(option)}")
     if target.quantize:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
     presets.check_captions(config.protocol, None, None, f"{target.path} ({stock_option()})")
@@ -198,6 +211,11 @@ def _stock(
     for steps in target.steps or (pipeline.steps,):
         stream = pipeline.stream(config, reference, steps)
         yield OpenedTarget(f"{steps or 'its own'} steps", stream, where, pipeline.size)
+
+
+def _kind_of(target: Target) -> tuple[Any, ...]:
+    kind = target.guidance_kind
+    return (None, None, None) if kind is None else (kind.interval, kind.rescale, kind.worse)
 
 
 def _absolute(path: str) -> str:

@@ -15,7 +15,8 @@ from diffkd.models.unet import UNet, UNet2D, reinitialized_like
 
 
 def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None = None) -> Denoiser:
-    """The same denoiser around another network; prediction: its type, by default that of the denoiser."""
+    """The same denoiser around another network, guided plainly; prediction: its type, by default that of the
+    denoiser."""
     changed = Denoiser(
         network,
         denoiser.schedule,
@@ -31,11 +32,13 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         guidance_by_default=denoiser.guidance_by_default,
         schedule_of=denoiser.schedule_of,
         call=denoiser.call,
+        guide=denoiser.guide,
         example=denoiser.example,
         codec=denoiser.codec,
         conditioner=denoiser.conditioner,
     )
     changed.set_null(denoiser.null)
+    changed.taught_kind = denoiser.taught_kind
     return changed.train(network.training)
 
 

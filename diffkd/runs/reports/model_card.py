@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffkd.core import guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.metrics.evaluation.records import formatted
@@ -15,7 +16,7 @@ from diffkd.runs.reports import markdown, teacher_sampling
 
 PIPELINE_FACTS = (
     "sampler", "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes",
-    "clip", "teacher", "teacher_sampler", "guidance_baked_in", "guidance_range", "method",
+    "clip", "teacher", "teacher_sampler", "guidance_baked_in", "guidance_range", "guidance_kind", "method",
 )  # fmt: skip
 NAMED = 50  # classes that a card lists
 CLASSIFIER_FACTS = (
@@ -110,7 +111,9 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
             "is: the same seeds give other images than diffkd's, of the same distribution.",
             "",
         ]
-    lines += markdown.facts(card, PIPELINE_FACTS)
+    kind = card.get("guidance_kind")
+    said = {} if kind is None else {"guidance_kind": guidance_kinds.in_words(kind)}
+    lines += markdown.facts({**card, **said}, PIPELINE_FACTS)
     lines += _class_names(card)
     measured = [row for row in map(_measured, card.get("metrics", [])) if row is not None]
     if measured:

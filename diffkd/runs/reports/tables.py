@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from diffkd.core import guidance_kinds
 from diffkd.errors import printable
 from diffkd.io import progress
 from diffkd.metrics.evaluation import comparison, records
@@ -99,6 +100,8 @@ def compare(one: Path, two: Path, console: Console) -> bool:
     titles = [""]
     for path, record in found:
         steps = f", {record['steps']} steps" if "steps" in record else ""
+        if kind := record["protocol"].get("guidance_kind"):  # else how it was drawn is beside the point
+            steps += f", guided {guidance_kinds.in_words(kind)}"
         titles.append(f"{path}: {record['model']}{steps}")
     names = [records.VALUES[key].title for key in common]
     show(
