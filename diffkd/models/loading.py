@@ -195,7 +195,7 @@ def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     default_size: Any = getattr(family, "default_size", None)
     if default_size is not None and denoiser.codec is not None and denoiser.shape is not None:
         latents = denoiser.shape[1:]
-        if latents != tuple(default_size(denoiser.network)):
+        if latents != tuple(default_size(denoiser)):
             height, width = (side * denoiser.codec.factor for side in latents)
             call |= {"height": height, "width": width}
     return call

@@ -34,7 +34,7 @@ class Family(Protocol):
         """Arguments of the stock pipeline's call, beside steps and labels or prompts, with which it draws
         what diffkd draws; {} where its defaults do.
 
-        Two more names are read where a family has them. `default_size(network)`: height and width of the
+        Two more names are read where a family has them. `default_size(denoiser)`: height and width of the
         latents that the pipeline draws where none are named; a student of another size is called with its
         own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn by
         renoise in several steps has fresh noise of torch's global one.
