@@ -10,6 +10,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from diffkd.errors import UserError
+from diffkd.io.text import reason
 from diffkd.models import text_encoders
 from diffkd.models.prompts import Prompts
 from diffkd.models.source import Source
@@ -88,9 +90,8 @@ class SanaPrompts(MaskedPrompts):
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return self._after(self.instruction, prompts)
 
-    @torch.no_grad()
-    def null(self, prompt: str | None = None) -> dict[str, Tensor]:
-        return {key: value.float().cpu() for key, value in self._after("", [prompt or ""]).items()}
+    def _embed_null(self, prompt: str) -> dict[str, Tensor]:
+        return self._after("", [prompt])
 
     def _after(self, instruction: str, prompts: Sequence[str]) -> dict[str, Tensor]:
         longest = SANA_TOKENS
@@ -114,10 +115,8 @@ class Lumina2Prompts(MaskedPrompts):
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return self._of([LUMINA2_SYSTEM + prompt for prompt in prompts], prompts)
 
-    @torch.no_grad()
-    def null(self, prompt: str | None = None) -> dict[str, Tensor]:
-        found = self._of([prompt or ""], [prompt or ""])
-        return {key: value.float().cpu() for key, value in found.items()}
+    def _embed_null(self, prompt: str) -> dict[str, Tensor]:
+        return self._of([prompt], [prompt])
 
     def _of(self, texts: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
         states, mask = self._states(texts, LUMINA2_TOKENS, said=prompts, layer=-2)
@@ -135,16 +134,23 @@ class ZImagePrompts(MaskedPrompts):
         super().__init__(source, [text_encoders.language_model(source, "Qwen3Model")])
 
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokenizer = self.networks[0][0]
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for prompt in prompts
-        ]  # fmt: skip
+        chats = [self._chat(prompt) for prompt in prompts]
         states, mask = self._states(chats, Z_IMAGE_TOKENS, said=prompts, layer=-2)
         return {STATES: states, MASK: mask}
+
+    def _chat(self, prompt: str) -> str:
+        """Raises UserError where the tokenizer has no template that works."""
+        try:
+            text: str = self.networks[0][0].apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=True,
+            )  # fmt: skip
+        except Exception as error:  # whatever the template, which is a program, makes it do
+            raise UserError(
+                f"{self.name}: the tokenizer in {self.encoders[0].tokenizer} makes no chat of a prompt "
+                f"({reason(error)[:200]}); is its chat template there?"
+            ) from error
+        return text
 
 
 class QwenImagePrompts(MaskedPrompts):

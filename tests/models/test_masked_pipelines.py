@@ -160,6 +160,19 @@ def test_prompts_are_the_pipelines(stock):
         assert value.shape == ours[key][:1].shape
 
 
+@torch.no_grad()
+def test_the_length_that_a_tokenizer_names_is_not_the_pipelines(stock, tmp_path):
+    """Published ones name any; the pipelines give their own."""
+    kind, pipeline, source = stock
+    shutil.copytree(source, folder := tmp_path / "model")
+    changed(folder, "tokenizer/tokenizer_config.json", model_max_length=40)
+    ours = loading.load(folder).conditioner.embed(PROMPTS)
+    ((states, mask), _) = of_stock(kind, pipeline, PROMPTS, PROMPTS)
+    assert torch.equal(ours["encoder_attention_mask"], mask)
+    seen = mask.bool()
+    assert (ours["encoder_hidden_states"] - states)[seen].abs().max() < 2e-6 * max(1, states.abs().max())
+
+
 def test_what_is_cut_off_a_prompt_is_told(stock, caplog):
     kind, _, folder = stock
     loading.load(folder).conditioner.embed(["a " * 300])
@@ -331,6 +344,16 @@ def test_a_scheduler_that_stretches_its_grid(saved, tmp_path, caplog):
     loading.save(denoiser, tmp_path / "student")
     config = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
     assert config["shift_terminal"] is None and config["shift"] == pytest.approx(law.shift)
+
+
+@pytest.mark.parametrize("template", [None, "{{ 1 / 0 }}", "{% for"])
+def test_a_chat_template_that_does_not_work(saved, tmp_path, template):
+    shutil.copytree(saved("z_image"), folder := tmp_path / "model")
+    file = folder / "tokenizer" / "chat_template.jinja"
+    file.unlink() if template is None else file.write_text(template)
+    conditioner = loading.load(folder).conditioner
+    with pytest.raises(UserError, match="makes no chat of a prompt .* is its chat template there"):
+        conditioner.embed(["a cat"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

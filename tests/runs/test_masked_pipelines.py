@@ -18,6 +18,7 @@ from tests import masked_pipelines
 from tests.masked_pipelines import KINDS, PIXELS
 from tests.runs.tiny import OF_LATENTS, assert_same_runs, network
 
+ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
 ONE: dict[str, Any] = {"steps": 2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -113,3 +114,21 @@ def test_a_network_that_cannot_be_told_the_length_of_a_step(cli, here, kind):
     """Its embedding of the time is not diffusers' own."""
     outcome = cli("distill", "run.yaml", "method={name: shortcut, steps: [2], updates: 1}")
     assert outcome.code == 2 and "no time embedding that a second time could be added to" in outcome.stderr
+
+
+@pytest.mark.parametrize(("kind", "name"), [("pixart_sigma", "pixart"), ("sana", "sana")])
+def test_the_config_for_public_models_runs(cli, here, kind, name):
+    """Two updates of every stage."""
+    changes = {
+        "teacher.path": "teacher", "data.path": "images", "data.size": PIXELS[kind], "method.updates": 2,
+        "training.batch_size": 4, "training.micro_batches": 2, "evaluation": None, "pictures": 0,
+    }  # fmt: skip
+    if name == "pixart":
+        changes["method.updates_v"] = 2
+    config = ROOT / "configs" / name / "progressive.yaml"
+    outcome = cli("distill", config, *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
+    assert outcome.code == 0, outcome.stderr
+    for steps in (8, 4, 2, 1):
+        folder = here / f"runs/{name}-progressive/students" / f"{steps}-steps"
+        (ours,) = diffkd.generate(diffkd.load(folder), 2, prompts=CAPTIONS[:2], seed=5)
+        assert np.abs(ours.numpy().astype(int) - stock_images(folder, CAPTIONS[:2])).max() <= 1

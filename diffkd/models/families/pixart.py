@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
@@ -76,8 +77,9 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond, *, factor: i
     told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if getattr(network, "module", network).use_additional_conditions:
         height, width = x_t.shape[2] * factor, x_t.shape[3] * factor
-        told["resolution"] = x_t.new_tensor([height, width]).expand(len(x_t), 2)
-        told["aspect_ratio"] = x_t.new_tensor([height / width]).expand(len(x_t), 1)
+        sides = [x_t.new_full((len(x_t), 1), side) for side in (height, width)]
+        told["resolution"] = torch.cat(sides, 1)
+        told["aspect_ratio"] = x_t.new_full((len(x_t), 1), height / width)
     output: Tensor = network(
         x_t, encoder_hidden_states=cond[STATES].to(x_t.dtype), encoder_attention_mask=cond[MASK],
         timestep=time, added_cond_kwargs=told, return_dict=False,

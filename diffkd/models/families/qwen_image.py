@@ -27,7 +27,7 @@ CALL: dict[str, Any] = {}  # the pipeline guides only where a negative prompt is
 GLOBAL_NOISE = True
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 SIDE = 128  # of the latents that the stock pipeline draws where no size is named
-MOST_PLACES = 4096  # tokens a side of the network's position embedding, on both sides of its middle
+MOST_PLACES = 4096  # tokens a side that its position embedding has room for, beside those of a prompt
 COUNTS = (
     "in_channels", "patch_size", "num_layers", "attention_head_dim", "num_attention_heads",
     "joint_attention_dim",

@@ -86,7 +86,7 @@ def default_size(denoiser: Denoiser) -> tuple[int, int]:
 def _check_config(config: Mapping[str, Any], name: str) -> None:
     """Raises UserError for a network that `call` does not describe."""
     networks.check_counts(config, name, COUNTS)
-    networks.check_positions(config, name, "axes_lens", Z_IMAGE_TOKENS)
+    networks.check_positions(config, name, "axes_lens", Z_IMAGE_TOKENS + 1)  # and the image's own
     for key, needed in (("all_patch_size", PATCH), ("all_f_patch_size", 1)):
         if not isinstance(config[key], list | tuple) or needed not in config[key]:
             raise UserError(
