@@ -72,7 +72,7 @@ class Autoencoder:
 
     def _shift(self, config: dict[str, Any]) -> float:
         shift = config.get("shift_factor")
-        if type(shift) not in (int, float) or not math.isfinite(shift):
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not math.isfinite(shift):
             raise UserError(
                 f"{self.name}: {self.place / 'config.json'} has shift_factor {quoted(shift)}, which is no "
                 "number, and its pipeline adds it; set it, to 0.0 for none"
