@@ -17,15 +17,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tests import flow_pipelines
 
-KINDS = ("pixart_alpha", "pixart_sigma", "sana", "lumina2", "z_image", "qwen_image")
+NAMES = {
+    "pixart_alpha": "PixArtAlphaPipeline", "pixart_sigma": "PixArtSigmaPipeline", "sana": "SanaPipeline",
+    "lumina2": "Lumina2Pipeline", "z_image": "ZImagePipeline", "qwen_image": "QwenImagePipeline",
+}  # fmt: skip
+PIPELINES: dict[str, Any] = {
+    kind: getattr(diffusers, name) for kind, name in NAMES.items() if hasattr(diffusers, name)
+}
+KINDS = tuple(PIPELINES)  # those that the installed diffusers has
 SIDE = 8  # of latents
 CHANNELS = 4
 WIDTH = 16  # of text encoders
-PIPELINES: dict[str, Any] = {
-    "pixart_alpha": diffusers.PixArtAlphaPipeline, "pixart_sigma": diffusers.PixArtSigmaPipeline,
-    "sana": diffusers.SanaPipeline, "lumina2": diffusers.Lumina2Pipeline,
-    "z_image": diffusers.ZImagePipeline, "qwen_image": diffusers.QwenImagePipeline,
-}  # fmt: skip
 PIXELS = dict.fromkeys(KINDS, 4 * SIDE) | {"lumina2": 8 * SIDE}  # a side of an image
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.-'<>:;|\n\u2581"
 CHAT = (  # as Qwen's, but short

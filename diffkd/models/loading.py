@@ -16,7 +16,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import reason
 from diffkd.models import source, validation
 from diffkd.models.codecs import Autoencoder
-from diffkd.models.families import Family, families
+from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
 from diffkd.models.source import CARD, Source, card, folder_of
@@ -72,10 +72,12 @@ def _family_of(found: Source) -> Family:
             return family
         supported += names
     (near,) = difflib.get_close_matches(name, supported, n=1, cutoff=0)
+    newer = of_newer_diffusers()
     raise UserError(
         f"{found.name} is a {name}, which is not a supported {'network' if alone else 'pipeline'}; supported "
         f"are {', '.join(supported)}, the nearest {near}"
         + ("" if alone else " (diffkd evaluate --sampler stock measures others)")
+        + (f"; with a newer diffusers {', '.join(newer)}" if newer else "")
     )
 
 

@@ -59,22 +59,24 @@ def unpacked(kind, drawn):
     return packing.unpack(drawn, SIDE, SIDE) if kind == "qwen_image" else drawn
 
 
-def guided(kind, weight):
-    """Arguments of a pipeline's call for this weight."""
-    call = {**CALLS[kind]}
+def called(kind, weight, steps):
+    """Arguments of a pipeline's call for this weight, on the grid of diffkd's samplers."""
+    call = {**CALLS[kind], "num_inference_steps": steps, "output_type": "latent"}
+    if kind == "sana":
+        call["sigmas"] = [1 - i / steps for i in range(steps)]
     if kind == "qwen_image":
         return call if weight == 1 else {**call, "true_cfg_scale": weight, "negative_prompt": [" "] * 3}
     return {**call, "guidance_scale": weight - 1 if kind == "z_image" else weight}
 
 
 def on_its_grid(kind, pipeline):
-    """With a scheduler that steps as diffkd's samplers do."""
+    """With a scheduler that steps as diffkd's samplers do, when it is called as above."""
     config = pipeline.scheduler.config
     if kind.startswith("pixart"):
         options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, **options)
     elif kind == "sana":
-        pipeline.scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0)
+        pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     elif kind == "qwen_image":  # whose stretch to a last sigma depends on the number of steps
         pipeline.scheduler = type(pipeline.scheduler).from_config(config, shift_terminal=None)
     return pipeline
@@ -188,10 +190,8 @@ def test_the_samplers_latents_are_the_pipelines(stock, steps, guidance):
     assert denoiser.shape == (CHANNELS, SIDE, SIDE)
     with torch.no_grad():
         ours = samplers.sample(denoiser, latents(), steps, guidance=guidance, **conditioned(denoiser))
-    theirs = on_its_grid(kind, pipeline)(
-        [*PROMPTS], num_inference_steps=steps, generator=generators(), output_type="latent",
-        **guided(kind, guidance),
-    ).images  # fmt: skip
+    call = called(kind, guidance, steps)
+    theirs = on_its_grid(kind, pipeline)([*PROMPTS], generator=generators(), **call).images
     assert_close(ours, unpacked(kind, theirs))
 
 
@@ -299,14 +299,8 @@ def test_images_of_other_sizes(stock):
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         ours = samplers.sample(denoiser, noise, 2, **conditioned(denoiser, ["a cat"]))
-    call = {**guided(kind, 1.0), "height": height, "width": width}
-    theirs = on_its_grid(kind, pipeline)(
-        ["a cat"],
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(3),
-        output_type="latent",
-        **call,
-    ).images
+    call = {**called(kind, 1.0, 2), "height": height, "width": width}
+    theirs = on_its_grid(kind, pipeline)(["a cat"], generator=torch.Generator().manual_seed(3), **call).images
     if kind == "qwen_image":
         theirs = packing.unpack(theirs, *shape[1:])
     assert_close(ours, theirs)
@@ -322,11 +316,8 @@ def test_an_alpha_network_that_is_told_the_size(tmp_path):
     assert denoiser.network.use_additional_conditions and denoiser.shape == (CHANNELS, SIDE, SIDE)
     with torch.no_grad():
         ours = samplers.sample(denoiser, latents(), 4, guidance=3.0, **conditioned(denoiser))
-    call = {**guided("pixart_alpha", 3.0), "height": 32, "width": 32}
-    pipeline = on_its_grid("pixart_alpha", made)
-    theirs = pipeline(
-        [*PROMPTS], num_inference_steps=4, generator=generators(), output_type="latent", **call
-    ).images
+    call = {**called("pixart_alpha", 3.0, 4), "height": 32, "width": 32}
+    theirs = on_its_grid("pixart_alpha", made)([*PROMPTS], generator=generators(), **call).images
     assert_close(ours, theirs)
     changed(tmp_path / "model", "model_index.json", _class_name="PixArtSigmaPipeline")
     with pytest.raises(UserError, match="is told the image's size .* does not tell it"):
