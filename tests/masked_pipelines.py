@@ -3,6 +3,7 @@ weights and tokenizers of letters."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -36,10 +38,20 @@ CHAT = (  # as Qwen's, but short
 )
 
 
+def sana_instruction() -> list[str]:
+    """What SanaPipeline puts before a prompt by default."""
+    call: Any = inspect.signature(diffusers.SanaPipeline.__call__)
+    found: list[str] = call.parameters["complex_human_instruction"].default
+    return found
+
+
 def gemma_tokenizer() -> Any:
     special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
     vocabulary = {token: number for number, token in enumerate([*special, *LETTERS])}
-    return transformers.GemmaTokenizerFast(vocab=vocabulary, merges=[], add_bos_token=True)
+    made = transformers.GemmaTokenizerFast(vocab=vocabulary, merges=[], add_bos_token=True)
+    # or the instruction of a thousand letters would be most of the time of a test
+    made.add_tokens([tokenizers.AddedToken(line, normalized=False) for line in sana_instruction()])
+    return made
 
 
 def qwen_tokenizer() -> Any:

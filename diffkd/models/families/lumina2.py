@@ -99,10 +99,10 @@ def _check_shift(source: Source, channels: int) -> None:
     it takes for the number of its tokens."""
     _, config = source.scheduler()
     if config.get("use_dynamic_shifting"):
-        shift = math.exp(mu_of(channels))
+        mu = mu_of(channels, *(config.get(key, default) for key, default in flow_schedulers.OF_MU.items()))
         raise UserError(
             f"{source.name} has a scheduler with use_dynamic_shifting, of which its pipeline makes one shift "
-            f"for all sizes; set it to false, and shift to that one ({shift:.6g} by default)"
+            f"for all sizes; set it to false, and shift to that one, {math.exp(mu):.6g}"
         )
 
 
