@@ -1,4 +1,4 @@
-"""Autoencoders of latent models: AutoencoderKL and AutoencoderTiny, as stock pipelines use them."""
+"""Autoencoders of latent models, as stock pipelines use them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from diffkd.models import fingerprints, networks, validation
 from diffkd.models.pipeline_files import variants_of, weights_of
 from diffkd.models.source import Source
 
-SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")
+SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")  # by most pipelines
+OF_FRAMES = "AutoencoderKLQwenImage"  # of videos, of which an image is the one frame
 LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
 
 
@@ -26,7 +27,8 @@ class Autoencoder:
 
     only: height and width of the only latents that the pipeline's network takes, None for one that takes any.
     patch: latents a side of the network's tokens. largest: latents a side that it has positions for. shifted:
-    whether the pipeline takes the shift factor off before it scales, and has no use for means.
+    whether the pipeline takes the shift factor off before it scales, and has no use for means. kinds: classes
+    that the pipeline works with.
     """
 
     def __init__(
@@ -37,14 +39,15 @@ class Autoencoder:
         patch: int = 1,
         largest: int | None = None,
         shifted: bool = False,
+        kinds: tuple[str, ...] = SUPPORTED,
     ) -> None:
         self.source, self.only, self.patch, self.largest = source, only, patch, largest
         entry = source.index.get("vae")
         kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
-        if kind not in SUPPORTED:
+        if kind not in kinds:
             raise UserError(
                 f"{source.name} has an autoencoder of type {quoted(entry)}, which is not supported; use "
-                f"{' or '.join(SUPPORTED)}"
+                f"{' or '.join(kinds)}"
             )
         self.name, self.place, self.kind = source.name, source.folder / "vae", getattr(diffusers, kind)
         self.variant = source.variant if source.variant in variants_of(self.place) else None
@@ -52,10 +55,13 @@ class Autoencoder:
             validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
         self.device = torch.device("cpu")
         config = networks.config_of(self.place, self.kind)
-        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        self.factor = 2 ** (len(widths or ()) - 1)
-        self.channels = config["latent_channels"]
-        self.scaling = config["scaling_factor"]
+        self.of_frames = kind == OF_FRAMES
+        if self.of_frames:
+            self.factor, self.channels = 2 ** len(config["temperal_downsample"]), config["z_dim"]
+        else:
+            widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+            self.factor, self.channels = 2 ** (len(widths or ()) - 1), config["latent_channels"]
+        self.scaling = config.get("scaling_factor", 1.0)
         if type(self.scaling) not in (int, float) or not 0 < self.scaling < math.inf:
             raise UserError(
                 f"{self.name}: {self.place / 'config.json'} has scaling_factor {quoted(self.scaling)}, which "
@@ -146,11 +152,15 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
-        encoded = self.network.encode(images.to(self.device, torch.float32))
-        if not hasattr(encoded, "latent_dist"):  # of an AutoencoderTiny, which has no distribution
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-        else:
+        images = images.to(self.device, torch.float32)
+        encoded = self.network.encode(images[:, :, None] if self.of_frames else images)
+        if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:  # of an AutoencoderTiny or an AutoencoderDC, which have no distribution
+            mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+            std = torch.zeros_like(mean)
+        if self.of_frames:
+            mean, std = mean[:, :, 0], std[:, :, 0]
         if self.statistics is None:
             return (mean - self.shift) * self.scaling, std * self.scaling
         of_mean, of_std = (values.to(mean) for values in self.statistics)
@@ -167,5 +177,7 @@ class Autoencoder:
             latents = x0 * std / self.scaling + mean
         if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "enable_tiling"):
             self.network.enable_tiling()
-        images: Tensor = self.network.decode(latents, return_dict=False)[0]
-        return images
+        images: Tensor = self.network.decode(
+            latents[:, :, None] if self.of_frames else latents, return_dict=False
+        )[0]
+        return images[:, :, 0] if self.of_frames else images

@@ -1,4 +1,4 @@
-"""What pipelines of transformers on flows share: the size of their images, and how students are saved."""
+"""What pipelines of transformers share: what fits together, the size of images, how students are saved."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.noise_schedule import Schedule
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import quoted
@@ -13,7 +14,10 @@ from diffkd.models import components, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.components import Copied
 from diffkd.models.pipeline_files import INDEX
+from diffkd.models.prompts import Prompts
 from diffkd.models.source import CARD, Source
+
+THOUSAND = 1000  # T, by which these pipelines divide the time of their schedulers
 
 
 def check_whole(source: Source, kind: str) -> None:
@@ -37,8 +41,39 @@ def shape_of(source: Source, codec: Autoencoder, default: tuple[int, int]) -> tu
     return codec.shape(height, width)
 
 
-def save(denoiser: Denoiser, folder: Path, kind: type, copied: Copied) -> None:
-    """The teacher's pipeline with another transformer, of this class, and scheduler; all else is copied."""
+def check_width(source: Source, conditioner: Prompts, taken: int) -> None:
+    """Raises UserError where a network takes embeddings of another width than the text encoder's."""
+    width = conditioner.example["encoder_hidden_states"].shape[-1]
+    if width != taken:
+        raise UserError(
+            f"{source.name} has a text encoder of width {width}, and its network takes {taken}; are they of "
+            "one model?"
+        )
+
+
+def check_factor(codec: Autoencoder, needed: int) -> None:
+    """Raises UserError for an autoencoder of another scale than the stock pipeline takes for granted."""
+    if codec.factor != needed:
+        raise UserError(
+            f"{codec.name} has an autoencoder of {codec.factor} pixels a side to a latent, and its pipeline "
+            f"works with {needed}; are they of one model?"
+        )
+
+
+def check_thousand(source: Source, schedule: Schedule) -> None:
+    """Raises UserError for a scheduler of another number of time steps than these pipelines divide by."""
+    if schedule.num_train_timesteps != THOUSAND:
+        raise UserError(
+            f"{source.name} has a scheduler with num_train_timesteps {schedule.num_train_timesteps}, and its "
+            f"pipeline takes the noise level for time / {THOUSAND}; set it to {THOUSAND}"
+        )
+
+
+def save(denoiser: Denoiser, folder: Path, kind: type, copied: Copied, scheduler: Any = None) -> None:
+    """The teacher's pipeline with another transformer, of this class, and scheduler; all else is copied.
+
+    scheduler: of a student, None for that of a flow.
+    """
     network: Any = denoiser.network
     networks.check_saved(network)
     if not isinstance(denoiser.codec, Autoencoder):
@@ -48,7 +83,11 @@ def save(denoiser: Denoiser, folder: Path, kind: type, copied: Copied) -> None:
     source = denoiser.codec.source
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder / "transformer", safe_serialization=True)
-    scheduler = flow_schedulers.write(source, denoiser, folder / "scheduler")
+    if scheduler is None:
+        name = flow_schedulers.write(source, denoiser, folder / "scheduler")
+    else:
+        name = type(scheduler).__name__
+        scheduler.save_pretrained(folder / "scheduler")
     components.copy(source, copied, folder, network.dtype)
-    changed = {"transformer": ["diffusers", kind.__name__], "scheduler": ["diffusers", scheduler]}
+    changed = {"transformer": ["diffusers", kind.__name__], "scheduler": ["diffusers", name]}
     write_json(folder / INDEX, {**source.index, **changed})

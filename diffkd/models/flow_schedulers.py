@@ -12,6 +12,7 @@ from diffkd.core.flow_schedule import FlowSchedule, mu_of
 from diffkd.core.scheduler_config import FIELDS, FLOW, FLOW_FIELDS, FLOW_MAP, is_flow
 from diffkd.core.schedules import from_diffusers, prediction_of
 from diffkd.errors import UserError
+from diffkd.io.text import log
 from diffkd.models import schedulers
 from diffkd.models.source import CARD, Source
 
@@ -52,6 +53,13 @@ def read(source: Source, shape: Shape, *, handed: bool, patch: int) -> Sampling:
     """
     kind, config = schedulers.checked(source, FIELDS | FLOW_FIELDS)
     with schedulers.readable(source):
+        terminal, steps = config.get("shift_terminal"), source.card.get("steps")
+        if terminal and steps is None:
+            log.warning(
+                "%s has a scheduler with shift_terminal %s, which stretches its grid of each number of steps "
+                "to that last sigma; diffkd's own grids end where even ones do", source.name, terminal,
+            )  # fmt: skip
+            config = {**config, "shift_terminal": None}
         scheduler = schedulers.built(kind, config, SUPPORTED)
         if not is_flow(scheduler):
             raise UserError(
@@ -61,7 +69,7 @@ def read(source: Source, shape: Shape, *, handed: bool, patch: int) -> Sampling:
         if (prediction := prediction_of(scheduler)) != "flow":
             raise UserError(f"scheduler {kind} is of networks that predict {prediction}; supported is flow")
         sampler: StockSampler = "renoise" if scheduler.config.get("stochastic_sampling") else "ddim"
-        steps, schedule_of = source.card.get("steps"), None
+        schedule_of = None
         if steps is not None:
             schedule = _of_student(source, scheduler, sampler, steps, handed)
         elif scheduler.config.get("use_dynamic_shifting"):

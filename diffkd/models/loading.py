@@ -16,7 +16,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import reason
 from diffkd.models import source, validation
 from diffkd.models.codecs import Autoencoder
-from diffkd.models.families import Family, families
+from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
 from diffkd.models.source import CARD, Source, card, folder_of
@@ -72,10 +72,12 @@ def _family_of(found: Source) -> Family:
             return family
         supported += names
     (near,) = difflib.get_close_matches(name, supported, n=1, cutoff=0)
+    newer = of_newer_diffusers()
     raise UserError(
         f"{found.name} is a {name}, which is not a supported {'network' if alone else 'pipeline'}; supported "
         f"are {', '.join(supported)}, the nearest {near}"
         + ("" if alone else " (diffkd evaluate --sampler stock measures others)")
+        + (f"; with a newer diffusers {', '.join(newer)}" if newer else "")
     )
 
 
@@ -201,7 +203,7 @@ def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     default_size: Any = getattr(family, "default_size", None)
     if default_size is not None and denoiser.codec is not None and denoiser.shape is not None:
         latents = denoiser.shape[1:]
-        if latents != tuple(default_size(denoiser.network)):
+        if latents != tuple(default_size(denoiser)):
             height, width = (side * denoiser.codec.factor for side in latents)
             call |= {"height": height, "width": width}
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import validation
-from diffkd.models.pipeline_files import read_object
+from diffkd.models.pipeline_files import MAX_NUMBER, read_object
 from diffkd.models.source import Source
 
 
@@ -40,9 +40,10 @@ def check_kind(source: Source, component: str, kind: Any, *, once: str | None = 
     """Raises UserError for a pipeline whose `component` is of another class, by its index."""
     entry = source.index.get(component, ["diffusers", kind.__name__])
     if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once or kind.__name__]):
+        of_videos = ", one of videos" if isinstance(entry, list) and "3D" in str(entry[-1]) else ""
         raise UserError(
-            f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
-            f"{kind.__name__}"
+            f"{source.name} has a network of type {quoted(entry)}{of_videos}, which is not supported; "
+            f"supported is {kind.__name__}"
         )
 
 
@@ -102,6 +103,51 @@ def check_supported(config: Any, name: str, supported: dict[str, tuple[Any, ...]
                 f"{name} has {key} {quoted(config.get(key))}, which is not supported; supported is "
                 f"{' or '.join(map(str, values))}"
             )
+
+
+def check_counts(config: Mapping[str, Any], name: str, keys: Iterable[str]) -> None:
+    """Raises UserError where one of these is not a positive integer."""
+    for key in keys:
+        if not (type(config[key]) is int and config[key] > 0):
+            raise UserError(f"{name} has {key} {quoted(config[key])}; supported is a positive integer")
+
+
+def check_variance(config: Mapping[str, Any], name: str) -> None:
+    """Raises UserError for a network whose output is neither its prediction nor that and a variance."""
+    given, made = config["in_channels"], config["out_channels"]
+    if made not in (None, given, 2 * given):
+        raise UserError(
+            f"{name} has in_channels {given} and out_channels {quoted(made)}; supported are as many, or "
+            "twice as many for a learned variance"
+        )
+
+
+def check_tokens(config: Mapping[str, Any], name: str, most: int) -> None:
+    """Raises UserError for a network of a sample_size that is no whole number of patches, or of too many."""
+    side, patch = config["sample_size"], config["patch_size"]
+    if side % patch:
+        raise UserError(f"{name} has sample_size {side}, which does not divide by its patch_size {patch}")
+    if (tokens := (side // patch) ** 2) > most:
+        raise UserError(
+            f"{name} has sample_size {side} and patch_size {patch}, which are {tokens:,} tokens; supported "
+            f"are up to {most:,}"
+        )
+
+
+def check_positions(config: Mapping[str, Any], name: str, key: str, tokens: int) -> None:
+    """Raises UserError for a network without positions for so many tokens of a prompt, and for rows and
+    columns of an image; key: of the three numbers of them."""
+    given = config[key]
+    if not (
+        isinstance(given, list | tuple)
+        and len(given) == 3
+        and all(type(one) is int and 0 < one <= MAX_NUMBER for one in given)
+        and given[0] > tokens
+    ):
+        raise UserError(
+            f"{name} has {key} {quoted(given)}; supported are three integers, places for more than the "
+            f"{tokens} tokens of a prompt, for rows and for columns"
+        )
 
 
 def check_sample_size(config: Any, name: str) -> None:

@@ -57,6 +57,8 @@ class Prompts(ABC):
         for one in self.encoders:
             tokenizer = transformers_models.load_tokenizer(one.tokenizer, self.name, one.tokenizer_kind)
             name = f"{self.name}: {one.place}"
+            if one.padding is not None:
+                tokenizer.padding_side = one.padding
             network = transformers_models.load(one.architecture, one.place, name, one.variant)
             opened.append((tokenizer, network.eval().requires_grad_(False).to(self.device)))
         return opened
@@ -76,33 +78,51 @@ class Prompts(ABC):
 
         A prompt of more tokens than the encoders take is cut, and a line says what is lost.
         """
-        parts = [self._kept(prompts[start : start + TOGETHER]) for start in range(0, len(prompts), TOGETHER)]
+        starts = range(0, len(prompts), TOGETHER)
+        parts = [_plain(self._embed(prompts[start : start + TOGETHER])) for start in starts]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     @torch.no_grad()
     def null(self, prompt: str | None = None) -> dict[str, Tensor]:
         """What stands for no prompt, the encoding of "", or for a negative one: as `embed`, without the
         size."""
-        return self._kept([prompt or ""])
+        return _plain(self._embed_null(prompt or ""))
 
-    def _kept(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {key: value.float().cpu() for key, value in self._embed(prompts).items()}
+    def _embed_null(self, prompt: str) -> dict[str, Tensor]:
+        """As `_embed`, for what guidance leads away from: the same, unless the pipeline has another way."""
+        return self._embed([prompt])
 
-    def tokens(self, number: int, prompts: Sequence[str], longest: int | None, *, tell: bool) -> Any:
-        """What the tokenizer of this encoder makes of them, padded and cut to the encoder's length or to
-        `longest`. tell: whether a line says what is cut off."""
+    def tokens(
+        self,
+        number: int,
+        prompts: Sequence[str],
+        longest: int | None,
+        *,
+        tell: bool,
+        padding: str = "max_length",
+        said: Sequence[str] | None = None,
+    ) -> Any:
+        """What the tokenizer of this encoder makes of them, cut to the encoder's length or to `longest`, and
+        padded to it, or by `padding="longest"` to the longest prompt. tell: whether a line says what is cut
+        off, of the prompts as they were `said`, before a pipeline wrote its own words around them."""
         tokenizer, length = self.networks[number][0], self.encoders[number].length
-        longest = min(one for one in (longest, length, tokenizer.model_max_length) if one is not None)
+        if length is not None or longest is None:  # else pipelines name it, whatever the tokenizer says
+            longest = min(one for one in (longest, length, tokenizer.model_max_length) if one is not None)
         with transformers_models.silent():
             tokens = tokenizer(
-                list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+                list(prompts), padding=padding, max_length=longest, truncation=True, return_tensors="pt"
             )
             whole = tokenizer(list(prompts)).input_ids if tell else []
-        for prompt, ids in zip(prompts, whole, strict=False):
+        for prompt, ids, cut in zip(said or prompts, whole, tokens.input_ids.tolist(), strict=False):
             if len(ids) > longest:
-                lost = tokenizer.decode(ids[longest - 1 : -1]).strip()
+                kept = longest if cut[-1] == ids[longest - 1] else longest - 1  # else the last one is an end
+                lost = tokenizer.decode(ids[kept:], skip_special_tokens=True).strip()
                 log.warning(
                     "the prompt %s has more than the %d tokens that %s takes; cut off: %s",
                     quoted(prompt, 40), longest, self.name, quoted(lost, LONGEST_TOLD),
                 )  # fmt: skip
         return tokens
+
+
+def _plain(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float().cpu() for key, value in cond.items()}

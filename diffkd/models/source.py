@@ -16,7 +16,9 @@ from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STE
 
 CARD = "diffkd.json"
 # of a repository: configs, tokenizers, the weights of components; at its root lie copies for other programs
-DOWNLOADED = ["*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+DOWNLOADED = [
+    "*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors",
+]  # fmt: skip
 SCHEDULER = "scheduler_config.json"
 # of a network among its siblings; first the averaged weights, which diffusers' scripts sample with
 NETWORKS = ("unet_ema", "unet", "transformer_ema", "transformer")
@@ -152,9 +154,11 @@ def card(folder: Path) -> dict[str, Any]:
         )
     call = content.get("call", {})
     if not isinstance(call, dict) or not all(
-        key.isidentifier() and type(value) in (int, float) for key, value in call.items()
+        key.isidentifier() and type(value) in (int, float, bool) for key, value in call.items()
     ):
-        raise UserError(f"{path} has call {quoted(call)}, which is not numbers by name; repair or remove it")
+        raise UserError(
+            f"{path} has call {quoted(call)}, which is not numbers or booleans by name; repair or remove it"
+        )
     absent = content.get("absent", [])
     if not isinstance(absent, list) or not all(isinstance(one, str) and one.isidentifier() for one in absent):
         raise UserError(f"{path} has absent {quoted(absent)}, which is not components; repair or remove it")

@@ -1,4 +1,4 @@
-"""The text encoders of pipelines, their files checked before anything is read: CLIP's and T5's."""
+"""The text encoders of pipelines, their files checked before anything is read: CLIP, T5, Gemma 2, Qwen."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ STEM = "model"  # of a transformers network's weights
 TOKENIZERS = {  # that are read by the first: the slow one and the fast one give the same tokens
     "CLIPTokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5TokenizerFast": ("T5TokenizerFast", "T5Tokenizer"),
+    "GemmaTokenizerFast": ("GemmaTokenizerFast", "GemmaTokenizer"),
+    "Qwen2TokenizerFast": ("Qwen2TokenizerFast", "Qwen2Tokenizer"),
 }
-TOKENIZER_FILES = (".json", ".txt", ".model")
+TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # of which one is there
 CLIP_SIZES = {  # of a config, and what they are where it does not name them
     "max_position_embeddings": 77, "hidden_size": 512, "projection_dim": 512, "num_hidden_layers": 12,
     "vocab_size": 49408, "intermediate_size": 2048,
@@ -24,6 +27,15 @@ CLIP_SIZES = {  # of a config, and what they are where it does not name them
 T5_SIZES = {
     "d_model": 512, "vocab_size": 32128, "num_layers": 6, "num_heads": 8, "d_kv": 64, "d_ff": 2048,
 }  # fmt: skip
+LANGUAGE_SIZES = {  # of every language model; their configs name them all
+    "hidden_size": 0, "vocab_size": 0, "num_hidden_layers": 0, "num_attention_heads": 0,
+    "intermediate_size": 0,
+}  # fmt: skip
+LANGUAGE_MODELS = {  # by their class, as which the pipelines open them: model_type, tokenizer
+    "Gemma2Model": ("gemma2", "GemmaTokenizerFast"),
+    "Qwen3Model": ("qwen3", "Qwen2TokenizerFast"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "Qwen2TokenizerFast"),
+}
 
 
 class TextEncoder(NamedTuple):
@@ -37,6 +49,7 @@ class TextEncoder(NamedTuple):
     width: int
     length: int | None = None  # tokens that it has positions for, None for one of any number
     pooled: int | None = None  # of the embedding of the whole prompt, where it has one
+    padding: str | None = None  # the side that its pipeline pads on, None for the tokenizer's own
 
     def files(self, name: str) -> list[Path]:
         """What decides its embeddings. name: the model's, for messages."""
@@ -75,6 +88,20 @@ def t5(source: Source, suffix: str) -> TextEncoder:
     )  # fmt: skip
 
 
+def language_model(source: Source, architecture: str, *, padding: str | None = None) -> TextEncoder:
+    """The same for the language model of a pipeline's text_encoder. padding: as in `TextEncoder`."""
+    model_type, tokenizer = LANGUAGE_MODELS[architecture]
+    needed = "tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+    sizes = _checked(
+        source, "", (architecture, tokenizer, model_type, needed), LANGUAGE_SIZES,
+        ("vocab_size", "hidden_size"),
+    )  # fmt: skip
+    return TextEncoder(
+        source.folder / "tokenizer", tokenizer, source.folder / "text_encoder", architecture,
+        _variant(source, ""), sizes["hidden_size"], padding=padding,
+    )  # fmt: skip
+
+
 def _variant(source: Source, suffix: str) -> str | None:
     place = source.folder / f"text_encoder{suffix}"
     variant = source.variant if source.variant in variants_of(place, STEM) else None
@@ -95,7 +122,10 @@ def _checked(
     _check_entry(source, f"text_encoder{suffix}", (architecture,))
     _check_entry(source, f"tokenizer{suffix}", TOKENIZERS[tokenizer])
     config = read_object(place / "config.json")
-    sizes: dict[str, Any] = {key: config.get(key, default) for key, default in known.items()}
+    within = config.get("text_config", config)  # of a model of images and texts
+    if not isinstance(within, dict):
+        raise UserError(f"{name}: {place / 'config.json'} has text_config {quoted(within)}; is it complete?")
+    sizes: dict[str, Any] = {key: within.get(key, default) for key, default in known.items()}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value <= MAX_NUMBER:
             raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
@@ -113,7 +143,7 @@ def _checked(
             "complete?"
         )
     folder = source.folder / f"tokenizer{suffix}"
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
+    if not any((folder / file).is_file() for file in VOCABULARIES):
         raise UserError(f"{name} has no tokenizer in {folder} ({needed}); is it complete?")
     return sizes
 

@@ -11,7 +11,8 @@ import diffusers
 import pytest
 from torch import nn
 
-from diffkd.models import families
+from diffkd.errors import UserError
+from diffkd.models import families, loading
 
 PAGE = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
 
@@ -27,6 +28,28 @@ def test_every_file_keeps_the_contract(family):
 def test_no_two_families_load_the_same_pipeline():
     names = [name for family in families.families() for name in family.PIPELINES]
     assert len(set(names)) == len(names)
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """added(text): a family in a file of the folder."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    yield lambda text: (tmp_path / "of_the_future.py").write_text(text)
+    sys.modules.pop("diffkd.models.families.of_the_future", None)
+
+
+def test_a_family_that_the_installed_diffusers_lacks_is_left_out(added, tmp_path):
+    added("from diffusers import FutureTransformer2DModel")
+    assert families.of_newer_diffusers() == ["of_the_future"] and len(families.families()) > 5
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FuturePipeline"}')
+    with pytest.raises(UserError, match="FuturePipeline, .* with a newer diffusers of_the_future"):
+        loading.load(tmp_path)
+
+
+def test_a_family_that_cannot_be_imported_for_another_reason_says_so(added):
+    added("from diffkd.models import nonsense")
+    with pytest.raises(ImportError, match="nonsense"):
+        families.families()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Family(Protocol):
         """Arguments of the stock pipeline's call, beside steps and labels or prompts, with which it draws
         what diffkd draws; {} where its defaults do.
 
-        Two more names are read where a family has them. `default_size(network)`: height and width of the
+        Two more names are read where a family has them. `default_size(denoiser)`: height and width of the
         latents that the pipeline draws where none are named; a student of another size is called with its
         own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn by
         renoise in several steps has fresh noise of torch's global one.
@@ -51,6 +51,24 @@ class Family(Protocol):
 
 
 def families() -> list[Family]:
-    """The modules of this folder, by name."""
+    """The modules of this folder, by name, but for those in `of_newer_diffusers`."""
+    return [module for module in _modules().values() if module is not None]
+
+
+def of_newer_diffusers() -> list[str]:
+    """Names of the modules whose networks the installed diffusers does not have."""
+    return [name for name, module in _modules().items() if module is None]
+
+
+def _modules() -> dict[str, Family | None]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return [cast(Family, importlib.import_module(f"{__name__}.{name}")) for name in names]
+    return {name: _module(name) for name in names}
+
+
+def _module(name: str) -> Family | None:
+    try:
+        return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+    except ImportError as error:
+        if error.name != "diffusers":
+            raise
+        return None

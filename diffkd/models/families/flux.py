@@ -52,7 +52,7 @@ def load(source: Source) -> Denoiser:
         )
     conditioner = FluxPrompts(source)
     _check_widths(config, conditioner)
-    shape = flow_pipelines.shape_of(source, codec, default_size(None))
+    shape = flow_pipelines.shape_of(source, codec, (SIDE, SIDE))
     sampling = flow_schedulers.read(source, shape, handed=True, patch=packing.PATCH)
     return Denoiser(
         networks.read(source, "transformer", NETWORK),
@@ -87,7 +87,7 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return packing.unpack(output, height, width)
 
 
-def default_size(network: Any) -> tuple[int, int]:
+def default_size(denoiser: Denoiser) -> tuple[int, int]:
     """Height and width of the latents that the stock pipeline draws where none are named."""
     return SIDE, SIDE
 

@@ -79,8 +79,9 @@ def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return output
 
 
-def default_size(network: Any) -> tuple[int, int]:
+def default_size(denoiser: Denoiser) -> tuple[int, int]:
     """Height and width of the latents that the stock pipeline draws where none are named."""
+    network: Any = denoiser.network
     return network.config.sample_size, network.config.sample_size
 
 

@@ -1,0 +1,134 @@
+"""`diffkd distill` of PixArt, SANA, Lumina 2, Z-Image and Qwen-Image: captions and latents cached, students
+that open in stock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import diffkd
+from tests import masked_pipelines
+from tests.masked_pipelines import KINDS, PIXELS
+from tests.runs.tiny import OF_LATENTS, assert_same_runs, network
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
+ONE: dict[str, Any] = {"steps": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "consistency": {"steps": [2, 1]},
+    "dmd2": {**ONE, "fake_updates": 1},
+    "lcm": {"steps": [2, 1], "guidance": 3.0},
+    "reflow": {"steps": [2], "pairs": 6, "pair_steps": 2},
+    "shortcut": {"steps": [2, 1]},
+}
+BY_DEFAULT = {  # one for each kind; the others are slow
+    "pixart_alpha": "reflow", "pixart_sigma": "dmd2", "sana": "shortcut", "lumina2": "consistency",
+    "z_image": "dmd2", "qwen_image": "lcm",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind) -> a folder of a teacher and captioned images."""
+    folders: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind)
+            masked_pipelines.teacher_and_images(folders[kind], kind, CAPTIONS)
+        return folders[kind]
+
+    return get
+
+
+@pytest.fixture
+def here(made, kind, tmp_path, monkeypatch):
+    for name in ("teacher", "images"):
+        (tmp_path / name).symlink_to(made(kind) / name)
+    monkeypatch.chdir(tmp_path)
+    config = {**OF_LATENTS, "data": {**OF_LATENTS["data"], "size": PIXELS[kind]}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def stock_images(folder: Path, prompts: list[str]) -> np.ndarray:
+    """uint8 images of the stock pipeline, called as the student's card says."""
+    card = json.loads((folder / "diffkd.json").read_text())
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(len(prompts))]
+    images = pipeline(
+        [*prompts], generator=generators, num_inference_steps=card["steps"], output_type="np", **card["call"]
+    ).images
+    return np.rint(images * 255)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_from_captions_to_students(cli, here, kind):
+    outcome = cli("distill", "run.yaml")
+    assert outcome.code == 0, outcome.stderr
+    cached = here / "run" / "cache"
+    assert len([*cached.glob("latents/*/000000.safetensors")]) == 1
+    assert len([*cached.glob("embeddings/*/embeddings.json")]) == 1
+    for steps in (4, 2):
+        folder = here / "run" / "students" / f"{steps}-steps"
+        student = diffkd.load(folder)
+        assert (student.guidance_baked_in, student.steps) == (3.0, steps)
+        (ours,) = diffkd.generate(student, 2, prompts=CAPTIONS[:2], seed=5)
+        assert np.abs(ours.numpy().astype(int) - stock_images(folder, CAPTIONS[:2])).max() <= 1
+        before, after = network(here / "teacher"), network(folder)
+        assert before.keys() == after.keys() and any((before[key] != after[key]).any() for key in before)
+    call, card = json.loads((folder / "diffkd.json").read_text())["call"], (folder / "README.md").read_text()
+    assert all(f"{key}={value}" in card for key, value in call.items())
+    assert cli("distill", "run.yaml", "out=again", "pictures=0").code == 0
+    assert_same_runs(here / "run", here / "again")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, method, marks=[] if BY_DEFAULT[kind] == method else pytest.mark.slow)
+        for kind in KINDS
+        for method in METHODS
+        if (kind, method) != ("z_image", "shortcut")
+    ],
+)
+def test_methods_know_no_family(cli, here, kind, method):
+    given = f"method={json.dumps({'name': method, 'updates': 1, **METHODS[method]})}"
+    outcome = cli("distill", "run.yaml", given, "pictures=0")
+    assert outcome.code == 0, outcome.stderr
+    for folder in (here / "run" / "students").iterdir():
+        found = network(folder)
+        assert found and all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("kind", ["z_image"])
+def test_a_network_that_cannot_be_told_the_length_of_a_step(cli, here, kind):
+    """Its embedding of the time is not diffusers' own."""
+    outcome = cli("distill", "run.yaml", "method={name: shortcut, steps: [2], updates: 1}")
+    assert outcome.code == 2 and "no time embedding that a second time could be added to" in outcome.stderr
+
+
+@pytest.mark.parametrize(("kind", "name"), [("pixart_sigma", "pixart"), ("sana", "sana")])
+def test_the_config_for_public_models_runs(cli, here, kind, name):
+    """Two updates of every stage."""
+    changes = {
+        "teacher.path": "teacher", "data.path": "images", "data.size": PIXELS[kind], "method.updates": 2,
+        "training.batch_size": 4, "training.micro_batches": 2, "evaluation": None, "pictures": 0,
+    }  # fmt: skip
+    if name == "pixart":
+        changes["method.updates_v"] = 2
+    config = ROOT / "configs" / name / "progressive.yaml"
+    outcome = cli("distill", config, *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
+    assert outcome.code == 0, outcome.stderr
+    for steps in (8, 4, 2, 1):
+        folder = here / f"runs/{name}-progressive/students" / f"{steps}-steps"
+        (ours,) = diffkd.generate(diffkd.load(folder), 2, prompts=CAPTIONS[:2], seed=5)
+        assert np.abs(ours.numpy().astype(int) - stock_images(folder, CAPTIONS[:2])).max() <= 1
