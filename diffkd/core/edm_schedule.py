@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class EDMSchedule(Schedule):
 
     def content(self) -> bytes:
         return repr(self).encode()
+
+    @property
+    def width(self) -> float:
+        return self.sigma_data
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -124,6 +128,7 @@ class Preconditioned:
     units of sigma_data.
     """
 
+    prediction: ClassVar[str] = "sample"
     schedule: EDMSchedule
     negated: bool = False
 
