@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import diffusers
 
-from diffkd.core.denoiser import StockSampler
+from diffkd.core.denoiser import Call, StockSampler
+from diffkd.core.denoiser import call as plain
 from diffkd.core.scheduler_config import FIELDS, SCHEDULERS, clip_of
 from diffkd.core.schedules import Schedule, from_betas
 from diffkd.errors import UserError
@@ -24,6 +26,7 @@ class Sampling(NamedTuple):
     prediction: str
     clip: float | None
     sampler: StockSampler
+    call: Call = plain
 
 
 def read(source: Source, *, converted_to: str | None = None) -> Sampling:
@@ -34,16 +37,11 @@ def read(source: Source, *, converted_to: str | None = None) -> Sampling:
     """
     kind, config = source.scheduler()
     validation.check_scheduler(config, source.name)
-    for key in sorted(config.keys() - FIELDS - LEGACY):
-        if not key.startswith("_") and config[key] not in (None, False):
-            log.warning(
-                "%s has a scheduler with %s %s, which is not known and ignored", source.name, quoted(key),
-                quoted(config[key]),
-            )  # fmt: skip
+    say_unknown(source, config, FIELDS)
     try:
-        scheduler = _built(kind, config)
+        scheduler = built(kind, config)
         if converted_to is not None:
-            scheduler = _built(converted_to, scheduler.config)
+            scheduler = built(converted_to, scheduler.config)
         schedule, clip = from_betas(scheduler), clip_of(scheduler)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
@@ -60,7 +58,18 @@ def read(source: Source, *, converted_to: str | None = None) -> Sampling:
     return Sampling(schedule, scheduler.config.prediction_type, clip, sampler)
 
 
-def _built(kind: str, config: Any) -> Any:
+def say_unknown(source: Source, config: Mapping[str, Any], known: Collection[str]) -> None:
+    """A line for each field of a scheduler's config that would change something and is not known."""
+    for key in sorted(config.keys() - known - LEGACY):
+        if not key.startswith("_") and config[key] not in (None, False):
+            log.warning(
+                "%s has a scheduler with %s %s, which is not known and ignored", source.name, quoted(key),
+                quoted(config[key]),
+            )  # fmt: skip
+
+
+def built(kind: str, config: Any) -> Any:
+    """The stock scheduler of this class and config."""
     scheduler_class = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
     if scheduler_class is None:
         raise UserError(
@@ -73,18 +82,9 @@ def _built(kind: str, config: Any) -> Any:
 def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any) -> None:
     """Raises UserError where a card promises what the scheduler does not keep."""
     card, place = source.card, source.folder / CARD
-    total, steps = card.get("num_train_timesteps"), card.get("steps")
-    if total not in (None, schedule.num_train_timesteps):
-        raise UserError(
-            f"{place} has num_train_timesteps {total}, and the scheduler {schedule.num_train_timesteps}; "
-            "repair one of them"
-        )
-    if steps is None:
+    check_card_steps(source, schedule, sampler)
+    if card.get("steps") is None:
         return
-    try:
-        schedule.check_steps(steps, sampler)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
     said = card.get("sampler", "ddim")
     options = (
         {"timestep_spacing": "trailing", "set_alpha_to_one": True}
@@ -100,3 +100,20 @@ def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any
             f"which the stock pipeline draws other images; it takes a {own} with "
             f"{', '.join(f'{key} {value}' for key, value in options.items())}"
         )
+
+
+def check_card_steps(source: Source, schedule: Schedule, sampler: str) -> None:
+    """Raises UserError where a card has other time steps than the schedule, or steps that it lacks."""
+    card, place = source.card, source.folder / CARD
+    total, steps = card.get("num_train_timesteps"), card.get("steps")
+    if total not in (None, schedule.num_train_timesteps):
+        raise UserError(
+            f"{place} has num_train_timesteps {total}, and the scheduler {schedule.num_train_timesteps}; "
+            "repair one of them"
+        )
+    if steps is None:
+        return
+    try:
+        schedule.check_steps(steps, sampler)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffkd.core.scheduler_config import SCHEDULERS
+from diffkd.core.scheduler_config import PRECONDITIONED, SCHEDULERS
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
@@ -77,7 +77,7 @@ class Source:
             if os.path.isfile(place):
                 config = read_object(place)
                 return _class_of(config), config
-        if named in SCHEDULERS:
+        if named in SCHEDULERS or named in PRECONDITIONED:
             return named, {"_class_name": named}
         raise UserError(
             f"{called('scheduler')} {quoted(named)} is neither a {SCHEDULER}, nor a folder that has one, nor "
