@@ -42,7 +42,9 @@ def test_a_time_is_found_by_its_log_snr_and_by_the_networks_time(stock):
     t = torch.rand(300, dtype=torch.float64)
     t = torch.cat([t, t / schedule.num_train_timesteps, torch.tensor([0.0, 1.0]).double()])
     assert (schedule.time_of(schedule.half_log_snr(t)) - t).abs().max() < 1e-10
-    inside = t[t >= min(1, 3 / schedule.num_train_timesteps)]  # below, the level hardly moves the time in float32
+    inside = t[
+        t >= min(1, 3 / schedule.num_train_timesteps)
+    ]  # below, the level hardly moves the time in float32
     assert (schedule.of_network_time(schedule.network_time(inside, inside)) - inside).abs().max() < 1e-4
     levels = schedule.at(torch.linspace(0, 1, 5001, dtype=torch.float64))[1]
     assert levels[0] == 0 and (levels.diff() > 0).all()
