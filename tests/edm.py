@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 
 SIDE = 8
+ROOT = Path(__file__).parents[1]
 
 
 def network(*, seed: int = 0, **options: Any) -> diffusers.UNet2DModel:
@@ -68,3 +71,12 @@ def stock(pipeline: Any, steps: int, labels: list[int] | None = None) -> tuple[t
     ).images
     del pipeline.postprocess_image
     return given[0], torch.from_numpy(images).mul(255).round().int()
+
+
+def pictures(folder: Path, count: int = 6) -> Path:
+    """Images of noise, SIDE pixels a side."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder

@@ -193,6 +193,12 @@ def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     return {} if family is None else {**family.CALL}
 
 
+def is_stock(denoiser: Denoiser) -> bool:
+    """Whether what it is saved as is a pipeline of diffusers, and not a network that diffkd alone opens."""
+    family = _family_saving(denoiser)
+    return family is None or bool(family.PIPELINES)
+
+
 def _family_saving(denoiser: Denoiser) -> Family | None:
     return next((family for family in families() if isinstance(denoiser.network, family.NETWORK)), None)
 

@@ -159,6 +159,11 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if os.path.isdir(path):  # pathlib's own raises for a name that is too long
         return path
+    if path.suffix.lower() == ".pkl" and os.path.isfile(path):
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened; a network of NVlabs' EDM becomes a "
+            f"folder, without running any, by python scripts/convert_edm.py {path} FOLDER; give that"
+        )
     if path.suffix.lower() in PICKLE_SUFFIXES and os.path.isfile(path):
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened; if you trust it, open it with "

@@ -36,6 +36,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
+        **({} if loading.is_stock(denoiser) else {"stock": False}),
         **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
         **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
@@ -63,7 +64,7 @@ def _code(*lines: str) -> list[str]:
 
 
 def _pipeline(card: Mapping[str, Any]) -> list[str]:
-    steps, classes = card.get("steps"), card.get("num_classes")
+    steps, classes, stock = card.get("steps"), card.get("num_classes"), card.get("stock") is not False
     call = {} if card.get("prompts") else {"batch_size": 16}  # a pipeline of another call says it
     given = [f"{key}={value!r}" for key, value in card.get("call", call).items()]
     if classes:
@@ -79,16 +80,9 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         "",
         f"# {title}",
         "",
-        f"{title} made by diffkd, a stock diffusers pipeline:",
-        "",
-        *_code(
-            "from diffusers import DiffusionPipeline",
-            "",
-            'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
-            f"images = pipeline({drawn}, num_inference_steps={count}).images",
-        ),
+        *(_stock(title, drawn, count) if stock else _of_diffkd_alone(title, classes, count)),
     ]
-    if steps:
+    if steps and stock:
         advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
         lines += [advice, ""]
     if (scale := card.get("call", {}).get("guidance_scale")) is not None:
@@ -107,6 +101,35 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
             lines += ["FID by these features is not comparable with FID by Inception features."]
         lines += _teacher_beside(card)
     return lines
+
+
+def _stock(title: str, drawn: str, count: int) -> list[str]:
+    return [
+        f"{title} made by diffkd, a stock diffusers pipeline:",
+        "",
+        *_code(
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+            f"images = pipeline({drawn}, num_inference_steps={count}).images",
+        ),
+    ]
+
+
+def _of_diffkd_alone(title: str, classes: Any, count: int) -> list[str]:
+    """How a network is drawn that no class of diffusers is."""
+    labels = f", labels=[i % {classes} for i in range(16)]" if classes else ""
+    return [
+        f"{title} made by diffkd. Its network is of no class of diffusers, so diffkd draws it, and diffusers "
+        "alone does not:",
+        "",
+        *_code(
+            "import diffkd",
+            "",
+            'model = diffkd.load("path/to/this/folder")',
+            f"(images,) = diffkd.generate(model, 16, steps={count}, seed=0{labels})  # uint8 (16, H, W, C)",
+        ),
+    ]
 
 
 def _class_names(card: Mapping[str, Any]) -> list[str]:
