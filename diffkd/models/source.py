@@ -159,14 +159,12 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id)
     if os.path.isdir(path):  # pathlib's own raises for a name that is too long
         return path
-    if path.suffix.lower() == ".pkl" and os.path.isfile(path):
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is opened; a network of NVlabs' EDM becomes a "
-            f"folder, without running any, by python scripts/convert_edm.py {path} FOLDER; give that"
-        )
     if path.suffix.lower() in PICKLE_SUFFIXES and os.path.isfile(path):
+        edm = ""
+        if path.suffix.lower() == ".pkl":
+            edm = f"a network of NVlabs' EDM is read by python scripts/convert_edm.py {path} FOLDER; else, "
         raise UserError(
-            f"{path} is a pickle, which can run code when it is opened; if you trust it, open it with "
+            f"{path} is a pickle, which can run code when it is opened; {edm}if you trust it, open it with "
             "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give it"
         )
     if path.suffix.lower() == ".safetensors" and os.path.isfile(path):
