@@ -81,7 +81,7 @@ class Block(nn.Module):
         return output
 
 
-class SongUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class SongUNet(ModelMixin, ConfigMixin):
     """(B, C, H, W), c_noise (B,) and class labels (B,) -> (B, C, H, W), the F of EDM's preconditioning.
 
     attention: resolutions with attention in every block of the way down and in the last of the way up.
