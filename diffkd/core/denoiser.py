@@ -14,6 +14,7 @@ from diffkd.core import paths
 from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.core.guidance import Guide
 from diffkd.core.interval import attached
+from diffkd.core.losses import Weighting, weighting_for
 from diffkd.core.schedules import PREDICTIONS, Schedule, Time, read_prediction
 from diffkd.errors import UserError
 from diffkd.io.naming import called
@@ -92,6 +93,12 @@ class Denoiser(nn.Module):
         if prediction not in PREDICTIONS:
             raise UserError(f"prediction type {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
         schedule.check_prediction(prediction)
+        made = getattr(call, "prediction", prediction)
+        if prediction != made:
+            raise UserError(
+                f"this network is preconditioned: what is made of its output is {made}, not {prediction}; "
+                f"leave prediction out, or use {made}"
+            )
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -216,6 +223,11 @@ class Denoiser(nn.Module):
         return null
 
     @property
+    def weighting(self) -> Weighting:
+        """The weight that turns an error in x0 into an error in what its network outputs."""
+        return "edm" if hasattr(self.call, "prediction") else weighting_for(self.prediction)
+
+    @property
     def usual_guidance(self) -> float:
         """The weight that it is drawn with where none is named."""
         if self.guidance_range is None:
@@ -289,7 +301,8 @@ class Denoiser(nn.Module):
         if self.prediction == "epsilon" and sigma > MOST_NOISE * alpha:
             raise UserError(
                 f"an epsilon network's x0 at t = 1 is its output times {sigma / alpha:.0f}, its error too; "
-                "put {name: output, prediction: v_prediction} before this method, which makes it predict v"
+                f"put {{name: output, prediction: {self.schedule.bounded}}} before this method, which makes "
+                "it predict that"
             )
 
 

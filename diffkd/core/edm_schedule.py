@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ class Preconditioning(NamedTuple):
     c_out: Tensor
     c_in: Tensor
     c_noise: Tensor
+
+
+class HasPreconditioning(Protocol):
+    """A schedule that says how a network is preconditioned at the times that it gives it."""
+
+    def preconditioning(self, time: Tensor) -> Preconditioning: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,10 @@ class EDMSchedule(Schedule):
 
     def content(self) -> bytes:
         return repr(self).encode()
+
+    @property
+    def width(self) -> float:
+        return self.sigma_data
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -108,6 +118,35 @@ class EDMSchedule(Schedule):
             data**2 / total, sigma * data / total**0.5, 1 / total**0.5, 0.25 * torch.log(sigma)
         )
 
+    def shortened(self, steps: int) -> EDMSchedule:
+        """The schedule whose own grid of so many steps, from sigma_max to sigma_min, is the even one here:
+        what a stock scheduler has to be told, which knows no other grid."""
+        if steps == 1:
+            return self
+        return replace(self, sigma_min=self.numbers(1 / steps)[1])
+
+    def extended(self, steps: int) -> EDMSchedule:
+        """The inverse of `shortened`. Raises UserError where no schedule is the longer one."""
+        if steps == 1:
+            return self
+        (most, least), total = self._ends, self.num_train_timesteps
+        end = most + (least - most) * (steps / (steps - 1)) * ((total - 1) / total)
+        if end <= 0 or steps > total:
+            raise UserError(
+                f"sigma_min {self.sigma_min:g} is not the last level of {steps} steps of a schedule of "
+                f"{total} time steps; repair it, or the number of steps"
+            )
+        return replace(self, sigma_min=end**self.rho)
+
+    def check_steps(self, steps: int, sampler: str = "ddim") -> None:
+        """Raises UserError for a student that no stock scheduler draws: of several steps by renoise."""
+        super().check_steps(steps, sampler)
+        if sampler == "renoise" and steps > 1:
+            raise UserError(
+                f"a student of {steps} steps drawn by renoise does not fit an EDM schedule, whose stock "
+                "scheduler adds no noise; use 1 step, or a method that draws its students by ddim"
+            )
+
     def check_prediction(self, prediction: str) -> None:
         if prediction == "v_prediction":
             raise UserError(
@@ -118,17 +157,18 @@ class EDMSchedule(Schedule):
 
 @dataclass(frozen=True)
 class Preconditioned:
-    """A denoiser's `call` of a raw EDM network F, whose answer is D, x0 (prediction type sample).
+    """A denoiser's `call` of a raw network F, of EDM's kind, whose answer is D, x0 (prediction type sample).
 
     negated: the network outputs -F, as those whose stock scheduler says v_prediction: v = -F for data in
     units of sigma_data.
     """
 
-    schedule: EDMSchedule
+    prediction: ClassVar[str] = "sample"
+    schedule: HasPreconditioning
     negated: bool = False
 
-    def __call__(self, network: nn.Module, x_t: Tensor, sigma: Tensor, cond: Cond) -> Any:
-        c_skip, c_out, c_in, c_noise = self.schedule.preconditioning(sigma)
+    def __call__(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
+        c_skip, c_out, c_in, c_noise = self.schedule.preconditioning(time)
         wide = (-1,) + (1,) * (x_t.ndim - 1)
         output: Any = network((c_in.reshape(wide) * x_t).to(x_t.dtype), c_noise, **cond)
         found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)

@@ -11,15 +11,17 @@ from diffkd.errors import UserError
 
 Direction = Literal["reverse", "forward"]
 UNLABELLED = -100  # torch's ignore_index
-Weighting = Literal["truncated_snr", "snr", "snr_plus_one", "min_snr", "constant"]
+Weighting = Literal["truncated_snr", "snr", "snr_plus_one", "min_snr", "flow", "edm", "constant"]
 
 
-def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
+def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0, width: float = 1.0) -> Tensor:
     """Weight of a squared error in x0 at signal-to-noise ratio `snr`, shaped like snr.
 
-    "snr" is the error in eps, "snr_plus_one" the error in v, "constant" the error in x0 itself;
-    "truncated_snr" = max(snr, 1) keeps the largest of eps and x0 (Salimans & Ho 2022, section 4); "min_snr" =
-    min(snr, gamma) is Hang et al. 2023, section 3.4.
+    "snr" is the error in eps, "snr_plus_one" the error in v, "flow" = (1 + sqrt(snr))² the error in eps - x0,
+    "edm" = snr + 1 / width² the error in the output of a network preconditioned for data of this width
+    (Karras et al. 2022, table 1), "constant" the error in x0 itself. "truncated_snr" = max(snr, 1) keeps the
+    largest of eps and x0 (Salimans & Ho 2022, section 4); "min_snr" = min(snr, gamma) is Hang et al. 2023,
+    section 3.4.
     """
     if name == "truncated_snr":
         return snr.clamp(min=1)
@@ -29,14 +31,17 @@ def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
         return snr + 1
     if name == "min_snr":
         return snr.clamp(max=gamma)
+    if name == "flow":
+        return (1 + snr.sqrt()) ** 2
+    if name == "edm":
+        return snr + 1 / width**2
     return torch.ones_like(snr)
 
 
 def weighting_for(prediction: str) -> Weighting:
     """The weight that turns an error in x0 into an error in the output of this prediction type."""
-    if prediction == "epsilon":
-        return "snr"
-    return "snr_plus_one" if prediction == "v_prediction" else "constant"
+    known: dict[str, Weighting] = {"epsilon": "snr", "v_prediction": "snr_plus_one", "flow": "flow"}
+    return known.get(prediction, "constant")
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:

@@ -27,11 +27,15 @@ class Schedule(ABC):
     """x_t = alpha(t) x0 + sigma(t) eps, with t in [0, 1] and sigma / alpha rising from 0.
 
     variance_preserving: whether alpha² + sigma² = 1. straight: whether alpha + sigma = 1, so that an Euler
-    step along eps - x0 is a DDIM step of the state itself.
+    step along eps - x0 is a DDIM step of the state itself. bounded: the prediction type of which neither x0
+    nor eps is an error enlarged at any time, which a network of another type becomes. tabled: whether models
+    are trained at the times of a table alone.
     """
 
     variance_preserving: ClassVar[bool] = False
     straight: ClassVar[bool] = False
+    bounded: ClassVar[str] = "flow"
+    tabled: ClassVar[bool] = False
     _numbers: dict[tuple[float, torch.dtype], tuple[float, float]] = field(
         default_factory=dict, repr=False, init=False
     )
@@ -80,6 +84,11 @@ class Schedule(ABC):
                 f"a student of {steps} steps does not fit a schedule of {self.num_train_timesteps} time "
                 f"steps; use 1 to {self.num_train_timesteps}"
             )
+
+    @property
+    def width(self) -> float:
+        """The standard deviation of the data that its networks are preconditioned for; 1 for none."""
+        return 1.0
 
     @abstractmethod
     def content(self) -> bytes:
@@ -157,6 +166,8 @@ class BetaSchedule(Schedule):
     """
 
     variance_preserving: ClassVar[bool] = True
+    bounded: ClassVar[str] = "v_prediction"
+    tabled: ClassVar[bool] = True
     alphas_cumprod: Tensor
     betas: Mapping[str, Any]
     _tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(

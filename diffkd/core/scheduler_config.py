@@ -88,6 +88,12 @@ EDM_FIELDS = frozenset(
         *EDM_ONLY,
     )
 )  # fmt: skip
+CONSISTENCY = "CMStochasticIterativeScheduler"
+CONSISTENCY_ONLY: dict[str, tuple[Any, ...]] = {"s_noise": (1.0,)}
+CONSISTENCY_FIELDS = frozenset(
+    ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "rho", "clip_denoised", *CONSISTENCY_ONLY)
+)
+PRECONDITIONED = {EDM: EDM_FIELDS, CONSISTENCY: CONSISTENCY_FIELDS}  # those of networks of EDM's kind
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -105,6 +111,11 @@ def is_edm(scheduler: Any) -> bool:
     return _is(scheduler, EDM)
 
 
+def is_consistency(scheduler: Any) -> bool:
+    """The same for a consistency model, which maps any state to one at sigma_min."""
+    return _is(scheduler, CONSISTENCY)
+
+
 def check_flow(scheduler: Any) -> None:
     """Raises UserError, naming the field, for a scheduler of a flow that is not read as it is meant."""
     if is_flow_match(scheduler):
@@ -119,6 +130,11 @@ def check_flow(scheduler: Any) -> None:
 def check_edm(scheduler: Any) -> None:
     """Raises UserError, naming the field, for a scheduler of EDM's kind that is not read as it is meant."""
     _check_fields(scheduler, EDM_FIELDS, EDM_ONLY)
+
+
+def check_consistency(scheduler: Any) -> None:
+    """The same for a scheduler of consistency models."""
+    _check_fields(scheduler, CONSISTENCY_FIELDS, CONSISTENCY_ONLY)
 
 
 def _is(scheduler: Any, *names: str) -> bool:

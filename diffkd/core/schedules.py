@@ -9,6 +9,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from diffkd.core import scheduler_config
+from diffkd.core.consistency_schedule import ConsistencySchedule
 from diffkd.core.edm_schedule import EDMSchedule, Preconditioned
 from diffkd.core.flow_schedule import FlowSchedule, Nodes, Shift, mu_of, stretched
 from diffkd.core.flow_schedulers import to_flow_diffusers
@@ -20,14 +21,14 @@ if TYPE_CHECKING:  # to import it takes seconds, and images are measured without
     from diffusers import DDIMScheduler, LCMScheduler
 
 __all__ = [
-    "PREDICTIONS", "BetaSchedule", "EDMSchedule", "FlowSchedule", "Nodes", "Preconditioned", "Prediction",
-    "Schedule", "Shift", "Time", "from_betas", "from_diffusers", "mu_of", "prediction_of", "read_prediction",
-    "stretched", "to_diffusers", "to_flow_diffusers", "write_prediction",
+    "PREDICTIONS", "BetaSchedule", "ConsistencySchedule", "EDMSchedule", "FlowSchedule", "Nodes",
+    "Preconditioned", "Prediction", "Schedule", "Shift", "Time", "from_betas", "from_diffusers", "mu_of",
+    "prediction_of", "read_prediction", "stretched", "to_diffusers", "to_flow_diffusers", "write_prediction",
 ]  # fmt: skip
 
 
 def from_diffusers(scheduler: Any, *, steps: int | None = None, mu: float | None = None) -> Schedule:
-    """The schedule of a diffusers scheduler: of betas, of a flow or of EDM's kind.
+    """The schedule of a diffusers scheduler: of betas, of a flow, of EDM or of consistency models.
 
     steps: of a flow or EDM, the stock scheduler's own grid of so many steps instead of diffkd's even one. mu:
     of a flow whose shift is dynamic (`mu_of`). Raises UserError for a scheduler that is not read as it is
@@ -42,6 +43,14 @@ def from_diffusers(scheduler: Any, *, steps: int | None = None, mu: float | None
         total = config.num_train_timesteps if steps in (None, 1) else steps  # a single step is of every grid
         return EDMSchedule(config.sigma_min, config.sigma_max, config.rho, config.sigma_data, total)
     _check_none(scheduler, "steps", steps)
+    if scheduler_config.is_consistency(scheduler):
+        scheduler_config.check_consistency(scheduler)
+        config = scheduler.config
+        return ConsistencySchedule(
+            EDMSchedule(
+                config.sigma_min, config.sigma_max, config.rho, config.sigma_data, config.num_train_timesteps
+            )
+        )
     return from_betas(scheduler)
 
 
@@ -50,7 +59,7 @@ def prediction_of(scheduler: Any) -> str:
 
     Raises UserError for a flow that `from_diffusers` refuses.
     """
-    if scheduler_config.is_edm(scheduler):
+    if scheduler_config.is_edm(scheduler) or scheduler_config.is_consistency(scheduler):
         return "sample"
     name = str(scheduler.config.get("prediction_type", "flow_prediction"))
     if not scheduler_config.is_flow(scheduler):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser, StockSampler
-from diffkd.core.losses import squared_error, weight, weighting_for
+from diffkd.core.losses import squared_error, weight
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.core.schedules import Schedule
 from diffkd.io.prefetch import to_device
@@ -129,7 +129,8 @@ def _noise_like(x: Tensor, rng: torch.Generator) -> Tensor:
 
 def denoising_error(denoiser: Denoiser, denoised: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """The squared error of a prediction of x0, (B, C, H, W), as one of what its network outputs."""
-    of_output = weight(weighting_for(denoiser.prediction), denoiser.schedule.snr(t))
+    schedule = denoiser.schedule
+    of_output = weight(denoiser.weighting, schedule.snr(t), width=schedule.width)
     return of_output.to(denoised.dtype) * squared_error(denoised, x0)
 
 

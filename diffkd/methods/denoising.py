@@ -26,7 +26,7 @@ class Denoising(Method):
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
     weight: Weighting = Field(
-        "snr_plus_one", description="weight of the squared error in x0; snr_plus_one is v's, snr eps's"
+        "snr_plus_one", description="of the squared error in x0; snr_plus_one is v's, snr eps's, edm EDM's"
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     times: TimeLaw = Field(
@@ -46,16 +46,18 @@ class Denoising(Method):
     ) -> Iterator[Loss]:
         student = nets["student"]
         x0, schedule = batch.x0, student.schedule
-        # 1. a time of the schedule's table, and the noised data
+        # 1. a time, of the schedule's table where it has one, and the noised data
         steps = schedule.num_train_timesteps
         if self.times == "uniform":
             t, _ = grid_times(len(x0), steps, rng, x0.device)
         else:
-            t = on_grid(draw_times(self.times, schedule, len(x0), self.mean, self.std, rng, x0.device), steps)
+            t = draw_times(self.times, schedule, len(x0), self.mean, self.std, rng, x0.device)
+            t = on_grid(t, steps) if schedule.tabled else t
         x_t = add_noise(schedule, x0, t, rng)
         # 2. some labels dropped
         cond = dropped(batch.cond, student.null_of(batch.cond), self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)
-        loss = weight(self.weight, schedule.snr(t), gamma=self.gamma).float() * error
+        w = weight(self.weight, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
+        loss = w * error
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": error.detach().sqrt()})

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import Weighting, squared_error, weight, weighting_for
+from diffkd.core.losses import Weighting, squared_error, weight
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
@@ -25,7 +25,7 @@ class Output(Method):
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked into the student; 1 is unguided")
-    prediction: Literal["v_prediction"] | None = Field(
+    prediction: Literal["v_prediction", "flow"] | None = Field(
         None, description="what the student predicts; default what it begins with"
     )
     weight: Weighting | None = Field(
@@ -61,6 +61,7 @@ class Output(Method):
             target = teacher(x_t, t, guidance=step.stage.guidance, **cond)
         # 3. the student's error, weighted: near noise an epsilon teacher is good in eps alone
         gap = squared_error(student(x_t, t, **cond), target)
-        name = self.weight or weighting_for(teacher.prediction)
-        loss = weight(name, student.schedule.snr(t), gamma=self.gamma).float() * gap
+        name, schedule = self.weight or teacher.weighting, student.schedule
+        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
+        loss = w * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

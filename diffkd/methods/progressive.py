@@ -122,8 +122,9 @@ class Progressive(Method):
     def stages(self, start: Denoiser) -> list[Stage]:
         """One stage per step count, and before them stage 0 for an epsilon teacher.
 
-        An epsilon network cannot take one step from (almost) pure noise, so stage 0 turns it into
-        v-prediction at the teacher's own step count, with the teacher's own predictions as targets.
+        An epsilon network cannot take one step from (almost) pure noise, so stage 0 turns it into what the
+        schedule has for that, v-prediction on a table of betas, at the teacher's own step count, with the
+        teacher's own predictions as targets.
         """
         for steps in self.steps:
             start.schedule.check_steps(steps)
@@ -144,7 +145,7 @@ class Progressive(Method):
                     before,
                     sampler="ddim",
                     guidance=guidance,
-                    prediction="v_prediction",
+                    prediction=start.schedule.bounded,
                 )  # fmt: skip
             )
             guidance = 1.0
@@ -200,8 +201,9 @@ class Progressive(Method):
         # 4. the student's one step
         denoised = student(x_t, t, **cond)
         # near noise an epsilon teacher's x0 is its eps amplified beyond use, while its eps is good everywhere
-        name: Weighting = "snr" if stage.prediction == "v_prediction" else self.weight
-        w = weight(name, student.schedule.snr(t), gamma=self.gamma).float()
+        name: Weighting = "snr" if stage.prediction is not None else self.weight
+        schedule = student.schedule
+        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
         gap = squared_error(denoised, x0_target)
         loss = w * gap
         if self.alpha < 1:

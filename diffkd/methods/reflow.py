@@ -66,7 +66,8 @@ class Reflow(Method):
         """The straight flow, drawn in all step counts but the last; from its pairs at the most of these, the
         last. A single step count is of the flow itself.
 
-        An epsilon network becomes v-prediction: near noise its velocity is its error enlarged.
+        An epsilon network becomes what the schedule has for that, such as v-prediction: near noise its
+        velocity is its error enlarged.
         """
         for count in self.steps:
             start.schedule.check_steps(count)
@@ -76,7 +77,8 @@ class Reflow(Method):
         stages = [
             Stage(
                 f"{most}-steps", self.updates, self.learning_rate, self.warmup, most, guidance=self.guidance,
-                prediction="v_prediction" if start.prediction == "epsilon" else None, teacher=self.teacher,
+                prediction=start.schedule.bounded if start.prediction == "epsilon" else None,
+                teacher=self.teacher,
                 also=tuple(others[:-1]), pairs=Pairs(self.pairs, self.pair_steps, self.sampler),
             )
         ]  # fmt: skip

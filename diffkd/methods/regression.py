@@ -48,13 +48,15 @@ class Regression(Method):
     warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        """One, of one step. An epsilon network becomes v-prediction: its x0 of pure noise is no use."""
+        """One, of one step. An epsilon network becomes what the schedule has for that, such as v-prediction:
+        its x0 of pure noise is no use."""
         if self.guidance != 1.0:
             start.check_guidance()
         return [
             Stage(
                 "1-steps", self.updates, self.learning_rate, self.warmup, 1, guidance=self.guidance,
-                prediction="v_prediction" if start.prediction == "epsilon" else None, teacher=self.teacher,
+                prediction=start.schedule.bounded if start.prediction == "epsilon" else None,
+                teacher=self.teacher,
                 pairs=Pairs(self.pairs, self.pair_steps, self.sampler),
             )
         ]  # fmt: skip

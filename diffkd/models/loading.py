@@ -214,6 +214,12 @@ def has_global_noise(denoiser: Denoiser) -> bool:
     return bool(getattr(_family_saving(denoiser), "GLOBAL_NOISE", False))
 
 
+def is_stock(denoiser: Denoiser) -> bool:
+    """Whether what it is saved as is a pipeline of diffusers, and not a network that diffkd alone opens."""
+    family = _family_saving(denoiser)
+    return family is None or bool(family.PIPELINES)
+
+
 def _family_saving(denoiser: Denoiser) -> Family | None:
     return next((family for family in families() if isinstance(denoiser.network, family.NETWORK)), None)
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import diffusers
 
-from diffkd.core.denoiser import StockSampler
+from diffkd.core.denoiser import Call, StockSampler
+from diffkd.core.denoiser import call as plain
 from diffkd.core.scheduler_config import FIELDS, SCHEDULERS, clip_of
 from diffkd.core.schedules import Schedule, from_betas
 from diffkd.errors import UserError
@@ -26,6 +27,7 @@ class Sampling(NamedTuple):
     prediction: str
     clip: float | None
     sampler: StockSampler
+    call: Call = plain
 
 
 def read(source: Source, *, converted_to: str | None = None) -> Sampling:
@@ -98,15 +100,10 @@ def check_total(source: Source, schedule: Schedule) -> None:
 
 def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any) -> None:
     """Raises UserError where a card promises what the scheduler does not keep."""
-    check_total(source, schedule)
     card, place = source.card, source.folder / CARD
-    steps = card.get("steps")
-    if steps is None:
+    check_card_steps(source, schedule, sampler)
+    if card.get("steps") is None:
         return
-    try:
-        schedule.check_steps(steps, sampler)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
     said = card.get("sampler", "ddim")
     options = (
         {"timestep_spacing": "trailing", "set_alpha_to_one": True}
@@ -122,3 +119,15 @@ def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any
             f"which the stock pipeline draws other images; it takes a {own} with "
             f"{', '.join(f'{key} {value}' for key, value in options.items())}"
         )
+
+
+def check_card_steps(source: Source, schedule: Schedule, sampler: str) -> None:
+    """Raises UserError where a card has other time steps than the schedule, or steps that it lacks."""
+    check_total(source, schedule)
+    steps = source.card.get("steps")
+    if steps is None:
+        return
+    try:
+        schedule.check_steps(steps, sampler)
+    except UserError as error:
+        raise UserError(f"{source.folder / CARD}: {error}") from error

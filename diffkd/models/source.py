@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffkd.core.scheduler_config import SCHEDULERS
+from diffkd.core.scheduler_config import PRECONDITIONED, SCHEDULERS
 from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
@@ -81,7 +81,7 @@ class Source:
             if os.path.isfile(place):
                 config = read_object(place)
                 return _class_of(config), config
-        if named in SCHEDULERS:
+        if named in SCHEDULERS or named in PRECONDITIONED:
             return named, {"_class_name": named}
         raise UserError(
             f"{called('scheduler')} {quoted(named)} is neither a {SCHEDULER}, nor a folder that has one, nor "
@@ -188,8 +188,11 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     if os.path.isdir(path):  # pathlib's own raises for a name that is too long
         return path
     if path.suffix.lower() in PICKLE_SUFFIXES and os.path.isfile(path):
+        edm = ""
+        if path.suffix.lower() == ".pkl":
+            edm = f"a network of NVlabs' EDM is read by python scripts/convert_edm.py {path} FOLDER; else, "
         raise UserError(
-            f"{path} is a pickle, which can run code when it is opened; if you trust it, open it with "
+            f"{path} is a pickle, which can run code when it is opened; {edm}if you trust it, open it with "
             "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give it"
         )
     if path.suffix.lower() == ".safetensors" and os.path.isfile(path):

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from diffkd import methods
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import BetaSchedule, from_betas
+from diffkd.core.schedules import BetaSchedule, EDMSchedule, from_betas
 from diffkd.data import Data
 from diffkd.data.absent import NoData, TeacherDraws
 from diffkd.errors import UserError
@@ -54,6 +54,34 @@ class NoiseSchedule(Strict):
                 rescale_betas_zero_snr=self.zero_terminal_snr,
             )
         )
+
+
+class EDMNoise(Strict):
+    """EDM's noise levels and preconditioning (Karras et al. 2022), for a teacher that is trained so."""
+
+    kind: Literal["edm"]
+    sigma_min: float = Field(0.002, gt=0, description="least noise level")
+    sigma_max: float = Field(80.0, gt=0, description="largest noise level, which sampling begins with")
+    rho: float = Field(7.0, gt=0, description="how much more levels there are near sigma_min")
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data, in [-1, 1]")
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000, description="T; no student has more steps")
+
+    def build(self) -> EDMSchedule:
+        return EDMSchedule(
+            self.sigma_min, self.sigma_max, self.rho, self.sigma_data, self.num_train_timesteps
+        )
+
+
+def _kind_of_schedule(given: Any) -> str:
+    """The config class of a schedule: that of betas needs no kind."""
+    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", None)
+    return "edm" if kind == "edm" else "betas"
+
+
+AnySchedule = Annotated[
+    Annotated[NoiseSchedule, Tag("betas")] | Annotated[EDMNoise, Tag("edm")],
+    Discriminator(_kind_of_schedule),
+]
 
 
 class TrainingRun(Strict):
@@ -110,9 +138,9 @@ class Train(TrainingRun):
     """`diffkd train`: a teacher from images."""
 
     model: UNet2D = UNet2D()
-    schedule: NoiseSchedule = NoiseSchedule()
+    schedule: AnySchedule = NoiseSchedule()
     prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
-        "v_prediction", description="what the network outputs"
+        "v_prediction", description="what the network outputs; sample where the schedule is EDM's"
     )
     classes: bool = Field(
         True, description="whether it is conditioned on the data's labels, where the data has any"
@@ -120,6 +148,23 @@ class Train(TrainingRun):
     denoising: Denoising = Denoising()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preconditioned(cls, given: Any) -> Any:
+        """A network inside EDM's preconditioning makes x0."""
+        if isinstance(given, dict) and _kind_of_schedule(given.get("schedule")) == "edm":
+            return {"prediction": "sample", **given}
+        return given
+
+    @model_validator(mode="after")
+    def _predicts_what_it_can(self) -> Train:
+        if isinstance(self.schedule, EDMNoise) and self.prediction != "sample":
+            raise ValueError(
+                f"prediction {self.prediction} is not what EDM's preconditioning makes of a network, which "
+                "is sample; leave it out"
+            )
+        return self
 
     def check(self, accelerator: Accelerator) -> None:
         super().check(accelerator)

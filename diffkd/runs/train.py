@@ -8,7 +8,9 @@ import torch
 from rich.console import Console
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import call as plain
 from diffkd.core.noise import derived_seed
+from diffkd.core.schedules import EDMSchedule, Preconditioned
 from diffkd.data.images import Images
 from diffkd.models import loading
 from diffkd.runs import announcement
@@ -54,6 +56,8 @@ def untrained_teacher(config: Train, images: Images) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(config.seed))
         network = config.model.build(images.shape, total)
+    schedule = config.schedule.build()
     return Denoiser(
-        network, config.schedule.build(), config.prediction, num_classes=classes, null_label=null_label
-    )
+        network, schedule, config.prediction, num_classes=classes, null_label=null_label,
+        call=Preconditioned(schedule) if isinstance(schedule, EDMSchedule) else plain,
+    )  # fmt: skip

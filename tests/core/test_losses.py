@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from diffkd.core.denoiser import Denoiser
 from diffkd.core.losses import cross_entropy, knowledge_distillation, soft_kl, squared_error, weight
+from diffkd.core.schedules import EDMSchedule, FlowSchedule, Preconditioned, Shift
 from diffkd.errors import UserError
 
 # weightings and distances ---------------------------------------------------------------------------------
@@ -26,12 +29,14 @@ from diffkd.errors import UserError
         ("truncated_snr", [1.0, 1.0, 3.0, 40.0]),
         ("snr_plus_one", [1.0, 1.5, 4.0, 41.0]),
         ("min_snr", [0.0, 0.5, 3.0, 5.0]),
+        ("flow", [1.0, (1 + 0.5**0.5) ** 2, (1 + 3.0**0.5) ** 2, (1 + 40.0**0.5) ** 2]),
+        ("edm", [4.0, 4.5, 7.0, 44.0]),
         ("constant", [1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_weights(name, expected):
     snr = torch.tensor([0.0, 0.5, 3.0, 40.0], dtype=torch.float64)
-    assert weight(name, snr, gamma=5.0).tolist() == expected
+    assert weight(name, snr, gamma=5.0, width=0.5).tolist() == pytest.approx(expected, rel=1e-15)
 
 
 def test_weights_of_x0_are_errors_of_eps_and_v():
@@ -49,6 +54,33 @@ def test_weights_of_x0_are_errors_of_eps_and_v():
     assert torch.allclose(
         weight("snr_plus_one", snr) * error, squared_error(v_of_other, alpha * eps - sigma * x0)
     )
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(Shift(2.0)), EDMSchedule(sigma_data=0.7)])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_weight_of_a_denoiser_is_the_error_of_its_network(schedule, preconditioned):
+    """Of a velocity, and of the network F inside EDM's preconditioning: D's error is c_out F's."""
+    if preconditioned and not isinstance(schedule, EDMSchedule):
+        schedule = EDMSchedule()
+    outputs = torch.randn(2, 5, 1, 4, 4, dtype=torch.float64)
+    how = {"call": Preconditioned(schedule)} if preconditioned else {}
+    t, x_t = torch.rand(5, dtype=torch.float64), torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    made = [
+        Denoiser(_Constant(output), schedule, "sample" if preconditioned else "flow", **how)
+        for output in outputs
+    ]
+    w = weight(made[0].weighting, schedule.snr(t), width=schedule.width)
+    error = squared_error(made[0](x_t, t), made[1](x_t, t))
+    assert torch.allclose(w * error, squared_error(*outputs), rtol=1e-5)
+
+
+class _Constant(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, time):
+        return self.output
 
 
 def test_the_error_is_a_mean_and_does_not_change_with_size():

@@ -6,7 +6,13 @@ import diffusers
 import pytest
 import torch
 
-from diffkd.core.scheduler_config import EDM_FIELDS, FLOW_FIELDS, FLOW_MAP_FIELDS, SCHEDULERS
+from diffkd.core.scheduler_config import (
+    CONSISTENCY_FIELDS,
+    EDM_FIELDS,
+    FLOW_FIELDS,
+    FLOW_MAP_FIELDS,
+    SCHEDULERS,
+)
 from diffkd.core.schedules import (
     BetaSchedule,
     EDMSchedule,
@@ -22,6 +28,7 @@ from diffkd.errors import UserError
 
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
 EDM = diffusers.EDMEulerScheduler
+CM = diffusers.CMStochasticIterativeScheduler
 FLOW_MAP = [  # which older diffusers do not have
     (kind, FLOW_MAP_FIELDS)
     for kind in [getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)]
@@ -40,7 +47,9 @@ LIKE_BETAS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields"), [(Euler, FLOW_FIELDS), (EDM, EDM_FIELDS), *FLOW_MAP])
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(Euler, FLOW_FIELDS), (EDM, EDM_FIELDS), (CM, CONSISTENCY_FIELDS), *FLOW_MAP]
+)
 def test_every_field_is_in_the_table(kind, fields):
     """A field of a newer diffusers fails here: it has to be looked at before it is drawn over."""
     assert parameters(kind) <= fields
@@ -123,6 +132,8 @@ def test_an_edm_scheduler_by_its_config():
         (EDM(), {"steps": 0}, "0 time steps make no EDM schedule"),
         (Euler(shift=-1.0), {}, "shift of -1.0 is out of range"),
         (EDM(sigma_schedule="exponential"), {}, "EDMEulerScheduler has sigma_schedule 'exponential'"),
+        (CM(s_noise=1.1), {}, "CMStochasticIterativeScheduler has s_noise 1.1"),
+        (CM(), {"steps": 4}, "CMStochasticIterativeScheduler takes no steps 4"),
         (EDM(), {"mu": 0.5}, "EDMEulerScheduler takes no mu"),
         (EDM(sigma_min=100.0), {}, "make no EDM schedule"),
         (diffusers.DDIMScheduler(), {"steps": 4}, "DDIMScheduler takes no steps 4; leave it out"),

@@ -2,16 +2,25 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from diffkd import methods
 from diffkd.core import samplers, scores
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import EDMSchedule, FlowSchedule, Shift
+from diffkd.core.schedules import (
+    EDMSchedule,
+    FlowSchedule,
+    Nodes,
+    Preconditioned,
+    Shift,
+    from_diffusers,
+)
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
-from diffkd.methods.progressive import target
-from diffkd.methods.reflow import line
+from diffkd.methods.progressive import Progressive, target
+from diffkd.methods.reflow import Reflow, line
 from diffkd.methods.regression import Regression
+from diffkd.models import students
 from tests.gaussian import gaussian
 from tests.methods.conformance import losses_of, nets_of
 from tests.parallel import method_of
@@ -47,6 +56,51 @@ def test_losses_and_gradients_are_finite(name, schedule):
             assert any(g.abs().sum() > 0 for g in grads)
             nets[loss.network].zero_grad()
         method.after_update(nets, Step(stage, 0))
+
+
+EPSILON = {"flow": FlowSchedule(Nodes((0.99, 0.6, 0.3, 0.1))), "edm": SCHEDULES["edm"]}
+
+
+@pytest.mark.parametrize("path", EPSILON)
+@pytest.mark.parametrize("name", ["progressive", "reflow", "regression"])
+def test_an_epsilon_teacher_becomes_a_velocity(path, name):
+    """v is of schedules that preserve variance alone; the students' x0 is its teacher's when it is learnt."""
+    schedule = EPSILON[path]
+    method = Progressive(steps=[2, 1], substeps=2) if name == "progressive" else method_of(name)
+    if name == "reflow":
+        method = Reflow(steps=[2, 1])
+    teacher = gaussian(schedule, "epsilon")
+    first = method.stages(teacher)[0]
+    assert first.prediction == "flow"
+    student = students.with_network(gaussian(schedule, "flow"), gaussian(schedule, "flow").network, "flow")
+    for start in ("flow", "sample"):
+        assert method.stages(gaussian(schedule, start))[0].prediction is None
+    if name == "progressive":  # by the error in eps, of which a teacher's own predictions leave none
+        x0 = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+        nets = {"teacher": teacher, "student": student}
+        (loss,) = method.losses(nets, Batch(x0, {}), Step(first, 0), seeded())
+        student.network.std = 0.7
+        (off,) = method.losses(nets, Batch(x0, {}), Step(first, 0), seeded())
+        assert loss.value < 1e-9 < 1e-4 < off.value
+        expected = schedule.snr(off.metrics["t"]) * off.metrics["gap"] ** 2
+        assert torch.allclose(off.metrics["loss"], expected.to(off.metrics["loss"]), rtol=1e-4)
+
+
+def test_a_preconditioned_network_predicts_x0_and_nothing_else():
+    schedule = EDMSchedule()
+    raw = gaussian(schedule, "flow").network
+    denoiser = Denoiser(raw, schedule, "sample", call=Preconditioned(schedule))
+    for name in ("progressive", "reflow", "regression"):
+        assert {stage.prediction for stage in method_of(name).stages(denoiser)} == {None}
+    with pytest.raises(UserError, match="preconditioned: what is made of its output is sample, not flow"):
+        students.with_network(denoiser, raw, "flow")
+
+
+def test_the_remedy_for_pure_noise_names_what_the_schedule_has():
+    with pytest.raises(UserError, match="prediction: flow"):
+        gaussian(SCHEDULES["edm"], "epsilon").check_from_noise()
+    with pytest.raises(UserError, match="prediction: v_prediction"):
+        gaussian(from_diffusers(DDPMScheduler()), "epsilon").check_from_noise()
 
 
 def test_scm_says_that_its_angle_is_of_another_kind(schedule):

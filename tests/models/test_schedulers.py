@@ -112,13 +112,20 @@ def test_what_is_refused(kind, options, tmp_path, make_pipeline):
         loading.load(folder)
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
-def test_a_pipeline_of_another_path_is_refused(name, tmp_path, make_pipeline):
-    """Core reads these schedulers; no family of pipelines does."""
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "scheduler {} has no betas, and is not supported"),
+        ("EDMEulerScheduler", "DDPMPipeline with {}, for whose inputs it has no scale"),
+        ("CMStochasticIterativeScheduler", "DDPMPipeline with {}, for whose inputs it has no scale"),
+    ],
+)
+def test_a_pipeline_of_another_path_is_refused(name, says, tmp_path, make_pipeline):
+    """That pipeline does not go by them."""
     folder = make_pipeline(tmp_path, pipeline="DDPMPipeline")
     getattr(diffusers, name)().save_pretrained(folder / "scheduler")
     rewrite(folder / "model_index.json", scheduler=["diffusers", name])
-    with pytest.raises(UserError, match=f"scheduler {name} has no betas, and is not supported"):
+    with pytest.raises(UserError, match=says.format(name)):
         loading.load(folder)
 
 

@@ -175,7 +175,7 @@ def test_a_scheduler_has_to_be_named_where_there_is_none(output, tmp_path):
         assert denoiser.prediction == "v_prediction"
     denoiser = loading.load(alone, scheduler="DDPMScheduler")
     assert denoiser.prediction == "epsilon" and denoiser.schedule.num_train_timesteps == 1000
-    for wrong in ("DDPM", "EDMEulerScheduler", str(tmp_path), str(output / "model_index.json")):
+    for wrong in ("DDPM", "FlowMatchEulerDiscreteScheduler", str(tmp_path), str(output / "model_index.json")):
         with pytest.raises(UserError, match="scheduler"):
             loading.load(alone, scheduler=wrong)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
         **({"absent": [*absent]} if (absent := getattr(denoiser.conditioner, "absent", ())) else {}),
+        **({} if loading.is_stock(denoiser) else {"stock": False}),
         **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
         **({"global_noise": True} if _draws_other_noise(denoiser) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
@@ -71,14 +72,13 @@ def _code(*lines: str) -> list[str]:
 
 
 def _pipeline(card: Mapping[str, Any]) -> list[str]:
-    steps, classes = card.get("steps"), card.get("num_classes")
+    steps, classes, stock = card.get("steps"), card.get("num_classes"), card.get("stock") is not False
     call = {} if card.get("prompts") else {"batch_size": 16}  # a pipeline of another call says it
     given = [f"{key}={value!r}" for key, value in card.get("call", call).items()]
     if classes:
         given.append(f"class_labels=[i % {classes} for i in range(16)]")
     drawn = ", ".join(['"what to draw"', *given] if card.get("prompts") else given)
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
-    without = "".join(f", {component}=None" for component in card.get("absent", []))
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
         "---",
@@ -88,16 +88,13 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         "",
         f"# {title}",
         "",
-        f"{title} made by diffkd, a stock diffusers pipeline:",
-        "",
-        *_code(
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})',
-            f"images = pipeline({drawn}, num_inference_steps={count}).images",
+        *(
+            _stock(title, drawn, count, card.get("absent", []))
+            if stock
+            else _of_diffkd_alone(title, classes, count)
         ),
     ]
-    if steps:
+    if steps and stock:
         advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
         lines += [advice, ""]
     if (scale := card.get("call", {}).get("guidance_scale")) is not None:
@@ -124,6 +121,37 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
             lines += ["FID by these features is not comparable with FID by Inception features."]
         lines += _teacher_beside(card)
     return lines
+
+
+def _stock(title: str, drawn: str, count: int, absent: Sequence[str]) -> list[str]:
+    """How a stock pipeline draws. absent: components that its folder does not have."""
+    without = "".join(f", {component}=None" for component in absent)
+    return [
+        f"{title} made by diffkd, a stock diffusers pipeline:",
+        "",
+        *_code(
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})',
+            f"images = pipeline({drawn}, num_inference_steps={count}).images",
+        ),
+    ]
+
+
+def _of_diffkd_alone(title: str, classes: Any, count: int) -> list[str]:
+    """How a network is drawn that no class of diffusers is."""
+    labels = f", labels=[i % {classes} for i in range(16)]" if classes else ""
+    return [
+        f"{title} made by diffkd. Its network is of no class of diffusers, so diffkd draws it, and diffusers "
+        "alone does not:",
+        "",
+        *_code(
+            "import diffkd",
+            "",
+            'model = diffkd.load("path/to/this/folder")',
+            f"(images,) = diffkd.generate(model, 16, steps={count}, seed=0{labels})  # uint8 (16, H, W, C)",
+        ),
+    ]
 
 
 def _class_names(card: Mapping[str, Any]) -> list[str]:
