@@ -40,7 +40,7 @@ def check_kind(source: Source, component: str, kind: Any, *, once: str | None = 
     """Raises UserError for a pipeline whose `component` is of another class, by its index."""
     entry = source.index.get(component, ["diffusers", kind.__name__])
     if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once or kind.__name__]):
-        of_videos = ", one of videos" if isinstance(entry, list) and "3D" in str(entry[-1]) else ""
+        of_videos = ", one of videos" if isinstance(entry, list) and "3D" in str(entry[-1:]) else ""
         raise UserError(
             f"{source.name} has a network of type {quoted(entry)}{of_videos}, which is not supported; "
             f"supported is {kind.__name__}"
