@@ -196,7 +196,7 @@ class Harmful:
         ([1], "holds no network named ema"),
         (print, "the pickle names builtins.print"),
     ],
-    ids=str,
+    ids=["code", "code of a network", "no network", "a list", "a builtin"],
 )
 def test_other_pickles_are_refused(tmp_path, content, says):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
