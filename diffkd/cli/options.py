@@ -158,6 +158,8 @@ def prepare_libraries() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), psutil.cpu_count(logical=False) or 1))
 
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers' own
+    # of normalisations whose weights stay float32 in mixed precision, such as Flux's
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     logging.basicConfig(format="diffkd: %(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     os.environ["DIFFUSERS_VERBOSITY"] = "error"  # which it reads when it is imported
     for name in ("diffusers", "huggingface_hub"):  # the latter warns of each of its tries
