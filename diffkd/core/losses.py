@@ -11,15 +11,19 @@ from diffkd.errors import UserError
 
 Direction = Literal["reverse", "forward"]
 UNLABELLED = -100  # torch's ignore_index
-Weighting = Literal["truncated_snr", "snr", "snr_plus_one", "min_snr", "constant"]
+Weighting = Literal["truncated_snr", "snr", "snr_plus_one", "min_snr", "flow", "constant"]
+
+OF_OUTPUT: dict[str, Weighting] = {
+    "epsilon": "snr", "v_prediction": "snr_plus_one", "flow": "flow", "sample": "constant"
+}  # fmt: skip  # by prediction type
 
 
 def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
     """Weight of a squared error in x0 at signal-to-noise ratio `snr`, shaped like snr.
 
-    "snr" is the error in eps, "snr_plus_one" the error in v, "constant" the error in x0 itself;
-    "truncated_snr" = max(snr, 1) keeps the largest of eps and x0 (Salimans & Ho 2022, section 4); "min_snr" =
-    min(snr, gamma) is Hang et al. 2023, section 3.4.
+    "snr" is the error in eps, "snr_plus_one" the error in v, "flow" = (1 + sqrt(snr))^2 the error in
+    eps - x0, "constant" the error in x0 itself; "truncated_snr" = max(snr, 1) keeps the largest of eps and x0
+    (Salimans & Ho 2022, section 4); "min_snr" = min(snr, gamma) is Hang et al. 2023, section 3.4.
     """
     if name == "truncated_snr":
         return snr.clamp(min=1)
@@ -29,14 +33,14 @@ def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0) -> Tensor:
         return snr + 1
     if name == "min_snr":
         return snr.clamp(max=gamma)
+    if name == "flow":
+        return (1 + snr.sqrt()) ** 2
     return torch.ones_like(snr)
 
 
 def weighting_for(prediction: str) -> Weighting:
     """The weight that turns an error in x0 into an error in the output of this prediction type."""
-    if prediction == "epsilon":
-        return "snr"
-    return "snr_plus_one" if prediction == "v_prediction" else "constant"
+    return OF_OUTPUT[prediction]
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:

@@ -105,17 +105,9 @@ def teacher_metric(evaluation: Evaluation) -> str | None:
     return next((metric.name for metric in evaluation.chosen() if metric.with_teacher), None)
 
 
-class Train(TrainingRun):
-    """`diffkd train`: a teacher from images."""
+class TeacherRun(TrainingRun):
+    """What the config of every run that trains a teacher has."""
 
-    model: UNet2D = UNet2D()
-    schedule: NoiseSchedule = NoiseSchedule()
-    prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
-        "v_prediction", description="what the network outputs"
-    )
-    classes: bool = Field(
-        True, description="whether it is conditioned on the data's labels, where the data has any"
-    )
     denoising: Denoising = Denoising()
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
@@ -130,6 +122,19 @@ class Train(TrainingRun):
                 "distill"
             )
         _check_evaluation(self.evaluation)
+
+
+class Train(TeacherRun):
+    """`diffkd train`: a teacher from images."""
+
+    model: UNet2D = UNet2D()
+    schedule: NoiseSchedule = NoiseSchedule()
+    prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
+        "v_prediction", description="what the network outputs"
+    )
+    classes: bool = Field(
+        True, description="whether it is conditioned on the data's labels, where the data has any"
+    )
 
 
 class Opened(Strict):

@@ -1,4 +1,4 @@
-"""`diffkd train` of a text-to-image model: its autoencoder, then UNet and text encoder together."""
+"""`diffkd train` of a latent model: its autoencoder, then all that denoises together."""
 
 from __future__ import annotations
 
@@ -11,53 +11,41 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 
 from diffkd.core.autoencoder import ImageAutoencoder
+from diffkd.core.conditioning import Conditioner
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
-from diffkd.core.schedules import to_diffusers
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
-from diffkd.errors import UserError
 from diffkd.models import loading
 from diffkd.models.codecs import Autoencoder
+from diffkd.models.new import NewPipeline
 from diffkd.models.source import Source
-from diffkd.models.text_to_image import Tokens, called, learn_tokenizer
-from diffkd.models.transformers_models import silent
 from diffkd.runs import announcement, latents
 from diffkd.runs.artifacts import RunArtifacts
+from diffkd.runs.latent_teacher.config import TrainLatent
 from diffkd.runs.reports import model_card
 from diffkd.runs.session import ResumeOptions, Session, open_run
-from diffkd.runs.text_to_image.config import TrainTextToImage
 from diffkd.training import launch
 
 ENCODED = 1024  # images that the scale of the latents is taken from
 
 
-def train(config: TrainTextToImage, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
+def train(config: TrainLatent, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
     """Trains a teacher, or resumes its training; the folder of its pipeline."""
-    images = config.data.load()
-    if not any(images.captions):
-        raise UserError(
-            f"{images.name} has no captions, from which a text-to-image model learns; give data with "
-            "captions, or leave out model.kind"
-        )
-    if images.shape[0] != 3:
-        raise UserError(
-            f"{images.name} is grey, and a text-to-image model makes colours; set data.channels to 3"
-        )
+    images, model = config.data.load(), _new(config)
+    model.check(images)
     accelerator = launch.make_accelerator(config.training)
-    tokenizer = learn_tokenizer(images.captions, config.model.text)
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(config.seed, *b"autoencoder"))
-        vae = config.model.autoencoder.build(images.shape)  # refuses sizes that do not divide
-    folder = config.out / "teacher"
-    inputs = {"captions": hashlib.sha256("\0".join(images.captions).encode()).hexdigest()}
+    conditioner = model.conditioner(images)
+    folder, inputs = config.out / "teacher", dict[str, str]()
+    if conditioner is not None:
+        inputs["captions"] = hashlib.sha256("\0".join(images.captions).encode()).hexdigest()
     with open_run(config, accelerator, images, console, options, inputs) as session:
         artifacts = RunArtifacts(session, config, images, guidance=config.guidance)
         session.say(announcement.data(images))
         if not folder.exists():
-            codec = _autoencoder(session, config, images, vae)
-            denoiser = _denoiser(session, config, images, codec, tokenizer)
-            _export(session, config, images, codec, denoiser, tokenizer, folder)
+            codec = _autoencoder(session, config, images)
+            denoiser = _denoiser(session, config, images, codec, conditioner)
+            _export(session, config, images, codec, denoiser, conditioner, folder)
             del denoiser
         teacher = loading.load(folder, device=accelerator.device)
         for count in artifacts.teacher_steps(teacher):
@@ -68,12 +56,18 @@ def train(config: TrainTextToImage, console: Console, options: ResumeOptions = R
     return folder
 
 
-def _autoencoder(
-    session: Session, config: TrainTextToImage, images: Images, vae: AutoencoderKL
-) -> Autoencoder:
+def _new(config: TrainLatent) -> NewPipeline:
+    model: NewPipeline = config.model
+    return model
+
+
+def _autoencoder(session: Session, config: TrainLatent, images: Images) -> Autoencoder:
     """The first stage: the trained autoencoder, as the codec of its own folder."""
     place = config.out / "autoencoder"
     if not place.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(config.seed, *b"autoencoder"))
+            vae = _new(config).autoencoder.build(images.shape)
         student = ImageAutoencoder(vae.to(session.accelerator.device).train())
         method = config.autoencoding
         session.run_stage(method, method.stages(student)[0], {"student": student}, images, 0)
@@ -97,53 +91,42 @@ def _spread(vae: AutoencoderKL, images: Images) -> float:
 
 
 def _denoiser(
-    session: Session, config: TrainTextToImage, images: Images, codec: Autoencoder, tokenizer: Any
+    session: Session,
+    config: TrainLatent,
+    images: Images,
+    codec: Autoencoder,
+    conditioner: Conditioner | None,
 ) -> Denoiser:
-    """The second stage: UNet and text encoder, as a denoiser of latents that takes tokens."""
-    tokens = Tokens(tokenizer, config.model.text.length)
-    cache = LatentCache(config.out / "cache", images, codec, tokens)
+    """The second stage: all that learns on the latents."""
+    cache = LatentCache(config.out / "cache", images, codec, conditioner)
     latents.fill(cache, session.accelerator, session.image_bar)
+    schedule = config.schedule.build()
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(config.seed))
-        network = config.model.build(cache.shape, tokenizer)
-    denoiser = Denoiser(
-        network, config.schedule.build(), config.prediction, shape=cache.shape, call=called,
-        example=tokens.example,
-    )  # fmt: skip
-    denoiser.to(session.accelerator.device).train().set_null(tokens.null())
+        denoiser = _new(config).build(cache.shape, images, conditioner, schedule, config.prediction)
+    denoiser.to(session.accelerator.device)
     method = config.denoising
     session.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, cache, 1)
-    denoiser.eval()
-    return denoiser
+    return denoiser.eval()
 
 
 def _export(
     session: Session,
-    config: TrainTextToImage,
+    config: TrainLatent,
     images: Images,
     codec: Autoencoder,
     denoiser: Denoiser,
-    tokenizer: Any,
+    conditioner: Conditioner | None,
     folder: Path,
 ) -> None:
     """The whole pipeline, with its model card."""
-    network: Any = denoiser.network
 
     def write(place: Path) -> None:
-        with silent():  # what diffusers imports for it warns of parts that are not used
-            from diffusers import StableDiffusionPipeline
-
-        scheduler = to_diffusers(denoiser.schedule, denoiser.prediction)
-        scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
-        pipeline = StableDiffusionPipeline(
-            vae=codec.network.cpu(), text_encoder=network.text_encoder.cpu(), tokenizer=tokenizer,
-            unet=network.unet.cpu(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-        with silent():
-            pipeline.save_pretrained(place, safe_serialization=True)
+        _new(config).save(denoiser, codec, conditioner, images, place)
         made = loading.load(place)
-        model_card.write(place, model_card.describe(made, data=images.name))
+        classes = {"classes": images.classes, "class_counts": images.class_counts}
+        named = {} if made.num_classes is None else classes
+        model_card.write(place, model_card.describe(made, data=images.name, **named))
 
     session.export(folder, write)
     codec.close()
