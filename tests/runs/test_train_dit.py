@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import diffkd
 from diffkd.data.digits import Digits
-from diffkd.models.new.dit import NewTransformer
+from diffkd.models.new.dit import NewDiT
 from tests.runs.tiny import log, records, signal_at
 
 CONFIG = {
@@ -145,14 +145,15 @@ def test_images_in_colour(cli, here, monkeypatch):
 def test_a_new_transformer_begins_as_zero_and_its_blocks_as_the_identity():
     """adaLN-Zero: whatever it is given."""
     torch.manual_seed(0)
-    network = NewTransformer(width=16, layers=3, heads=2, patch=1).build((4, 4, 4), 10).eval()
+    model = NewDiT(kind="dit", transformer={"width": 16, "layers": 3, "heads": 2, "patch": 1})
+    network = model.network((4, 4, 4), 10).eval()
     x, time, labels = torch.randn(2, 4, 4, 4), torch.tensor([3.0, 60.0]), torch.tensor([1, 10])
     tokens = torch.randn(2, 16, 16)
     with torch.no_grad():
         assert network(x, time, labels).sample.abs().max() == 0
         for block in network.transformer_blocks:
             assert torch.equal(block(tokens, timestep=time, class_labels=labels), tokens)
-    again = NewTransformer(width=16, layers=3, heads=2, patch=1).build((4, 4, 4), 10)
+    again = model.network((4, 4, 4), 10)
     assert (again.pos_embed.proj.weight != network.pos_embed.proj.weight).any()  # all else is random
 
 

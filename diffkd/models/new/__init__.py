@@ -7,7 +7,7 @@ learned.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from diffkd.core.conditioning import Conditioner
 from diffkd.core.denoiser import Denoiser
@@ -19,6 +19,8 @@ from diffkd.models.new.autoencoder import NewAutoencoder
 
 class NewPipeline(Protocol):
     """A pipeline that works in the latents of an autoencoder, to be trained."""
+
+    shifted: ClassVar[bool]  # whether its codec takes the latents' mean off before it scales
 
     @property
     def autoencoder(self) -> NewAutoencoder:

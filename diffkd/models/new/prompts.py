@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffkd.core.conditioning import Cond
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
@@ -128,3 +129,9 @@ def check_captions(images: Images) -> None:
         raise UserError(
             f"{images.name} is grey, and a text-to-image model makes colours; set data.channels to 3"
         )
+
+
+def called(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """How a denoiser calls a network that learns with its text encoder, from tokens."""
+    output: Tensor = network(x_t, time, cond["input_ids"])
+    return output

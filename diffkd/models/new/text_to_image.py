@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusers import UNet2DConditionModel
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, to_diffusers
 from diffkd.data.images import Images
 from diffkd.io.config import Strict
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.new.autoencoder import NewAutoencoder, Widths
-from diffkd.models.new.prompts import NewTextEncoder, Tokens, check_captions, learn_tokenizer
+from diffkd.models.new.prompts import NewTextEncoder, Tokens, called, check_captions, learn_tokenizer
 from diffkd.models.transformers_models import silent
 
 
@@ -58,6 +57,7 @@ class NewUNet(Strict):
 class TextToImage(Strict):
     """The config of a new StableDiffusionPipeline (see `new.NewPipeline`)."""
 
+    shifted: ClassVar[bool] = False
     kind: Literal["text_to_image"]
     autoencoder: NewAutoencoder = NewAutoencoder()
     text: NewTextEncoder = NewTextEncoder()
@@ -117,9 +117,3 @@ class Prompted(nn.Module):
         states = self.text_encoder(input_ids)[0].to(x_t.dtype)
         output: Tensor = self.unet(x_t, time, encoder_hidden_states=states, return_dict=False)[0]
         return output
-
-
-def called(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """How a denoiser calls a `Prompted`."""
-    output: Tensor = network(x_t, time, cond["input_ids"])
-    return output
