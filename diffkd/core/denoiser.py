@@ -53,7 +53,8 @@ class Denoiser(nn.Module):
     sampler: ddim or renoise, the one that it samples with by default and is saved for.
     guidance_baked_in: the guidance weight that it was distilled with, 1 for none.
     guidance_range: least and largest weight of a network that takes it as an input, None for one that does
-    not.
+    not. guidance_by_default: the weight that its stock pipeline names, where that is in the range.
+    schedule_of: the schedule by the shape of what it works on, where the stock pipeline's goes by that.
     name: what messages call it.
 
     States keep their dtype; the network runs in its own. Coefficients are float64, rounded once. Raises
@@ -74,6 +75,8 @@ class Denoiser(nn.Module):
         sampler: StockSampler = "ddim",
         guidance_baked_in: float = 1.0,
         guidance_range: tuple[float, float] | None = None,
+        guidance_by_default: float = USUAL_GUIDANCE,
+        schedule_of: Callable[[tuple[int, int, int]], Schedule] | None = None,
         call: Call = call,
         example: Cond | None = None,
         codec: Codec | None = None,
@@ -93,6 +96,7 @@ class Denoiser(nn.Module):
         self.steps = steps
         self.sampler: StockSampler = sampler
         self.guidance_baked_in, self.guidance_range = guidance_baked_in, guidance_range
+        self.guidance_by_default, self.schedule_of = guidance_by_default, schedule_of
         self.call, self.codec, self.conditioner = call, codec, conditioner
         self.example = dict(example or {})
         self.name = "the model"
@@ -168,7 +172,7 @@ class Denoiser(nn.Module):
         if self.guidance_range is None:
             return 1.0
         least, largest = self.guidance_range
-        return min(max(USUAL_GUIDANCE, least), largest)
+        return min(max(self.guidance_by_default, least), largest)
 
     def guided_by(self, weight: float, count: int) -> dict[str, Any]:
         """What a call for `count` images is given for this weight: an input, where the network takes one."""
@@ -187,6 +191,12 @@ class Denoiser(nn.Module):
         """Codec and conditioner, by these names; {} for models without."""
         there = {"codec": self.codec, "conditioner": self.conditioner}
         return {key: value for key, value in there.items() if value is not None}
+
+    def fit(self, shape: tuple[int, int, int]) -> None:
+        """Makes it one of this shape (C, H, W), in place."""
+        self.shape = shape
+        if self.schedule_of is not None:
+            self.schedule = self.schedule_of(shape)
 
     def close(self) -> None:
         """Frees the weights of codec and conditioner, which are read again when they are used."""
@@ -215,7 +225,12 @@ class Denoiser(nn.Module):
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:
-        """Raises UserError where the model has nothing that means "no condition"."""
+        """Raises UserError where the model has nothing that means "no condition", or has no need of it."""
+        if self.guidance_range is not None:
+            raise UserError(
+                f"{self.name} takes its guidance as an input and is not guided by a second pass; name the "
+                f"weight as that (teacher.guidance in a run), and leave out {called('guidance')}"
+            )
         if self.conditioner is None and not self._null and self.null_label is None:
             raise UserError(
                 "guidance needs a label that means no class, and this model has none; "

@@ -17,6 +17,8 @@ from torch import Tensor
 from diffkd.core.noise_schedule import Schedule, Time
 from diffkd.errors import UserError
 
+FITTING = 200  # rounds, of which few are needed
+
 
 class Law(Protocol):
     """sigma as a function of t, rising from 0 at t = 0 to at most 1 at t = 1."""
@@ -132,18 +134,60 @@ def stretched(sigmas: Sequence[float], terminal: float) -> list[float]:
     return [1 - (1 - sigma) * scale for sigma in sigmas]
 
 
+def even(steps: int) -> Tensor:
+    """The times 1, (N - 1)/N, ..., 1/N of a student of N steps: (N,) float64."""
+    return torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+
+
+def fitted(shift: float, steps: int, total: int = 1000) -> tuple[float, float | None]:
+    """The `shift` and `shift_terminal` with which FlowMatchEulerDiscreteScheduler's own grid of so many steps
+    is the even one of times at `shift`; its `shift` alone gives another.
+
+    That grid is of u = 1 - v, v = 0, ..., 1 - e in even steps, e = shift(1 / T), shifted, and stretched so
+    that it ends at `shift_terminal`. At f = `shift`, v = k w and c for the stretch it is c k w / (f - (f - 1)
+    k w), and wanted is w / (s - (s - 1) w), w = i / N: (f - 1) k / f = (s - 1) / s. Raises UserError where no
+    f is a shift.
+    """
+    if steps == 1:
+        return shift, None
+    found = shift
+    for _ in range(FITTING):
+        e = found / total / (1 + (found - 1) / total)
+        k = (1 - e) / (1 - 1 / steps)
+        slope = 1 - (shift - 1) / (shift * k)
+        if slope <= 0:
+            break
+        found, last = 1 / slope, found
+        if abs(found - last) <= 1e-15 * found:
+            return found, shift / (steps + shift - 1)
+    least = Shift(shift).sigma(even(total)[-1:], torch.float64).item()
+    own = Shift(shift).sigma(torch.linspace(1, least, steps, dtype=torch.float64), torch.float64)
+    raise UserError(
+        f"FlowMatchEulerDiscreteScheduler has no grid of {steps} steps at a shift of {shift:g} that is even "
+        f"in time; its own is {listed(own.tolist())}; use fewer steps, or a smaller shift"
+    )
+
+
+def listed(sigmas: Sequence[float]) -> str:
+    """For messages: of many the first three and the last."""
+    shown = [f"{sigma:.4g}" for sigma in sigmas]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
+
+
 @dataclass(frozen=True, eq=False)
 class FlowSchedule(Schedule):
     """x_t = (1 - sigma(t)) x0 + sigma(t) eps.
 
     law: sigma(t). num_train_timesteps: T; networks are given T sigma as time, from which a family's own
     `call` makes what its networks take, sigma or 1 - sigma. alpha is 1 less the rounded sigma, as in stock
-    schedulers.
+    schedulers. handed: whether the stock pipeline hands its scheduler an even grid of times to shift, as
+    Flux's does, and does not leave the grid to it, as Stable Diffusion 3's.
     """
 
     straight: ClassVar[bool] = True
     law: Law = Shift()
     num_train_timesteps: int = 1000
+    handed: bool = True
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -192,3 +236,5 @@ class FlowSchedule(Schedule):
     def check_steps(self, steps: int, sampler: str = "ddim") -> None:
         super().check_steps(steps, sampler)
         self.law.check_steps(steps)
+        if not self.handed and sampler == "renoise" and isinstance(self.law, Shift):
+            fitted(self.law.shift, steps, self.num_train_timesteps)

@@ -73,6 +73,10 @@ FLOW_FIELDS = frozenset(
         *FLOW_ONLY,
     )
 )  # fmt: skip
+FLOW_MAP = (
+    "FlowMapEulerDiscreteScheduler"  # its own grid is an even one of times; diffusers before 0.40 has none
+)
+FLOW_MAP_FIELDS = frozenset(("num_train_timesteps", "shift"))
 EDM = "EDMEulerScheduler"
 EDM_ONLY: dict[str, tuple[Any, ...]] = {
     "sigma_schedule": ("karras",), "prediction_type": ("epsilon", "v_prediction"),
@@ -93,7 +97,7 @@ def is_flow(scheduler: Any) -> bool:
 
 def is_flow_match(scheduler: Any) -> bool:
     """Whether it is of a flow alone, and gives its network the whole of T sigma as time."""
-    return _is(scheduler, FLOW)
+    return _is(scheduler, FLOW, FLOW_MAP)
 
 
 def is_edm(scheduler: Any) -> bool:
@@ -104,7 +108,8 @@ def is_edm(scheduler: Any) -> bool:
 def check_flow(scheduler: Any) -> None:
     """Raises UserError, naming the field, for a scheduler of a flow that is not read as it is meant."""
     if is_flow_match(scheduler):
-        _check_fields(scheduler, FLOW_FIELDS, FLOW_ONLY)
+        fields = FLOW_MAP_FIELDS if _is(scheduler, FLOW_MAP) else FLOW_FIELDS
+        _check_fields(scheduler, fields, FLOW_ONLY)
         return
     _check_kind(scheduler)
     only = {**ONLY, "use_flow_sigmas": (True,), "prediction_type": tuple(FLOW_PREDICTIONS)}

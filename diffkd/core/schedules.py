@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffkd.core import scheduler_config
 from diffkd.core.edm_schedule import EDMSchedule, Preconditioned
 from diffkd.core.flow_schedule import FlowSchedule, Nodes, Shift, mu_of, stretched
+from diffkd.core.flow_schedulers import to_flow_diffusers
 from diffkd.core.noise_schedule import BetaSchedule, Schedule, Time, from_betas
 from diffkd.core.predictions import PREDICTIONS, Prediction, read_prediction, write_prediction
 from diffkd.errors import UserError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # to import it takes seconds, and images are measured without
 __all__ = [
     "PREDICTIONS", "BetaSchedule", "EDMSchedule", "FlowSchedule", "Nodes", "Preconditioned", "Prediction",
     "Schedule", "Shift", "Time", "from_betas", "from_diffusers", "mu_of", "prediction_of", "read_prediction",
-    "stretched", "to_diffusers", "write_prediction",
+    "stretched", "to_diffusers", "to_flow_diffusers", "write_prediction",
 ]  # fmt: skip
 
 
@@ -79,14 +80,15 @@ def _from_flow(scheduler: Any, steps: int | None, mu: float | None) -> FlowSched
         if steps < least:
             raise UserError(f"scheduler {kind} has no grid of {steps} steps; use {least} or more")
         own = copy.deepcopy(scheduler)
-        own.set_timesteps(steps, mu=mu)
+        own.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
         return FlowSchedule(Nodes(tuple(own.sigmas.tolist())), config.num_train_timesteps)
     if config.get("shift_terminal"):
         raise UserError(
             f"scheduler {kind} has shift_terminal {config.shift_terminal}, with which its grid depends on "
             "the number of steps; name steps, or set it to null"
         )
-    shift = scheduler.shift if alone else config.flow_shift
+    own_shift = alone and hasattr(type(scheduler), "shift")  # which may be set, whatever the config says
+    shift = scheduler.shift if own_shift else config["shift" if alone else "flow_shift"]
     law = Shift(shift) if mu is None else Shift.dynamic(mu, config.time_shift_type)
     return FlowSchedule(law, config.num_train_timesteps)
 
@@ -110,6 +112,7 @@ def to_diffusers(
         raise UserError(
             f"DDIMScheduler and LCMScheduler draw no {type(schedule).__name__}; give the student a "
             "BetaSchedule (core.paths says which of its times are the teacher's)"
+            + (", or a pipeline of flows (to_flow_diffusers)" if schedule.straight else "")
         )
     if prediction not in PREDICTIONS[:3]:
         raise UserError(

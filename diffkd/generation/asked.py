@@ -7,6 +7,7 @@ from functools import cache
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import counted, log
+from diffkd.models import students
 
 
 def say_range(denoiser: Denoiser, weight: float) -> None:
@@ -33,6 +34,16 @@ def shapes(denoiser: Denoiser, size: tuple[int, int] | None) -> tuple[tuple[int,
         )
     factor = 1 if codec is None else codec.factor
     return denoiser.shape, (denoiser.shape[1] * factor, denoiser.shape[2] * factor)
+
+
+def of_shape(denoiser: Denoiser, shape: tuple[int, int, int]) -> Denoiser:
+    """The denoiser as it draws this shape: another around its network where its schedule goes by that."""
+    if denoiser.schedule_of is None or shape == denoiser.shape:
+        return denoiser
+    fitted = students.with_network(denoiser, denoiser.network)
+    fitted.name, fitted.opened_with = denoiser.name, denoiser.opened_with
+    fitted.fit(shape)
+    return fitted
 
 
 def say_what_it_was_made_for(denoiser: Denoiser, steps: int, sampler: str, guidance: float) -> None:

@@ -69,9 +69,10 @@ class ImageGenerator:
         cuda_graphs.check_mode(mode, denoiser.device)
         samplers.find(sampler)
         asked.say_what_it_was_made_for(denoiser, steps, sampler, options.get("guidance", 1.0))
-        self.denoiser, self.n, self.steps, self.seed, self.sampler = denoiser, n, steps, seed, sampler
-        self.options, self.mode = options, mode
         self.shape, self.size = asked.shapes(denoiser, size)
+        self.denoiser = denoiser = asked.of_shape(denoiser, self.shape)
+        self.n, self.steps, self.seed, self.sampler = n, steps, seed, sampler
+        self.options, self.mode = options, mode
         self.labels = labels_for(denoiser, n, labels)
         check_prompts(denoiser, prompts, negative, options.get("guidance", 1.0))
         self.embeddings: PromptEmbeddings | None = None

@@ -25,10 +25,20 @@ class Autoencoder:
     and standard deviations where it has them. Its weights are read when it is first used, in float32.
 
     only: height and width of the only latents that the pipeline's network takes, None for one that takes any.
+    patch: latents a side of the network's tokens. largest: latents a side that it has positions for. shifted:
+    whether the pipeline takes the shift factor off before it scales, and has no use for means.
     """
 
-    def __init__(self, source: Source, only: tuple[int, int] | None = None) -> None:
-        self.source, self.only = source, only
+    def __init__(
+        self,
+        source: Source,
+        only: tuple[int, int] | None = None,
+        *,
+        patch: int = 1,
+        largest: int | None = None,
+        shifted: bool = False,
+    ) -> None:
+        self.source, self.only, self.patch, self.largest = source, only, patch, largest
         entry = source.index.get("vae")
         kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind not in SUPPORTED:
@@ -57,7 +67,17 @@ class Autoencoder:
                 f"{self.name}: {self.place / 'config.json'} has scaling_factor {quoted(self.scaling)}, which "
                 "is not a number above 0; repair it"
             )
-        self.statistics = self._statistics(config)
+        self.shift = self._shift(config) if shifted else 0.0
+        self.statistics = None if shifted else self._statistics(config)
+
+    def _shift(self, config: dict[str, Any]) -> float:
+        shift = config.get("shift_factor")
+        if type(shift) not in (int, float) or not math.isfinite(shift):
+            raise UserError(
+                f"{self.name}: {self.place / 'config.json'} has shift_factor {quoted(shift)}, which is no "
+                "number, and its pipeline adds it; set it, to 0.0 for none"
+            )
+        return float(shift)
 
     def _statistics(self, config: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Means and standard deviations of the channels, (C, 1, 1) each, where the config has both."""
@@ -81,10 +101,11 @@ class Autoencoder:
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide, or is
         not the only one."""
-        if height % self.factor or width % self.factor:
+        multiple = self.factor * self.patch
+        if height % multiple or width % multiple:
             raise UserError(
-                f"images of {width}x{height} do not divide by {self.factor}, the scale of the latents of "
-                f"{self.name}; use multiples of it"
+                f"images of {width}x{height} do not divide by {multiple}, the scale of the "
+                f"{'latents' if self.patch == 1 else 'tokens'} of {self.name}; use multiples of it"
             )
         latents = height // self.factor, width // self.factor
         if self.only not in (None, latents):
@@ -92,6 +113,11 @@ class Autoencoder:
             raise UserError(
                 f"images of {width}x{height} are not of the one size that {self.name} takes and makes; use "
                 f"{own_width}x{own_height}"
+            )
+        if self.largest is not None and max(latents) > self.largest:
+            raise UserError(
+                f"images of {width}x{height} have more places than {self.name} knows; use up to "
+                f"{self.largest * self.factor} pixels a side"
             )
         return self.channels, *latents
 
@@ -132,7 +158,7 @@ class Autoencoder:
         else:
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         if self.statistics is None:
-            return mean * self.scaling, std * self.scaling
+            return (mean - self.shift) * self.scaling, std * self.scaling
         of_mean, of_std = (values.to(mean) for values in self.statistics)
         return (mean - of_mean) * self.scaling / of_std, std * self.scaling / of_std
 
@@ -141,7 +167,7 @@ class Autoencoder:
         """Latents, scaled -> images (B, C, H, W) in about [-1, 1], by the stock pipelines' operations."""
         x0 = x0.to(self.device, torch.float32)
         if self.statistics is None:
-            latents = x0 / self.scaling
+            latents = x0 / self.scaling + self.shift
         else:
             mean, std = (values.to(x0) for values in self.statistics)
             latents = x0 * std / self.scaling + mean

@@ -59,7 +59,9 @@ def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype:
     place = source.folder / component
     folder.mkdir(exist_ok=True)
     for path in place.iterdir():
-        if path.suffix in (".json", ".txt") and not path.name.startswith(f"{stem}.safetensors.index"):
+        if path.suffix in (".json", ".txt", ".model") and not path.name.startswith(
+            f"{stem}.safetensors.index"
+        ):
             shutil.copy(path, folder / path.name)
     if stem is None:
         return

@@ -1,69 +1,38 @@
-"""Prompts for Stable Diffusion: one CLIP text encoder, or two with SDXL's pooled embedding and size."""
+"""Prompts as stock pipelines encode them: CLIP alone, and CLIP beside T5."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffkd.errors import UserError
-from diffkd.io.text import log, quoted
-from diffkd.models import fingerprints, transformers_models
-from diffkd.models.pipeline_files import MAX_NUMBER, read_object, variants_of, weights_of
+from diffkd.models import text_encoders
+from diffkd.models.prompts import Prompts
 from diffkd.models.source import Source
 
-STEM = "model"  # of a transformers network's weights
-TOGETHER = 32  # prompts that are encoded at once
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-LONGEST_TOLD = 200  # characters of what is cut off a prompt
+SD3_TOKENS, FLUX_TOKENS = 256, 512  # of T5, by their pipelines' default
 
 
-class Encoder(NamedTuple):
-    """A tokenizer and a text encoder, and the widths of what it gives."""
-
-    tokenizer: Path
-    place: Path
-    architecture: str
-    variant: str | None
-    length: int  # tokens
-    width: int
-    pooled: int | None  # of the projected embedding of the whole prompt, where it has one
-
-
-class ClipPrompts:
-    """The conditioner of StableDiffusionPipeline and StableDiffusionXLPipeline: what their encode_prompt
-    gives. Encoders and tokenizers are read when they are first used, in float32.
+class ClipPrompts(Prompts):
+    """What encode_prompt of StableDiffusionPipeline and StableDiffusionXLPipeline gives.
 
     two: SDXL's way, with the last layer but one of two encoders side by side, the pooled embedding of the
     second, and the image's size in time_ids. zeros: whether no prompt is zeros, not the encoding of "".
     """
 
     def __init__(self, source: Source, *, two: bool, zeros: bool) -> None:
-        self.source, self.name, self.two, self.zeros = source, source.name, two, zeros
-        self.device = torch.device("cpu")
         names = ("", "_2") if two else ("",)
-        self.encoders = [_encoder(source, suffix, projected=suffix == "_2") for suffix in names]
-        if len({one.length for one in self.encoders}) > 1:
-            raise UserError(f"{self.name} has text encoders of different lengths, which is not supported")
-
-    @cached_property
-    def key(self) -> str:
-        """Hash of encoders, tokenizers and the way they are used."""
-        files: list[Path] = []
-        for one in self.encoders:
-            files += sorted(path for path in one.tokenizer.iterdir() if path.suffix in (".json", ".txt"))
-            files += [one.place / "config.json", *weights_of(one.place, self.name, one.variant, STEM)[1]]
-        way = f"{'xl' if self.two else 'sd'}-{'zeros' if self.zeros else 'encoded'}"
-        return f"{fingerprints.of_files(files)}-{way}"
+        super().__init__(source, [text_encoders.clip(source, one, projected=one == "_2") for one in names])
+        self.two, self.zeros = two, zeros
+        self.way = f"{'xl' if two else 'sd'}-{'zeros' if zeros else 'encoded'}"
+        _check_lengths(self)
 
     @property
     def example(self) -> dict[str, Tensor]:
-        """What it gives for one prompt, as zeros."""
-        length, width = self.encoders[0].length, sum(one.width for one in self.encoders)
+        length, width = self.encoders[0].length or 0, sum(one.width for one in self.encoders)
         cond = {"encoder_hidden_states": torch.zeros(1, length, width)}
         if self.two:
             cond |= {
@@ -72,36 +41,10 @@ class ClipPrompts:
             }
         return cond
 
-    @cached_property
-    def networks(self) -> list[tuple[Any, Any]]:
-        """The tokenizer and the network of each encoder."""
-        transformers_models.library(f"a prompt for {self.name}")
-        opened = []
-        for one in self.encoders:
-            tokenizer = transformers_models.load_tokenizer(one.tokenizer, self.name)
-            name = f"{self.name}: {one.place}"
-            network = transformers_models.load(one.architecture, one.place, name, one.variant)
-            opened.append((tokenizer, network.eval().requires_grad_(False).to(self.device)))
-        return opened
-
-    def to(self, device: torch.device) -> None:
-        self.device = device
-        for _, network in self.__dict__.get("networks", ()):
-            network.to(device)
-
-    def close(self) -> None:
-        """Frees encoders and tokenizers."""
-        self.__dict__.pop("networks", None)
-
-    @torch.no_grad()
     def embed(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """encoder_hidden_states (B, 77, D); for SDXL text_embeds (B, P) and time_ids (B, 6): the original
-        height and width, the crop's top and left, the target's height and width. On the CPU, float32.
-
-        A prompt of more tokens than the encoders take is cut, and a line says what is lost.
-        """
-        parts = [self._embed(prompts[start : start + TOGETHER]) for start in range(0, len(prompts), TOGETHER)]
-        cond = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        height and width, the crop's top and left, the target's height and width."""
+        cond = super().embed(prompts)
         if self.two:
             if size is None:
                 raise ValueError("SDXL is conditioned on the size of its images")
@@ -109,17 +52,15 @@ class ClipPrompts:
         return cond
 
     def null(self, prompt: str | None = None) -> dict[str, Tensor]:
-        """What stands for no prompt, or for a negative one: as `embed`, without the size."""
-        cond = self._embed([prompt or ""])
+        cond = super().null(prompt)
         if prompt is None and self.zeros:
             return {key: torch.zeros_like(value) for key, value in cond.items()}
         return cond
 
-    @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         states, pooled = [], None
-        for number, (tokenizer, network) in enumerate(self.networks):
-            tokens = self._tokens(tokenizer, prompts, tell=number == 0)
+        for number, (_, network) in enumerate(self.networks):
+            tokens = self.tokens(number, prompts, self.encoders[0].length, tell=number == 0)
             masked = bool(getattr(network.config, "use_attention_mask", False)) and not self.two
             mask = tokens.attention_mask.to(self.device) if masked else None
             output = network(
@@ -128,70 +69,91 @@ class ClipPrompts:
             states.append(output.hidden_states[-2] if self.two else output[0])
             pooled = output[0] if self.two else None  # of the last encoder: its projection
         cond = {"encoder_hidden_states": torch.cat(states, -1)}
-        if pooled is not None:
-            cond["text_embeds"] = pooled
-        return {key: value.float().cpu() for key, value in cond.items()}
+        return cond if pooled is None else {**cond, "text_embeds": pooled}
 
-    def _tokens(self, tokenizer: Any, prompts: Sequence[str], *, tell: bool) -> Any:
-        longest = min(tokenizer.model_max_length, self.encoders[0].length)
-        with transformers_models.silent():
-            tokens = tokenizer(
-                list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+
+class SD3Prompts(Prompts):
+    """What encode_prompt of StableDiffusion3Pipeline gives: the last layer but one of two CLIP encoders side
+    by side, zeros up to T5's width, and after their tokens those of T5; the pooled embeddings of both.
+
+    width: of T5's embeddings. A pipeline without T5 has zeros for them.
+    """
+
+    def __init__(self, source: Source, width: int) -> None:
+        encoders = [text_encoders.clip(source, suffix, projected=True) for suffix in ("", "_2")]
+        self.with_t5 = source.index.get("text_encoder_3") not in (None, [None, None])
+        if self.with_t5:
+            encoders.append(text_encoders.t5(source, "_3"))
+        else:
+            self.absent = ("text_encoder_3", "tokenizer_3")
+        super().__init__(source, encoders)
+        self.width, self.way = width, f"sd3-{SD3_TOKENS}-{width}"
+        _check_lengths(self)
+        found = encoders[2].width if self.with_t5 else width
+        if found != width or sum(one.width for one in encoders[:2]) > width:
+            raise UserError(
+                f"{self.name} has text encoders of widths {', '.join(str(one.width) for one in encoders)}, "
+                f"and its network takes {width}; are they of one model?"
             )
-            whole = tokenizer(list(prompts)).input_ids if tell else []
-        for prompt, ids in zip(prompts, whole, strict=False):
-            if len(ids) > longest:
-                lost = tokenizer.decode(ids[longest - 1 : -1]).strip()
-                log.warning(
-                    "the prompt %s has more than the %d tokens that %s takes; cut off: %s",
-                    quoted(prompt, 40), longest, self.name, quoted(lost, LONGEST_TOLD),
-                )  # fmt: skip
-        return tokens
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        length, pooled = self.encoders[0].length or 0, sum(one.pooled or 0 for one in self.encoders[:2])
+        return {
+            "encoder_hidden_states": torch.zeros(1, length + SD3_TOKENS, self.width),
+            "pooled_projections": torch.zeros(1, pooled),
+        }
+
+    def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        states, pooled = [], []
+        for number, (_, network) in enumerate(self.networks[:2]):
+            tell = number == 0 and not self.with_t5
+            tokens = self.tokens(number, prompts, self.encoders[0].length, tell=tell)
+            output = network(tokens.input_ids.to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        clip = torch.cat(states, -1)
+        if self.with_t5:
+            tokens = self.tokens(2, prompts, SD3_TOKENS, tell=True)
+            t5 = self.networks[2][1](tokens.input_ids.to(self.device))[0]
+        else:
+            t5 = clip.new_zeros(len(prompts), SD3_TOKENS, self.width)
+        clip = functional.pad(clip, (0, self.width - clip.shape[-1]))
+        return {
+            "encoder_hidden_states": torch.cat([clip, t5], 1),
+            "pooled_projections": torch.cat(pooled, -1),
+        }
 
 
-def _encoder(source: Source, suffix: str, *, projected: bool) -> Encoder:
-    """The encoder of a pipeline's text_encoder + suffix, its files checked. Raises UserError."""
-    name, place = source.name, source.folder / f"text_encoder{suffix}"
-    architecture = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-    _check_entry(source, f"text_encoder{suffix}", (architecture,))
-    _check_entry(source, f"tokenizer{suffix}", TOKENIZERS)
-    config = read_object(place / "config.json")
-    sizes = {
-        key: config.get(key, default)
-        for key, default in (
-            ("max_position_embeddings", 77), ("hidden_size", 512), ("projection_dim", 512),
-            ("num_hidden_layers", 12), ("vocab_size", 49408), ("intermediate_size", 2048),
+class FluxPrompts(Prompts):
+    """What encode_prompt of FluxPipeline gives: T5's embeddings of 512 tokens, padding and all, and CLIP's
+    pooled one."""
+
+    way = f"flux-{FLUX_TOKENS}"
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(
+            source, [text_encoders.clip(source, "", projected=False), text_encoders.t5(source, "_2")]
         )
-    }  # fmt: skip
-    for key, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-            raise UserError(f"{name}: {place / 'config.json'} has {key} {quoted(value)}; is it complete?")
-    if config.get("model_type") != "clip_text_model":
-        raise UserError(
-            f"{name}: {place / 'config.json'} is of model_type {quoted(config.get('model_type'))}, and a "
-            f"{architecture} is clip_text_model; is it complete?"
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        clip, t5 = self.encoders
+        return {
+            "encoder_hidden_states": torch.zeros(1, FLUX_TOKENS, t5.width),
+            "pooled_projections": torch.zeros(1, clip.width),
+        }
+
+    def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        (_, clip), (_, t5) = self.networks
+        short, long = (
+            self.tokens(number, prompts, longest, tell=number == 1).input_ids.to(self.device)
+            for number, longest in enumerate((None, FLUX_TOKENS))
         )
-    variant = source.variant if source.variant in variants_of(place, STEM) else None
-    variant, files = weights_of(place, name, variant, STEM)
-    held, needed = sum(file.stat().st_size for file in files), 2 * sizes["vocab_size"] * sizes["hidden_size"]
-    if needed > 2 * held + MAX_NUMBER:
-        raise UserError(
-            f"{name}: {place / 'config.json'} describes a network much larger than its weights; are they "
-            "complete?"
-        )
-    tokenizer = source.folder / f"tokenizer{suffix}"
-    if not any((tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{name} has no tokenizer in {tokenizer} (vocab.json, merges.txt); is it complete?")
-    return Encoder(
-        tokenizer, place, architecture, variant, sizes["max_position_embeddings"], sizes["hidden_size"],
-        sizes["projection_dim"] if projected else None,
-    )  # fmt: skip
+        return {"encoder_hidden_states": t5(long)[0], "pooled_projections": clip(short).pooler_output}
 
 
-def _check_entry(source: Source, component: str, kinds: Sequence[str]) -> None:
-    entry = source.index.get(component)
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "transformers" or entry[1] not in kinds:
-        raise UserError(
-            f"{source.name} has a {component} of {quoted(entry)}, which is not supported; supported is "
-            f"{' or '.join(kinds)} of transformers"
-        )
+def _check_lengths(prompts: Prompts) -> None:
+    """Raises UserError for CLIP encoders of different lengths, whose embeddings do not lie side by side."""
+    if len({one.length for one in prompts.encoders if one.length is not None}) > 1:
+        raise UserError(f"{prompts.name} has text encoders of different lengths, which is not supported")

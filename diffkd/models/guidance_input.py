@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 
 WIDTH = 256  # of the embedding that a student gets, as the published LCM students have it
@@ -44,6 +46,42 @@ def is_unused(network: UNet2DConditionModel) -> bool:
     """Whether the network has one of zeros, whatever the weight is."""
     embedding = network.time_embedding.cond_proj
     return embedding is not None and not bool(embedding.weight.any())
+
+
+@torch.no_grad()
+def fold(denoiser: Denoiser, weight: float) -> None:
+    """Makes a denoiser that takes its guidance as an input one that has this weight baked in, in place: its
+    embedding is added to a bias, and its network takes no other. Raises UserError for another denoiser."""
+    network = denoiser.network
+    if denoiser.guidance_range is None or not isinstance(
+        network, UNet2DConditionModel | FluxTransformer2DModel
+    ):
+        raise UserError(
+            f"{denoiser.name} does not take its guidance as an input, so none can be baked in beforehand: "
+            "leave out teacher.guidance, and name it for the method (method.guidance)"
+        )
+    if isinstance(network, UNet2DConditionModel):
+        time: Any = network.time_embedding
+        given = embedded(torch.tensor([weight]), network.config.time_cond_proj_dim).to(time.linear_1.weight)
+        time.linear_1.bias += time.linear_1(time.cond_proj(given))[0] - time.linear_1.bias
+        detach(network)
+    else:
+        from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+
+        known: Any = network.time_text_embed
+        bias = known.timestep_embedder.linear_2.bias
+        waves = known.time_proj(torch.tensor([1000 * weight], device=bias.device)).to(bias)
+        bias += known.guidance_embedder(waves)[0]
+        config = network.config
+        width = config.num_attention_heads * config.attention_head_dim
+        with torch.device("meta"):
+            made = CombinedTimestepTextProjEmbeddings(width, config.pooled_projection_dim)
+        for name, module in known.named_children():
+            if name != "guidance_embedder":
+                setattr(made, name, module)
+        network.time_text_embed = made.train(known.training)
+        network.register_to_config(guidance_embeds=False)
+    denoiser.guidance_range, denoiser.guidance_baked_in = None, weight
 
 
 def embedded(weight: Tensor, width: int) -> Tensor:

@@ -190,7 +190,19 @@ def save(denoiser: Denoiser, folder: Path) -> None:
 def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     """Arguments with which its stock pipeline draws what diffkd draws, beside steps and labels or prompts."""
     family = _family_saving(denoiser)
-    return {} if family is None else {**family.CALL}
+    call = {} if family is None else {**family.CALL}
+    default_size: Any = getattr(family, "default_size", None)
+    if default_size is not None and denoiser.codec is not None and denoiser.shape is not None:
+        latents = denoiser.shape[1:]
+        if latents != tuple(default_size(denoiser.network)):
+            height, width = (side * denoiser.codec.factor for side in latents)
+            call |= {"height": height, "width": width}
+    return call
+
+
+def has_global_noise(denoiser: Denoiser) -> bool:
+    """Whether its stock pipeline draws the noise between steps from torch's global generator."""
+    return bool(getattr(_family_saving(denoiser), "GLOBAL_NOISE", False))
 
 
 def _family_saving(denoiser: Denoiser) -> Family | None:

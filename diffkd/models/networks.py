@@ -32,13 +32,18 @@ def read(
     name, before memory is taken. Raises UserError for another class, and for weights that are not whole, or
     not those of the config.
     """
+    check_kind(source, component, kind, once=once)
+    return read_from(source.place_of(component), source.name, kind, source.variant, check)
+
+
+def check_kind(source: Source, component: str, kind: Any, *, once: str | None = None) -> None:
+    """Raises UserError for a pipeline whose `component` is of another class, by its index."""
     entry = source.index.get(component, ["diffusers", kind.__name__])
     if not isinstance(entry, list) or entry[-1:] not in ([kind.__name__], [once or kind.__name__]):
         raise UserError(
             f"{source.name} has a network of type {quoted(entry)}, which is not supported; supported is "
             f"{kind.__name__}"
         )
-    return read_from(source.place_of(component), source.name, kind, source.variant, check)
 
 
 def read_from(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import diffusers
@@ -32,25 +34,12 @@ def read(source: Source, *, converted_to: str | None = None) -> Sampling:
     Raises UserError for a scheduler that the samplers cannot stand for, and for a student's that does not
     draw it as its card says.
     """
-    kind, config = source.scheduler()
-    validation.check_scheduler(config, source.name)
-    for key in sorted(config.keys() - FIELDS - LEGACY):
-        if not key.startswith("_") and config[key] not in (None, False):
-            log.warning(
-                "%s has a scheduler with %s %s, which is not known and ignored", source.name, quoted(key),
-                quoted(config[key]),
-            )  # fmt: skip
-    try:
-        scheduler = _built(kind, config)
+    kind, config = checked(source, FIELDS)
+    with readable(source):
+        scheduler = built(kind, config)
         if converted_to is not None:
-            scheduler = _built(converted_to, scheduler.config)
+            scheduler = built(converted_to, scheduler.config)
         schedule, clip = from_betas(scheduler), clip_of(scheduler)
-    except UserError as error:
-        raise UserError(f"{source.name}: {error}") from error
-    except Exception as error:  # diffusers raises many types for invalid values
-        raise UserError(
-            f"{source.name} has a scheduler that diffusers cannot build ({reason(error)}); repair its config"
-        ) from error
     if not ((schedule.alphas_cumprod >= 0) & (schedule.alphas_cumprod <= 1)).all():
         raise UserError(
             f"{source.name} has a scheduler whose noise levels are out of range; repair its betas"
@@ -60,25 +49,58 @@ def read(source: Source, *, converted_to: str | None = None) -> Sampling:
     return Sampling(schedule, scheduler.config.prediction_type, clip, sampler)
 
 
-def _built(kind: str, config: Any) -> Any:
+def checked(source: Source, fields: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """The class name and the config of a model's scheduler; a line for each field that is not among these."""
+    kind, config = source.scheduler()
+    validation.check_scheduler(config, source.name)
+    for key in sorted(config.keys() - fields - LEGACY):
+        if not key.startswith("_") and config[key] not in (None, False):
+            log.warning(
+                "%s has a scheduler with %s %s, which is not known and ignored", source.name, quoted(key),
+                quoted(config[key]),
+            )  # fmt: skip
+    return kind, config
+
+
+@contextmanager
+def readable(source: Source) -> Iterator[None]:
+    """Raises UserError, with the model's name, where its scheduler cannot be built or read."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
+    except Exception as error:  # diffusers raises many types for invalid values
+        raise UserError(
+            f"{source.name} has a scheduler that diffusers cannot build ({reason(error)}); repair its config"
+        ) from error
+
+
+def built(kind: str, config: Any, supported: Sequence[str] = SCHEDULERS) -> Any:
+    """The scheduler of this class. Raises UserError for one that the installed diffusers does not have."""
     scheduler_class = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
     if scheduler_class is None:
         raise UserError(
             f"scheduler {quoted(kind)} is not one that the installed diffusers provides; supported are "
-            f"{', '.join(SCHEDULERS)}"
+            f"{', '.join(supported)}"
         )
     return scheduler_class.from_config(config)
 
 
-def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any) -> None:
-    """Raises UserError where a card promises what the scheduler does not keep."""
-    card, place = source.card, source.folder / CARD
-    total, steps = card.get("num_train_timesteps"), card.get("steps")
+def check_total(source: Source, schedule: Schedule) -> None:
+    """Raises UserError where a card and its scheduler have other numbers of time steps."""
+    total = source.card.get("num_train_timesteps")
     if total not in (None, schedule.num_train_timesteps):
         raise UserError(
-            f"{place} has num_train_timesteps {total}, and the scheduler {schedule.num_train_timesteps}; "
-            "repair one of them"
+            f"{source.folder / CARD} has num_train_timesteps {total}, and the scheduler "
+            f"{schedule.num_train_timesteps}; repair one of them"
         )
+
+
+def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any) -> None:
+    """Raises UserError where a card promises what the scheduler does not keep."""
+    check_total(source, schedule)
+    card, place = source.card, source.folder / CARD
+    steps = card.get("steps")
     if steps is None:
         return
     try:

@@ -15,6 +15,8 @@ from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
 
 CARD = "diffkd.json"
+# of a repository: configs, tokenizers, the weights of components; at its root lie copies for other programs
+DOWNLOADED = ["*.json", "*.txt", "*.model", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
 SCHEDULER = "scheduler_config.json"
 # of a network among its siblings; first the averaged weights, which diffusers' scripts sample with
 NETWORKS = ("unet_ema", "unet", "transformer_ema", "transformer")
@@ -148,6 +150,9 @@ def card(folder: Path) -> dict[str, Any]:
         key.isidentifier() and type(value) in (int, float) for key, value in call.items()
     ):
         raise UserError(f"{path} has call {quoted(call)}, which is not numbers by name; repair or remove it")
+    absent = content.get("absent", [])
+    if not isinstance(absent, list) or not all(isinstance(one, str) and one.isidentifier() for one in absent):
+        raise UserError(f"{path} has absent {quoted(absent)}, which is not components; repair or remove it")
     metrics = content.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")
@@ -179,7 +184,7 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's client and the network raise many types
         raise UserError(
             f"{path_or_hub_id} is not a local folder and could not be downloaded from the hub "

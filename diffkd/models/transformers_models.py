@@ -29,15 +29,17 @@ def library(needed_by: str) -> ModuleType:
 def load(architecture: str, folder: Path, name: str, variant: str | None = None) -> Any:
     """The network of this class in float32. name: what messages call the folder. Raises UserError where any
     of its weights would not be the file's."""
-    transformers = library(name)
+    kind: Any = getattr(library(name), architecture)
+    # a config may name a kernel that is downloaded code; T5 has torch's own from transformers 5 on
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
     try:
         with silent(), torch.random.fork_rng(devices=[]):  # transformers 4 draws weights, then reads them
-            network, info = getattr(transformers, architecture).from_pretrained(
+            network, info = kind.from_pretrained(
                 folder,
                 variant=variant,
                 use_safetensors=True,
                 local_files_only=True,
-                attn_implementation="sdpa",  # a config may name a kernel that is downloaded code
+                attn_implementation=attention,
                 ignore_mismatched_sizes=True,  # refused below, with a name
                 output_loading_info=True,
             )
@@ -57,13 +59,13 @@ def load(architecture: str, folder: Path, name: str, variant: str | None = None)
     return network.float()
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The CLIPTokenizer of a folder. name: what messages call the model. Raises UserError where it cannot be
+def load_tokenizer(folder: Path, name: str, kind: str = "CLIPTokenizer") -> Any:
+    """The tokenizer of this class. name: what messages call the model. Raises UserError where it cannot be
     read."""
     transformers = library(name)
     try:
         with silent():
-            return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types for files that are not there or wrong
         raise UserError(
             f"{name}: the tokenizer in {folder} cannot be read ({reason(error)[:200]}); is it complete?"

@@ -20,7 +20,7 @@ from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation import networks
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.models import loading
+from diffkd.models import guidance_input, loading
 from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
@@ -165,12 +165,18 @@ class Teacher(Opened):
         None, ge=0, description="the label that means no class, where a pipeline has one"
     )
 
+    guidance: float | None = Field(
+        None, ge=0, description="a weight baked into a teacher that takes it as an input, such as FLUX.1-dev"
+    )
+
     @model_validator(mode="after")
     def _one(self) -> Teacher:
         if (self.path is None) == (self.train is None):
             raise ValueError("teacher needs either path (a pipeline) or train (a config to train one from)")
         if self.path is None and self.opening:
             raise ValueError(f"teacher.{next(iter(self.opening))} is for teacher.path; leave it out")
+        if self.path is None and self.guidance is not None:
+            raise ValueError("teacher.guidance is for teacher.path; leave it out")
         return self
 
     def load(self, device: str | torch.device = "cpu") -> Denoiser:
@@ -179,6 +185,8 @@ class Teacher(Opened):
         teacher = loading.load(self.path, device=device, **self.opening)
         if self.null_label is not None:
             loading.set_null_label(teacher, self.null_label)
+        if self.guidance is not None:
+            guidance_input.fold(teacher, self.guidance)
         return teacher
 
 

@@ -97,7 +97,7 @@ def unseen(config: Distill, teacher: Denoiser) -> Unseen:
 def fit(denoiser: Denoiser, cache: Conditions | None) -> Denoiser:
     """Gives it the shape of the cached latents, and what was made of no prompt once that is known."""
     if cache is not None:
-        denoiser.shape = cache.shape
+        denoiser.fit(cache.shape)
         if not cache.left():
             denoiser.set_null(cache.null())
     return denoiser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -523,7 +524,10 @@ def test_a_hub_id_is_fetched_without_pickles_and_loads(cli, here, monkeypatch):
     code, _, err = cli(*sample("somebody/something", "--steps", 2))
     assert (code, err) == (0, "")
     assert [name for name, _ in asked] == ["somebody/something"]
-    assert set(asked[0][1]) == {"*.json", "*.safetensors"}
+    wanted = ["merges.txt", "spiece.model", "unet/config.json", WEIGHTS, Path(WEIGHTS).name]
+    left = ["unet/x.bin", "x.ckpt", "x.pt", "x.pkl", "single-file.safetensors"]
+    for names, told in ((wanted, True), (left, False)):
+        assert all(any(fnmatch.fnmatch(name, one) for one in asked[0][1]) == told for name in names)
 
 
 def test_a_repository_that_is_not_a_pipeline(refused, here, monkeypatch):

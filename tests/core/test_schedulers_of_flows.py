@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from diffkd.core.scheduler_config import EDM_FIELDS, FLOW_FIELDS, SCHEDULERS
+from diffkd.core.scheduler_config import EDM_FIELDS, FLOW_FIELDS, FLOW_MAP_FIELDS, SCHEDULERS
 from diffkd.core.schedules import (
     BetaSchedule,
     EDMSchedule,
@@ -22,6 +22,11 @@ from diffkd.errors import UserError
 
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
 EDM = diffusers.EDMEulerScheduler
+FLOW_MAP = [  # which older diffusers do not have
+    (kind, FLOW_MAP_FIELDS)
+    for kind in [getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)]
+    if kind is not None
+]
 
 
 def parameters(kind):
@@ -35,7 +40,7 @@ LIKE_BETAS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields"), [(Euler, FLOW_FIELDS), (EDM, EDM_FIELDS)])
+@pytest.mark.parametrize(("kind", "fields"), [(Euler, FLOW_FIELDS), (EDM, EDM_FIELDS), *FLOW_MAP])
 def test_every_field_is_in_the_table(kind, fields):
     """A field of a newer diffusers fails here: it has to be looked at before it is drawn over."""
     assert parameters(kind) <= fields

@@ -32,7 +32,13 @@ class Family(Protocol):
     @property
     def CALL(self) -> Mapping[str, Any]:
         """Arguments of the stock pipeline's call, beside steps and labels or prompts, with which it draws
-        what diffkd draws; {} where its defaults do."""
+        what diffkd draws; {} where its defaults do.
+
+        Two more names are read where a family has them. `default_size(network)`: height and width of the
+        latents that the pipeline draws where none are named; a student of another size is called with its
+        own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn by
+        renoise in several steps has fresh noise of torch's global one.
+        """
 
     def load(self, source: Source) -> Denoiser:
         """The model of this source as a Denoiser in float32. Raises UserError for what is not supported.

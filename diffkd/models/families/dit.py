@@ -23,6 +23,7 @@ from diffkd.models.source import CARD, Source
 PIPELINES = ("DiTPipeline",)
 NETWORK = DiTTransformer2DModel
 CALL = {"guidance_scale": 1.0}  # the pipeline guides by default, and names label 1000 as no class
+GLOBAL_NOISE = True
 ONCE = "Transformer2DModel"  # what diffusers called the network before version 0.29
 COPIED = {"vae": STEM}
 MOST_TOKENS = 1 << 16  # of an image; the published networks have 1024 at most

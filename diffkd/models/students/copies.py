@@ -28,6 +28,8 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         sampler=denoiser.sampler,
         guidance_baked_in=denoiser.guidance_baked_in,
         guidance_range=denoiser.guidance_range,
+        guidance_by_default=denoiser.guidance_by_default,
+        schedule_of=denoiser.schedule_of,
         call=denoiser.call,
         example=denoiser.example,
         codec=denoiser.codec,

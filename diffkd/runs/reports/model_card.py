@@ -36,11 +36,18 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
+        **({"absent": [*absent]} if (absent := getattr(denoiser.conditioner, "absent", ())) else {}),
         **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
+        **({"global_noise": True} if _draws_other_noise(denoiser) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
         **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
         **more,
     }
+
+
+def _draws_other_noise(denoiser: Denoiser) -> bool:
+    several = denoiser.sampler == "renoise" and (denoiser.steps or 1) > 1
+    return several and loading.has_global_noise(denoiser)
 
 
 def write(folder: Path, card: Mapping[str, Any]) -> None:
@@ -70,6 +77,7 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         given.append(f"class_labels=[i % {classes} for i in range(16)]")
     drawn = ", ".join(['"what to draw"', *given] if card.get("prompts") else given)
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
+    without = "".join(f", {component}=None" for component in card.get("absent", []))
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [
         "---",
@@ -84,7 +92,7 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         *_code(
             "from diffusers import DiffusionPipeline",
             "",
-            'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+            f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})',
             f"images = pipeline({drawn}, num_inference_steps={count}).images",
         ),
     ]
@@ -94,6 +102,12 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     if (scale := card.get("call", {}).get("guidance_scale")) is not None:
         lines += [
             f"Name `guidance_scale={scale}`: by default the pipeline guides it on top, to another image.",
+            "",
+        ]
+    if card.get("global_noise"):
+        lines += [
+            "Between its steps the pipeline draws noise from torch's global generator, whatever `generator` "
+            "is: the same seeds give other images than diffkd's, of the same distribution.",
             "",
         ]
     lines += markdown.facts(card, PIPELINE_FACTS)
