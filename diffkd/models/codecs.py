@@ -71,7 +71,7 @@ class Autoencoder:
         self.statistics = None if shifted else self._statistics(config)
 
     def _shift(self, config: dict[str, Any]) -> float:
-        shift = config.get("shift_factor")
+        shift: Any = config.get("shift_factor")
         if type(shift) not in (int, float) or not math.isfinite(shift):
             raise UserError(
                 f"{self.name}: {self.place / 'config.json'} has shift_factor {quoted(shift)}, which is no "

@@ -73,21 +73,26 @@ def _autoencoder(session: Session, config: TrainLatent, images: Images) -> Autoe
         session.run_stage(method, method.stages(student)[0], {"student": student}, images, 0)
         trained: Any = student.network
         vae = trained.vae.eval()
-        vae.register_to_config(scaling_factor=1 / _spread(vae, images))
+        mean, spread = _moments(vae, images)
+        shift = {"shift_factor": mean} if _new(config).shifted else {}
+        vae.register_to_config(scaling_factor=1 / spread, **shift)
 
         def write(folder: Path) -> None:
             vae.save_pretrained(folder / "vae", safe_serialization=True)
 
         session.export(place, write)
-    return Autoencoder(Source(place, str(place), {"vae": ["diffusers", "AutoencoderKL"]}))
+    source = Source(place, str(place), {"vae": ["diffusers", "AutoencoderKL"]})
+    return Autoencoder(source, shifted=_new(config).shifted)
 
 
 @torch.no_grad()
-def _spread(vae: AutoencoderKL, images: Images) -> float:
-    """The standard deviation of the latents' numbers, by which they are divided (Rombach et al. 2022, G)."""
+def _moments(vae: AutoencoderKL, images: Images) -> tuple[float, float]:
+    """Mean and standard deviation of the latents' numbers, by which they are divided (Rombach et al. 2022,
+    G)."""
     x0 = images.uint8(slice(0, min(ENCODED, len(images)))).float() / 127.5 - 1
     parts = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in x0.split(64)]
-    return float(torch.cat(parts).std())
+    latents = torch.cat(parts)
+    return float(latents.mean()), float(latents.std())
 
 
 def _denoiser(
