@@ -9,9 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def _features(output: Any) -> Any:
+    if not isinstance(output, tuple):
+        return output
+    streams = len(output) == 2 and isinstance(output[1], Tensor) and output[1].ndim == 3  # (B, tokens, C)
+    return output[1] if streams else output[0]
+
+
 @contextmanager
 def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Yields a mapping that the last forward pass fills: module name to output (the first one of a tuple).
+    """Yields a mapping that the last forward pass fills: module name to output.
+
+    Of a tuple it is the first; of the two streams of a transformer's block, text and then image, it is the
+    image's tokens.
 
     The hooks are removed on leaving, whatever happens inside.
     """
@@ -19,7 +29,7 @@ def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[di
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+            outputs[name] = _features(output)
 
         return hook
 

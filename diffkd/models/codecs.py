@@ -71,8 +71,8 @@ class Autoencoder:
         self.statistics = None if shifted else self._statistics(config)
 
     def _shift(self, config: dict[str, Any]) -> float:
-        shift: Any = config.get("shift_factor")
-        if type(shift) not in (int, float) or not math.isfinite(shift):
+        shift = config.get("shift_factor")
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not math.isfinite(shift):
             raise UserError(
                 f"{self.name}: {self.place / 'config.json'} has shift_factor {quoted(shift)}, which is no "
                 "number, and its pipeline adds it; set it, to 0.0 for none"
