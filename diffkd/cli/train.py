@@ -26,7 +26,7 @@ def train(
     prepare_libraries()
     from diffkd.runs.config import Train
     from diffkd.runs.config_files import load_train
-    from diffkd.runs.text_to_image.train import train as train_text_to_image
+    from diffkd.runs.latent_teacher.train import train as train_latent
     from diffkd.runs.train import train as train_teacher
 
     options = resume_options(allow, stop_after)
@@ -34,4 +34,4 @@ def train(
     if isinstance(settings, Train):
         run_or_print(settings, dry_run, partial(train_teacher, settings, Console(), options))
     else:
-        run_or_print(settings, dry_run, partial(train_text_to_image, settings, Console(), options))
+        run_or_print(settings, dry_run, partial(train_latent, settings, Console(), options))

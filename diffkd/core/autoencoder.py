@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class ThereAndBack(nn.Module):
-    """An AutoencoderKL as one function of images (B, 3, H, W) and noise (B, C, h, w): what is decoded of the
-    latents that the noise draws, and their divergence from normal ones, (B,)."""
+    """An AutoencoderKL as one function of images (B, 3 or 1, H, W) and noise (B, C, h, w): what is decoded of
+    the latents that the noise draws, and their divergence from normal ones, (B,)."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

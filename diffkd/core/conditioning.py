@@ -24,10 +24,14 @@ class Codec(Protocol):
         """Of the latents of an image of this size. Raises UserError for one that does not divide."""
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
+        """Images (B, C, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents, scaled -> images (B, 3, H, W) in about [-1, 1]."""
+        """Latents, scaled -> images (B, C, H, W) in about [-1, 1]."""
+
+    @property
+    def image_channels(self) -> int:
+        """Of images: 3, or 1 of grey ones."""
 
     @property
     def factor(self) -> int:

@@ -170,7 +170,7 @@ class LatentCache(Conditions):
 
     def _moments(self, items: range, on_items: Progress, together: int = 16) -> Iterator[dict[str, Tensor]]:
         for pixels, readable, sizes in self.images.in_turn(items, together):
-            images = (pixels.float() / 127.5 - 1).expand(-1, 3, -1, -1)
+            images = (pixels.float() / 127.5 - 1).expand(-1, self.codec.image_channels, -1, -1)
             found = {READABLE: readable, ORIGIN: cropped(sizes, self.pixels)}
             for suffix, given in (("", images), ("_flipped", images.flip(-1)))[: 1 + self.images.flip]:
                 mean, std = self.codec.moments(given)

@@ -26,7 +26,8 @@ class Denoising(Method):
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")
     weight: Weighting = Field(
-        "snr_plus_one", description="of the squared error in x0; snr_plus_one is v's, snr eps's, edm EDM's"
+        "snr_plus_one",
+        description="of the squared error in x0; snr_plus_one is v's, snr eps's, flow a flow's, edm EDM's",
     )
     gamma: float = Field(5.0, gt=0, description="bound of the min_snr weight")
     times: TimeLaw = Field(

@@ -61,6 +61,13 @@ class Autoencoder:
         else:
             widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
             self.factor, self.channels = 2 ** (len(widths or ()) - 1), config["latent_channels"]
+        self.image_channels = config["in_channels"] if not self.of_frames else 3
+        if self.image_channels not in (1, 3) or config.get("out_channels", 3) != self.image_channels:
+            raise UserError(
+                f"{self.name}: {self.place / 'config.json'} has in_channels {quoted(self.image_channels)} "
+                f"and out_channels {quoted(config.get('out_channels'))}; supported are 3 of each, or 1 for "
+                "grey"
+            )
         self.scaling = config.get("scaling_factor", 1.0)
         if type(self.scaling) not in (int, float) or not 0 < self.scaling < math.inf:
             raise UserError(
@@ -151,7 +158,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
+        """Images (B, C, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
         images = images.to(self.device, torch.float32)
         encoded = self.network.encode(images[:, :, None] if self.of_frames else images)
         if hasattr(encoded, "latent_dist"):
@@ -168,7 +175,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents, scaled -> images (B, 3, H, W) in about [-1, 1], by the stock pipelines' operations."""
+        """Latents, scaled -> images (B, C, H, W) in about [-1, 1], by the stock pipelines' operations."""
         x0 = x0.to(self.device, torch.float32)
         if self.statistics is None:
             latents = x0 / self.scaling + self.shift

@@ -76,7 +76,8 @@ class SD3Prompts(Prompts):
     """What encode_prompt of StableDiffusion3Pipeline gives: the last layer but one of two CLIP encoders side
     by side, zeros up to T5's width, and after their tokens those of T5; the pooled embeddings of both.
 
-    width: of T5's embeddings. A pipeline without T5 has zeros for them.
+    width: of T5's embeddings. A pipeline without T5 has zeros for them, of which one stands here for all
+    (`joint_attention.LastRepeated`).
     """
 
     def __init__(self, source: Source, width: int) -> None:
@@ -87,7 +88,8 @@ class SD3Prompts(Prompts):
         else:
             self.absent = ("text_encoder_3", "tokenizer_3")
         super().__init__(source, encoders)
-        self.width, self.way = width, f"sd3-{SD3_TOKENS}-{width}"
+        self.last = SD3_TOKENS if self.with_t5 else 1
+        self.width, self.way = width, f"sd3-{self.last}-{width}"
         _check_lengths(self)
         found = encoders[2].width if self.with_t5 else width
         if found != width or sum(one.width for one in encoders[:2]) > width:
@@ -100,7 +102,7 @@ class SD3Prompts(Prompts):
     def example(self) -> dict[str, Tensor]:
         length, pooled = self.encoders[0].length or 0, sum(one.pooled or 0 for one in self.encoders[:2])
         return {
-            "encoder_hidden_states": torch.zeros(1, length + SD3_TOKENS, self.width),
+            "encoder_hidden_states": torch.zeros(1, length + self.last, self.width),
             "pooled_projections": torch.zeros(1, pooled),
         }
 
@@ -117,7 +119,7 @@ class SD3Prompts(Prompts):
             tokens = self.tokens(2, prompts, SD3_TOKENS, tell=True)
             t5 = self.networks[2][1](tokens.input_ids.to(self.device))[0]
         else:
-            t5 = clip.new_zeros(len(prompts), SD3_TOKENS, self.width)
+            t5 = clip.new_zeros(len(prompts), self.last, self.width)
         clip = functional.pad(clip, (0, self.width - clip.shape[-1]))
         return {
             "encoder_hidden_states": torch.cat([clip, t5], 1),

@@ -134,7 +134,26 @@ def teacher_metric(evaluation: Evaluation) -> str | None:
     return next((metric.name for metric in evaluation.chosen() if metric.with_teacher), None)
 
 
-class Train(TrainingRun):
+class TeacherRun(TrainingRun):
+    """What the config of every run that trains a teacher has."""
+
+    denoising: Denoising = Denoising()
+    evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
+    pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
+
+    def check(self, accelerator: Accelerator) -> None:
+        super().check(accelerator)
+        if self.evaluation is None:
+            return
+        if metric := teacher_metric(self.evaluation):
+            raise UserError(
+                f"evaluation.metrics has {metric}, which compares students with a teacher: it is for diffkd "
+                "distill"
+            )
+        _check_evaluation(self.evaluation)
+
+
+class Train(TeacherRun):
     """`diffkd train`: a teacher from images."""
 
     model: UNet2D = UNet2D()
@@ -145,9 +164,6 @@ class Train(TrainingRun):
     classes: bool = Field(
         True, description="whether it is conditioned on the data's labels, where the data has any"
     )
-    denoising: Denoising = Denoising()
-    evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
-    pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
 
     @model_validator(mode="before")
     @classmethod
@@ -165,17 +181,6 @@ class Train(TrainingRun):
                 "is sample; leave it out"
             )
         return self
-
-    def check(self, accelerator: Accelerator) -> None:
-        super().check(accelerator)
-        if self.evaluation is None:
-            return
-        if metric := teacher_metric(self.evaluation):
-            raise UserError(
-                f"evaluation.metrics has {metric}, which compares students with a teacher: it is for diffkd "
-                "distill"
-            )
-        _check_evaluation(self.evaluation)
 
 
 class Opened(Strict):

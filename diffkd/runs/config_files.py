@@ -18,7 +18,7 @@ from diffkd.io.strict_yaml import read_yaml
 from diffkd.io.text import quoted, reason
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.config import Distill, Train
-from diffkd.runs.text_to_image.config import TrainTextToImage
+from diffkd.runs.latent_teacher.config import KINDS, TrainLatent
 
 Config = TypeVar("Config", bound=Strict)
 
@@ -32,13 +32,18 @@ def load(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -> Confi
         return _validated(_read(path, overrides), kind)
 
 
-def load_train(path: Path, overrides: Sequence[str] = ()) -> Train | TrainTextToImage:
+def load_train(path: Path, overrides: Sequence[str] = ()) -> Train | TrainLatent:
     """A config of `diffkd train`, of the kind that its model is."""
     content = _read(path, overrides)
     model = content.get("model")
-    of_text = isinstance(model, Mapping) and model.get("kind") == "text_to_image"
+    named = model.get("kind") if isinstance(model, Mapping) else None
+    if named is not None and named not in KINDS:
+        raise UserError(
+            f"config key model.kind is {quoted(named)}; use one of {', '.join(KINDS)}, or leave it out for a "
+            "UNet2DModel of pixels"
+        )
     with plugins.beside(path.parent):
-        return _validated(content, TrainTextToImage) if of_text else _validated(content, Train)
+        return _validated(content, Train) if named is None else _validated(content, KINDS[named])
 
 
 def load_distill(path: Path, overrides: Sequence[str] = ()) -> Distill | DistillClassifier:

@@ -24,10 +24,10 @@ from diffkd.models import guidance_input, loading, students
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.latent_teacher.train import train as train_latent
 from diffkd.runs.method_config import method_name
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.spread import SpreadWatch
-from diffkd.runs.text_to_image.train import train as train_text_to_image
 from diffkd.runs.train import train, untrained_teacher
 from diffkd.training import launch
 
@@ -50,9 +50,9 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             teacher_run = found
             teacher = untrained_teacher(found, found.data.load())  # enough to check the rest against
             source.guide(teacher)
-        else:  # whose encoders are needed for that
+        else:  # whose autoencoder and encoders are needed for that
             check_run(config, accelerator, options)
-            train_text_to_image(found, console, options)
+            train_latent(found, console, options)
             teacher = source.load()
     if images is None:
         images = latents.unseen(config, teacher)

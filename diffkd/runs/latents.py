@@ -90,7 +90,7 @@ def unseen(config: Distill, teacher: Denoiser) -> Unseen:
     assert isinstance(config.data, TeacherDraws)
     codec, shape = teacher.codec, teacher.shape
     if codec is not None and shape is not None:
-        shape = (3, shape[1] * codec.factor, shape[2] * codec.factor)
+        shape = (codec.image_channels, shape[1] * codec.factor, shape[2] * codec.factor)
     return config.data.of(shape, teacher.num_classes)
 
 

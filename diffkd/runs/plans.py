@@ -222,6 +222,11 @@ def check_fits(denoiser: Denoiser, images: Images | Unseen) -> None:
             f"the model makes images of {_size(denoiser.shape)} and the data has {_size(images.shape)} "
             "(channels x height x width); set data.size and data.channels to the model's"
         )
+    if denoiser.codec is not None and denoiser.codec.image_channels < images.shape[0]:
+        raise UserError(
+            f"the model makes grey images and {images.name} has {images.shape[0]} channels; set "
+            "data.channels to 1"
+        )
     if denoiser.num_classes is None:
         return
     if images.labels is None:

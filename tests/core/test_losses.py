@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import cross_entropy, knowledge_distillation, soft_kl, squared_error, weight
+from diffkd.core.losses import (
+    cross_entropy,
+    knowledge_distillation,
+    soft_kl,
+    squared_error,
+    weight,
+    weighting_for,
+)
+from diffkd.core.predictions import PREDICTIONS, write_prediction
 from diffkd.core.schedules import EDMSchedule, FlowSchedule, Preconditioned, Shift
 from diffkd.errors import UserError
 
@@ -81,6 +89,23 @@ class _Constant(nn.Module):
 
     def forward(self, x, time):
         return self.output
+
+
+@pytest.mark.parametrize("alpha_of", [lambda sigma: 1 - sigma, lambda sigma: (1 - sigma**2).sqrt()])
+def test_weights_of_x0_are_errors_of_what_a_network_outputs(alpha_of):
+    """Of every prediction type, on the straight path and on one that preserves variance."""
+    generator = torch.Generator().manual_seed(3)
+    x0, other, eps = torch.randn(3, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    sigma = torch.rand(5, generator=generator, dtype=torch.float64).reshape(-1, 1, 1, 1) * 0.9 + 0.05
+    alpha = alpha_of(sigma)
+    x_t = alpha * x0 + sigma * eps
+    snr, error = (alpha**2 / sigma**2).flatten(), squared_error(other, x0)
+    preserved = torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha))
+    for prediction in PREDICTIONS:
+        if prediction != "v_prediction" or preserved:
+            theirs, ours = (write_prediction(prediction, x_t, one, alpha, sigma) for one in (x0, other))
+            of_output = squared_error(ours, theirs)
+            assert torch.allclose(weight(weighting_for(prediction), snr) * error, of_output)
 
 
 def test_the_error_is_a_mean_and_does_not_change_with_size():

@@ -1,10 +1,12 @@
 """Denoising: against the mean squared error of v, written out."""
 
+import math
+
 import pytest
 import torch
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule
+from diffkd.core.schedules import FlowSchedule, Schedule, Shift
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.denoising import Denoising
 
@@ -63,3 +65,27 @@ def test_times_may_be_where_prompts_decide():
     levels = -denoiser.schedule.half_log_snr(t)
     assert levels.mean().item() == pytest.approx(1.2, abs=0.02)
     assert levels.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_flow_learns_its_velocity_at_logit_normal_times():
+    """Flow matching as Esser et al. 2024 train (equations 13 and 19), with the shift of their equation 23 in
+    the law of the times: log(sigma / alpha) is the logit of sigma."""
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x, time):
+            seen.append(time / 1000)
+            return torch.zeros_like(x)
+
+    denoiser = Denoiser(Network(), FlowSchedule(Shift(3.0), 1000), "flow")
+    method = Denoising(times="log_normal", mean=math.log(3), std=1.0, weight="flow")
+    x0 = torch.rand(20_000, 1, 2, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    step, rng = Step(method.stages(denoiser)[0], 0), torch.Generator().manual_seed(0)
+    loss = next(method.losses({"student": denoiser}, Batch(x0, {}), step, rng))
+    rng = torch.Generator().manual_seed(0)
+    u = torch.sigmoid(torch.randn(20_000, generator=rng, dtype=torch.float64))  # before the shift
+    u = (1000 * u).ceil() / 1000
+    sigma = 3 * u / (1 + 2 * u)
+    assert torch.allclose(seen[0].double(), sigma, atol=1e-6)
+    velocity = torch.randn(x0.shape, generator=rng) - x0
+    assert loss.value.item() == pytest.approx(velocity.square().mean().item(), rel=1e-4)

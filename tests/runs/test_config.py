@@ -25,7 +25,7 @@ from diffkd.runs.benchmark_config import Benchmark
 from diffkd.runs.classification.config import DistillClassifier
 from diffkd.runs.config import Distill, Train
 from diffkd.runs.config_files import load, resolved
-from diffkd.runs.text_to_image.config import TrainTextToImage
+from diffkd.runs.latent_teacher.config import KINDS as LATENT
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -35,8 +35,8 @@ DISTILL = (
     "method: {name: progressive, steps: [8, 4, 2]}\n"
 )
 KINDS = {
-    "train": Train, "train text": TrainTextToImage, "distill": Distill, "classify": DistillClassifier,
-    "benchmark": Benchmark,
+    "train": Train, "distill": Distill, "classify": DistillClassifier, "benchmark": Benchmark,
+    **{f"train {kind}": made for kind, made in LATENT.items()},
 }  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def command_of(path: Path) -> str:
 
 def kind_of(path: Path) -> Any:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if content.get("model", {}).get("kind") == "text_to_image":
-        return TrainTextToImage
+    if kind := content.get("model", {}).get("kind"):
+        return LATENT[kind]
     return DistillClassifier if "students" in content else KINDS[command_of(path)]
 
 

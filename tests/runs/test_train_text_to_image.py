@@ -16,8 +16,8 @@ import diffkd
 from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.data.shapes import Shapes
 from diffkd.methods.base import Batch, Step
-from diffkd.models.text_to_image import NewTextEncoder, Tokens, learn_tokenizer
-from diffkd.runs.text_to_image.autoencoding import Autoencoding
+from diffkd.models.new.prompts import NewTextEncoder, Tokens, learn_tokenizer
+from diffkd.runs.latent_teacher.autoencoding import Autoencoding
 from tests.runs.tiny import log, records, signal_at
 
 CONFIG = {

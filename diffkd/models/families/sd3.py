@@ -16,7 +16,8 @@ from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import components, flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
-from diffkd.models.conditioners import SD3Prompts
+from diffkd.models.conditioners import SD3_TOKENS, SD3Prompts
+from diffkd.models.joint_attention import repeat_last
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
 
@@ -55,8 +56,11 @@ def load(source: Source) -> Denoiser:
         )
     shape = flow_pipelines.shape_of(source, codec, (side, side))
     sampling = flow_schedulers.read(source, shape, handed=False, patch=patch)
+    network = networks.read(source, "transformer", NETWORK)
+    if not conditioner.with_t5:
+        repeat_last(network, SD3_TOKENS)
     return Denoiser(
-        networks.read(source, "transformer", NETWORK),
+        network,
         sampling.schedule,
         "flow",
         shape=shape,
@@ -71,7 +75,7 @@ def load(source: Source) -> Denoiser:
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """cond: encoder_hidden_states (B, 77 + 256, D), pooled_projections (B, P)."""
+    """cond: encoder_hidden_states (B, 77 + 256, D), without T5 (B, 77 + 1, D), pooled_projections (B, P)."""
     states, pooled = (cond[key].to(x_t.dtype) for key in ("encoder_hidden_states", "pooled_projections"))
     output: Tensor = network(
         x_t, encoder_hidden_states=states, pooled_projections=pooled, timestep=time, return_dict=False

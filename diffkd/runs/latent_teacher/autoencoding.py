@@ -1,4 +1,4 @@
-"""The autoencoder of a text-to-image model: what is encoded and decoded again is to be the image."""
+"""The autoencoder of a latent model: what is encoded and decoded again is to be the image."""
 
 from __future__ import annotations
 
