@@ -27,8 +27,9 @@ class Autoencoder:
 
     only: height and width of the only latents that the pipeline's network takes, None for one that takes any.
     patch: latents a side of the network's tokens. largest: latents a side that it has positions for. shifted:
-    whether the pipeline takes the shift factor off before it scales, and has no use for means. kinds: classes
-    that the pipeline works with.
+    whether the pipeline takes the shift factor off before it scales, and has no use for means. normalised:
+    whether it goes by means and standard deviations where the config has them. kinds: classes that the
+    pipeline works with.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Autoencoder:
         patch: int = 1,
         largest: int | None = None,
         shifted: bool = False,
+        normalised: bool = True,
         kinds: tuple[str, ...] = SUPPORTED,
     ) -> None:
         self.source, self.only, self.patch, self.largest = source, only, patch, largest
@@ -75,7 +77,9 @@ class Autoencoder:
                 "is not a number above 0; repair it"
             )
         self.shift = self._shift(config) if shifted else 0.0
-        self.statistics = None if shifted else self._statistics(config)
+        self.statistics = self._statistics(config) if normalised and not shifted else None
+        passed_over = not normalised and config.get("latents_std") is not None
+        self.read_as = "shifted" if shifted else "scaled" if passed_over else ""
 
     def _shift(self, config: dict[str, Any]) -> float:
         shift = config.get("shift_factor")
@@ -101,9 +105,9 @@ class Autoencoder:
 
     @cached_property
     def key(self) -> str:
-        """Hash of config and weights."""
+        """Hash of config and weights, and what is taken of the config where that is not all."""
         _, files = weights_of(self.place, self.name, self.variant)
-        return fingerprints.of_files([self.place / "config.json", *files])
+        return fingerprints.of_files([self.place / "config.json", *files]) + self.read_as
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image of this size. Raises UserError where it does not divide, or is

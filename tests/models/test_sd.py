@@ -205,6 +205,22 @@ def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
     assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
 
 
+@pytest.mark.parametrize("xl", [False, True])
+def test_latents_are_normalised_where_the_pipeline_does_it(tmp_path, xl):
+    """Only SDXL's goes by the means of an autoencoder's config. Latents of one are none of the other's."""
+    pipeline = text_to_image.pipeline(tmp_path / "parts", xl=xl)
+    pipeline.vae.register_to_config(latents_mean=[1.0, 0.5, 0.0, -1.0], latents_std=[3.0] * 4)
+    pipeline.save_pretrained(tmp_path / "model", safe_serialization=True)
+    codec = loading.load(tmp_path / "model").codec
+    x0 = latents(2)
+    size = {"height": 32, "width": 32}
+    options = {"num_inference_steps": 2, "num_images_per_prompt": 2, "latents": x0, **size}
+    last = pipeline("a ring", output_type="latent", **options).images
+    images = torch.from_numpy(pipeline("a ring", output_type="np", **options).images).permute(0, 3, 1, 2)
+    assert torch.allclose((codec.decode(last) / 2 + 0.5).clamp(0, 1), images, atol=1e-5)
+    assert codec.key.endswith("scaled") != xl
+
+
 @pytest.mark.parametrize("how", ["variant", "only variant", "shards"])
 def test_students_of_variants_and_shards_open_without_naming_them(tmp_path, how):
     """Their components lie under the plain names, each weight once."""

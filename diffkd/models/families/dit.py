@@ -50,8 +50,7 @@ def load(source: Source) -> Denoiser:
     classes, side = config["num_embeds_ada_norm"], config["sample_size"]
     _check_classes(classes, source)
     sampling = schedulers.read(source)
-    codec = Autoencoder(source, only=(side, side))
-    codec.statistics = None  # which the stock pipeline does not go by
+    codec = Autoencoder(source, only=(side, side), normalised=False)
     codec.check_channels(config["in_channels"])
     return Denoiser(
         network,

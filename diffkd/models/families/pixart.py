@@ -48,8 +48,7 @@ def load(source: Source) -> Denoiser:
     alpha = source.index["_class_name"] == ALPHA
     _check_config(config, source.name, alpha=alpha)
     side, patch = config["sample_size"], config["patch_size"]
-    codec = Autoencoder(source, patch=patch)
-    codec.statistics = None  # which the stock pipelines do not go by
+    codec = Autoencoder(source, patch=patch, normalised=False)
     codec.check_channels(config["in_channels"])
     conditioner = PixArtPrompts(source, TOKENS[source.index["_class_name"]])
     flow_pipelines.check_width(source, conditioner, config["caption_channels"])

@@ -56,7 +56,7 @@ def load(source: Source) -> Denoiser:
     network = networks.read(source, "unet", UNet2DConditionModel)
     network = to_fast(network)
     sampling = schedulers.read(source)
-    codec = Autoencoder(source)
+    codec = Autoencoder(source, normalised=two)  # StableDiffusionPipeline has no use for means
     zeros = two and bool(source.index.get("force_zeros_for_empty_prompt", True))
     conditioner = ClipPrompts(source, two=two, zeros=zeros)
     _check_widths(network.config, codec, conditioner)
