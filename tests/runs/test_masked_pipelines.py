@@ -16,7 +16,7 @@ import yaml
 import diffkd
 from tests import masked_pipelines
 from tests.masked_pipelines import KINDS, PIXELS
-from tests.runs.tiny import OF_LATENTS, assert_same_runs, network
+from tests.runs.tiny import OF_LATENTS, network
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red ring", "a star above a square", "two crosses", "a small circle", "a ring"]
@@ -87,8 +87,6 @@ def test_a_run_from_captions_to_students(cli, here, kind):
         assert before.keys() == after.keys() and any((before[key] != after[key]).any() for key in before)
     call, card = json.loads((folder / "diffkd.json").read_text())["call"], (folder / "README.md").read_text()
     assert all(f"{key}={value}" in card for key, value in call.items())
-    assert cli("distill", "run.yaml", "out=again", "pictures=0").code == 0
-    assert_same_runs(here / "run", here / "again")
 
 
 @pytest.mark.parametrize(
