@@ -178,6 +178,11 @@ class Denoiser(nn.Module):
 
     def _with_null(self, x_t: Tensor, t: Time, cond: Cond) -> tuple[Tensor, Time, dict[str, Any]]:
         """The batch doubled: the first half conditional, the second not."""
+        if self.guidance_range is not None:
+            raise UserError(
+                f"{self.name} takes its guidance as an input and is not guided by a second pass; give the "
+                f"weight of each example as {GUIDANCE}, and leave out {called('guidance')}"
+            )
         self.check_guidance()
         if self.conditioner is not None and not self._null:
             self.set_null(self.conditioner.null())
@@ -256,13 +261,7 @@ class Denoiser(nn.Module):
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:
-        """Raises UserError where the model has nothing that means "no condition", nor a worse model, or has
-        no need of it."""
-        if self.guidance_range is not None:
-            raise UserError(
-                f"{self.name} takes its guidance as an input and is not guided by a second pass; name the "
-                f"weight as that (teacher.guidance in a run), and leave out {called('guidance')}"
-            )
+        """Raises UserError where the model has nothing that means "no condition", nor a worse model."""
         there = self.conditioner is not None or self._null or self.null_label is not None
         if not there and self.worse is None:
             raise UserError(

@@ -17,6 +17,11 @@ WIDTH = 256  # of the embedding that a student gets, as the published LCM studen
 
 def check(network: nn.Module) -> None:
     """Raises UserError where a network has no place for it."""
+    if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
+        raise UserError(
+            f"a {type(network).__name__} with guidance embeddings takes its weight as an input already, and "
+            "its students do; leave this method, or its range, out"
+        )
     if not isinstance(network, UNet2DConditionModel):
         raise UserError(
             f"a {type(network).__name__} has no place for a guidance weight as an input; bake one in "

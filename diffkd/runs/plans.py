@@ -147,7 +147,7 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
     if stage.guidance != 1.0:
         raise UserError(
             f"stage {stage.name} bakes in guidance {stage.guidance:g}, and its student takes the weight as "
-            "an input; leave out method.guidance"
+            "an input; leave out method.guidance, or bake a teacher's own in beforehand (teacher.guidance)"
         )
     if stage.pairs is not None:
         raise UserError(

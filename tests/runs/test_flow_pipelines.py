@@ -208,8 +208,10 @@ def test_a_weight_that_is_an_input_stays_one(cli, here, kind):
         assert outcome.code == 2 and "does not take its guidance as an input" in outcome.stderr
         return
     outcome = cli("distill", "run.yaml", "teacher.guidance=null", "method.guidance=3")
-    assert outcome.code == 2 and "takes its guidance as an input" in outcome.stderr
-    assert len(outcome.stderr.splitlines()) == 1
+    assert outcome.code == 2 and "takes the weight as an input" in outcome.stderr
+    assert "teacher.guidance" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
+    outcome = cli("distill", "run.yaml", "teacher.guidance=null", "method={name: guidance, range: [1, 5]}")
+    assert outcome.code == 2 and "takes its weight as an input already" in outcome.stderr
     assert cli("distill", "run.yaml", "teacher.guidance=null", "method.steps=[2]").code == 0
     folder = here / "run" / "students" / "2-steps"
     student = diffkd.load(folder)
