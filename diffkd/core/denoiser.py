@@ -106,6 +106,7 @@ class Denoiser(nn.Module):
         self.call, self.codec, self.conditioner = call, codec, conditioner
         self.guide, self.guidance_kind = guide, guides.Kind()
         self.worse: Denoiser | None = None  # what guidance leads away from, in place of no condition
+        self.times_of_worse: dict[float, float] = {}
         self.taught_kind: dict[str, Any] = {}  # the kind of the guidance that is baked in, as its card has it
         self.example = dict(example or {})
         self.name = "the model"
@@ -168,9 +169,21 @@ class Denoiser(nn.Module):
             given = self.output(x_t, t, **cond).to(x_t.dtype)
             null = paths.output_of_another(
                 lambda x, s: worse.output(x, s, **cond), worse.schedule, self.schedule,
-                (worse.prediction, self.prediction), x_t, t,
+                (worse.prediction, self.prediction), x_t, t, self._time_of(worse, t),
             )  # fmt: skip
         return kind.combined(self.guide, null, given, weight, inside)
+
+    def _time_of(self, worse: Denoiser, t: Time) -> Time:
+        """The worse model's own time of this noise level. A number is one again, cached as `Schedule.numbers`
+        are: a captured or compiled run finds it."""
+        if worse.schedule is self.schedule:
+            return t
+        if isinstance(t, Tensor):
+            return paths.time_on(self.schedule, worse.schedule, t)
+        if t not in self.times_of_worse:
+            time = torch.tensor([t], dtype=torch.float64)
+            self.times_of_worse[t] = paths.time_on(self.schedule, worse.schedule, time).item()
+        return self.times_of_worse[t]
 
     def calls(self, t: float, weight: float = 1.0) -> int:
         """How many network evaluations an output at t is, with this weight: 1 or 2."""

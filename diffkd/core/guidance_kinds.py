@@ -54,7 +54,7 @@ def set_kind(
         worse.requires_grad_(False)
         if _equal(worse.schedule, denoiser.schedule):  # as most are: nothing is converted
             worse.schedule = denoiser.schedule
-    denoiser.guidance_kind, denoiser.worse = kind, worse
+    denoiser.guidance_kind, denoiser.worse, denoiser.times_of_worse = kind, worse, {}
 
 
 def _check_worse(denoiser: Denoiser, worse: Denoiser) -> None:

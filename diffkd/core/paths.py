@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from diffkd.core.noise_schedule import Schedule, Time
@@ -26,7 +25,7 @@ def time_on(source: Schedule, target: Schedule, t: Tensor) -> Tensor:
     return target.time_of(source.half_log_snr(t))
 
 
-def state_on(source: Schedule, target: Schedule, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def state_on(source: Schedule, target: Schedule, x_t: Tensor, t: Time, s: Time) -> Tensor:
     """The state on `target` at s that is x_t on `source` at t, s = time_on(source, target, t): (B, ...)."""
     alpha_t, sigma_t = source.at(t, like=x_t)
     alpha_s, sigma_s = target.at(s, like=x_t)
@@ -40,8 +39,8 @@ def output_on(
     predictions: tuple[str, str],
     x_t: Tensor,
     output: Tensor,
-    t: Tensor,
-    s: Tensor,
+    t: Time,
+    s: Time,
 ) -> Tensor:
     """What a network of predictions[1] on `target` outputs at s where one of predictions[0] on `source` gives
     this output at x_t and t: (B, ...)."""
@@ -57,24 +56,21 @@ def output_of_another(
     predictions: tuple[str, str],
     x_t: Tensor,
     t: Time,
+    s: Time,
 ) -> Tensor:
-    """What a model of predictions[0] on `source` says of a state of `target`, as an output of predictions[1]
-    there: (B, ...) in the dtype of x_t. ask: the model's output at a state and a time of its own.
+    """What a model of predictions[0] on `source` says of a state x_t of `target` at t, as an output of
+    predictions[1] there: (B, ...) in the dtype of x_t.
 
-    On one schedule the state and the time are its own, and so is the output of an equal type.
+    ask: the model's output at a state and a time of its own. s: the time on `source`, which is t where the
+    two are one schedule: then the state is its own, and so is the output of an equal type.
     """
-    if source is target:
-        output = ask(x_t, t).to(x_t.dtype)
-        if predictions[0] == predictions[1]:
-            return output
-        x0, eps = read_prediction(predictions[0], x_t, output, *source.at(t, like=x_t))
-        found: Tensor = written(predictions[1], x0, eps, *target.at(t, like=x_t))
-        return found
-    if isinstance(t, float):
-        t = torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device)
-    s = time_on(target, source, t)
-    x_s = state_on(target, source, x_t, t, s)
-    return output_on(source, target, predictions, x_s, ask(x_s, s).to(x_t.dtype), s, t)
+    if source is not target:
+        x_s = state_on(target, source, x_t, t, s)
+        return output_on(source, target, predictions, x_s, ask(x_s, s).to(x_t.dtype), s, t)
+    output = ask(x_t, t).to(x_t.dtype)
+    if predictions[0] == predictions[1]:
+        return output
+    return output_on(source, target, predictions, x_t, output, t, t)
 
 
 def check_reaches(source: Schedule, target: Schedule) -> None:

@@ -109,8 +109,10 @@ def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
 def _baked_in(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
     """guidance_baked_in and guidance_kind of `taught`."""
     stage = plan[index][1]
-    if _guides(stage):
+    if stage.guidance != 1:
         return {"guidance_baked_in": stage.guidance, **guided_by(teacher)}
+    if stage.guidance_range is not None:
+        return {"guidance_baked_in": teacher.guidance_baked_in, **guided_by(teacher)}
     made_by = maker(plan, index)
     stages = [number for number, (_, one) in enumerate(plan) if made_by in {x.name for x in one.students}]
     if stages:

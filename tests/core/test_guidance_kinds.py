@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from diffkd.core import guidance, samplers
 from diffkd.core.denoiser import GUIDANCE, Denoiser
@@ -170,6 +171,34 @@ def test_a_worse_model_within_an_interval_rescaled():
     guided = its + 3.0 * (given - its)
     ratio = given.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
     assert worse.network.calls == [5, 5] and torch.allclose(found, guided * ratio, atol=1e-12)
+
+
+class Sum(nn.Module):
+    """A multiple of the state, plus the label."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64))
+
+    def forward(self, x, time, class_labels):
+        return self.factor * x + class_labels.to(x).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("schedule", [COSINE, FLOW], ids=["its own", "another"])
+def test_a_run_is_one_graph(schedule):
+    """As captured and compiled runs need it, which one call prepares: no value is read back."""
+    options = {"shape": (1, 2, 2), "num_classes": 3, "null_label": NULL}
+    teacher = Denoiser(Sum(0.5), COSINE, "v_prediction", **options)
+    set_kind(
+        teacher, interval=(0.28, 5.42), rescale=0.5, worse=Denoiser(Sum(0.1), schedule, "sample", **options)
+    )
+
+    def draw(x, labels):
+        return samplers.sample(teacher, x, 4, guidance=2.0, class_labels=labels)
+
+    x, labels = states()
+    expected = draw(x, labels)
+    assert torch.allclose(torch.compile(draw, backend="eager", fullgraph=True)(x, labels), expected)
 
 
 def test_it_moves_with_the_model_and_learns_nothing():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import diffkd
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.methods.output import Output
+from diffkd.metrics.evaluation import comparison
 from diffkd.models import loading, sizes
 from diffkd.models.students import copy_of
 from diffkd.runs.benchmark_config import Benchmark
@@ -23,7 +24,7 @@ from diffkd.training import state
 from diffkd.training.config import Training
 from tests import dit
 from tests.refusals import refuse
-from tests.runs.tiny import OF_LATENTS, network
+from tests.runs.tiny import CONFIG, OF_LATENTS, TEACHER, UNMEASURED, network, write
 
 KIND = {"interval": [0.28, 5.42], "rescale": 0.7, "worse": "worse"}
 AS_OPTIONS = ("--guidance-interval", 0.28, 5.42, "--guidance-rescale", 0.7, "--worse", "worse")
@@ -213,6 +214,11 @@ def test_a_benchmark_of_kinds(cli, here):
     ]  # fmt: skip
     assert rows["within", 2.0]["nfe"] == 3 and rows["plain", 2.0]["nfe"] == 4
     assert {json.dumps(r["protocol"]["teacher"]["guidance_kind"]) for r in found} == {'{"rescale": 0.5}'}
+    one, other = found[0], json.loads(json.dumps(found[1]))
+    agreement = {key for key in comparison.comparable(one, other) if key != "fid"}
+    assert {"psnr", "feature_distance"} <= agreement
+    other["protocol"]["teacher"]["guidance_kind"]["rescale"] = 0.6  # of another teacher's images
+    assert {*comparison.comparable(one, other)} == {"fid"}
 
 
 @pytest.mark.parametrize(
@@ -349,3 +355,20 @@ def test_cards_that_were_changed(here, kind):
         diffkd.errors.UserError, match="guidance_kind .* is no kind of guidance; repair or remove"
     ):
         loading.load(student)
+
+
+def test_a_teacher_that_is_trained_first(cli, tmp_path, monkeypatch):
+    """It is guided within its interval where it is measured; its students have that baked in."""
+    monkeypatch.chdir(tmp_path)
+    write("teacher.yaml", {**TEACHER, **UNMEASURED})
+    kind = {"interval": [0.28, 5.42]}
+    method = {"name": "progressive", "steps": [2], "updates": 2, "guidance": 2.0}
+    run = {**CONFIG, "method": method, "evaluation": {"samples": 32, "teacher_steps": [4]}, "pictures": 0}
+    write("run.yaml", {**run, "teacher": {"train": "teacher.yaml", "guidance_kind": kind}})
+    outcome = cli("distill", "run.yaml")
+    assert outcome.code == 0, outcome.stderr
+    teacher, pupil = json.loads((tmp_path / "runs/students/metrics.json").read_text())
+    assert (teacher["protocol"]["guidance"], teacher["protocol"]["guidance_kind"]) == (2.0, kind)
+    assert 4 < teacher["nfe"] < 8 and pupil["nfe"] == 2 and "guidance_kind" not in pupil["protocol"]
+    card = json.loads((tmp_path / "runs/students/students/2-steps/diffkd.json").read_text())
+    assert card["guidance_kind"] == kind

@@ -6,6 +6,8 @@ import pytest
 from diffusers import DDPMScheduler
 
 from diffkd import methods
+from diffkd.core.digest import digest
+from diffkd.core.guidance_kinds import set_kind
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.runs import plans
@@ -41,6 +43,23 @@ def planned(*chain, **teacher):
     for name, value in teacher.items():
         setattr(model, name, value)
     return plans.plan(config, model), model
+
+
+def test_a_teacher_of_no_classes_is_guided_against_a_worse_model():
+    """Wherever in the chain it is asked; what its students learn says so."""
+    method = [{"name": "progressive", "steps": [2], "guidance": 2.0}, {"name": "dmd2", "guidance": 1.5}]
+    teacher = {"path": "teacher", "guidance_kind": {"worse": "small"}}
+    config = Distill.model_validate({
+        "out": "run", "teacher": teacher, "data": {"kind": "digits"}, "evaluation": None, "method": method,
+    })  # fmt: skip
+    model, small = (student(None, "v_prediction", Schedule.cosine(64), steps=None, seed=i) for i in (0, 1))
+    with pytest.raises(UserError, match="means no class"):
+        plans.plan(config, model)
+    set_kind(model, worse=small)
+    plan = plans.plan(config, model)
+    kinds = [plans.taught(plan, index, model)["guidance_kind"]["worse"]["sha256"] for index in (0, 1)]
+    assert kinds == [digest(small.network.state_dict())] * 2
+    assert [plans.taught(plan, index, model)["guidance_baked_in"] for index in (0, 1)] == [2.0, 1.5]
 
 
 TO_V = {"name": "output", "prediction": "v_prediction"}

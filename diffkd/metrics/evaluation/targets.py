@@ -13,7 +13,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.data.decoding import SUFFIXES
 from diffkd.errors import UserError
 from diffkd.generation.prompts import check_prompts
-from diffkd.io.naming import called
+from diffkd.io.naming import called, in_config
 from diffkd.io.npz import PICKLES
 from diffkd.io.places import expanded
 from diffkd.io.prompts import read_prompts
@@ -198,7 +198,8 @@ def _stock(
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('guidance')}")
     for option, given in zip(guidance_kind.OPTIONS, _kind_of(target), strict=True):
         if given:
-            raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called(option)}")
+            name = f"guidance_kind.{option.removeprefix('guidance_')}" if in_config() else called(option)
+            raise UserError(f"{stock_option()} draws as the pipeline does; leave out {name}")
     if target.quantize:
         raise UserError(f"{stock_option()} draws as the pipeline does; leave out {called('quantize')}")
     presets.check_captions(config.protocol, None, None, f"{target.path} ({stock_option()})")
