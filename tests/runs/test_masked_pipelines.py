@@ -14,6 +14,8 @@ import torch
 import yaml
 
 import diffkd
+from diffkd.core.activations import capture_activations
+from diffkd.core.discriminator import block_shapes
 from tests import masked_pipelines
 from tests.masked_pipelines import KINDS, PIXELS
 from tests.runs.tiny import OF_LATENTS, network
@@ -132,3 +134,34 @@ def test_the_config_for_public_models_runs(cli, here, kind, name):
         folder = here / f"runs/{name}-progressive/students" / f"{steps}-steps"
         (ours,) = diffkd.generate(diffkd.load(folder), 2, prompts=CAPTIONS[:2], seed=5)
         assert np.abs(ours.numpy().astype(int) - stock_images(folder, CAPTIONS[:2])).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("lumina2", "z_image") if kind in KINDS])
+def test_a_discriminator_on_the_image_alone(cli, here, kind):
+    """The blocks before those that see prompt and image together."""
+    asked = {
+        "name": "dmd2",
+        **ONE,
+        "updates": 1,
+        "fake_updates": 1,
+        "gan": 1e-3,
+        "blocks": ["noise_refiner.0"],
+    }
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(asked)}", "pictures=0")
+    assert outcome.code == 0, outcome.stderr
+    teacher = diffkd.load("teacher")
+    if kind == "lumina2":  # Z-Image's are padded to a multiple of 32
+        assert block_shapes(teacher, ["noise_refiner.0"]) == {"noise_refiner.0": (16, 16)}
+    (few, many) = (
+        block_shapes_of(teacher, prompt)
+        for prompt in ("a", "a long prompt of many more words than one of 32")
+    )
+    assert few["noise_refiner.0"] == many["noise_refiner.0"] and few["layers.0"] != many["layers.0"]
+
+
+def block_shapes_of(teacher, prompt):
+    names = ["noise_refiner.0", "layers.0"]
+    x, t, _ = teacher.example_inputs()
+    with torch.no_grad(), capture_activations(teacher.network, names) as found:
+        teacher(x, t, **teacher.conditioner.embed([prompt]))
+    return {name: tuple(value.shape[1:]) for name, value in found.items()}
