@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from diffkd import methods
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import BetaSchedule, EDMSchedule, from_betas
 from diffkd.data import Data
 from diffkd.data.absent import NoData, TeacherDraws
 from diffkd.errors import UserError
@@ -25,63 +24,9 @@ from diffkd.models.guidance_kind import GuidanceKind
 from diffkd.models.students.config import Copy, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
+from diffkd.runs.schedule_config import AnySchedule, EDMNoise, NoiseSchedule, kind_of_schedule
 from diffkd.training import optimizers
 from diffkd.training.config import Training
-
-
-class NoiseSchedule(Strict):
-    """The noise schedule that a teacher is trained with."""
-
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
-        "squaredcos_cap_v2", description="diffusers' name; squaredcos_cap_v2 is cosine"
-    )
-    num_train_timesteps: int = Field(
-        1024, ge=2, le=100_000, description="T; students take step counts that divide it"
-    )
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="of the linear schedules")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="of the linear schedules")
-    zero_terminal_snr: bool = Field(True, description="whether the last step is pure noise")
-
-    def build(self) -> BetaSchedule:
-        from diffusers import DDIMScheduler
-
-        return from_betas(
-            DDIMScheduler(
-                num_train_timesteps=self.num_train_timesteps,
-                beta_schedule=self.beta_schedule,
-                beta_start=self.beta_start,
-                beta_end=self.beta_end,
-                rescale_betas_zero_snr=self.zero_terminal_snr,
-            )
-        )
-
-
-class EDMNoise(Strict):
-    """EDM's noise levels and preconditioning (Karras et al. 2022), for a teacher that is trained so."""
-
-    kind: Literal["edm"]
-    sigma_min: float = Field(0.002, gt=0, description="least noise level")
-    sigma_max: float = Field(80.0, gt=0, description="largest noise level, which sampling begins with")
-    rho: float = Field(7.0, gt=0, description="how much more levels there are near sigma_min")
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data, in [-1, 1]")
-    num_train_timesteps: int = Field(1000, ge=2, le=100_000, description="T; no student has more steps")
-
-    def build(self) -> EDMSchedule:
-        return EDMSchedule(
-            self.sigma_min, self.sigma_max, self.rho, self.sigma_data, self.num_train_timesteps
-        )
-
-
-def _kind_of_schedule(given: Any) -> str:
-    """The config class of a schedule: that of betas needs no kind."""
-    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", None)
-    return "edm" if kind == "edm" else "betas"
-
-
-AnySchedule = Annotated[
-    Annotated[NoiseSchedule, Tag("betas")] | Annotated[EDMNoise, Tag("edm")],
-    Discriminator(_kind_of_schedule),
-]
 
 
 class TrainingRun(Strict):
@@ -169,7 +114,7 @@ class Train(TeacherRun):
     @classmethod
     def _preconditioned(cls, given: Any) -> Any:
         """A network inside EDM's preconditioning makes x0."""
-        if isinstance(given, dict) and _kind_of_schedule(given.get("schedule")) == "edm":
+        if isinstance(given, dict) and kind_of_schedule(given.get("schedule")) == "edm":
             return {"prediction": "sample", **given}
         return given
 

@@ -13,8 +13,9 @@ from diffkd.io.config import Strict
 from diffkd.methods.base import Method
 from diffkd.methods.logits import Logits
 from diffkd.runs.classification.networks import Network
-from diffkd.runs.config import NoiseSchedule, TrainingRun
+from diffkd.runs.config import TrainingRun
 from diffkd.runs.method_config import method_config, parse_method
+from diffkd.runs.schedule_config import NoiseSchedule
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,40}$")]  # part of a folder's name
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -13,8 +13,9 @@ from diffkd.methods.denoising import Denoising
 from diffkd.models.new.dit import NewDiT
 from diffkd.models.new.sd3 import NewSD3
 from diffkd.models.new.text_to_image import TextToImage
-from diffkd.runs.config import NoiseSchedule, TeacherRun
+from diffkd.runs.config import TeacherRun
 from diffkd.runs.latent_teacher.autoencoding import Autoencoding
+from diffkd.runs.schedule_config import NoiseSchedule
 
 # the error in the velocity, at times whose logit is normal (Esser et al. 2024, section 3.1)
 FLOW_MATCHING = {"weight": "flow", "times": "log_normal", "mean": 0.0, "std": 1.0}
