@@ -203,10 +203,10 @@ def test_folders_that_are_no_model_say_what_to_give(output, tmp_path):
 
 
 def test_another_network_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
     (tmp_path / PLAIN).touch()
     with pytest.raises(
-        UserError, match="a FluxTransformer2DModel, which is not a supported network; .*UNet2DM"
+        UserError, match="a CogVideoXTransformer3DModel, which is not a supported network; .*UNet2DM"
     ):
         loading.load(tmp_path)
 
