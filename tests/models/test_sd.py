@@ -344,3 +344,20 @@ def test_a_network_that_takes_the_weight_is_called_through_what_processes_wrap_a
     assert torch.equal(denoiser(latents(3), 0.5, **cond), bare)
     other = denoiser(latents(3), 0.5, **{**cond, "guidance_scale": torch.full((3,), 2.0)})
     assert (other - bare).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("weight", [1.0, 6.0])
+def test_a_weight_that_is_an_input_is_baked_in(stock, weight):
+    """The same outputs of a network without an input; stock draws the student at its default arguments."""
+    taking = loading.load(stock[1])
+    guidance_input.attach(taking.network, 16)
+    torch.nn.init.normal_(taking.network.time_embedding.cond_proj.weight, std=0.2)
+    taking.guidance_range = (1.0, 9.0)
+    cond = conditioned(taking, PROMPTS)
+    with torch.no_grad():
+        wanted, other = (taking(latents(3), 0.5, **cond, **taking.guided_by(w, 3)) for w in (weight, 3.0))
+        guidance_input.fold(taking, weight)
+        found = taking(latents(3), 0.5, **cond)
+    assert (wanted - other).abs().max() > 1e-3 and torch.allclose(found, wanted, atol=1e-5)
+    assert (taking.guidance_range, taking.guidance_baked_in) == (None, weight)
+    assert taking.network.config.time_cond_proj_dim is None
