@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import sys
-import types
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from diffkd.core.samplers import sample
 from diffkd.errors import UserError
 from diffkd.models.song_unet import SongUNet
 from scripts import convert_edm
-from tests import edm
+from tests import edm, edm_pickles
 
 WIDTH, SIDE = 8, 8
 MADE = {"img_resolution": SIDE, "img_channels": 3, "label_dim": 3, "model_type": "SongUNet",
@@ -27,51 +25,10 @@ MADE = {"img_resolution": SIDE, "img_channels": 3, "label_dim": 3, "model_type":
         "attn_resolutions": [4], "dropout": 0.13}  # fmt: skip
 
 
-class Persistent(torch.nn.Module):
-    """Pickled as the classes of EDM's networks.py are: a function's name, and what it makes of a dict."""
-
-    kind = "?"
-
-    def __reduce__(self):
-        source = "import os\nos.environ['EDM_PICKLE_RAN'] = 'yes'\n"
-        meta = {
-            "type": "class",
-            "version": 6,
-            "module_src": source,
-            "class_name": self.kind,
-            "state": self.__dict__,
-        }
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,), None
-
-
-def persistent(kind, module, **state):
-    """A module of torch as one of these, its parts too."""
-    made = Persistent()
-    own = {key: module.__dict__[key] for key in ("training", "_parameters", "_buffers")}
-    made.__dict__.update({**own, **state})
-    made._modules = {
-        name: torch.nn.ModuleDict({k: persistent("Part", v) for k, v in part.items()})
-        if isinstance(part, torch.nn.ModuleDict)
-        else persistent("Part", part)
-        for name, part in module._modules.items()
-    }
-    made.kind = kind
-    return made
-
-
 @pytest.fixture
 def pickled(tmp_path, monkeypatch):
     """pickled(**changes) -> the network, and its pickle as EDM writes it."""
-    stand_in = types.ModuleType("torch_utils.persistence")
-
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("the pickle's own function was called")
-
-    _reconstruct_persistent_obj.__module__ = stand_in.__name__
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    stand_in._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", stand_in)
+    edm_pickles.stand_in(monkeypatch)
 
     def make(kind="EDMPrecond", inner="SongUNet", **changes):
         given = {**MADE, **changes}
@@ -82,12 +39,7 @@ def pickled(tmp_path, monkeypatch):
         for name, part in network.named_modules():
             if name.endswith((f"{SIDE}x{SIDE}_up.conv0", "_down.conv0")):
                 part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
-        model = persistent(inner, network, _init_args=(), _init_kwargs=given)
-        whole = persistent(kind, torch.nn.Module(), _init_args=(), _init_kwargs=given, sigma_data=0.6)
-        whole._modules = {"model": model}
-        path = tmp_path / "network.pkl"
-        path.write_bytes(pickle.dumps({"ema": whole, "dataset_kwargs": {"resolution": SIDE}}))
-        return network.eval(), path
+        return network.eval(), edm_pickles.write(tmp_path / "network.pkl", network, kind, inner, given)
 
     return make
 
@@ -208,7 +160,8 @@ def test_other_pickles_are_refused(tmp_path, content, says):
     ("changes", "says"),
     [
         ({"kind": "VPPrecond"}, "is a VPPrecond of SongUNet"),
-        ({"inner": "DhariwalUNet"}, "is a EDMPrecond of DhariwalUNet"),
+        ({"inner": "OtherUNet"}, "is a EDMPrecond of OtherUNet; read so far is an EDMPrecond of SongUNet or"),
+        ({"fir": True}, "argument 'fir', which is of no network read so far"),
         ({"embedding_type": "fourier"}, "embedding_type 'fourier'; read so far is 'positional'"),
         ({"encoder_type": "residual"}, "encoder_type 'residual'"),
         ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter \[1, 3, 3, 1\]"),
