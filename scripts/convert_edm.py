@@ -3,9 +3,9 @@
 python scripts/convert_edm.py edm-imagenet-64x64-cond-adm.pkl models/edm-imagenet64
 
 No code of the pickle is run: of what it names, tensors are rebuilt, and all else becomes a record of its
-state. Read so far, inside EDMPrecond: DhariwalUNet, which is ADM (ImageNet), as a stock pipeline; SongUNet as
-DDPM++ has it (embedding_type positional, encoder_type standard: the VP networks of CIFAR-10, FFHQ and
-AFHQv2), as a network that diffkd alone opens.
+state. Read so far, inside EDMPrecond: DhariwalUNet, which is ADM (ImageNet), as a stock pipeline; SongUNet,
+which is DDPM++ or NCSN++ (the VP and VE networks of CIFAR-10, FFHQ and AFHQv2), as a network that diffkd
+alone opens.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ COMMON = frozenset((
     "num_blocks", "attn_resolutions", "dropout", "label_dropout", "channel_mult_emb",
 ))  # fmt: skip
 ADM = {"label_dropout": 0}  # of the published networks: what a converted one is, and no other
-SONG = {
-    "embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
-    "channel_mult_emb": 4, "channel_mult_noise": 1, "resample_filter": [1, 1], "label_dropout": 0,
-}  # fmt: skip
+SONG = {"decoder_type": "standard", "channel_mult_emb": 4, "label_dropout": 0}
+KINDS: dict[str, dict[str, Any]] = {  # of SongUNet, by embedding_type: what else such a network has
+    "positional": {"encoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1]},  # DDPM++
+    "fourier": {
+        "encoder_type": "residual",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+    },  # NCSN++
+}
 
 
 class Record:
@@ -156,12 +161,14 @@ def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet | UNet2DMod
             f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or DhariwalUNet"
         )
     assert isinstance(inner, Record)
-    fixed, make = (SONG, _song) if inner.kind == "SongUNet" else (ADM, adm.network_of)
-    given = _arguments(preconditioned, inner, fixed, path)
+    make = _song if inner.kind == "SongUNet" else adm.network_of
+    given = _arguments(preconditioned, inner, path)
     weights = tensors_of(inner)
     filters = [weights.pop(key) for key in [*weights] if key.endswith("resample_filter")]
-    if any(one.flatten().tolist() != [0.25] * 4 for one in filters):
-        raise UserError(f"{path} has another resample_filter than [1, 1]; read so far is that")
+    taps = torch.tensor(given.get("resample_filter", [1, 1]), dtype=torch.float32)
+    said = torch.outer(taps, taps) / taps.sum().square()
+    if not all(torch.equal(one.float().squeeze(), said) for one in filters):
+        raise UserError(f"{path} has filters that its resample_filter {taps.int().tolist()} does not say")
     try:
         network = make(given, {key: value.float() for key, value in weights.items()})
     except UserError as error:
@@ -174,11 +181,17 @@ def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet | UNet2DMod
     return network.eval(), EDMEulerScheduler(sigma_data=sigma_data)
 
 
-def _arguments(outer: Record, inner: Record, fixed: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _arguments(outer: Record, inner: Record, path: Path) -> dict[str, Any]:
     """What the network was made with. Raises UserError for arguments that say something not known here."""
     if outer.state.get("_init_args") or inner.state.get("_init_args"):
         raise UserError(f"{path} was made with arguments without names; those of EDM's own have them")
     given = {**outer.state.get("_init_kwargs", {}), **inner.state.get("_init_kwargs", {})}
+    fixed = dict(ADM)
+    if inner.kind == "SongUNet":
+        if (kind := given.setdefault("embedding_type", "positional")) not in KINDS:
+            raise UserError(f"{path} has embedding_type {quoted(kind)}; read so far is {' or '.join(KINDS)}")
+        fixed = {"embedding_type": kind, **SONG, **KINDS[kind]}
+        given = {**KINDS["positional"], **given}  # which EDM has where nothing is said
     if unknown := sorted(map(str, given.keys() - COMMON - fixed.keys())):
         raise UserError(f"{path} has an argument {quoted(unknown[0])}, which is of no network read so far")
     for key, value in fixed.items():
@@ -199,6 +212,9 @@ def _song(given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SongUNet:
         dropout=given.get("dropout", 0.10),
         num_class_embeds=given.get("label_dim") or None,
         augment_dim=given.get("augment_dim", 0),
+        fourier=given["embedding_type"] == "fourier",
+        residual=given["encoder_type"] == "residual",
+        wide=[*given["resample_filter"]] == [1, 3, 3, 1],
     )
     network.load_state_dict(weights)
     return network
