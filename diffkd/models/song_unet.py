@@ -41,7 +41,7 @@ class Resampled(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.after:
             # zeros go a pixel further, so that the filter has what it takes at the edge; the bias comes last
-            x = F.conv2d(x, self.weight, padding=self.padding[0] + self.wide)
+            x = F.conv2d(x, self.weight, padding=self.kernel_size[0] // 2 + int(self.wide))
             return self._halved(x, padding=0) + cast(Tensor, self.bias).to(x.dtype)[:, None, None]
         if self.scale < 1:
             x = self._halved(x, padding=int(self.wide))

@@ -291,7 +291,7 @@ def test_blocks_that_are_computed_again_would_not_know_it(saved):
         ("diffkd.json", {"num_classes": 9}, "num_classes 9.*num_embeds_ada_norm 10"),
         ("diffkd.json", {"null_label": 3}, "null_label 3.*num_embeds_ada_norm 10"),
         ("diffkd.json", {"call": {"guidance_scale": "x"}}, "call .* not numbers or booleans by name"),
-        ("model_index.json", {"_class_name": "PixArtSigmaPipeline"}, "DiTPipeline, .* nearest"),
+        ("model_index.json", {"_class_name": "HunyuanDiTPipeline"}, "DiTPipeline, .* nearest"),
         ("model_index.json", {"_class_name": "DitPipeline"}, "the nearest DiTPipeline"),
     ],
 )
