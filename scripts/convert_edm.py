@@ -1,10 +1,11 @@
 """Converts a network of NVlabs' EDM from its pickle to safetensors that diffkd opens as a teacher.
 
-python scripts/convert_edm.py edm-cifar10-32x32-uncond-vp.pkl models/edm-cifar10
+python scripts/convert_edm.py edm-imagenet-64x64-cond-adm.pkl models/edm-imagenet64
 
 No code of the pickle is run: of what it names, tensors are rebuilt, and all else becomes a record of its
-state. Read so far: EDMPrecond around SongUNet as DDPM++ has it (embedding_type positional, encoder_type
-standard), which are the VP networks of CIFAR-10, FFHQ and AFHQv2.
+state. Read so far, inside EDMPrecond: DhariwalUNet, which is ADM (ImageNet), as a stock pipeline; SongUNet,
+which is DDPM++ or NCSN++ (the VP and VE networks of CIFAR-10, FFHQ and AFHQv2), as a network that diffkd
+alone opens.
 """
 
 from __future__ import annotations
@@ -19,16 +20,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.text import quoted
+from diffkd.models import adm
 from diffkd.models.song_unet import SongUNet
 
-SONG = {  # of the published networks: what diffkd's SongUNet is, and no other
-    "embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
-    "channel_mult_emb": 4, "channel_mult_noise": 1, "resample_filter": [1, 1], "label_dropout": 0,
-}  # fmt: skip
+# arguments of EDMPrecond, and of every network in it
+COMMON = frozenset((
+    "img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data",
+    "model_type", "in_channels", "out_channels", "augment_dim", "model_channels", "channel_mult",
+    "num_blocks", "attn_resolutions", "dropout", "label_dropout", "channel_mult_emb",
+))  # fmt: skip
+ADM = {"label_dropout": 0}  # of the published networks: what a converted one is, and no other
+SONG = {"decoder_type": "standard", "channel_mult_emb": 4, "label_dropout": 0}
+KINDS: dict[str, dict[str, Any]] = {  # of SongUNet, by embedding_type: what else such a network has
+    "positional": {"encoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1]},  # DDPM++
+    "fourier": {
+        "encoder_type": "residual",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+    },  # NCSN++
+}
 
 
 class Record:
@@ -137,24 +152,59 @@ def tensors_of(record: Record) -> dict[str, Tensor]:
     return found
 
 
-def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet, EDMEulerScheduler]:
-    """diffkd's network with the weights of EDM's, and the scheduler that says its preconditioning."""
+def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet | UNet2DModel, EDMEulerScheduler]:
+    """The network with the weights of EDM's, and the scheduler that says its preconditioning."""
     inner = (preconditioned.state.get("_modules") or {}).get("model")
     kinds = preconditioned.kind, inner.kind if isinstance(inner, Record) else "nothing"
-    if kinds != ("EDMPrecond", "SongUNet"):
-        raise UserError(f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet")
+    if kinds not in (("EDMPrecond", "SongUNet"), ("EDMPrecond", "DhariwalUNet")):
+        raise UserError(
+            f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or DhariwalUNet"
+        )
     assert isinstance(inner, Record)
-    given = {**preconditioned.state.get("_init_kwargs", {}), **inner.state.get("_init_kwargs", {})}
-    for key, value in SONG.items():
-        if key in given and given[key] not in (value, tuple(value) if isinstance(value, list) else value):
-            raise UserError(f"{path} has {key} {given[key]!r}; read so far is {value!r}")
+    make = _song if inner.kind == "SongUNet" else adm.network_of
+    given = _arguments(preconditioned, inner, path)
     weights = tensors_of(inner)
     filters = [weights.pop(key) for key in [*weights] if key.endswith("resample_filter")]
-    if any(one.flatten().tolist() != [0.25] * 4 for one in filters):
-        raise UserError(f"{path} has another resample_filter than [1, 1]; read so far is that")
+    taps = torch.tensor(given.get("resample_filter", [1, 1]), dtype=torch.float32)
+    said = torch.outer(taps, taps) / taps.sum().square()
+    if not all(torch.equal(one.float().squeeze(), said) for one in filters):
+        raise UserError(f"{path} has filters that its resample_filter {taps.int().tolist()} does not say")
+    try:
+        network = make(given, {key: value.float() for key, value in weights.items()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # torch and diffusers raise many types for arguments that make no network
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} has other weights than its arguments say ({said})") from error
+    # sigma_min and sigma_max as its sampler has them; those of EDMPrecond are 0 and infinity
+    sigma_data = float(preconditioned.state.get("sigma_data", 0.5))
+    return network.eval(), EDMEulerScheduler(sigma_data=sigma_data)
+
+
+def _arguments(outer: Record, inner: Record, path: Path) -> dict[str, Any]:
+    """What the network was made with. Raises UserError for arguments that say something not known here."""
+    if outer.state.get("_init_args") or inner.state.get("_init_args"):
+        raise UserError(f"{path} was made with arguments without names; those of EDM's own have them")
+    given = {**outer.state.get("_init_kwargs", {}), **inner.state.get("_init_kwargs", {})}
+    fixed = dict(ADM)
+    if inner.kind == "SongUNet":
+        if (kind := given.setdefault("embedding_type", "positional")) not in KINDS:
+            raise UserError(f"{path} has embedding_type {quoted(kind)}; read so far is {' or '.join(KINDS)}")
+        fixed = {"embedding_type": kind, **SONG, **KINDS[kind]}
+        given = {**KINDS["positional"], **given}  # which EDM has where nothing is said
+    if unknown := sorted(map(str, given.keys() - COMMON - fixed.keys())):
+        raise UserError(f"{path} has an argument {quoted(unknown[0])}, which is of no network read so far")
+    for key, value in fixed.items():
+        if key in given and given[key] not in (value, tuple(value) if isinstance(value, list) else value):
+            raise UserError(f"{path} has {key} {given[key]!r}; read so far is {value!r}")
+    channels = given.get("img_channels", given.get("in_channels", 3))
+    return {"in_channels": channels, "out_channels": channels, **given}
+
+
+def _song(given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SongUNet:
     network = SongUNet(
         sample_size=given["img_resolution"],
-        in_channels=given.get("img_channels", given.get("in_channels", 3)),
+        in_channels=given["in_channels"],
         model_channels=given.get("model_channels", 128),
         channel_mult=tuple(given.get("channel_mult", (1, 2, 2, 2))),
         num_blocks=given.get("num_blocks", 4),
@@ -162,19 +212,21 @@ def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet, EDMEulerSc
         dropout=given.get("dropout", 0.10),
         num_class_embeds=given.get("label_dim") or None,
         augment_dim=given.get("augment_dim", 0),
+        fourier=given["embedding_type"] == "fourier",
+        residual=given["encoder_type"] == "residual",
+        wide=[*given["resample_filter"]] == [1, 3, 3, 1],
     )
-    try:
-        network.load_state_dict({key: value.float() for key, value in weights.items()})
-    except RuntimeError as error:
-        raise UserError(f"{path} has other weights than its arguments say ({str(error)[:300]})") from error
-    # sigma_min and sigma_max as its sampler has them; those of EDMPrecond are 0 and infinity
-    sigma_data = float(preconditioned.state.get("sigma_data", 0.5))
-    return network.eval(), EDMEulerScheduler(sigma_data=sigma_data)
+    network.load_state_dict(weights)
+    return network
 
 
 def convert(path: Path, out: Path) -> None:
-    """Writes a folder that `diffkd.load` opens."""
+    """Writes a folder that `diffkd.load` opens: a stock pipeline, or diffkd's own network and a scheduler."""
     network, scheduler = network_of(read(path), path)
+    if isinstance(network, UNet2DModel):
+        pipeline = ConsistencyModelPipeline(unet=network, scheduler=scheduler)
+        pipeline.save_pretrained(out, safe_serialization=True)
+        return
     network.save_pretrained(out, safe_serialization=True)
     scheduler.save_pretrained(out)
 

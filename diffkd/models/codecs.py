@@ -22,14 +22,14 @@ LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
 
 
 class Autoencoder:
-    """The codec of a pipeline's `vae`: latents are scaled by its scaling factor, or normalised by its means
-    and standard deviations where it has them. Its weights are read when it is first used, in float32.
+    """The codec of a pipeline's autoencoder: latents are scaled by its scaling factor, or normalised by its
+    means and standard deviations where it has them. Its weights are read when it is first used, in float32.
 
     only: height and width of the only latents that the pipeline's network takes, None for one that takes any.
     patch: latents a side of the network's tokens. largest: latents a side that it has positions for. shifted:
     whether the pipeline takes the shift factor off before it scales, and has no use for means. normalised:
     whether it goes by means and standard deviations where the config has them. kinds: classes that the
-    pipeline works with.
+    pipeline works with. component: what it calls its autoencoder.
     """
 
     def __init__(
@@ -42,16 +42,17 @@ class Autoencoder:
         shifted: bool = False,
         normalised: bool = True,
         kinds: tuple[str, ...] = SUPPORTED,
+        component: str = "vae",
     ) -> None:
         self.source, self.only, self.patch, self.largest = source, only, patch, largest
-        entry = source.index.get("vae")
+        entry = source.index.get(component)
         kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind not in kinds:
             raise UserError(
                 f"{source.name} has an autoencoder of type {quoted(entry)}, which is not supported; use "
                 f"{' or '.join(kinds)}"
             )
-        self.name, self.place, self.kind = source.name, source.folder / "vae", getattr(diffusers, kind)
+        self.name, self.place, self.kind = source.name, source.folder / component, getattr(diffusers, kind)
         self.variant = source.variant if source.variant in variants_of(self.place) else None
         with networks.readable(self.place, self.name):
             validation.check_network(self.kind, self.place, self.name, variant=self.variant, whole=True)
@@ -62,7 +63,8 @@ class Autoencoder:
             self.factor, self.channels = 2 ** len(config["temperal_downsample"]), config["z_dim"]
         else:
             widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-            self.factor, self.channels = 2 ** (len(widths or ()) - 1), config["latent_channels"]
+            self.factor = 2 ** (len(widths or ()) - 1)
+            self.channels = config.get("vq_embed_dim") or config["latent_channels"]  # of a VQModel's codes
         self.image_channels = config["in_channels"] if not self.of_frames else 3
         if self.image_channels not in (1, 3) or config.get("out_channels", 3) != self.image_channels:
             raise UserError(
@@ -144,7 +146,7 @@ class Autoencoder:
     def network(self) -> Any:
         network = networks.read_from(self.place, self.name, self.kind, self.variant)
         network.eval().requires_grad_(False).to(self.device)
-        if hasattr(network, "enable_slicing"):
+        if hasattr(network, "use_slicing"):
             network.enable_slicing()  # one image at a time, with the same result and less memory
         return network
 
@@ -167,7 +169,7 @@ class Autoencoder:
         encoded = self.network.encode(images[:, :, None] if self.of_frames else images)
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:  # of an AutoencoderTiny or an AutoencoderDC, which have no distribution
+        else:  # no distribution: of an AutoencoderTiny or DC, or of a VQModel, before its codes are looked up
             mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent
             std = torch.zeros_like(mean)
         if self.of_frames:
@@ -186,7 +188,7 @@ class Autoencoder:
         else:
             mean, std = (values.to(x0) for values in self.statistics)
             latents = x0 * std / self.scaling + mean
-        if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "enable_tiling"):
+        if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "use_tiling"):
             self.network.enable_tiling()
         images: Tensor = self.network.decode(
             latents[:, :, None] if self.of_frames else latents, return_dict=False

@@ -67,7 +67,9 @@ def _family_of(found: Source) -> Family:
     config = read_object(found.network / "config.json") if found.network is not None else found.index
     name, supported = str(config.get("_class_name")), list[str]()
     for family in families():
-        names = (family.NETWORK.__name__,) if alone else family.PIPELINES
+        names = family.PIPELINES
+        if alone:
+            names = () if getattr(family, "LATENT", False) else (family.NETWORK.__name__,)
         if name in names:
             return family
         supported += names
@@ -221,7 +223,9 @@ def is_stock(denoiser: Denoiser) -> bool:
 
 
 def _family_saving(denoiser: Denoiser) -> Family | None:
-    return next((family for family in families() if isinstance(denoiser.network, family.NETWORK)), None)
+    latent = denoiser.codec is not None
+    fitting = (family for family in families() if isinstance(denoiser.network, family.NETWORK))
+    return next((family for family in fitting if getattr(family, "LATENT", latent) == latent), None)
 
 
 def set_null_label(denoiser: Denoiser, null_label: int) -> None:

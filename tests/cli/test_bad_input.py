@@ -403,8 +403,12 @@ HARMED = {
     "index in another encoding": (put(INDEX, b'{"a": "\xff"}'), [INDEX, "complete?"]),
     "no class": (put(INDEX, "{}"), ["supported are", "DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"]),
     "another family": (
-        edit(INDEX, _class_name="LDMPipeline"),
-        ["LDMPipeline", "supported are", "DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline"],
+        edit(INDEX, _class_name="LDMSuperResolutionPipeline"),
+        [
+            "LDMSuperResolutionPipeline",
+            "supported are",
+            "DDPMPipeline, DDIMPipeline, ConsistencyModelPipeline",
+        ],
     ),
     "another network": (
         edit(INDEX, unet=["diffusers", "UNet2DConditionModel"]),

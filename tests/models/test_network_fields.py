@@ -80,7 +80,7 @@ def test_random_values_give_the_stock_pipelines_pixels(seed, tmp_path):
     [
         ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier', which is not supported"),
         ({"time_embedding_type": "learned", "num_train_timesteps": 40}, "time_embedding_type 'learned'"),
-        ({"out_channels": 3}, "in_channels 1 and out_channels 3; supported"),
+        ({"out_channels": 3}, "in_channels 1 and out_channels 3; supported are as many, or twice as many"),
         ({"class_embed_type": "timestep"}, "class_embed_type timestep and no num_class_embeds"),
         ({"class_embed_type": "identity", "num_class_embeds": 3}, "class_embed_type 'identity'"),
     ],

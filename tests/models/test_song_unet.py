@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import sys
-import types
 
 import pytest
 import torch
@@ -19,84 +17,48 @@ from diffkd.core.samplers import sample
 from diffkd.errors import UserError
 from diffkd.models.song_unet import SongUNet
 from scripts import convert_edm
-from tests import edm
+from tests import edm, edm_pickles
 
 WIDTH, SIDE = 8, 8
 MADE = {"img_resolution": SIDE, "img_channels": 3, "label_dim": 3, "model_type": "SongUNet",
         "augment_dim": 9, "model_channels": WIDTH, "channel_mult": [1, 2], "num_blocks": 1,
         "attn_resolutions": [4], "dropout": 0.13}  # fmt: skip
-
-
-class Persistent(torch.nn.Module):
-    """Pickled as the classes of EDM's networks.py are: a function's name, and what it makes of a dict."""
-
-    kind = "?"
-
-    def __reduce__(self):
-        source = "import os\nos.environ['EDM_PICKLE_RAN'] = 'yes'\n"
-        meta = {
-            "type": "class",
-            "version": 6,
-            "module_src": source,
-            "class_name": self.kind,
-            "state": self.__dict__,
-        }
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,), None
-
-
-def persistent(kind, module, **state):
-    """A module of torch as one of these, its parts too."""
-    made = Persistent()
-    own = {key: module.__dict__[key] for key in ("training", "_parameters", "_buffers")}
-    made.__dict__.update({**own, **state})
-    made._modules = {
-        name: torch.nn.ModuleDict({k: persistent("Part", v) for k, v in part.items()})
-        if isinstance(part, torch.nn.ModuleDict)
-        else persistent("Part", part)
-        for name, part in module._modules.items()
-    }
-    made.kind = kind
-    return made
+NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1]}  # fmt: skip
 
 
 @pytest.fixture
 def pickled(tmp_path, monkeypatch):
     """pickled(**changes) -> the network, and its pickle as EDM writes it."""
-    stand_in = types.ModuleType("torch_utils.persistence")
-
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("the pickle's own function was called")
-
-    _reconstruct_persistent_obj.__module__ = stand_in.__name__
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    stand_in._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", stand_in)
+    edm_pickles.stand_in(monkeypatch)
 
     def make(kind="EDMPrecond", inner="SongUNet", **changes):
         given = {**MADE, **changes}
         torch.manual_seed(0)
-        network = SongUNet(SIDE, 3, WIDTH, (1, 2), 1, (4,), 0.13, given["label_dim"] or None, 9)
+        taps = torch.tensor(given.pop("taps", given.get("resample_filter", [1, 1])), dtype=torch.float32)
+        ncsn = len(taps) == 4 or given.get("embedding_type") == "fourier"
+        layout = SIDE, 3, WIDTH, (1, 2), 1, (4,), 0.13, given["label_dim"] or None, 9
+        network = SongUNet(*layout, fourier=ncsn, residual=ncsn, wide=ncsn)
         for parameter in network.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         for name, part in network.named_modules():
-            if name.endswith((f"{SIDE}x{SIDE}_up.conv0", "_down.conv0")):
-                part.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
-        model = persistent(inner, network, _init_args=(), _init_kwargs=given)
-        whole = persistent(kind, torch.nn.Module(), _init_args=(), _init_kwargs=given, sigma_data=0.6)
-        whole._modules = {"model": model}
-        path = tmp_path / "network.pkl"
-        path.write_bytes(pickle.dumps({"ema": whole, "dataset_kwargs": {"resolution": SIDE}}))
-        return network.eval(), path
+            if name.endswith(("_up.conv0", "_up.skip", "_down.conv0", "_down.skip", "_aux_residual")):
+                part.register_buffer("resample_filter", torch.outer(taps, taps)[None, None] / taps.sum() ** 2)
+        return network.eval(), edm_pickles.write(tmp_path / "network.pkl", network, kind, inner, given)
 
     return make
 
 
-def reference(weights, x, c_noise, labels):
+def reference(weights, x, c_noise, labels, ncsn):
     """The network by its names, as Karras et al.'s publication lays it out, one operation at a time."""
     half = WIDTH // 2
-    angles = c_noise[:, None] * 10000 ** (-torch.arange(half) / (half - 1))
+    frequencies = 10000 ** (-torch.arange(half) / (half - 1))
+    if ncsn:
+        frequencies = 2 * torch.pi * weights["map_noise.freqs"]
+    angles = c_noise[:, None] * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], 1)
+    taps = torch.tensor([1.0, 3, 3, 1] if ncsn else [1.0, 1])
+    box, edge = torch.outer(taps, taps)[None, None] / taps.sum() ** 2, int(ncsn)
     linear = lambda name, v: F.linear(v, weights[f"{name}.weight"], weights.get(f"{name}.bias"))  # noqa: E731
     if labels is not None:
         embedding = embedding + linear("map_label", F.one_hot(labels, 3).float() * 3**0.5)
@@ -104,11 +66,11 @@ def reference(weights, x, c_noise, labels):
 
     def conv(name, v, resampled=""):
         kernel = weights[f"{name}.weight"]
-        box = torch.full((v.shape[1], 1, 2, 2), 0.25)
+        tiled = box.tile(v.shape[1], 1, 1, 1)
         if resampled == "down":
-            v = F.conv2d(v, box, stride=2, groups=v.shape[1])
+            v = F.conv2d(v, tiled, stride=2, groups=v.shape[1], padding=edge)
         if resampled == "up":
-            v = F.conv_transpose2d(v, 4 * box, stride=2, groups=v.shape[1])
+            v = F.conv_transpose2d(v, 4 * tiled, stride=2, groups=v.shape[1], padding=edge)
         return F.conv2d(v, kernel, weights[f"{name}.bias"], padding=kernel.shape[-1] // 2)
 
     def norm(name, v):
@@ -133,6 +95,11 @@ def reference(weights, x, c_noise, labels):
     kept = [conv("enc.8x8_conv", x)]
     for name in ("enc.8x8_block0", "enc.4x4_down", "enc.4x4_block0"):
         kept.append(block(name, kept[-1]))
+        if ncsn and name == "enc.4x4_down":
+            part = "enc.4x4_aux_residual"
+            h = F.conv2d(x, weights[f"{part}.weight"], padding=1 + edge)
+            h = F.conv2d(h, box.tile(h.shape[1], 1, 1, 1), stride=2, groups=h.shape[1])
+            kept[-1] = (kept[-1] + h + weights[f"{part}.bias"][:, None, None]) * 0.5**0.5
     x = block("dec.4x4_in1", block("dec.4x4_in0", kept[-1]))
     for name in ("4x4_block0", "4x4_block1", "8x8_up", "8x8_block0", "8x8_block1"):
         x = block(f"dec.{name}", x if name.endswith("_up") else torch.cat([x, kept.pop()], 1))
@@ -140,11 +107,12 @@ def reference(weights, x, c_noise, labels):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ncsn", [False, True], ids=["DDPM++", "NCSN++"])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_a_pickle_becomes_a_teacher(pickled, tmp_path, classes):
+def test_a_pickle_becomes_a_teacher(pickled, tmp_path, classes, ncsn):
     """The network as published, operation by operation, inside EDM's preconditioning; nothing of the pickle
     is run."""
-    network, path = pickled(label_dim=classes)
+    network, path = pickled(label_dim=classes, **(NCSN if ncsn else {}))
     convert_edm.convert(path, tmp_path / "teacher")
     assert "EDM_PICKLE_RAN" not in os.environ
     teacher = diffkd.load(tmp_path / "teacher")
@@ -154,9 +122,20 @@ def test_a_pickle_becomes_a_teacher(pickled, tmp_path, classes):
     cond = {} if labels is None else {"class_labels": labels}
     sigma = teacher.schedule.at(t)[1].float().reshape(-1, 1, 1, 1)
     total = sigma**2 + 0.6**2
-    raw = reference(network.state_dict(), x / total**0.5, sigma.flatten().log() / 4, labels)
+    raw = reference(network.state_dict(), x / total**0.5, sigma.flatten().log() / 4, labels, ncsn)
     x0 = 0.6**2 / total * x + sigma * 0.6 / total**0.5 * raw
     assert raw.std() > 0.05 and torch.allclose(teacher(x, t, **cond), x0, rtol=1e-4, atol=1e-5)
+
+
+def test_frequencies_stay_in_float32():
+    """Of NCSN++; a network in half precision would take the time for another."""
+    network = SongUNet(SIDE, 3, WIDTH, (1, 2), 1, (4,), 0.0, fourier=True, residual=True, wide=True).eval()
+    drawn, time = network.map_noise.freqs.clone(), torch.tensor([-1.2, 0.1, 1.1])
+    embedded = network._embedded(time)
+    torch.nn.Module.to(network, torch.bfloat16)
+    assert network.map_layer0.weight.dtype == torch.bfloat16 and torch.equal(network.map_noise.freqs, drawn)
+    assert torch.equal(network._embedded(time), embedded)
+    assert network(edm.noise().bfloat16(), time).dtype == torch.bfloat16
 
 
 def test_a_run_of_the_config(pickled, cli, tmp_path, monkeypatch):
@@ -208,10 +187,16 @@ def test_other_pickles_are_refused(tmp_path, content, says):
     ("changes", "says"),
     [
         ({"kind": "VPPrecond"}, "is a VPPrecond of SongUNet"),
-        ({"inner": "DhariwalUNet"}, "is a EDMPrecond of DhariwalUNet"),
-        ({"embedding_type": "fourier"}, "embedding_type 'fourier'; read so far is 'positional'"),
-        ({"encoder_type": "residual"}, "encoder_type 'residual'"),
-        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter \[1, 3, 3, 1\]"),
+        ({"inner": "OtherUNet"}, "is a EDMPrecond of OtherUNet; read so far is an EDMPrecond of SongUNet or"),
+        ({"fir": True}, "argument 'fir', which is of no network read so far"),
+        ({"embedding_type": "learned"}, "embedding_type 'learned'; read so far is positional or fourier"),
+        ({"embedding_type": "fourier"}, "encoder_type 'standard'; read so far is 'residual'"),
+        ({"encoder_type": "residual"}, "encoder_type 'residual'; read so far is 'standard'"),
+        ({**NCSN, "encoder_type": "skip"}, "encoder_type 'skip'; read so far is 'residual'"),
+        ({**NCSN, "decoder_type": "skip"}, "decoder_type 'skip'; read so far is 'standard'"),
+        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter \[1, 3, 3, 1\]; read so far is \[1, 1\]"),
+        ({**NCSN, "channel_mult_noise": 1}, "channel_mult_noise 1; read so far is 2"),
+        ({**NCSN, "taps": [1, 1]}, r"filters that its resample_filter \[1, 3, 3, 1\] does not say"),
         ({"model_channels": 16}, "other weights than its arguments say"),
     ],
 )

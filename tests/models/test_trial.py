@@ -83,13 +83,13 @@ class Wide(diffusers.UNet2DModel):
 
 def test_an_output_of_another_shape(tmp_path, make_pipeline, monkeypatch):
     folder = make_pipeline(tmp_path)
-    from diffkd.models.families import unet2d
+    from diffkd.models import unets
 
     def widened(network: Any) -> Any:
         network.__class__ = Wide
         return network
 
-    monkeypatch.setattr(unet2d, "to_fast", widened)
+    monkeypatch.setattr(unets, "to_fast", widened)
     with pytest.raises(UserError, match="makes 1x8x16 of an image of 1x8x8; they must be equal"):
         loading.load(folder)
 

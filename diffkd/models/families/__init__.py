@@ -37,7 +37,8 @@ class Family(Protocol):
         Two more names are read where a family has them. `default_size(denoiser)`: height and width of the
         latents that the pipeline draws where none are named; a student of another size is called with its
         own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn by
-        renoise in several steps has fresh noise of torch's global one.
+        renoise in several steps has fresh noise of torch's global one. And where two families have the same
+        class of networks, `LATENT`: whether it is the one of latents, which takes no network alone.
         """
 
     def load(self, source: Source) -> Denoiser:
