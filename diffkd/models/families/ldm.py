@@ -40,8 +40,7 @@ def load(source: Source) -> Denoiser:
     unets.check_card(None, source)
     side = network.config.sample_size
     sampling = schedulers.read(source)
-    codec = Autoencoder(source, only=(side, side), kinds=("VQModel",), component=VQVAE)
-    codec.statistics = None  # which the stock pipeline does not go by
+    codec = Autoencoder(source, only=(side, side), normalised=False, kinds=("VQModel",), component=VQVAE)
     codec.check_channels(network.config.in_channels)
     return Denoiser(
         network,
