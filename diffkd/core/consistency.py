@@ -22,11 +22,11 @@ def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) ->
         start.schedule.check_steps(count, "renoise")
     if guidance != 1.0:
         start.check_guidance()
-    if start.prediction == "sample":
+    if start.prediction == "sample" and not start.preconditioned:
         raise UserError(
             "a network that predicts x0 itself (prediction type sample) does not return its input at t = 0, "
-            "as a consistency model does; put {name: output, prediction: v_prediction} before this method, "
-            "which makes it predict v"
+            f"as a consistency model does; put {{name: output, prediction: {start.schedule.bounded}}} before "
+            "this method, which makes it predict that"
         )
     start.check_from_noise()
 

@@ -121,6 +121,11 @@ class Denoiser(nn.Module):
         self.opened_with: dict[str, str] = {}  # options of `loading.load`, without which it is another model
 
     @property
+    def preconditioned(self) -> bool:
+        """Whether its call makes x0 of the network's output, as EDM does: at no noise that is its input."""
+        return hasattr(self.call, "prediction")
+
+    @property
     def device(self) -> torch.device:
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 

@@ -7,7 +7,6 @@ from functools import cache
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import counted, log
-from diffkd.models import students
 
 
 def say_range(denoiser: Denoiser, weight: float) -> None:
@@ -40,6 +39,8 @@ def of_shape(denoiser: Denoiser, shape: tuple[int, int, int]) -> Denoiser:
     """The denoiser as it draws this shape: another around its network where its schedule goes by that."""
     if denoiser.schedule_of is None or shape == denoiser.shape:
         return denoiser
+    from diffkd.models import students  # which takes seconds to import
+
     fitted = students.with_network(denoiser, denoiser.network)
     fitted.name, fitted.opened_with = denoiser.name, denoiser.opened_with
     fitted.fit(shape)

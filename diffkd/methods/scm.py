@@ -95,12 +95,12 @@ class SCM(Method):
         return self.mode == "training"
 
     def stages(self, start: Denoiser) -> list[Stage]:
-        check_start(start, self.steps, self.guidance)
         if not start.schedule.variance_preserving:
             raise UserError(
                 "scm's angle is of a schedule that preserves variance (alpha² + sigma² = 1), which this "
                 "teacher's does not; use consistency, or a teacher of betas"
             )
+        check_start(start, self.steps, self.guidance)
         return [
             Stage.for_steps(
                 self.steps, self.updates, self.learning_rate, self.warmup,

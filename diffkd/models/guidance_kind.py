@@ -13,7 +13,6 @@ from diffkd.core.guidance_kinds import in_words, set_kind
 from diffkd.errors import UserError
 from diffkd.io.config import Strict, validation_message
 from diffkd.io.naming import called
-from diffkd.models import loading
 
 OPTIONS = ("guidance_interval", "guidance_rescale", "worse")  # of commands and in Python
 
@@ -57,6 +56,8 @@ class GuidanceKind(Strict):
     def set_on(self, denoiser: Denoiser) -> None:
         """Gives it to a model; loads the worse one beside it, on its device and in its dtype. Raises
         UserError as `set_kind`."""
+        from diffkd.models import loading  # which takes seconds to import
+
         worse = None
         if self.worse is not None:
             worse = loading.load(self.worse, device=denoiser.device, dtype=denoiser.dtype)

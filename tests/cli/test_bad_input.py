@@ -416,7 +416,7 @@ HARMED = {
     ),
     "no network in the index": (edit(INDEX, unet=[None, None]), ["supported is UNet2DModel"]),
     "time by fourier": (network(time_embedding_type="fourier"), ["'fourier'", "positional"]),
-    "learned variance": (network(out_channels=2), ["out_channels", "2"]),
+    "other channels out": (network(out_channels=3), ["out_channels", "3"]),
     "no weights": (remove(WEIGHTS), [WEIGHTS, "safetensors"]),
     "no network's folder": (remove("unet"), ["safetensors"]),
     "no network's config": (remove(CONFIG), UNREADABLE),

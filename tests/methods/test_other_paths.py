@@ -43,9 +43,16 @@ def nets_on(schedule, method):
     return nets
 
 
+def fitting(name, schedule):
+    """The method; of EDM's kind a student drawn by renoise has one step, as no stock scheduler adds noise."""
+    method = method_of(name)
+    one = isinstance(schedule, EDMSchedule) and name in ("consistency", "lcm", "tcm")
+    return method.model_copy(update={"steps": [1]}) if one else method
+
+
 @pytest.mark.parametrize("name", [name for name in OF_DENOISERS if name != "scm"])
 def test_losses_and_gradients_are_finite(name, schedule):
-    method = method_of(name)
+    method = fitting(name, schedule)
     nets = nets_on(schedule, method)
     for stage in method.stages(nets["teacher"]):
         for loss in losses_of(method, nets, stage, 11):
@@ -94,6 +101,24 @@ def test_a_preconditioned_network_predicts_x0_and_nothing_else():
         assert {stage.prediction for stage in method_of(name).stages(denoiser)} == {None}
     with pytest.raises(UserError, match="preconditioned: what is made of its output is sample, not flow"):
         students.with_network(denoiser, raw, "flow")
+
+
+def test_a_preconditioned_network_is_a_consistency_model():
+    """It returns its input at no noise, which a network that predicts x0 itself does not."""
+    schedule = EDMSchedule()
+
+    class Network(torch.nn.Module):
+        def forward(self, x, time):
+            return torch.sin(3 * x) + time.reshape(-1, 1, 1, 1)
+
+    denoiser = Denoiser(Network(), schedule, "sample", call=Preconditioned(schedule), shape=(1, 4, 4))
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    t = torch.full((3,), 1e-7, dtype=torch.float64)
+    assert torch.allclose(denoiser(x, t), x, atol=1e-5)
+    method = fitting("consistency", schedule)
+    assert [stage.steps for stage in method.stages(denoiser)] == [1]
+    with pytest.raises(UserError, match="prediction type sample.*{name: output, prediction: flow}"):
+        method.stages(gaussian(schedule, "sample"))
 
 
 def test_the_remedy_for_pure_noise_names_what_the_schedule_has():

@@ -19,7 +19,7 @@ from diffkd.models import loading
 READ = {
     "sample_size": "the shape of an image; positive integers",
     "in_channels": "the shape of an image",
-    "out_channels": "equal to in_channels: a learned variance is refused",
+    "out_channels": "equal to in_channels: a learned variance is cut off (test_edm.py)",
     "time_embedding_type": "positional alone: fourier takes log-sigmas, learned whole indices",
     "num_class_embeds": "how many labels there are",
     "class_embed_type": "none, since labels are integers: timestep and identity take other things",

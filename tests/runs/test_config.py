@@ -249,7 +249,8 @@ def test_where_no_key_is_near_the_known_ones_are_listed(tmp_path):
         distill(tmp_path, "data.size=8")
     with pytest.raises(
         UserError,
-        match=r"teacher\.zzz is unknown; known here are variant, scheduler, path, train, null_label$",
+        match=r"teacher\.zzz is unknown; known here are variant, scheduler, guidance_kind, path, train, "
+        "null_label, guidance$",
     ):
         distill(tmp_path, "teacher.zzz=8")
 
