@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise_schedule import Schedule
 from diffkd.errors import UserError
@@ -20,13 +22,20 @@ from diffkd.models.source import CARD, Source
 THOUSAND = 1000  # T, by which these pipelines divide the time of their schedulers
 
 
-def check_whole(source: Source, kind: str) -> None:
-    """Raises UserError for a network of this kind without its pipeline."""
+def config_of(source: Source, kind: type, copied: Copied) -> dict[str, Any]:
+    """The config of a pipeline's transformer, of this class. copied: its other components.
+
+    Raises UserError for a network without its pipeline, another kind of network, or components that a
+    student cannot have from its teacher.
+    """
     if source.network is not None:
         raise UserError(
-            f"{source.name} is a {kind} alone, without its text encoders and its autoencoder; give the "
-            "folder of their pipeline"
+            f"{source.name} is a {kind.__name__} alone, without its text encoders and its autoencoder; give "
+            "the folder of their pipeline"
         )
+    components.check(source, "transformer", copied)
+    networks.check_kind(source, "transformer", kind)
+    return networks.config_of(source.place_of("transformer"), kind)
 
 
 def shape_of(source: Source, codec: Autoencoder, default: tuple[int, int]) -> tuple[int, int, int]:
@@ -58,6 +67,31 @@ def check_factor(codec: Autoencoder, needed: int) -> None:
             f"{codec.name} has an autoencoder of {codec.factor} pixels a side to a latent, and its pipeline "
             f"works with {needed}; are they of one model?"
         )
+
+
+def denoiser_of(
+    source: Source,
+    network: nn.Module,
+    sampling: flow_schedulers.Sampling,
+    shape: tuple[int, int, int],
+    codec: Autoencoder,
+    conditioner: Prompts,
+    **of_family: Any,
+) -> Denoiser:
+    """A transformer of a flow as a Denoiser. of_family: the other arguments, `call` among them."""
+    return Denoiser(
+        network,
+        sampling.schedule,
+        "flow",
+        shape=shape,
+        steps=source.card.get("steps"),
+        sampler=sampling.sampler,
+        schedule_of=sampling.schedule_of,
+        example=conditioner.example,
+        codec=codec,
+        conditioner=conditioner,
+        **of_family,
+    )
 
 
 def check_thousand(source: Source, schedule: Schedule) -> None:

@@ -13,7 +13,7 @@ from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks, packing
+from diffkd.models import flow_pipelines, flow_schedulers, networks, packing
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import FluxPrompts
 from diffkd.models.pipeline_files import STEM
@@ -39,10 +39,7 @@ USUAL_GUIDANCE = 3.5  # of the pipeline
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoders and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     codec = Autoencoder(source, patch=packing.PATCH, shifted=True)
     if (taken := config["in_channels"]) != packing.PATCH**2 * codec.channels:
@@ -54,23 +51,12 @@ def load(source: Source) -> Denoiser:
     _check_widths(config, conditioner)
     shape = flow_pipelines.shape_of(source, codec, (SIDE, SIDE))
     sampling = flow_schedulers.read(source, shape, handed=True, patch=packing.PATCH)
-    return Denoiser(
-        networks.read(source, "transformer", NETWORK),
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        schedule_of=sampling.schedule_of,
-        guidance_range=source.card.get("guidance_range", UNKNOWN_RANGE)
-        if config["guidance_embeds"]
-        else None,
+    network = networks.read(source, "transformer", NETWORK)
+    weights = source.card.get("guidance_range", UNKNOWN_RANGE) if config["guidance_embeds"] else None
+    return flow_pipelines.denoiser_of(
+        source, network, sampling, shape, codec, conditioner, call=call, guidance_range=weights,
         guidance_by_default=USUAL_GUIDANCE,
-        call=call,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
-    )
+    )  # fmt: skip
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:

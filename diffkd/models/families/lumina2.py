@@ -16,7 +16,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow_schedule import mu_of
 from diffkd.core.guidance import row_norms
 from diffkd.errors import UserError
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks
+from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.masked_prompts import LUMINA2_TOKENS, MASK, STATES, Lumina2Prompts
 from diffkd.models.pipeline_files import STEM
@@ -37,10 +37,7 @@ COUNTS = (
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoder and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     side, patch = config["sample_size"], config["patch_size"]
     codec = Autoencoder(source, patch=patch, largest=patch * min(config["axes_lens"][1:]), shifted=True)
@@ -52,18 +49,9 @@ def load(source: Source) -> Denoiser:
     shape = flow_pipelines.shape_of(source, codec, (side, side))
     sampling = flow_schedulers.read(source, shape, handed=True, patch=patch)
     flow_pipelines.check_thousand(source, sampling.schedule)
-    return Denoiser(
-        networks.read(source, "transformer", NETWORK),
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        call=call,
-        guide=row_norms,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
+    network = networks.read(source, "transformer", NETWORK)
+    return flow_pipelines.denoiser_of(
+        source, network, sampling, shape, codec, conditioner, call=call, guide=row_norms
     )
 
 

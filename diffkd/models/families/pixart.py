@@ -16,7 +16,7 @@ from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
-from diffkd.models import components, flow_pipelines, networks, schedulers
+from diffkd.models import flow_pipelines, networks, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.masked_prompts import MASK, STATES, PixArtPrompts
 from diffkd.models.pipeline_files import STEM
@@ -41,10 +41,7 @@ COUNTS = (
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoder and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     alpha = source.index["_class_name"] == ALPHA
     _check_config(config, source.name, alpha=alpha)
     side, patch = config["sample_size"], config["patch_size"]

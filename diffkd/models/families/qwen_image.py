@@ -14,7 +14,7 @@ from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.guidance import token_norms
 from diffkd.errors import UserError
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks, packing
+from diffkd.models import flow_pipelines, flow_schedulers, networks, packing
 from diffkd.models.codecs import OF_FRAMES, Autoencoder
 from diffkd.models.masked_prompts import MASK, STATES, QwenImagePrompts
 from diffkd.models.packing import PATCH
@@ -37,10 +37,7 @@ COUNTS = (
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoder and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     codec = Autoencoder(source, patch=PATCH, largest=PATCH * MOST_PLACES, kinds=(OF_FRAMES,))
     codec.check_channels(config["in_channels"] // PATCH**2)
@@ -49,19 +46,9 @@ def load(source: Source) -> Denoiser:
     shape = flow_pipelines.shape_of(source, codec, (SIDE, SIDE))
     sampling = flow_schedulers.read(source, shape, handed=True, patch=PATCH)
     flow_pipelines.check_thousand(source, sampling.schedule)
-    return Denoiser(
-        networks.read(source, "transformer", NETWORK),
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        schedule_of=sampling.schedule_of,
-        call=call,
-        guide=token_norms,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
+    network = networks.read(source, "transformer", NETWORK)
+    return flow_pipelines.denoiser_of(
+        source, network, sampling, shape, codec, conditioner, call=call, guide=token_norms
     )
 
 

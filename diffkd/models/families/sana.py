@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks
+from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.masked_prompts import MASK, STATES, SanaPrompts
 from diffkd.models.pipeline_files import STEM
@@ -35,10 +35,7 @@ COUNTS = (
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoder and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     side, patch = config["sample_size"], config["patch_size"]
     codec = Autoencoder(source, patch=patch, kinds=("AutoencoderDC",))
@@ -49,18 +46,7 @@ def load(source: Source) -> Denoiser:
     sampling = flow_schedulers.read(source, shape, handed=False, patch=patch)
     network = networks.read(source, "transformer", NETWORK)
     network.register_to_config(out_channels=config["out_channels"] or config["in_channels"])
-    return Denoiser(
-        network,
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        call=call,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
-    )
+    return flow_pipelines.denoiser_of(source, network, sampling, shape, codec, conditioner, call=call)
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -14,7 +14,7 @@ from diffkd.core.conditioning import Cond
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks
+from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import SD3_TOKENS, SD3Prompts
 from diffkd.models.joint_attention import repeat_last
@@ -40,10 +40,7 @@ MOST_PLACES = 1 << 10  # a side that a network has positions for; the published 
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoders and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
-    networks.check_kind(source, "transformer", NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     patch, side = config["patch_size"], config["sample_size"]
     codec = Autoencoder(source, patch=patch, largest=patch * config["pos_embed_max_size"], shifted=True)
@@ -59,19 +56,7 @@ def load(source: Source) -> Denoiser:
     network = networks.read(source, "transformer", NETWORK)
     if not conditioner.with_t5:
         repeat_last(network, SD3_TOKENS)
-    return Denoiser(
-        network,
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        schedule_of=sampling.schedule_of,
-        call=call,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
-    )
+    return flow_pipelines.denoiser_of(source, network, sampling, shape, codec, conditioner, call=call)
 
 
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:

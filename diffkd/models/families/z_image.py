@@ -16,7 +16,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.guidance import from_given
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import components, flow_pipelines, flow_schedulers, networks
+from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.masked_prompts import MASK, STATES, Z_IMAGE_TOKENS, ZImagePrompts
 from diffkd.models.pipeline_files import STEM
@@ -35,10 +35,7 @@ COUNTS = ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv
 def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoder and autoencoder are checked,
     and read when they are first used."""
-    flow_pipelines.check_whole(source, NETWORK.__name__)
-    components.check(source, "transformer", COPIED)
-    networks.check_kind(source, "transformer", NETWORK)
-    config = networks.config_of(source.place_of("transformer"), NETWORK)
+    config = flow_pipelines.config_of(source, NETWORK, COPIED)
     _check_config(config, source.name)
     codec = Autoencoder(source, patch=PATCH, largest=PATCH * min(config["axes_lens"][1:]), shifted=True)
     codec.check_channels(config["in_channels"])
@@ -48,19 +45,9 @@ def load(source: Source) -> Denoiser:
     shape = flow_pipelines.shape_of(source, codec, (side, side))
     sampling = flow_schedulers.read(source, shape, handed=True, patch=PATCH)
     flow_pipelines.check_thousand(source, sampling.schedule)
-    return Denoiser(
-        networks.read(source, "transformer", NETWORK),
-        sampling.schedule,
-        "flow",
-        shape=shape,
-        steps=source.card.get("steps"),
-        sampler=sampling.sampler,
-        schedule_of=sampling.schedule_of,
-        call=call,
-        guide=from_given,
-        example=conditioner.example,
-        codec=codec,
-        conditioner=conditioner,
+    network = networks.read(source, "transformer", NETWORK)
+    return flow_pipelines.denoiser_of(
+        source, network, sampling, shape, codec, conditioner, call=call, guide=from_given
     )
 
 
