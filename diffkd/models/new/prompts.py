@@ -17,6 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffkd.core.conditioning import Cond
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
@@ -135,3 +137,18 @@ def called(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """How a denoiser calls a network that learns with its text encoder, from tokens."""
     output: Tensor = network(x_t, time, cond["input_ids"])
     return output
+
+
+def denoiser_of_tokens(
+    network: nn.Module,
+    schedule: Schedule,
+    prediction: str,
+    latents: tuple[int, int, int],
+    conditioner: Tokens,
+) -> Denoiser:
+    """A network that learns together with its text encoders, and so is given tokens; in train mode."""
+    denoiser = Denoiser(
+        network, schedule, prediction, shape=latents, call=called, example=conditioner.example
+    )
+    denoiser.set_null(conditioner.null())
+    return denoiser.train()

@@ -19,7 +19,13 @@ from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import SD3_TOKENS
 from diffkd.models.joint_attention import repeat_last
 from diffkd.models.new.autoencoder import NewAutoencoder
-from diffkd.models.new.prompts import NewTextEncoder, Tokens, called, check_captions, learn_tokenizer
+from diffkd.models.new.prompts import (
+    NewTextEncoder,
+    Tokens,
+    check_captions,
+    denoiser_of_tokens,
+    learn_tokenizer,
+)
 from diffkd.models.new.transformer import NewTransformer, adaln_zero
 from diffkd.models.transformers_models import silent
 
@@ -71,11 +77,7 @@ class NewSD3(Strict):
         """Transformer and both text encoders, freshly initialised, which take tokens."""
         encoders = [self.text.build(conditioner.tokenizer, projected=True) for _ in range(2)]
         network = PromptedFlow(self.network(latents), *encoders)
-        denoiser = Denoiser(
-            network, schedule, prediction, shape=latents, call=called, example=conditioner.example
-        )
-        denoiser.set_null(conditioner.null())
-        return denoiser.train()
+        return denoiser_of_tokens(network, schedule, prediction, latents, conditioner)
 
     def save(
         self, denoiser: Denoiser, codec: Autoencoder, conditioner: Tokens, images: Images, folder: Path

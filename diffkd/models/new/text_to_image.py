@@ -15,7 +15,13 @@ from diffkd.data.images import Images
 from diffkd.io.config import Strict
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.new.autoencoder import NewAutoencoder, Widths
-from diffkd.models.new.prompts import NewTextEncoder, Tokens, called, check_captions, learn_tokenizer
+from diffkd.models.new.prompts import (
+    NewTextEncoder,
+    Tokens,
+    check_captions,
+    denoiser_of_tokens,
+    learn_tokenizer,
+)
 from diffkd.models.transformers_models import silent
 
 
@@ -82,11 +88,7 @@ class TextToImage(Strict):
         """UNet and text encoder, freshly initialised, which take tokens."""
         encoder = self.text.build(conditioner.tokenizer)
         network = Prompted(self.unet.build(latents, self.text.width), encoder)
-        denoiser = Denoiser(
-            network, schedule, prediction, shape=latents, call=called, example=conditioner.example
-        )
-        denoiser.set_null(conditioner.null())
-        return denoiser.train()
+        return denoiser_of_tokens(network, schedule, prediction, latents, conditioner)
 
     def save(
         self, denoiser: Denoiser, codec: Autoencoder, conditioner: Tokens, images: Images, folder: Path
