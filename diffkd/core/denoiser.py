@@ -230,7 +230,7 @@ class Denoiser(nn.Module):
     @property
     def weighting(self) -> Weighting:
         """The weight that turns an error in x0 into an error in what its network outputs."""
-        return "edm" if hasattr(self.call, "prediction") else weighting_for(self.prediction)
+        return "edm" if self.preconditioned else weighting_for(self.prediction)
 
     @property
     def usual_guidance(self) -> float:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffkd.core.noise_schedule import Schedule
 from diffkd.errors import UserError
 
 Direction = Literal["reverse", "forward"]
@@ -36,6 +37,11 @@ def weight(name: Weighting, snr: Tensor, *, gamma: float = 5.0, width: float = 1
     if name == "edm":
         return snr + 1 / width**2
     return torch.ones_like(snr)
+
+
+def weight_at(name: Weighting, schedule: Schedule, t: Tensor, *, gamma: float = 5.0) -> Tensor:
+    """The same at times (B,) of a schedule: (B,) float32."""
+    return weight(name, schedule.snr(t), gamma=gamma, width=schedule.width).float()
 
 
 def weighting_for(prediction: str) -> Weighting:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.losses import Weighting, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.core.times import TimeLaw, draw_times, on_grid
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
@@ -59,6 +59,5 @@ class Denoising(Method):
         cond = dropped(batch.cond, student.null_of(batch.cond), self.label_dropout, rng)
         # 3. the error in x0, weighted
         error = squared_error(student(x_t, t, **cond), x0)
-        w = weight(self.weight, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
-        loss = w * error
+        loss = weight_at(self.weight, schedule, t, gamma=self.gamma) * error
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": error.detach().sqrt()})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffkd.core.activations import capture_activations
 from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import Weighting, relative_error, squared_error, weight
+from diffkd.core.losses import Weighting, relative_error, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
@@ -133,8 +133,8 @@ class Feature(Method):
         with capture_activations(student.network, list(pairs.values())) as ours:
             denoised = student(x_t, t, **cond)
         # 4. L = task * denoising + output * output matching + feature * feature matching
-        name, schedule = self.weight or student.weighting, student.schedule
-        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
+        name = self.weight or student.weighting
+        w = weight_at(name, student.schedule, t, gamma=self.gamma)
         gap = squared_error(denoised, target)
         loss = w * (self.task * squared_error(denoised, x0) + self.output * gap)
         metrics = {"t": t, "gap": gap.detach().sqrt()}

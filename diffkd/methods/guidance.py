@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from diffkd.core.denoiser import GUIDANCE, Denoiser
-from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.losses import Weighting, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Range, Stage, Step
 
@@ -53,7 +53,6 @@ class Guidance(Method):
             target = teacher(x_t, t, **batch.cond)
         # 3. the student's, which is told w
         gap = squared_error(student(x_t, t, **batch.cond), target)
-        name, schedule = self.weight or teacher.weighting, student.schedule
-        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
-        loss = w * gap
+        name = self.weight or teacher.weighting
+        loss = weight_at(name, student.schedule, t, gamma=self.gamma) * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

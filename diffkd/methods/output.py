@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffkd.core.conditioning import dropped
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.losses import Weighting, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
@@ -61,7 +61,6 @@ class Output(Method):
             target = teacher(x_t, t, guidance=step.stage.guidance, **cond)
         # 3. the student's error, weighted: near noise an epsilon teacher is good in eps alone
         gap = squared_error(student(x_t, t, **cond), target)
-        name, schedule = self.weight or teacher.weighting, student.schedule
-        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
-        loss = w * gap
+        name = self.weight or teacher.weighting
+        loss = weight_at(name, student.schedule, t, gamma=self.gamma) * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

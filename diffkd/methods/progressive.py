@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import Weighting, squared_error, weight
+from diffkd.core.losses import Weighting, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
@@ -202,8 +202,7 @@ class Progressive(Method):
         denoised = student(x_t, t, **cond)
         # near noise an epsilon teacher's x0 is its eps amplified beyond use, while its eps is good everywhere
         name: Weighting = "snr" if stage.prediction is not None else self.weight
-        schedule = student.schedule
-        w = weight(name, schedule.snr(t), gamma=self.gamma, width=schedule.width).float()
+        w = weight_at(name, student.schedule, t, gamma=self.gamma)
         gap = squared_error(denoised, x0_target)
         loss = w * gap
         if self.alpha < 1:

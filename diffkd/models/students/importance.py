@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.losses import squared_error, weight
+from diffkd.core.losses import squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.models.students.copies import copy_of
 
@@ -39,7 +39,7 @@ def taylor_scores(teacher: Denoiser, batches: Iterable[Batch], rng: torch.Genera
         t, _ = grid_times(len(x0), probe.schedule.num_train_timesteps, rng, probe.device)
         x_t = add_noise(probe.schedule, x0, t, rng)
         denoised = probe(x_t, t, **{key: value.to(probe.device) for key, value in cond.items()})
-        w = weight(probe.weighting, probe.schedule.snr(t), width=probe.schedule.width).float()
+        w = weight_at(probe.weighting, probe.schedule, t)
         (w * squared_error(denoised, x0)).mean().backward()
         for name, score in _gradient_scores(probe.network).items():
             total[name] = total[name] + score if name in total else score
