@@ -1,9 +1,11 @@
 """How fast `diffkd sample` is, as ratios to the bare network calls that it cannot avoid:
 
     python scripts/bench_sampling.py [--device cuda] [--plot docs/throughput.png] [--profile digits]
+    python scripts/bench_sampling.py --students runs/digits-dit/students/4-steps --batches 16
 
 (Figures: docs/performance.md.) All ways of drawing the same images take turns in one process; a ratio is the
-median over rounds of its rate by the bare calls' of that round. On CUDA these are captured in one graph.
+median over rounds of its rate by the bare calls' of that round: those of the network, and of an
+autoencoder, that a draw makes, repeated on the same inputs. On CUDA these are captured in one graph.
 
 - memory: noise to uint8 in memory; npz, png: the same and written, as the command writes them;
 - stock: the diffusers pipeline by its own code, to float arrays; `over stock` is memory's rate by its;
@@ -18,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
@@ -45,14 +49,21 @@ BATCHES = {
     "cuda": dict.fromkeys(NETWORKS, (1, 16, 256)),
 }
 SECONDS = 0.8  # of a turn
+PROMPT = "a small red ring above a large blue square"
+Recorded = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Ways:
-    """The ways to draw `count` images of one network at one batch size."""
+    """The ways to draw `count` images of one network at one batch size. call: further arguments of the stock
+    pipeline's."""
 
-    def __init__(self, denoiser: Denoiser, batch: int, folder: Path, stock: Any) -> None:
+    def __init__(
+        self, denoiser: Denoiser, batch: int, folder: Path, stock: Any, call: Mapping[str, Any]
+    ) -> None:
         self.denoiser, self.batch, self.folder, self.stock = denoiser, batch, folder, stock
         self.device = denoiser.device
+        self.prompts = None if denoiser.conditioner is None else [PROMPT]
+        self.call = {**call, **({"prompt": [PROMPT] * batch} if self.prompts else {})}
         self.count = batch
         self.bare = self._bare()
         self.prepared: dict[int, ImageGenerator] = {}
@@ -68,24 +79,16 @@ class Ways:
         return self
 
     def _bare(self) -> Callable[[], object]:
-        """The network calls of one batch, on inputs that are there."""
-        network: Any = self.denoiser.network
-        assert self.denoiser.shape is not None
+        """The calls that one batch cannot do without, on the inputs of a first one."""
+        calls = recorded(self.denoiser, self._generator(self.batch, "eager"))
+
+        def repeat() -> tuple[torch.Tensor, ...]:
+            for function, args, kwargs in calls:
+                out = function(*args, **kwargs)
+            return (out if isinstance(out, torch.Tensor) else out[0],)
+
         with torch.inference_mode():
-            x = torch.randn(self.batch, *self.denoiser.shape, device=self.device).to(self.denoiser.dtype)
-            t = torch.full((self.batch,), 500.0, device=self.device)
-            labels = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-            cond = {"class_labels": labels} if self.denoiser.num_classes else {}
-            if self.device.type == "cuda":
-                network.to(memory_format=torch.channels_last)
-                x = x.contiguous(memory_format=torch.channels_last)
-
-            def calls() -> tuple[torch.Tensor, ...]:
-                for _ in range(STEPS):
-                    out = network(x, t, **cond).sample
-                return (out,)
-
-            runner = cuda_graphs.Graph(calls, ()) if self.device.type == "cuda" else calls
+            runner = cuda_graphs.Graph(repeat, ()) if self.device.type == "cuda" else repeat
 
         @torch.inference_mode()
         def run() -> object:
@@ -93,11 +96,12 @@ class Ways:
 
         return run
 
+    def _generator(self, count: int, mode: str = "auto") -> ImageGenerator:
+        return ImageGenerator(self.denoiser, count, prompts=self.prompts, batch_size=self.batch, mode=mode)
+
     def generator(self) -> ImageGenerator:
         if self.count not in self.prepared:
-            self.prepared = {
-                self.count: ImageGenerator(self.denoiser, self.count, steps=STEPS, batch_size=self.batch)
-            }
+            self.prepared = {self.count: self._generator(self.count)}
             self.prepared[self.count].prepare()
         return self.prepared[self.count]
 
@@ -117,7 +121,14 @@ class Ways:
 
     def stock_pipeline(self) -> None:
         labels = torch.zeros(self.count, dtype=torch.long) if self.denoiser.num_classes else None
-        for _ in generate_stock(self.stock, self.count, steps=STEPS, labels=labels, batch_size=self.batch):
+        for _ in generate_stock(
+            self.stock,
+            self.count,
+            steps=self.denoiser.steps,
+            labels=labels,
+            batch_size=self.batch,
+            call=self.call,
+        ):
             pass
 
     def turn(self, way: str) -> float:
@@ -147,25 +158,50 @@ class Ways:
         return self.count / took
 
 
-def open_stock(denoiser: Denoiser, folder: Path) -> Any:
-    """The same student as diffusers opens it; in float16 for bfloat16, which pixel pipelines cannot do."""
+def recorded(denoiser: Denoiser, generator: ImageGenerator) -> list[Recorded]:
+    """The calls of its network and of its autoencoder, in turn, as the generator draws its images."""
+    calls: list[Recorded] = []
+
+    def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            calls.append((function, args, kwargs))
+            return function(*args, **kwargs)
+
+        return recording
+
+    with ExitStack() as patched:
+        of_network = patch.object(denoiser.network, "forward", kept(denoiser.network.forward))
+        patched.enter_context(of_network)
+        if denoiser.codec is not None:
+            autoencoder = denoiser.codec.network
+            patched.enter_context(patch.object(autoencoder, "decode", kept(autoencoder.decode)))
+        for _ in generator.batches():
+            pass
+    return calls
+
+
+def save(denoiser: Denoiser, folder: Path) -> Path:
     loading.save(denoiser, folder)
     model_card.write(folder, model_card.describe(denoiser))
-    pipeline = loading.open_stock(folder).to(denoiser.device)
-    return pipeline.to(torch.float16) if denoiser.dtype == torch.bfloat16 else pipeline
+    return folder
+
+
+def open_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A student as diffusers opens it; in float16 for bfloat16, which pixel pipelines cannot do."""
+    pipeline = loading.open_stock(folder).to(device)
+    return pipeline.to(torch.float16 if dtype == torch.bfloat16 else dtype)
 
 
 def measure(
-    name: str, device: torch.device, dtype: torch.dtype, rounds: int, sizes: tuple[int, ...]
+    name: str, denoiser: Denoiser, folder: Path, dtype: torch.dtype, rounds: int, sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
+    """folder: where it is saved."""
     rows = []
+    stock, call = open_stock(folder, denoiser.device, dtype), loading.card(folder).get("call", {})
+    denoiser.to(dtype)
     with tempfile.TemporaryDirectory() as place:
-        denoiser = make(name, device)
-        denoiser.steps = STEPS
-        stock = open_stock(denoiser, Path(place) / "model")
-        denoiser.to(dtype)
         for batch in sizes:
-            ways = Ways(denoiser, batch, Path(place), stock).sized(SECONDS)
+            ways = Ways(denoiser, batch, Path(place), stock, call).sized(SECONDS)
             names = ("network", "memory", "npz", "png", "stock")
             for way in names:
                 ways.turn(way)  # once before it counts
@@ -207,8 +243,7 @@ def start(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         denoiser = make("digits", torch.device("cpu"))
         denoiser.steps = STEPS
-        student = Path(place) / "student"
-        open_stock(denoiser, student)
+        student = save(denoiser, Path(place) / "student")
         least = (
             "import torch, diffusers\n"
             f"diffusers.UNet2DModel.from_pretrained({str(student / 'unet')!r}, use_safetensors=True)"
@@ -279,6 +314,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument(
+        "--students", nargs="+", type=Path, help="folders of students, in place of the networks"
+    )
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--profile", choices=list(NETWORKS))
@@ -287,7 +325,7 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    print(f"{describe(device)}; {dtype}, {STEPS} steps")
+    print(f"{describe(device)}; {dtype}" + ("" if given.students else f", {STEPS} steps"))
     sizes = BATCHES[device.type]
     if given.profile:
         profile(given.profile, device, dtype, max(given.batches or sizes[given.profile]))
@@ -297,9 +335,19 @@ def main() -> None:
         "| over stock |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
+    if given.students:
+        for folder in given.students:
+            student = loading.load(folder, device=device).eval()
+            name = f"{folder.parent.parent.name}, {folder.name}"
+            measure(name, student, folder, dtype, given.rounds, given.batches or BATCHES["cuda"]["digits"])
+        return
     rows = []
     for name in given.networks:
-        rows += measure(name, device, dtype, given.rounds, tuple(given.batches or sizes[name]))
+        denoiser = make(name, device)
+        denoiser.steps = STEPS
+        with tempfile.TemporaryDirectory() as place:
+            folder = save(denoiser, Path(place) / "model")
+            rows += measure(name, denoiser, folder, dtype, given.rounds, given.batches or sizes[name])
     start(given.rounds)
     if given.plot:
         plot(rows, given.plot, describe(device))

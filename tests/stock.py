@@ -143,3 +143,12 @@ def stock_pictures_of_labels(folders: Sequence[Path], place: Path, labels: Seque
     )
     assert done.returncode == 0, done.stderr
     return [np.load(out) for out in outs]
+
+
+def assert_sampled(cli: Any, out: Path, expected: Any, *arguments: Any) -> None:
+    """That `diffkd sample` with these arguments writes these uint8 images, to a shade. out: an archive."""
+    outcome = cli("sample", *arguments, "--out", out)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    with np.load(out) as content:
+        pictures = content["arr_0"].astype(int)
+    assert pictures.std() > 5 and np.abs(pictures - expected).max() <= 1

@@ -19,6 +19,14 @@ from diffkd.models.source import Source
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")  # by most pipelines
 OF_FRAMES = "AutoencoderKLQwenImage"  # of videos, of which an image is the one frame
 LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
+AT_ONCE = 1024**2  # pixels that are encoded or decoded in one call
+
+
+def at_once(images: Tensor, factor: int = 1) -> int:
+    """How many of these images, or latents of this factor, go through a network in one call: as many as take
+    the memory of one of 1024x1024."""
+    height, width = images.shape[-2:]
+    return max(1, AT_ONCE // (height * width * factor**2))
 
 
 class Autoencoder:
@@ -145,10 +153,7 @@ class Autoencoder:
     @cached_property
     def network(self) -> Any:
         network = networks.read_from(self.place, self.name, self.kind, self.variant)
-        network.eval().requires_grad_(False).to(self.device)
-        if hasattr(network, "use_slicing"):
-            network.enable_slicing()  # one image at a time, with the same result and less memory
-        return network
+        return network.eval().requires_grad_(False).to(self.device)
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -165,19 +170,22 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
-        images = images.to(self.device, torch.float32)
+        parts = [self._encode(some) for some in images.to(self.device, torch.float32).split(at_once(images))]
+        mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
+        if self.statistics is None:
+            return (mean - self.shift) * self.scaling, std * self.scaling
+        of_mean, of_std = (values.to(mean) for values in self.statistics)
+        return (mean - of_mean) * self.scaling / of_std, std * self.scaling / of_std
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of their latents, as the network gives them."""
         encoded = self.network.encode(images[:, :, None] if self.of_frames else images)
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
         else:  # no distribution: of an AutoencoderTiny or DC, or of a VQModel, before its codes are looked up
             mean = encoded.latents if hasattr(encoded, "latents") else encoded.latent
             std = torch.zeros_like(mean)
-        if self.of_frames:
-            mean, std = mean[:, :, 0], std[:, :, 0]
-        if self.statistics is None:
-            return (mean - self.shift) * self.scaling, std * self.scaling
-        of_mean, of_std = (values.to(mean) for values in self.statistics)
-        return (mean - of_mean) * self.scaling / of_std, std * self.scaling / of_std
+        return (mean[:, :, 0], std[:, :, 0]) if self.of_frames else (mean, std)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
@@ -190,6 +198,10 @@ class Autoencoder:
             latents = x0 * std / self.scaling + mean
         if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "use_tiling"):
             self.network.enable_tiling()
+        return torch.cat([self._decode(some) for some in latents.split(at_once(latents, self.factor))])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """As the network takes them -> its images."""
         images: Tensor = self.network.decode(
             latents[:, :, None] if self.of_frames else latents, return_dict=False
         )[0]

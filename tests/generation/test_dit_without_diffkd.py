@@ -11,7 +11,7 @@ from diffkd.core import samplers
 from diffkd.models import loading
 from diffkd.runs.reports import model_card
 from tests import dit
-from tests.stock import stock_pictures_of_labels
+from tests.stock import assert_sampled, stock_pictures_of_labels
 
 LABELS, SEED = [0, 1, 2, 3], 5
 STUDENTS = [
@@ -51,12 +51,8 @@ def test_a_student_draws_the_same(drawn, tmp_path, cli, name):
             student, noise, student.steps, student.sampler, class_labels=torch.tensor(LABELS)
         ).numpy()
     assert np.abs(latents - stock["latents"]).max() <= 1e-5 * max(1, np.abs(latents).max())
-    out = tmp_path / "out.npz"
-    outcome = cli("sample", folder, "--out", out, "--classes", "0,1,2,3", "-n", 4, "--seed", SEED)
-    assert (outcome.code, outcome.stderr) == (0, "")
-    with np.load(out) as content:
-        pictures = content["arr_0"].astype(int)
-    assert pictures.std() > 5 and np.abs(pictures - stock["pictures"]).max() <= 1
+    drawing = (folder, "--classes", "0,1,2,3", "-n", 4, "--seed", SEED)
+    assert_sampled(cli, tmp_path / "out.npz", stock["pictures"], *drawing)
     other = [found["pictures"] for one, (_, found) in drawn.items() if one != name and one[0] != name[0]]
     assert all((stock["pictures"] != one).any() for one in other)
 

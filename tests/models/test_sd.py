@@ -13,7 +13,7 @@ import torch
 from diffkd.core import samplers
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.errors import UserError
-from diffkd.models import guidance_input, loading
+from diffkd.models import codecs, guidance_input, loading
 from tests import text_to_image
 from tests.edits import changed
 
@@ -203,6 +203,27 @@ def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
     assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
     codec.close()
     assert torch.allclose(codec.decode(mean), decoded, atol=1e-5)
+
+
+def test_the_codec_takes_as_many_images_at_once_as_fit_into_memory(tmp_path, monkeypatch):
+    pipeline = text_to_image.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model", safe_serialization=True)
+    codec = loading.load(tmp_path / "model").codec
+    images = torch.rand(5, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = []
+    for network in (codec.network.encoder, codec.network.decoder):
+        network.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    (mean, std), decoded = codec.moments(images), codec.decode(images[:, :1, :4, :6].expand(-1, 4, -1, -1))
+    assert seen == [5, 5]
+    monkeypatch.setattr(codecs, "AT_ONCE", 2 * 32 * 48 + 1)
+    again = codec.moments(images)
+    assert torch.allclose(again[0], mean, atol=1e-6) and torch.allclose(again[1], std, atol=1e-6)
+    again = codec.decode(images[:, :1, :4, :6].expand(-1, 4, -1, -1))
+    assert decoded.shape == (5, 3, 16, 24) and torch.allclose(again, decoded, atol=1e-5)
+    assert seen == [5, 5, 2, 2, 1, 5]  # latents of 4x6 are images of 16x24
+    monkeypatch.setattr(codecs, "AT_ONCE", 1)
+    codec.decode(mean)
+    assert seen[6:] == [1] * 5
 
 
 @pytest.mark.parametrize("xl", [False, True])

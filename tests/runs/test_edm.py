@@ -42,23 +42,23 @@ def stock_images(folder, steps, labels):
 def test_the_digits_configs(cli, tmp_path, monkeypatch):
     """Two updates of the teacher and of each stage; the students are drawn by stock."""
     monkeypatch.chdir(tmp_path)
-    teacher = yaml.safe_load((CONFIGS / "digits/edm.yaml").read_text())
+    teacher = yaml.safe_load((CONFIGS / "digits/edm-teacher.yaml").read_text())
     for key, value in {**SHORT, **TINY}.items():
         outer, _, inner = key.partition(".")
         if inner:
             teacher[outer][inner] = value
         else:
             teacher[outer] = value
-    (tmp_path / "edm.yaml").write_text(yaml.safe_dump(teacher))
+    (tmp_path / "edm-teacher.yaml").write_text(yaml.safe_dump(teacher))
     config = tmp_path / "distill.yaml"
-    config.write_text((CONFIGS / "digits/edm-progressive.yaml").read_text())
+    config.write_text((CONFIGS / "digits/edm.yaml").read_text())
     outcome = cli("distill", config, *given(SHORT, {"method.updates": 2, "spread_every": None}))
     assert outcome.code == 0, outcome.stderr
     trained = diffkd.load(tmp_path / "runs/digits-edm-teacher/teacher")
     assert isinstance(trained.schedule, EDMSchedule) and trained.schedule.sigma_data == 0.75
     assert isinstance(trained.call, Preconditioned) and trained.null_label == 10
     for steps in (8, 4, 2, 1):
-        folder = tmp_path / "runs/digits-edm-progressive/students" / f"{steps}-steps"
+        folder = tmp_path / "runs/digits-edm/students" / f"{steps}-steps"
         student = diffkd.load(folder)
         assert student.steps == steps and student.schedule.numbers(0.5) == pytest.approx(
             trained.schedule.numbers(0.5), rel=1e-9
@@ -69,7 +69,7 @@ def test_the_digits_configs(cli, tmp_path, monkeypatch):
 
 def test_the_loss_of_training_is_the_papers(cli, tmp_path, monkeypatch):
     """Karras et al. 2022, table 1, written out: ln sigma normal, lambda = (sigma² + d²) / (sigma d)²."""
-    config = config_files.load_train(CONFIGS / "digits/edm.yaml", given(TINY))
+    config = config_files.load_train(CONFIGS / "digits/edm-teacher.yaml", given(TINY))
     denoiser = untrained_teacher(config, Digits(kind="digits").load())
     method = config.denoising.model_copy(update={"label_dropout": 0.0})
     x0 = torch.rand(4000, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -100,7 +100,7 @@ def test_the_loss_of_training_is_the_papers(cli, tmp_path, monkeypatch):
     ],
 )
 def test_what_the_config_refuses(cli, changes, says):
-    outcome = cli("train", CONFIGS / "digits/edm.yaml", "--dry-run", *given(changes))
+    outcome = cli("train", CONFIGS / "digits/edm-teacher.yaml", "--dry-run", *given(changes))
     assert outcome.code == 2 and says in outcome.stderr, outcome.stderr
     assert len(outcome.stderr.splitlines()) == 1
 
