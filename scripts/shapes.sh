@@ -7,10 +7,14 @@
 . "$(dirname "$0")/_setup" text,report
 diffkd train configs/shapes/teacher.yaml
 diffkd cache configs/shapes/progressive.yaml
-# a run on each of two cores; the teacher by its path, as two runs cannot both hold its own
-printf '%s\n' guidance progressive lcm dmd2 best | xargs -P 2 -I NAME sh -c '
-  OMP_NUM_THREADS=1 diffkd distill configs/shapes/NAME.yaml "teacher={path: runs/shapes-teacher/teacher}" \
-    > runs/shapes-NAME.log 2>&1 || { tail -n 5 runs/shapes-NAME.log >&2; exit 255; }'
-for benchmark in benchmark guidance-benchmark; do
-  OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m diffkd.cli benchmark configs/shapes/$benchmark.yaml
-done
+export OMP_NUM_THREADS=1
+distil() {  # the teacher by its path, as two runs cannot both hold its own
+    diffkd distill "configs/shapes/$1.yaml" "teacher={path: runs/shapes-teacher/teacher}" &&
+        { [ "$1" != guidance ] || diffkd benchmark configs/shapes/guidance-benchmark.yaml; }
+}
+logged() {
+    distil "$1" > "runs/shapes-$1.log" 2>&1 || { tail -n 5 "runs/shapes-$1.log" >&2; exit 255; }
+}
+export -f distil logged
+printf '%s\n' guidance progressive lcm dmd2 best | xargs -P 2 -I NAME bash -c 'logged NAME'  # one on each of two cores
+torchrun --standalone --nproc_per_node 2 -m diffkd.cli benchmark configs/shapes/benchmark.yaml
