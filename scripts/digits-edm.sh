@@ -5,7 +5,7 @@
 . "$(dirname "$0")/_setup" digits,report
 diffkd train configs/digits/edm-teacher.yaml
 # a run on each of two cores; the teacher by its path, as two runs cannot both hold its own
-printf '%s\n' edm-best edm edm-meanflow edm-consistency | xargs -P 2 -I NAME sh -c '
+printf '%s\n' edm edm-meanflow edm-consistency | xargs -P 2 -I NAME sh -c '
   OMP_NUM_THREADS=1 diffkd distill configs/digits/NAME.yaml "teacher={path: runs/digits-edm-teacher/teacher}" \
     > runs/digits-NAME.log 2>&1 || { tail -n 5 runs/digits-NAME.log >&2; exit 255; }'
-diffkd benchmark configs/digits/edm-benchmark.yaml
+OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m diffkd.cli benchmark configs/digits/edm-benchmark.yaml
