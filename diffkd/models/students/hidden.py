@@ -49,8 +49,8 @@ def narrow_hidden(teacher: Denoiser, ratio: float, scores: Scores | None = None)
     kind = stock_name(network)
     if kind not in LAYERS:
         raise UserError(
-            f"narrow does not support a {kind}, whose config has one width for heads, positions and "
-            "feed-forward layers; use drop_blocks, such as keep: 0.5"
+            f"narrow does not support a {kind}, whose config has one width for attention and feed-forward "
+            "layers; use drop_blocks, such as keep: 0.5"
         )
     layer = LAYERS[kind]
     found = {name for name, _ in network.named_modules() if name.rpartition(".")[2] == layer.name}
