@@ -45,18 +45,18 @@ def network(kind: str, *, seed: int = 0, **options: Any) -> Any:
     return made.eval()
 
 
-def cond_of(kind: str, count: int, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Labels, or prompts of 6, 5, 4, ... tokens where padding is masked."""
+def cond_of(kind: str, count: int, seed: int = 1, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """Labels, or prompts, each shorter than the one before it where padding is masked."""
     if kind == "dit":
         return {"class_labels": torch.arange(count) % CLASSES}
     rng = torch.Generator().manual_seed(seed)
     width, pooled = WIDTHS.get(kind, (masked_pipelines.WIDTH, 0))
-    cond = {"encoder_hidden_states": torch.randn(count, TOKENS, width, generator=rng)}
+    cond = {"encoder_hidden_states": torch.randn(count, tokens, width, generator=rng)}
     if pooled:
         cond["pooled_projections"] = torch.randn(count, pooled, generator=rng)
     else:
-        lengths = TOKENS - torch.arange(count) % (TOKENS - 1)
-        cond["encoder_attention_mask"] = (torch.arange(TOKENS) < lengths[:, None]).float()
+        lengths = tokens - torch.arange(count) * (tokens // (count + 1))
+        cond["encoder_attention_mask"] = (torch.arange(tokens) < lengths[:, None]).float()
     if kind == "flux":
         cond["guidance_scale"] = torch.linspace(1, 4, count)
     return cond

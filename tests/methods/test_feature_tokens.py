@@ -85,11 +85,11 @@ def test_tokens_of_a_narrower_dit_by_hand(teachers):
     assert second.value.item() == pytest.approx(expected.item(), rel=1e-4)
     own = [[*nets[name].parameters()] for name in ("student", "projectors")]
     wanted = torch.autograd.grad(expected, sum(own, []), allow_unused=True)
-    got = torch.autograd.grad(first.value / 2, own[0], allow_unused=True)
+    got = torch.autograd.grad(first.value / 2, own[0], materialize_grads=True)
     got += torch.autograd.grad(second.value, own[1])
     for mine, other in zip(got, wanted, strict=True):
-        assert (mine is None) == (other is None)
-        assert mine is None or torch.allclose(mine, other, rtol=1e-3, atol=1e-6)
+        other = torch.zeros_like(mine) if other is None else other
+        assert torch.allclose(mine, other, rtol=1e-3, atol=1e-6)
     assert all(grad.abs().max() > 1e-4 for grad in wanted[len(own[0]) :])
 
 
@@ -129,6 +129,19 @@ def test_a_student_that_is_its_teacher_has_no_loss(teachers, kind):
     assert loss.value.item() > 1e-6
 
 
+def test_blocks_that_are_computed_again_give_the_same_gradients(teachers):
+    """By gradient checkpointing, for which hooks are gone."""
+    teacher = teachers["sd3"]
+    student = students.drop_blocks(teacher, ["transformer_blocks.1"])
+    method, found = Feature(**ALONE), []
+    nets = nets_of(method, teacher, student)
+    for _ in range(2):
+        (loss,) = losses_of(method, nets, "sd3")
+        found.append(torch.autograd.grad(loss.value, [*student.parameters()], materialize_grads=True))
+        student.network.enable_gradient_checkpointing()
+    assert all(map(torch.equal, *found)) and max(grad.abs().max() for grad in found[0]) > 1e-3
+
+
 def test_blocks_correspond_at_equal_depth(teachers):
     """Of each list by itself: the last with the last."""
     teacher = teachers["flux"]
@@ -146,8 +159,8 @@ def test_tokens_of_the_image_beside_prompts_of_any_length(teachers, kind):
     """Those that the last layers make the output of; alone in a batch an example has the same."""
     teacher, net = teachers[kind], teachers[kind].network
     x_t, time = drawn(teacher, 4)
-    cond, name = cond_of(kind, 4), "layers.3"
-    assert len({*cond["encoder_attention_mask"].sum(1).tolist()}) == 4
+    cond, name = cond_of(kind, 4, tokens=40), "layers.3"  # Z-Image's prompts are padded to 32, or to 64
+    lengths = set()
     with torch.no_grad(), capture_activations(net, [name]) as found:
         whole = teacher.call(net, x_t, time, cond)
         tokens = features.of_image(net, name, found[name], x_t, cond)
@@ -163,7 +176,9 @@ def test_tokens_of_the_image_beside_prompts_of_any_length(teachers, kind):
             given = {key: value[i : i + 1] for key, value in cond.items()}
             teacher.call(net, x_t[i : i + 1], time[i : i + 1], given)
             alone = features.of_image(net, name, found[name], x_t[i : i + 1], given)
-            assert torch.allclose(alone[0], tokens[i], atol=1e-5)
+            assert torch.allclose(alone[0], tokens[i], atol=1e-4)
+            lengths.add(found[name].shape[1])
+    assert len(lengths) > 1
 
 
 def test_the_image_of_attention_is_the_first_of_two(teachers):

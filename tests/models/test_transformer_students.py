@@ -13,7 +13,7 @@ from diffkd.models import sizes, students
 from diffkd.models.joint_attention import LastRepeated, repeat_last
 from diffkd.models.students import hidden, transformers
 from diffkd.models.students.config import Student
-from tests.models.unets import denoiser_of, untouched
+from tests.models.unets import config_of, denoiser_of, untouched
 from tests.models.unets import network as unet
 from tests.transformers import KINDS, LISTS, cond_of, denoiser, network, output
 
@@ -80,7 +80,8 @@ def test_with_everything_kept_it_is_the_teacher(teachers, kind):
         made.append(students.narrow_hidden(teacher, 1.0))
     for one in made:
         assert torch.equal(output(one, kind), output(teacher, kind))
-        assert one.network.config == teacher.network.config and one.network is not teacher.network
+        assert config_of(one.network) == config_of(teacher.network)
+        assert one.network is not teacher.network
         assert not one.network.training and type(one.network) is type(teacher.network)
 
 
@@ -97,7 +98,7 @@ def test_blocks_that_attend_twice_keep_their_place():
 def test_a_share_is_spread_evenly(kind):
     """The first and the last stay, and distances between those that stay differ by one at most."""
     (name, field), *_ = transformers.LISTS[transformers.stock_name(network(kind))].items()
-    for count in range(1, 14):
+    for count in (1, 2, 3, 7, 12):
         with torch.device("meta"):
             made = network(kind, **{field: count}, **({"dual_attention_layers": ()} if kind == "sd3" else {}))
         for share in (0.05, 0.3, 0.5, 0.75, 1.0):
@@ -179,7 +180,7 @@ def test_new_weights_depend_on_the_seed_alone(teachers, kind):
         for s in (1, 1, 2)
     )
     kept = students.keep_spread(teacher, 0.5).network
-    assert first.config == kept.config
+    assert config_of(first) == config_of(kept)
     weights = [dict(one.named_parameters()) for one in (first, again, other, kept)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name])
@@ -231,7 +232,7 @@ def test_importance_by_gradients_chooses_others(teachers):
     x0 = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     found = config.build(teacher, 0, [(x0, cond_of("sana", 2))]).network
     other = students.narrow_hidden(teacher, 0.5).network
-    assert found.config == other.config
+    assert config_of(found) == config_of(other)
     assert not torch.equal(output(denoiser("sana", found), "sana"), output(denoiser("sana", other), "sana"))
 
 
