@@ -8,6 +8,7 @@ from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.feature import Feature
 from diffkd.models import features, students
+from tests.methods.test_feature import Wrapped
 from tests.transformers import CLASSES, KINDS, cond_of, denoiser, network
 
 ALONE = {"task": 0, "output": 0, "label_dropout": 0}
@@ -140,6 +141,20 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(teachers):
         found.append(torch.autograd.grad(loss.value, [*student.parameters()], materialize_grads=True))
         student.network.enable_gradient_checkpointing()
     assert all(map(torch.equal, *found)) and max(grad.abs().max() for grad in found[0]) > 1e-3
+
+
+def test_networks_as_several_processes_have_them(teachers):
+    """Wrapped by DDP, or of the class that FSDP makes of the stock one."""
+    teacher = teachers["lumina2"]
+    method = Feature(**ALONE)
+    nets = nets_of(method, teacher, students.keep_spread(teacher, 0.5))
+    (expected,) = (loss.value.item() for loss in losses_of(method, nets, "lumina2"))
+    student, stock = nets["student"], nets["student"].network
+    stock.__class__ = type("FSDP", (type(stock),), {})
+    for one in (stock, Wrapped(stock)):
+        student.network = one
+        (found,) = (loss.value.item() for loss in losses_of(method, nets, "lumina2"))
+        assert found == expected > 0
 
 
 def test_blocks_correspond_at_equal_depth(teachers):
