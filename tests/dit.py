@@ -58,9 +58,9 @@ def pipeline(
     return made
 
 
-def teacher_and_images(folder: Path, *, classes: int = 3) -> None:
+def teacher_and_images(folder: Path, *, classes: int = 3, **options: Any) -> None:
     """A v-prediction teacher in `teacher`; in `images` twelve of random pixels, in folders of its classes."""
-    made = pipeline(classes=classes, prediction="v_prediction")
+    made = pipeline(classes=classes, prediction="v_prediction", **options)
     made.save_pretrained(folder / "teacher", safe_serialization=True)
     pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):

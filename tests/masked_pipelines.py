@@ -204,9 +204,9 @@ def save(made: Any, kind: str, folder: Path) -> None:
     (folder / "diffkd.json").write_text(json.dumps({"call": call}))
 
 
-def teacher_and_images(folder: Path, kind: str, captions: Sequence[str]) -> None:
+def teacher_and_images(folder: Path, kind: str, captions: Sequence[str], **options: Any) -> None:
     """A teacher in `teacher`; in `images` ten of random pixels, with these captions in turn."""
-    save(pipeline(folder / "parts", kind), kind, folder / "teacher")
+    save(pipeline(folder / "parts", kind, **options), kind, folder / "teacher")
     (folder / "images").mkdir()
     side = PIXELS[kind]
     pixels = np.random.default_rng(0).integers(0, 256, (10, side, side, 3), dtype=np.uint8)

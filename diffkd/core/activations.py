@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def _features(output: Any) -> Any:
+def _features(module: nn.Module, output: Any) -> Any:
     if not isinstance(output, tuple):
         return output
+    if hasattr(module, "to_q"):  # attention, which names the image first
+        return output[0]
     streams = len(output) == 2 and isinstance(output[1], Tensor) and output[1].ndim == 3  # (B, tokens, C)
     return output[1] if streams else output[0]
 
@@ -21,7 +23,7 @@ def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[di
     """Yields a mapping that the last forward pass fills: module name to output.
 
     Of a tuple it is the first; of the two streams of a transformer's block, text and then image, it is the
-    image's tokens.
+    image's tokens, as it is of the attention inside, which has them the other way round.
 
     The hooks are removed on leaving, whatever happens inside.
     """
@@ -29,7 +31,7 @@ def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[di
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[name] = _features(output)
+            outputs[name] = _features(module, output)
 
         return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,24 +16,30 @@ from diffkd.core.losses import Weighting, relative_error, squared_error, weight_
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+from diffkd.models import features
 
 
 class Projectors(nn.Module):
-    """1x1 convolutions from the student's widths to the teacher's, where they differ.
+    """Linear maps from the student's widths to the teacher's, where they differ: 1x1 convolutions of feature
+    maps, linear layers of tokens.
 
-    widths: (student's, teacher's) by the teacher's names. Linear maps, because features should agree up to a
-    change of basis. They are not part of the student that is saved.
+    widths: (student's, teacher's) by the teacher's names. tokens: which of these are tokens. Linear maps,
+    because features should agree up to a change of basis. They are not part of the student that is saved.
     """
 
-    def __init__(self, widths: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, widths: Mapping[str, tuple[int, int]], tokens: Collection[str] = ()) -> None:
         super().__init__()
         self.names = list(widths)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same in every process
-            self.maps = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in widths.values())
+            self.maps = nn.ModuleList(
+                nn.Linear(ours, theirs) if name in tokens else nn.Conv2d(ours, theirs, 1)
+                for name, (ours, theirs) in widths.items()
+            )
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The student's features by the teacher's names, (B, C, H, W), in the teacher's widths."""
+        """The student's features by the teacher's names, (B, C, H, W) or (B, N, C), in the teacher's
+        widths."""
         return {**features, **{n: m(features[n]) for n, m in zip(self.names, self.maps, strict=True)}}
 
 
@@ -95,25 +101,30 @@ class Feature(Method):
         """Projectors, if widths differ. Raises UserError for features that cannot be matched."""
         pairs = self.pairs(teacher, student)
         if self.feature > 0 and not pairs:
-            raise UserError("these networks have no UNet blocks; name the modules to match in method.blocks")
-        _check_names("teacher", teacher, pairs.keys())
-        _check_names("student", student, pairs.values())
-        theirs, ours = _shapes(teacher, list(pairs)), _shapes(student, list(pairs.values()))
+            raise UserError(
+                "these networks have no blocks that are known; name the modules to match in method.blocks"
+            )
+        features.check_names("teacher", teacher, pairs.keys())
+        features.check_names("student", student, pairs.values())
+        theirs = features.shapes(teacher, list(pairs))
+        ours = features.shapes(student, list(pairs.values()))
         for name, own in pairs.items():
-            if len(ours[own]) != 3 or theirs[name][1:] != ours[own][1:]:
+            if _places(ours[own]) is None or _places(theirs[name]) != _places(ours[own]):
                 raise UserError(
                     f"method.blocks: {name} of the teacher outputs {_size(theirs[name])} and {own} of the "
                     f"student {_size(ours[own])}; match modules of the same resolution"
                 )
-        widths = {n: (ours[m][0], theirs[n][0]) for n, m in pairs.items() if ours[m][0] != theirs[n][0]}
-        return {"projectors": Projectors(widths).to(student.device)} if widths else {}
+        tokens = {name for name in pairs if len(theirs[name]) == 2}
+        widths = {name: (_width(ours[own]), _width(theirs[name])) for name, own in pairs.items()}
+        widths = {name: both for name, both in widths.items() if both[0] != both[1]}
+        return {"projectors": Projectors(widths, tokens).to(student.device)} if widths else {}
 
     def pairs(self, teacher: Denoiser, student: Denoiser) -> dict[str, str]:
         """The modules to match: the teacher's name -> the student's."""
         if self.feature == 0:
             return {}
         if self.blocks is None:
-            return _corresponding(_blocks(teacher), _blocks(student))
+            return features.corresponding(teacher, student)
         return self.blocks if isinstance(self.blocks, dict) else {name: name for name in self.blocks}
 
     def losses(
@@ -132,6 +143,8 @@ class Feature(Method):
         # 3. the student's features and output
         with capture_activations(student.network, list(pairs.values())) as ours:
             denoised = student(x_t, t, **cond)
+        theirs = _of_image(teacher, {name: value[: len(x_t)] for name, value in theirs.items()}, x_t, cond)
+        ours = _of_image(student, ours, x_t, cond)
         # 4. L = task * denoising + output * output matching + feature * feature matching
         name = self.weight or student.weighting
         w = weight_at(name, student.schedule, t, gamma=self.gamma)
@@ -149,6 +162,14 @@ class Feature(Method):
             yield Loss("projectors", _feature_distance(nets, pairs, theirs, fixed).mean())
 
 
+def _of_image(
+    denoiser: Denoiser, found: Mapping[str, Tensor], x_t: Tensor, cond: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {
+        name: features.of_image(denoiser.network, name, value, x_t, cond) for name, value in found.items()
+    }
+
+
 def _feature_distance(
     nets: Mapping[str, Any],
     pairs: Mapping[str, str],
@@ -156,59 +177,24 @@ def _feature_distance(
     ours: Mapping[str, Tensor],
 ) -> Tensor:
     """Mean over blocks of |student's - teacher's|^2 / |teacher's|^2, (B,): scales count equally."""
-    count = len(next(iter(ours.values())))
     projected = {name: ours[own] for name, own in pairs.items()}
     if "projectors" in nets:
         projected = nets["projectors"](projected)
-    errors = [relative_error(projected[name].float(), theirs[name][:count].float()) for name in pairs]
+    errors = [relative_error(projected[name].float(), theirs[name].float()) for name in pairs]
     return torch.stack(errors).mean(0)
 
 
-def _blocks(denoiser: Denoiser) -> list[str]:
-    """The blocks of a UNet, from the first to the last, with the middle one if there is one."""
-    network = getattr(denoiser.network, "module", denoiser.network)
-    down = [f"down_blocks.{i}" for i in range(len(getattr(network, "down_blocks", ())))]
-    up = [f"up_blocks.{i}" for i in range(len(getattr(network, "up_blocks", ())))]
-    return [*down, *(["mid_block"] if getattr(network, "mid_block", None) is not None else []), *up]
+def _places(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Height and width of a feature map (C, H, W), the number of tokens (N, C); None for what is neither."""
+    return {3: shape[1:], 2: shape[:1]}.get(len(shape))
 
 
-def _corresponding(theirs: list[str], ours: list[str]) -> dict[str, str]:
-    """Which blocks correspond: down blocks counted from the first, up blocks from the last."""
-    levels, left = (sum(name.startswith("up") for name in blocks) for blocks in (theirs, ours))
-    if left > levels:
-        raise UserError(
-            f"the student has {left} resolutions and the teacher {levels}; name the modules to match in "
-            "method.blocks"
-        )
-    if left == levels:
-        return {name: name for name in ours if name in theirs}
-    # without the innermost resolutions the last down block does not downsample; the middle takes their place
-    down = {f"down_blocks.{i}": f"down_blocks.{i}" for i in range(left - 1)}
-    return down | {f"up_blocks.{i + levels - left}": f"up_blocks.{i}" for i in range(left)}
-
-
-def _check_names(whose: str, denoiser: Denoiser, names: Iterable[str]) -> None:
-    known = {name for name, _ in denoiser.network.named_modules()} - {""}
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"method.blocks names {name!r}, which the {whose} does not have; it has "
-                f"{', '.join(_blocks(denoiser))} and the modules inside them"
-            )
-
-
-def _shapes(denoiser: Denoiser, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """(C, H, W) of these modules' outputs."""
-    x_t, t, cond = denoiser.example_inputs()
-    with torch.no_grad(), torch.random.fork_rng(), capture_activations(denoiser.network, names) as found:
-        denoiser(x_t, t, **cond)
-    for name in names:
-        if name not in found:
-            raise UserError(
-                f"method.blocks names {name!r}, which the network does not call; name a module inside it"
-            )
-    return {name: tuple(value.shape[1:]) for name, value in found.items()}
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 3 else shape[1]
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape[1:])) if len(shape) == 3 else "no feature map"
+    places = _places(shape)
+    if places is None:
+        return "no feature map and no tokens"
+    return "x".join(map(str, places)) if len(places) == 2 else f"{places[0]} tokens"

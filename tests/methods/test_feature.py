@@ -433,8 +433,8 @@ REFUSED = [
         {"conv_in": "conv_in", "up_blocks.0": "mid_block"},
         "up_blocks.0 .*mid_block.* match modules of the same",
     ),
-    (["mid_block.attentions.0.to_q"], "no feature map.*match modules of the same resolution"),
-    (["time_embedding"], "no feature map"),
+    ({"conv_in": "mid_block.attentions.0.to_q"}, "outputs 8x8 and .*to_q of the student 16 tokens; match"),
+    (["time_embedding"], "no feature map and no tokens.*match modules of the same resolution"),
     ({"conv_in": "time_embedding"}, "no feature map"),
     (["down_blocks"], "'?down_blocks'?[ ,:]"),  # a list, which is never called
 ]

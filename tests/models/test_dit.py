@@ -12,7 +12,6 @@ import torch
 from diffkd.core import interval, samplers
 from diffkd.errors import UserError
 from diffkd.models import loading, students
-from diffkd.models.students.config import DropBlocks, Narrow
 from tests import dit
 from tests.edits import changed
 
@@ -343,14 +342,6 @@ def test_its_name_of_earlier_versions_is_known(saved, tmp_path):
     assert type(diffusers.DiTPipeline.from_pretrained(tmp_path / "again").transformer) is type(
         pipeline.transformer
     )
-
-
-@pytest.mark.parametrize(
-    "student", [Narrow(kind="narrow", ratio=0.5), DropBlocks(kind="drop_blocks", blocks=["mid_block"])]
-)
-def test_smaller_students_are_refused(saved, student):
-    with pytest.raises(UserError, match="smaller students of a DiTTransformer2DModel are not supported"):
-        student.build(loading.load(saved()[1]), 0)
 
 
 def test_the_label_for_no_class_is_the_networks_own(saved):

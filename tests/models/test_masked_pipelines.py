@@ -15,7 +15,6 @@ from diffkd.core import samplers
 from diffkd.core.flow_schedule import Shift
 from diffkd.errors import UserError
 from diffkd.models import loading, packing, students
-from diffkd.models.students.config import Narrow
 from diffkd.runs.reports import model_card
 from tests import masked_pipelines
 from tests.edits import changed
@@ -340,12 +339,6 @@ def test_a_chat_template_that_does_not_work(saved, tmp_path, template):
     conditioner = loading.load(folder).conditioner
     with pytest.raises(UserError, match="makes no chat of a prompt .* is its chat template there"):
         conditioner.embed(["a cat"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_smaller_students_are_refused(saved, kind):
-    with pytest.raises(UserError, match="smaller students of a .*Transformer2DModel are not supported"):
-        Narrow(kind="narrow", ratio=0.5).build(loading.load(saved(kind)), 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

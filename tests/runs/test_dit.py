@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "consistency": SEVERAL,
     "dmd2": {**ONE, "fake_updates": 1, "gan": 1e-3},
     "f_distill": {**ONE, "fake_updates": 1},
-    "feature": {"feature": 0},
+    "feature": {},
     "imm": {**SEVERAL, "group": 2},
     "lcm": {**SEVERAL, "guidance": 3.0},
     "meanflow": SEVERAL,
@@ -219,9 +219,13 @@ def test_what_stock_guides_by_a_label_of_its_own_is_not_measured_so(cli, here):
     [
         (("data.size=64",), "images of 64x64 are not of the one size"),
         (("data={kind: prompts, path: run.yaml}",), "and teacher does not; use kind none"),
-        (("method={name: feature}",), "no UNet blocks; name the modules to match in method.blocks"),
+        (("method={name: feature, blocks: [mid_block]}",), "does not have; it has transformer_blocks.0, "),
         (("method={name: guidance, range: [1, 5]}",), "DiTTransformer2DModel"),
-        (("student={kind: narrow, ratio: 0.5}",), "smaller students of a DiTTransformer2DModel"),
+        (("student={kind: narrow, ratio: 0.5}",), "narrow does not support a DiTTransformer2DModel"),
+        (
+            ("student={kind: drop_blocks, blocks: [transformer_blocks.0]}",),
+            "drops transformer_blocks.0, which has to stay",
+        ),
         (("teacher.null_label=1",), "null_label 1 is not that of this model, which is 3"),
         (
             ("method={name: meanflow}", "training.gradient_checkpointing=true"),

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "consistency": SEVERAL,
     "dmd2": {**ONE, "fake_updates": 1, "gan": 1e-3},
     "f_distill": {**ONE, "fake_updates": 1},
-    "feature": {"feature": 0},
+    "feature": {},
     "imm": {**SEVERAL, "group": 2},
     "lcm": SEVERAL,
     "meanflow": SEVERAL,

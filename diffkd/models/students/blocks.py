@@ -1,4 +1,4 @@
-"""Students with fewer layers: a UNet rebuilt from the layers that stay."""
+"""Students with fewer layers: a UNet rebuilt from the layers that stay, or a transformer of fewer blocks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffkd.models.students import resolutions
 from diffkd.models.students.bk_sdm import dropped_by
 from diffkd.models.students.copies import unet_of, with_network
 from diffkd.models.students.resolutions import SIDES, Kept
+from diffkd.models.students.transformers import spread, stock_name, without
 from diffkd.models.unet import UNet, config_of, reinitialized_like
 
 WITHOUT_ATTENTION = {  # types of blocks
@@ -28,13 +29,34 @@ WITHOUT_ATTENTION = {  # types of blocks
 def drop_blocks(teacher: Denoiser, blocks: Iterable[str] | str) -> Denoiser:
     """The teacher without these layers or blocks; the others keep their weights.
 
-    blocks: names as in `droppable`, in which * matches anything; or base, small or tiny, as BK-SDM has them.
-    Raises UserError for a name that the network does not have, listing those it has, and where the remaining
-    layers do not fit together.
+    blocks: of a UNet names as in `droppable`, of a transformer such as transformer_blocks.3, in which *
+    matches anything; or base, small or tiny, as BK-SDM has them for UNets. Raises UserError for a name that
+    the network does not have, listing those it has, and where the remaining layers do not fit together.
     """
+    if kind := stock_name(teacher.network):
+        if isinstance(blocks, str):
+            raise UserError(
+                f"student.blocks {blocks} is of UNets, and this teacher is a {kind}; use keep, a share of "
+                "its blocks, or a list of them"
+            )
+        return with_network(teacher, without(teacher.network, blocks))
     network = unet_of(teacher)
     patterns = dropped_by(blocks, network) if isinstance(blocks, str) else list(blocks)
     return with_network(teacher, drop_layers(network, patterns))
+
+
+def keep_spread(teacher: Denoiser, share: float) -> Denoiser:
+    """The teacher, a transformer, with this share of its blocks, spread evenly (see `transformers.spread`).
+
+    Raises UserError for another network.
+    """
+    if not stock_name(teacher.network):
+        unet_of(teacher)
+        raise UserError(
+            "student.keep is of the blocks of a transformer, and this teacher is a UNet; name what it is to "
+            "lose in student.blocks"
+        )
+    return with_network(teacher, without(teacher.network, spread(teacher.network, share)))
 
 
 def droppable(network: UNet) -> list[str]:

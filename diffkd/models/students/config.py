@@ -13,10 +13,12 @@ from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
 from diffkd.models.students import bk_sdm
-from diffkd.models.students.blocks import drop_blocks
+from diffkd.models.students.blocks import drop_blocks, keep_spread
 from diffkd.models.students.channels import narrow
 from diffkd.models.students.copies import copy_of, from_config, reinitialized, unet_of
+from diffkd.models.students.hidden import narrow_hidden
 from diffkd.models.students.importance import Batch, taylor_scores
+from diffkd.models.students.transformers import stock_name
 from diffkd.models.unet import UNet2D
 
 Weights = Literal["teacher", "random"]
@@ -36,21 +38,38 @@ class DropBlocks(Strict):
     """Fewer layers, with the weights of those that stay."""
 
     kind: Literal["drop_blocks"]
-    blocks: Annotated[list[str], Field(min_length=1)] | str = Field(
-        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions; or base, small or "
-        "tiny for what BK-SDM leaves out",
+    blocks: Annotated[list[str], Field(min_length=1)] | str | None = Field(
+        None,
+        description="such as mid_block, down_blocks.*.resnets.1, up_blocks.0.attentions, of a transformer "
+        "transformer_blocks.3; or base, small or tiny for what BK-SDM leaves out of a UNet",
+    )
+    keep: float | None = Field(
+        None, gt=0, le=1, description="share of a transformer's blocks that stays, spread evenly"
     )
     weights: Weights = Field("teacher", description="random: the same architecture from scratch")
 
     @field_validator("blocks")
     @classmethod
-    def _check_name(cls, given: list[str] | str) -> list[str] | str:
+    def _check_name(cls, given: list[str] | str | None) -> list[str] | str | None:
         if isinstance(given, str):
             bk_sdm.check_name(given)
         return given
 
+    @model_validator(mode="after")
+    def _check_one_given(self) -> DropBlocks:
+        if (self.blocks is None) == (self.keep is None):
+            raise ValueError(
+                "student of kind drop_blocks needs either blocks (a list of those that go) or keep (the "
+                "share of a transformer's that stays)"
+            )
+        return self
+
     def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
-        student = drop_blocks(teacher, self.blocks)
+        if self.keep is not None:
+            student = keep_spread(teacher, self.keep)
+        else:
+            assert self.blocks is not None
+            student = drop_blocks(teacher, self.blocks)
         return student if self.weights == "teacher" else reinitialized(student, seed)
 
 
@@ -59,7 +78,9 @@ class Narrow(Strict):
 
     kind: Literal["narrow"]
     channels: list[Positive] | None = Field(None, description="at each resolution")
-    ratio: float | None = Field(None, gt=0, le=1, description="share of the channels at every resolution")
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="share of them, or of a transformer's hidden channels, that stays"
+    )
     importance: Literal["norm", "taylor"] = Field(
         "norm", description="of a channel: the norm of its weights, or the change of the loss without it"
     )
@@ -74,15 +95,28 @@ class Narrow(Strict):
         return self
 
     def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
-        channels = self.channels
-        if channels is None:
-            assert self.ratio is not None
-            channels = [_share(width, self.ratio) for width in unet_of(teacher).config.block_out_channels]
+        kind = stock_name(teacher.network)
+        if kind and self.ratio is None:
+            raise UserError(
+                f"student.channels are of a UNet's resolutions, and this teacher is a {kind}; give ratio, of "
+                "the hidden channels of its feed-forward layers"
+            )
+        channels = [] if kind else self._channels(teacher)
         scores = None
         if self.importance == "taylor" and self.weights == "teacher" and batches is not None:
             scores = taylor_scores(teacher, batches, torch.Generator().manual_seed(derived_seed(seed)))
-        student = narrow(teacher, channels, scores)
+        if kind and self.ratio is not None:
+            student = narrow_hidden(teacher, self.ratio, scores)
+        else:
+            student = narrow(teacher, channels, scores)
         return student if self.weights == "teacher" else reinitialized(student, seed)
+
+    def _channels(self, teacher: Denoiser) -> list[int]:
+        """At each resolution of a UNet."""
+        if self.channels is not None:
+            return self.channels
+        assert self.ratio is not None
+        return [_share(width, self.ratio) for width in unet_of(teacher).config.block_out_channels]
 
 
 def _share(width: int, ratio: float) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
+from diffkd.models.students.transformers import renewed, stock_name
 from diffkd.models.unet import UNet, UNet2D, reinitialized_like
 
 
@@ -49,13 +50,19 @@ def copy_of(denoiser: Denoiser) -> Denoiser:
 
 def reinitialized(student: Denoiser, seed: int) -> Denoiser:
     """The same architecture with new random weights."""
+    network = student.network
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
-        return with_network(student, reinitialized_like(unet_of(student)))
+        made = renewed(network) if stock_name(network) else reinitialized_like(unet_of(student))
+        return with_network(student, made)
 
 
 def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
     """A freshly initialised network of another architecture, with the teacher's schedule and prediction."""
+    if kind := stock_name(teacher.network):
+        raise UserError(
+            f"student.kind from_config makes a UNet2DModel, and this teacher is a {kind}; use drop_blocks"
+        )
     network = unet_of(teacher)
     if not isinstance(network, UNet2DModel):
         raise UserError(
@@ -70,7 +77,7 @@ def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
 
 
 def unet_of(teacher: Denoiser) -> UNet:
-    """The teacher's network. Raises UserError for one that smaller students cannot be made of."""
+    """The teacher's UNet. Raises UserError for a network that smaller students cannot be made of."""
     if not isinstance(teacher.network, UNet):
         raise UserError(
             f"smaller students of a {type(teacher.network).__name__} are not supported; use kind: copy"
