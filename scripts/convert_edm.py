@@ -50,8 +50,6 @@ SCALED = 0.5  # deviation of the latents of EDM2
 Network = SongUNet | EDM2UNet | UNet2DModel
 
 
-
-
 def network_of(preconditioned: Record, path: Path) -> tuple[Network, EDMEulerScheduler]:
     """The network with the weights of EDM's, and the scheduler that says its preconditioning."""
     parts = preconditioned.state.get("_modules") or {}

@@ -162,7 +162,9 @@ class EDM2UNet(ModelMixin, ConfigMixin):
             if attends and outer % head_channels:
                 raise UserError(f"attention of {outer} channels does not divide by heads of {head_channels}")
             heads, balances = outer // head_channels if attends else 0, (res_balance, attn_balance)
-            return Block(inner, outer, embedded, dropout, heads=heads, balances=balances, clip=clip, **options)
+            return Block(
+                inner, outer, embedded, dropout, heads=heads, balances=balances, clip=clip, **options
+            )
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         sides = [sample_size >> level for level in range(len(widths))]

@@ -36,7 +36,9 @@ def stability(**state):
     """The encoder of latents as EDM2 pickles it: of its numbers scale and bias alone are used."""
     scale = 0.5 / STD
     given = {"scale": scale.numpy(), "bias": (0 - MEAN * scale).numpy(), "batch_size": 8, "_vae": None}
-    return edm_pickles.encoder("StabilityVAEEncoder", vae_name="stabilityai/sd-vae-ft-mse", **{**given, **state})
+    return edm_pickles.encoder(
+        "StabilityVAEEncoder", vae_name="stabilityai/sd-vae-ft-mse", **{**given, **state}
+    )
 
 
 def pickled(folder, name, given, *, encoder=None, kind="Precond", inner="UNet", seed=0):
@@ -261,7 +263,10 @@ def test_networks_that_are_not_read(changes, says, tmp_path):
     [
         (lambda: edm_pickles.encoder("StandardRGBEncoder", more=Harmful()), "names (os|posix|nt).putenv"),
         (lambda: edm_pickles.encoder("OtherEncoder"), "encoder 'OtherEncoder'; read so far is Standard"),
-        (lambda: edm_pickles.encoder("StandardRGBEncoder"), "works on pixels, and --vae names an autoencoder"),
+        (
+            lambda: edm_pickles.encoder("StandardRGBEncoder"),
+            "works on pixels, and --vae names an autoencoder",
+        ),
         (lambda: stability(scale=None), "does not say how it normalises latents"),
         (lambda: stability(scale=torch.ones(3).numpy()), "latents of 4 channels, and .* normalises 3; give"),
     ],
