@@ -158,8 +158,8 @@ def autoencoder_of(encoder: Record, vae: Path | None, path: Path) -> Autoencoder
 
 
 def convert(path: Path, out: Path, vae: Path | None = None) -> None:
-    """Writes a folder that `diffkd.load` opens: a stock pipeline, or diffkd's own network and a scheduler, and
-    beside them the autoencoder of latents. vae: a folder of it."""
+    """Writes a folder that `diffkd.load` opens: a stock pipeline, or diffkd's own network and a scheduler,
+    and beside them the autoencoder of latents. vae: a folder of it."""
     content = read(path)
     network, scheduler = network_of(content.network, path)
     encoder = PIXELS if content.encoder is None else content.encoder.kind

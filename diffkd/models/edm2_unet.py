@@ -125,8 +125,9 @@ class EDM2UNet(ModelMixin, ConfigMixin):
     """(B, C, H, W), c_noise (B,) and class labels (B,) -> (B, C, H, W), the F of EDM's preconditioning.
 
     attention: resolutions with attention in every block, of heads of `head_channels`. label_balance,
-    concat_balance, res_balance, attn_balance: the share of the label in the embedding, of the way down in what
-    is joined to it, of residual branches and of attention. clip: bound of every block's output, None for none.
+    concat_balance, res_balance, attn_balance: the share of the label in the embedding, of the way down in
+    what is joined to it, of residual branches and of attention. clip: bound of every block's output, None for
+    none.
     """
 
     _supports_gradient_checkpointing = True

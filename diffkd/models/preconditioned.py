@@ -89,8 +89,8 @@ def denoiser(source: Source, network: Any, codec: Codec | None = None) -> Denois
     networks.check_sample_size(network.config, source.name)
     if not is_read(source):
         raise UserError(
-            f"{source.name} is a {type(network).__name__} with {source.scheduler()[0]}; it is preconditioned, "
-            "as EDMEulerScheduler says"
+            f"{source.name} is a {type(network).__name__} with {source.scheduler()[0]}; it is "
+            "preconditioned, as EDMEulerScheduler says"
         )
     sampling = read(source)
     return Denoiser(

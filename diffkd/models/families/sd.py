@@ -82,8 +82,8 @@ def _load_alone(source: Source) -> Denoiser:
     if config["num_class_embeds"] is not None and config["in_channels"] == config["out_channels"]:
         raise UserError(
             f"{source.name} is a UNet2DConditionModel of {config['num_class_embeds']} class labels with "
-            "cross-attention: no stock pipeline gives it labels without prompts, so none would draw a student "
-            "of it; train a UNet2DModel with labels, or on latents a DiT"
+            "cross-attention: no stock pipeline gives it labels without prompts, so none would draw its "
+            "students; train a UNet2DModel with labels, or on latents a DiT"
         )
     raise UserError(
         f"{source.name} is a UNet2DConditionModel alone, without its text encoder and its autoencoder; "
@@ -119,8 +119,8 @@ def _check_config(config: Mapping[str, Any], name: str, *, two: bool) -> None:
     for key in ("num_class_embeds", "class_embed_type"):
         if config[key] is not None:
             raise UserError(
-                f"{name} has {key} {quoted(config[key])}, and its pipeline gives its network no class labels; "
-                "give a teacher without, or for labels alone a UNet2DModel or a DiT"
+                f"{name} has {key} {quoted(config[key])}, and its pipeline gives its network no class "
+                "labels; give a teacher without, or for labels alone a UNet2DModel or a DiT"
             )
     networks.check_supported(config, name, SUPPORTED)
     added = config["addition_embed_type"]
