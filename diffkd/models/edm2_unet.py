@@ -26,7 +26,7 @@ OF_SILU = 0.596  # root mean square of the SiLU of standard normal numbers
 
 
 def normalized(x: Tensor, dim: int) -> Tensor:
-    """x with a root mean square of 1 along a dimension (equation 30); computed in float32 at least."""
+    """x with a root mean square of 1 along a dimension; computed in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype) / math.sqrt(x.shape[dim])
     return x / (norm + EPS).to(x.dtype)
