@@ -215,9 +215,11 @@ class EDM2UNet(ModelMixin, ConfigMixin):
 
     def _embedded(self, time: Tensor, labels: Tensor | None, dtype: torch.dtype) -> Tensor:
         embedding: Tensor = self.emb_noise(self.emb_fourier(time).to(dtype))
-        if (classes := self.config.num_class_embeds) is not None:
-            if labels is None:
-                raise ValueError(f"this network has {classes} classes and needs class_labels")
+        classes = self.config.num_class_embeds
+        if (labels is None) != (classes is None):
+            given_to = "missing for" if labels is None else "given to"
+            raise ValueError(f"class_labels are {given_to} a network of {classes or 'no'} classes")
+        if labels is not None:
             given = F.one_hot(labels.long(), classes).to(dtype) * math.sqrt(classes)
             embedding = mp_sum(embedding, self.emb_label(given), self.config.label_balance)
         return mp_silu(embedding)

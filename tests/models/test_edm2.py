@@ -68,7 +68,9 @@ def models(tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "given", [edm2.MADE, UNLABELLED, {**edm2.MADE, "num_blocks": 2, "attn_resolutions": [8]}], ids=str
+    "given",
+    [edm2.MADE, UNLABELLED, {**edm2.MADE, "num_blocks": 2, "attn_resolutions": [8]}],
+    ids=["labels", "no labels", "two blocks"],
 )
 def test_it_computes_what_was_published(given):
     """Operation by operation, in float64, of weights that were not normalised."""
