@@ -36,8 +36,8 @@ def _is_conditional(source: Source) -> bool:
     entry = source.index.get("unet")
     if isinstance(entry, list) and entry[-1:] == [CONDITIONAL]:
         raise UserError(
-            f"{source.name} has a {CONDITIONAL}, which a {source.index.get('_class_name')} cannot call: it "
-            "gives no encoder_hidden_states; give the network's own folder, or train a UNet2DModel"
+            f"{source.name} has a {CONDITIONAL}, which its {source.index.get('_class_name')} cannot call, as "
+            "it gives no encoder_hidden_states; supported is UNet2DModel, or of pixels the network's own folder"
         )
     return False
 
