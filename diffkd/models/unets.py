@@ -37,7 +37,7 @@ def _is_conditional(source: Source) -> bool:
     if isinstance(entry, list) and entry[-1:] == [CONDITIONAL]:
         raise UserError(
             f"{source.name} has a {CONDITIONAL}, which its {source.index.get('_class_name')} cannot call, as "
-            "it gives no encoder_hidden_states; supported is UNet2DModel, or of pixels the network's own folder"
+            "it gives no encoder_hidden_states; supported is UNet2DModel, or of pixels its own folder alone"
         )
     return False
 
