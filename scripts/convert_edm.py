@@ -1,31 +1,32 @@
-"""Converts a network of NVlabs' EDM from its pickle to safetensors that diffkd opens as a teacher.
+"""Converts a network of NVlabs' EDM or EDM2 from its pickle to safetensors that diffkd opens as a teacher.
 
 python scripts/convert_edm.py edm-imagenet-64x64-cond-adm.pkl models/edm-imagenet64
+python scripts/convert_edm.py edm2-img64-s-1073741-0.045.pkl models/edm2-img64-s
+python scripts/convert_edm.py edm2-img512-s-2147483-0.070.pkl models/edm2-img512-s --vae sd-vae-ft-mse
 
 No code of the pickle is run: of what it names, tensors are rebuilt, and all else becomes a record of its
 state. Read so far, inside EDMPrecond: DhariwalUNet, which is ADM (ImageNet), as a stock pipeline; SongUNet,
 which is DDPM++ or NCSN++ (the VP and VE networks of CIFAR-10, FFHQ and AFHQv2), as a network that diffkd
-alone opens.
+alone opens. So are the networks of EDM2 (ImageNet), a UNet inside Precond: those of pixels, and with --vae, a
+folder of the autoencoder whose latents they were trained on, those of latents.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
+from diffusers import AutoencoderKL, ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
+from edm_reader import Array, Record, read, tensors_of
 from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import adm
+from diffkd.models import adm, edm2, networks
+from diffkd.models.edm2_unet import EDM2UNet
 from diffkd.models.song_unet import SongUNet
 
 # arguments of EDMPrecond, and of every network in it
@@ -44,131 +45,29 @@ KINDS: dict[str, dict[str, Any]] = {  # of SongUNet, by embedding_type: what els
         "resample_filter": [1, 3, 3, 1],
     },  # NCSN++
 }
+PIXELS, LATENTS = "StandardRGBEncoder", "StabilityVAEEncoder"  # of EDM2; EDM is of pixels
+SCALED = 0.5  # deviation of the latents of EDM2
+Network = SongUNet | EDM2UNet | UNet2DModel
 
 
-class Record:
-    """An object of a class that is not imported: the name of that class, and what its state was."""
-
-    kind = "?"
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.state: dict[str, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = dict(state) if isinstance(state, Mapping) else {}
-
-
-def _persistent(meta: Mapping[str, Any]) -> Record:
-    """In place of torch_utils.persistence's function, which would run the code that meta holds."""
-    made = Record()
-    made.kind = str(meta["class_name"])
-    made.__setstate__(meta["state"])
-    return made
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """A view of a storage, copied, so that what it shares with others is not kept."""
-    empty = torch.empty(0, dtype=storage.dtype)
-    return empty.set_(storage._untyped_storage, offset, size, stride).clone()
-
-
-def _storage(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-class _Dtype:
-    def __init__(self, name: str, *_: Any) -> None:
-        self.dtype = np.dtype(name)
-        if self.dtype.kind not in "biuf":
-            raise UserError(f"the pickle holds a number of type {name!r}; only plain numbers are read")
-
-    def __setstate__(self, state: Any) -> None:
-        """Byte order, which is this machine's for the networks published."""
-
-
-def _scalar(dtype: _Dtype, content: bytes) -> Any:
-    return np.frombuffer(content, dtype.dtype)[0].item()
-
-
-def _made(kind: type, *_: Any) -> Any:
-    return kind.__new__(kind)
-
-
-ALLOWED: dict[str, Callable[..., Any]] = {
-    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch.storage._load_from_bytes": _storage,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "copyreg._reconstructor": _made,
-    "builtins.object": object,
-    "numpy.dtype": _Dtype,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
-}
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in ALLOWED:
-            return ALLOWED[full]
-        if full == "dnnlib.util.EasyDict":
-            return dict
-        if full.startswith("torch.nn.modules.") and name[:1].isupper():
-            return type(name, (Record,), {"kind": name})
-        raise UserError(f"the pickle names {full}, which no network of EDM needs; it is not read")
-
-
-def read(path: Path) -> Record:
-    """The averaged network of a pickle. Raises UserError for any other."""
-    try:
-        with path.open("rb") as file:
-            content = _Reader(file).load()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # of torn or foreign files, many types
-        raise UserError(f"{path} cannot be read as a pickle of EDM ({error}); is it complete?") from error
-    found = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(found, Record):
-        raise UserError(f"{path} holds no network named ema; give one of EDM's network pickles")
-    return found
-
-
-def tensors_of(record: Record) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in a state dict."""
-    found = {}
-    for key in ("_parameters", "_buffers"):
-        own = record.state.get(key) or {}
-        found |= {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    for name, inner in (record.state.get("_modules") or {}).items():
-        if isinstance(inner, Record):
-            found |= {f"{name}.{key}": value for key, value in tensors_of(inner).items()}
-    return found
-
-
-def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet | UNet2DModel, EDMEulerScheduler]:
+def network_of(preconditioned: Record, path: Path) -> tuple[Network, EDMEulerScheduler]:
     """The network with the weights of EDM's, and the scheduler that says its preconditioning."""
-    inner = (preconditioned.state.get("_modules") or {}).get("model")
+    parts = preconditioned.state.get("_modules") or {}
+    inner = parts.get("unet" if preconditioned.kind == "Precond" else "model")
     kinds = preconditioned.kind, inner.kind if isinstance(inner, Record) else "nothing"
-    if kinds not in (("EDMPrecond", "SongUNet"), ("EDMPrecond", "DhariwalUNet")):
+    if kinds not in (("EDMPrecond", "SongUNet"), ("EDMPrecond", "DhariwalUNet"), ("Precond", "UNet")):
         raise UserError(
-            f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or DhariwalUNet"
+            f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or "
+            "DhariwalUNet, or EDM2's Precond of UNet"
         )
     assert isinstance(inner, Record)
-    make = _song if inner.kind == "SongUNet" else adm.network_of
-    given = _arguments(preconditioned, inner, path)
-    weights = tensors_of(inner)
-    filters = [weights.pop(key) for key in [*weights] if key.endswith("resample_filter")]
-    taps = torch.tensor(given.get("resample_filter", [1, 1]), dtype=torch.float32)
-    said = torch.outer(taps, taps) / taps.sum().square()
-    if not all(torch.equal(one.float().squeeze(), said) for one in filters):
-        raise UserError(f"{path} has filters that its resample_filter {taps.int().tolist()} does not say")
+    given, weights = _given(preconditioned, inner, path), tensors_of(inner)
+    if inner.kind == "UNet":
+        make = edm2.network_of
+    else:
+        make = _song if inner.kind == "SongUNet" else adm.network_of
+        given = _checked(given, inner.kind, path)
+        _take_filters(weights, given, path)
     try:
         network = make(given, {key: value.float() for key, value in weights.items()})
     except UserError as error:
@@ -181,17 +80,34 @@ def network_of(preconditioned: Record, path: Path) -> tuple[SongUNet | UNet2DMod
     return network.eval(), EDMEulerScheduler(sigma_data=sigma_data)
 
 
-def _arguments(outer: Record, inner: Record, path: Path) -> dict[str, Any]:
-    """What the network was made with. Raises UserError for arguments that say something not known here."""
+def _take_filters(weights: dict[str, Tensor], given: Mapping[str, Any], path: Path) -> None:
+    """Takes the filters out. Raises UserError for others than the arguments say."""
+    filters = [weights.pop(key) for key in [*weights] if key.endswith("resample_filter")]
+    taps = torch.tensor(given.get("resample_filter", [1, 1]), dtype=torch.float32)
+    said = torch.outer(taps, taps) / taps.sum().square()
+    if not all(torch.equal(one.float().squeeze(), said) for one in filters):
+        raise UserError(f"{path} has filters that its resample_filter {taps.int().tolist()} does not say")
+
+
+def _given(outer: Record, inner: Record, path: Path) -> dict[str, Any]:
+    """What the network was made with."""
     if outer.state.get("_init_args") or inner.state.get("_init_args"):
         raise UserError(f"{path} was made with arguments without names; those of EDM's own have them")
-    given = {**outer.state.get("_init_kwargs", {}), **inner.state.get("_init_kwargs", {})}
+    return {**outer.state.get("_init_kwargs", {}), **inner.state.get("_init_kwargs", {})}
+
+
+def _checked(given: Mapping[str, Any], kind: str, path: Path) -> dict[str, Any]:
+    """The arguments of EDM's networks. Raises UserError for those that say something not known here."""
     fixed = dict(ADM)
-    if inner.kind == "SongUNet":
-        if (kind := given.setdefault("embedding_type", "positional")) not in KINDS:
-            raise UserError(f"{path} has embedding_type {quoted(kind)}; read so far is {' or '.join(KINDS)}")
-        fixed = {"embedding_type": kind, **SONG, **KINDS[kind]}
-        given = {**KINDS["positional"], **given}  # which EDM has where nothing is said
+    if kind == "SongUNet":
+        embedding = given.get("embedding_type", "positional")
+        if embedding not in KINDS:
+            raise UserError(
+                f"{path} has embedding_type {quoted(embedding)}; read so far is {' or '.join(KINDS)}"
+            )
+        fixed = {"embedding_type": embedding, **SONG, **KINDS[embedding]}
+        # which EDM has where nothing is said
+        given = {"embedding_type": embedding, **KINDS["positional"], **given}
     if unknown := sorted(map(str, given.keys() - COMMON - fixed.keys())):
         raise UserError(f"{path} has an argument {quoted(unknown[0])}, which is of no network read so far")
     for key, value in fixed.items():
@@ -220,9 +136,40 @@ def _song(given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SongUNet:
     return network
 
 
-def convert(path: Path, out: Path) -> None:
-    """Writes a folder that `diffkd.load` opens: a stock pipeline, or diffkd's own network and a scheduler."""
-    network, scheduler = network_of(read(path), path)
+def autoencoder_of(encoder: Record, vae: Path | None, path: Path) -> AutoencoderKL:
+    """The autoencoder in a folder, with the means and deviations that EDM2 normalises its latents by."""
+    name, scale, bias = (encoder.state.get(key) for key in ("vae_name", "scale", "bias"))
+    if vae is None:
+        raise UserError(f"{path} works in the latents of {quoted(name)}; name a folder of it as --vae")
+    if not (isinstance(scale, Array) and isinstance(bias, Array)):
+        raise UserError(f"{path} does not say how it normalises latents; give one of EDM2's network pickles")
+    scale, bias = (torch.from_numpy(one.values).double() for one in (scale, bias))
+    made: AutoencoderKL = networks.read_from(vae, str(vae), AutoencoderKL)
+    if made.config.latent_channels != len(scale):
+        raise UserError(
+            f"{vae} has latents of {made.config.latent_channels} channels, and {path} normalises "
+            f"{len(scale)}; give {quoted(name)}"
+        )
+    # which has (latents - mean) scaling_factor / std for scale latents + bias
+    made.register_to_config(
+        latents_mean=(-bias / scale).tolist(), latents_std=(SCALED / scale).tolist(), scaling_factor=SCALED
+    )
+    return made
+
+
+def convert(path: Path, out: Path, vae: Path | None = None) -> None:
+    """Writes a folder that `diffkd.load` opens: a stock pipeline, or diffkd's own network and a scheduler,
+    and beside them the autoencoder of latents. vae: a folder of it."""
+    content = read(path)
+    network, scheduler = network_of(content.network, path)
+    encoder = PIXELS if content.encoder is None else content.encoder.kind
+    if encoder not in (PIXELS, LATENTS):
+        raise UserError(f"{path} has an encoder {quoted(encoder)}; read so far is {PIXELS} or {LATENTS}")
+    if encoder == LATENTS:
+        assert content.encoder is not None
+        autoencoder_of(content.encoder, vae, path).save_pretrained(out / "vae", safe_serialization=True)
+    elif vae is not None:
+        raise UserError(f"{path} works on pixels, and --vae names an autoencoder; leave it out")
     if isinstance(network, UNet2DModel):
         pipeline = ConsistencyModelPipeline(unet=network, scheduler=scheduler)
         pipeline.save_pretrained(out, safe_serialization=True)
@@ -235,9 +182,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pickle", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--vae", type=Path, help="a folder of the autoencoder of EDM2's latents")
     arguments = parser.parse_args()
     try:
-        convert(arguments.pickle, arguments.out)
+        convert(arguments.pickle, arguments.out, arguments.vae)
     except UserError as error:
         raise SystemExit(f"{error}") from error
     print(f"a teacher in {arguments.out}")

@@ -1,4 +1,4 @@
-"""Pickles as NVlabs' EDM writes its networks: what they name would run code, were it called."""
+"""Pickles as NVlabs' EDM and EDM2 write their networks: what they name would run code, were it called."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import convert_edm  # noqa: E402
+import edm_reader  # noqa: E402
+
+__all__ = ["convert_edm", "edm_reader", "encoder", "stand_in", "write"]
 
 
 class Persistent(torch.nn.Module):
@@ -59,11 +65,31 @@ def stand_in(monkeypatch: Any) -> None:
 
 
 def write(
-    path: Path, network: torch.nn.Module, kind: str, inner: str, given: Mapping[str, Any], *positional: Any
+    path: Path,
+    network: torch.nn.Module,
+    kind: str,
+    inner: str,
+    given: Mapping[str, Any],
+    *positional: Any,
+    part: str = "model",
+    beside: Mapping[str, torch.nn.Module] | None = None,
+    encoder: Any = None,
 ) -> Path:
-    """The pickle of a network `inner` within the preconditioning `kind`, made with these arguments."""
+    """The pickle of a network `inner`, called `part`, within the preconditioning `kind`, made with these
+    arguments. beside: other parts of that. encoder: EDM2's, of its images."""
     model = persistent(inner, network, _init_args=positional, _init_kwargs=given)
     whole = persistent(kind, torch.nn.Module(), _init_args=(), _init_kwargs=given, sigma_data=0.6)
-    whole._modules = {"model": model}
-    path.write_bytes(pickle.dumps({"ema": whole, "dataset_kwargs": {"resolution": given["img_resolution"]}}))
+    whole._modules = {part: model} | {key: persistent("Part", one) for key, one in (beside or {}).items()}
+    content = {"ema": whole, "dataset_kwargs": {"resolution": given["img_resolution"]}}
+    if encoder is not None:
+        content["encoder"] = encoder
+    path.write_bytes(pickle.dumps(content))
     return path
+
+
+def encoder(kind: str, **state: Any) -> Persistent:
+    """What EDM2 pickles beside a network."""
+    made = Persistent()
+    made.__dict__.update(state)
+    made.kind = kind
+    return made

@@ -179,6 +179,8 @@ class Denoiser(nn.Module):
             given, null = self.output(x_t2, t2, **cond2).to(x_t.dtype).chunk(2)
         else:
             given = self.output(x_t, t, **cond).to(x_t.dtype)
+            if worse.num_classes is None:
+                cond = {key: value for key, value in cond.items() if key != "class_labels"}
             null = paths.output_of_another(
                 lambda x, s: worse.output(x, s, **cond), worse.schedule, self.schedule,
                 (worse.prediction, self.prediction), x_t, t, self._time_of(worse, t),

@@ -27,7 +27,7 @@ def set_kind(
     interval, rescale: see `core.guidance.Kind`. worse: a smaller or less trained model of the same images and
     conditions, which guidance leads away from: `worse + w (given - worse)`, both with the condition
     (autoguidance, Karras et al. 2024). Its schedule and prediction type may be others; its own null is not
-    used.
+    used. One that takes no labels is given none: a network of its own for classifier-free guidance.
 
     Raises UserError for values out of range, for a worse model of something else, and for a model that is no
     teacher to guide: one with guidance baked in, or with the weight as an input.
@@ -64,6 +64,7 @@ def _check_worse(denoiser: Denoiser, worse: Denoiser) -> None:
             f"{worse.name} is to be guided against itself, which does nothing; give a worse model"
         )
     needed = "autoguidance needs a worse model of the same images and conditions"
+    labels = _classes(denoiser)
     if worse.steps is not None or worse.guidance_baked_in != 1 or worse.guidance_range is not None:
         why = "has guidance baked in" if worse.guidance_baked_in != 1 else "takes its weight as an input"
         if worse.steps is not None:
@@ -71,7 +72,7 @@ def _check_worse(denoiser: Denoiser, worse: Denoiser) -> None:
         raise UserError(f"{worse.name} {why}; for a worse model take a smaller teacher, or one trained less")
     for what, theirs, ours in (
         ("makes", _shape(worse), _shape(denoiser)),
-        ("takes", _classes(worse), _classes(denoiser)),
+        ("takes", labels if worse.num_classes is None else _classes(worse), labels),
         ("is given", _example(worse), _example(denoiser)),
     ):
         if theirs != ours:

@@ -37,7 +37,8 @@ class Autoencoder:
     patch: latents a side of the network's tokens. largest: latents a side that it has positions for. shifted:
     whether the pipeline takes the shift factor off before it scales, and has no use for means. normalised:
     whether it goes by means and standard deviations where the config has them. kinds: classes that the
-    pipeline works with. component: what it calls its autoencoder.
+    pipeline works with. component: what it calls its autoencoder. unit: whether it is given and makes images
+    in [0, 1], as EDM2's is, and not in [-1, 1].
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Autoencoder:
         normalised: bool = True,
         kinds: tuple[str, ...] = SUPPORTED,
         component: str = "vae",
+        unit: bool = False,
     ) -> None:
-        self.source, self.only, self.patch, self.largest = source, only, patch, largest
+        self.source, self.only, self.patch, self.largest, self.unit = source, only, patch, largest, unit
         entry = source.index.get(component)
         kind = entry[-1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind not in kinds:
@@ -90,6 +92,7 @@ class Autoencoder:
         self.statistics = self._statistics(config) if normalised and not shifted else None
         passed_over = not normalised and config.get("latents_std") is not None
         self.read_as = "shifted" if shifted else "scaled" if passed_over else ""
+        self.read_as += " of [0, 1]" if unit else ""
 
     def _shift(self, config: dict[str, Any]) -> float:
         shift = config.get("shift_factor")
@@ -170,7 +173,9 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
-        parts = [self._encode(some) for some in images.to(self.device, torch.float32).split(at_once(images))]
+        images = images.to(self.device, torch.float32)
+        images = (images + 1) / 2 if self.unit else images
+        parts = [self._encode(some) for some in images.split(at_once(images))]
         mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
         if self.statistics is None:
             return (mean - self.shift) * self.scaling, std * self.scaling
@@ -205,4 +210,5 @@ class Autoencoder:
         images: Tensor = self.network.decode(
             latents[:, :, None] if self.of_frames else latents, return_dict=False
         )[0]
-        return images[:, :, 0] if self.of_frames else images
+        images = images[:, :, 0] if self.of_frames else images
+        return 2 * images - 1 if self.unit else images

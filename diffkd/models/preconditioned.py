@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from diffkd.core.conditioning import Codec
 from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.scheduler_config import PRECONDITIONED
 from diffkd.core.schedules import ConsistencySchedule, EDMSchedule, Preconditioned, from_diffusers
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import schedulers
+from diffkd.models import networks, schedulers
 from diffkd.models.schedulers import Sampling
 from diffkd.models.source import CARD, Source
 
@@ -79,6 +81,38 @@ def _sampler(source: Source, scheduler: Any, own: StockSampler) -> StockSampler:
             f"draws by {own}; repair one of them"
         )
     return own
+
+
+def denoiser(source: Source, network: Any, codec: Codec | None = None) -> Denoiser:
+    """Of a network that is of no stock class, beside its scheduler in one folder. Raises UserError where that
+    says no preconditioning."""
+    networks.check_sample_size(network.config, source.name)
+    if not is_read(source):
+        raise UserError(
+            f"{source.name} is a {type(network).__name__} with {source.scheduler()[0]}; it is "
+            "preconditioned, as EDMEulerScheduler says"
+        )
+    sampling = read(source)
+    return Denoiser(
+        network,
+        sampling.schedule,
+        sampling.prediction,
+        num_classes=network.config.num_class_embeds,
+        clip=sampling.clip,
+        steps=source.card.get("steps"),
+        sampler=sampling.sampler,
+        call=sampling.call,
+        codec=codec,
+    )
+
+
+def save(denoiser: Denoiser, folder: Path) -> None:
+    """The inverse: the network and its scheduler, side by side."""
+    network: Any = denoiser.network
+    networks.check_saved(network)
+    scheduler = write(denoiser)
+    network.save_pretrained(folder, safe_serialization=True)
+    scheduler.save_pretrained(folder)
 
 
 def is_written(denoiser: Denoiser) -> bool:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffkd.models.frequencies import Float32Buffers
 
 HALVED = math.sqrt(0.5)  # of a sum of two states of equal variance
 EPS = 1e-6  # of every normalisation
@@ -62,22 +64,14 @@ class Resampled(nn.Conv2d):
         return torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
 
 
-class Frequencies(nn.Module):
-    """Random frequencies, as they were drawn: in half precision their angles would be off by a radian, so
-    they stay in float32 whatever the rest of the network is in."""
+class Frequencies(Float32Buffers):
+    """Random frequencies, as they were drawn."""
 
     freqs: Tensor
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(count))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Frequencies:
-        kept = self.freqs
-        super()._apply(fn, recurse)
-        if self.freqs.dtype != kept.dtype:
-            self.freqs = kept.to(self.freqs.device)
-        return self
 
 
 class Block(nn.Module):

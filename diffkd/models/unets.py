@@ -11,17 +11,35 @@ from diffusers import UNet2DModel
 
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import networks
+from diffkd.models import networks, plain_unets
 from diffkd.models.source import CARD, Source
 from diffkd.models.unet import to_fast
+
+CONDITIONAL = "UNet2DConditionModel"
 
 
 def read(source: Source) -> UNet2DModel:
     """The network of a pipeline, or the one alone, in float32. Raises UserError as `networks.read`, and for
     one that `Denoiser` does not describe."""
-    network = networks.read(source, "unet", UNet2DModel, _check_memory)
+    if _is_conditional(source):
+        network = plain_unets.read(source, _check_memory)
+    else:
+        network = networks.read(source, "unet", UNet2DModel, _check_memory)
     _check_config(network.config, source.name)
     return to_fast(_without_variance(network))
+
+
+def _is_conditional(source: Source) -> bool:
+    """Whether the network alone is a UNet2DConditionModel. Raises UserError for a pipeline of one."""
+    if source.network is not None:
+        return networks.config_of(source.network, UNet2DModel).get("_class_name") == CONDITIONAL
+    entry = source.index.get("unet")
+    if isinstance(entry, list) and entry[-1:] == [CONDITIONAL]:
+        raise UserError(
+            f"{source.name} has a {CONDITIONAL}, which its {source.index.get('_class_name')} cannot call, as "
+            "it gives no encoder_hidden_states; supported is UNet2DModel, or of pixels its own folder alone"
+        )
+    return False
 
 
 def _check_config(config: Any, name: str) -> None:

@@ -156,6 +156,26 @@ def test_its_null_is_not_needed():
     assert teacher(x, 0.5, guidance=2.0, class_labels=labels).isfinite().all()
 
 
+class Unlabelled(Classes):
+    """What the data of no class has, and no label is given."""
+
+    def forward(self, x_t, time):
+        return super().forward(x_t, time, torch.full((len(x_t),), NULL))
+
+
+def test_a_worse_model_without_labels_is_a_null_label():
+    """Classifier-free guidance by a network of its own, as EDM2 has it."""
+    teacher = model()
+    unlabelled = Unlabelled(COSINE, "v_prediction")
+    set_kind(teacher, worse=Denoiser(unlabelled, COSINE, "v_prediction", shape=(1, 2, 2)))
+    x, labels = states()
+    for t in (torch.linspace(0.1, 1, 5, dtype=torch.float64), 0.5):
+        found = teacher(x, t, guidance=2.5, class_labels=labels)
+        assert torch.allclose(found, by_hand(COSINE, x, t, labels, 2.5), atol=1e-6)
+    with pytest.raises(UserError, match="takes labels of 3 classes, and small takes no class labels"):
+        set_kind(changed(num_classes=None), worse=model())
+
+
 def test_a_worse_model_within_an_interval_rescaled():
     """Outside it is not even asked; inside the deviation of an image is that of the given prediction."""
     teacher, worse = model(), model(means=0.5 * MEANS, std=0.8)
@@ -287,7 +307,7 @@ def changed(**values):
             {"shape": (1, 4, 4)},
             "small makes 1x4x4, and the model makes 1x2x2; autoguidance needs a worse model",
         ),
-        ({"num_classes": None}, "small takes no class labels, and the model takes labels of 3 classes"),
+        ({"num_classes": 4}, "small takes labels of 4 classes, and the model takes labels of 3 classes"),
         (
             {"example": {"encoder_hidden_states": torch.zeros(1, 7, 16)}},
             "encoder_hidden_states of 7x16, and the",

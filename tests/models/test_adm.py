@@ -16,8 +16,8 @@ import diffkd
 from diffkd.core.samplers import sample
 from diffkd.errors import UserError
 from diffkd.models import adm, loading
-from scripts import convert_edm
 from tests import edm, edm_pickles
+from tests.edm_pickles import convert_edm, edm_reader
 
 SIDE, WIDTH = edm.SIDE, 128  # the fewest channels of which stock has the same groups
 SMALL = {"img_resolution": SIDE, "img_channels": 3, "model_type": "DhariwalUNet", "use_fp16": True,
@@ -247,7 +247,7 @@ def weights():
     ids=str,
 )
 def test_what_no_stock_network_stands_for(weights, changes, says, tmp_path):
-    record, inner = convert_edm.Record(), convert_edm.Record()
+    record, inner = edm_reader.Record(), edm_reader.Record()
     record.kind, inner.kind = "EDMPrecond", "DhariwalUNet"
     record.state = {"_init_kwargs": {**LABELLED, **changes}, "_modules": {"model": inner}}
     inner.state = {"_parameters": weights}
@@ -259,4 +259,4 @@ def test_what_no_stock_network_stands_for(weights, changes, says, tmp_path):
 def test_arguments_without_names_are_refused(pickled):
     _, path = pickled(SMALL, 3)
     with pytest.raises(UserError, match="arguments without names"):
-        convert_edm.network_of(convert_edm.read(path), path)
+        convert_edm.network_of(edm_reader.read(path).network, path)

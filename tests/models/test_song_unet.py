@@ -16,8 +16,8 @@ import diffkd
 from diffkd.core.samplers import sample
 from diffkd.errors import UserError
 from diffkd.models.song_unet import SongUNet
-from scripts import convert_edm
 from tests import edm, edm_pickles
+from tests.edm_pickles import convert_edm, edm_reader
 
 WIDTH, SIDE = 8, 8
 MADE = {"img_resolution": SIDE, "img_channels": 3, "label_dim": 3, "model_type": "SongUNet",
@@ -180,7 +180,7 @@ class Harmful:
 def test_other_pickles_are_refused(tmp_path, content, says):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=says):
-        convert_edm.read(tmp_path / "x.pkl")
+        edm_reader.read(tmp_path / "x.pkl")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +203,14 @@ def test_other_pickles_are_refused(tmp_path, content, says):
 def test_networks_that_are_not_read(pickled, changes, says):
     _, path = pickled(**changes)
     with pytest.raises(UserError, match=says):
-        convert_edm.network_of(convert_edm.read(path), path)
+        convert_edm.network_of(edm_reader.read(path).network, path)
 
 
 def test_a_torn_pickle(pickled, tmp_path):
     _, path = pickled()
     (tmp_path / "torn.pkl").write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="cannot be read as a pickle of EDM"):
-        convert_edm.read(tmp_path / "torn.pkl")
+        edm_reader.read(tmp_path / "torn.pkl")
 
 
 def test_a_teacher_that_is_a_pickle_says_how_to_convert_it(pickled):
@@ -221,9 +221,9 @@ def test_a_teacher_that_is_a_pickle_says_how_to_convert_it(pickled):
 
 def test_tensors_of_another_kind_are_not_read():
     with pytest.raises(UserError, match="number of type 'O'"):
-        convert_edm._Dtype("O")
-    assert convert_edm._scalar(convert_edm._Dtype("f8"), b"\0" * 8) == 0.0
+        edm_reader._Dtype("O")
+    assert edm_reader._scalar(edm_reader._Dtype("f8"), b"\0" * 8) == 0.0
     with pytest.raises(pickle.UnpicklingError):
         buffer = io.BytesIO()
         torch.save({"x": Harmful()}, buffer)
-        convert_edm._storage(buffer.getvalue())
+        edm_reader._storage(buffer.getvalue())

@@ -16,9 +16,10 @@ from diffkd.core.schedules import to_diffusers
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import quoted
-from diffkd.models import components, guidance_input, networks, schedulers
+from diffkd.models import components, guidance_input, networks, plain_unets, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
+from diffkd.models.families import unet2d
 from diffkd.models.pipeline_files import INDEX, STEM
 from diffkd.models.source import Source
 from diffkd.models.unet import to_fast, to_stock
@@ -35,8 +36,6 @@ COPIED = {  # components that students have of their teacher, and the stem of th
 }  # fmt: skip
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
     "addition_embed_type": (None, "text_time"),
 }
@@ -46,10 +45,7 @@ def load(source: Source) -> Denoiser:
     """A pipeline as a Denoiser in float32 (see `Family.load`). Its text encoders and autoencoder are checked,
     and read when they are first used."""
     if source.network is not None:
-        raise UserError(
-            f"{source.name} is a UNet2DConditionModel alone, without its text encoder and its autoencoder; "
-            "give the folder of their pipeline"
-        )
+        return _load_alone(source)
     two = source.index["_class_name"] == XL
     components.check(source, "unet", COPIED)
     _check_config(networks.config_of(source.place_of("unet"), UNet2DConditionModel), source.name, two=two)
@@ -78,6 +74,23 @@ def load(source: Source) -> Denoiser:
     )
 
 
+def _load_alone(source: Source) -> Denoiser:
+    """A network that attends to nothing, which is one of pixels. Raises UserError for others."""
+    config = networks.config_of(source.place_of("unet"), UNet2DConditionModel)
+    if not plain_unets.attends(config):
+        return unet2d.load(source)
+    if config["num_class_embeds"] is not None and config["in_channels"] == config["out_channels"]:
+        raise UserError(
+            f"{source.name} is a UNet2DConditionModel of {config['num_class_embeds']} class labels with "
+            "cross-attention: no stock pipeline gives it labels without prompts, so none would draw its "
+            "students; train a UNet2DModel with labels, or on latents a DiT"
+        )
+    raise UserError(
+        f"{source.name} is a UNet2DConditionModel alone, without its text encoder and its autoencoder; "
+        "give the folder of their pipeline"
+    )
+
+
 def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Any:
     """cond: encoder_hidden_states (B, 77, D); for SDXL text_embeds (B, P) and time_ids (B, 6); for a network
     that takes it guidance_scale (B,)."""
@@ -103,6 +116,12 @@ def _check_config(config: Mapping[str, Any], name: str, *, two: bool) -> None:
             f"{name} has in_channels {quoted(channels[0])} and out_channels {quoted(channels[1])}, the "
             f"network of {kind} pipeline; supported are those that take noised latents alone"
         )
+    for key in ("num_class_embeds", "class_embed_type"):
+        if config[key] is not None:
+            raise UserError(
+                f"{name} has {key} {quoted(config[key])}, and its pipeline gives its network no class "
+                "labels; give a teacher without, or for labels alone a UNet2DModel or a DiT"
+            )
     networks.check_supported(config, name, SUPPORTED)
     added = config["addition_embed_type"]
     if (added == "text_time") != two:
