@@ -67,8 +67,8 @@ StopAfter = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="inception, digits, shapes, dinov2, clip, or your own: module, module.Class or file; default as "
-        "the reference."
+        help="inception, digits, shapes, dinov2, clip, a .safetensors of diffkd features train, or your own: "
+        "module, module.Class or file; default as the reference."
     ),
 ]
 Weights = Annotated[
@@ -82,6 +82,13 @@ Cache = Annotated[
     bool,
     typer.Option(
         " /--no-cache", help="Neither use nor keep features of the reference in the user's cache folder."
+    ),
+]
+CacheFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Keep the features of all images, of both sets, in this folder, and take them from it.",
     ),
 ]
 FeatureResize = Annotated[
@@ -105,6 +112,15 @@ def among(*words: str) -> Callable[[str], list[str]]:
         return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
 
     return complete
+
+
+def cache_of(cache: bool, folder: str | None) -> bool | str:
+    """What --cache and --no-cache say together. Raises UserError for both."""
+    from diffkd.errors import UserError
+
+    if folder is not None and not cache:
+        raise UserError(f"--cache {folder} and --no-cache are at odds; leave out one of the two")
+    return cache if folder is None else folder
 
 
 def duration(text: str) -> float:

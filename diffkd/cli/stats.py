@@ -9,6 +9,7 @@ import typer
 
 from diffkd.cli.options import (
     Cache,
+    CacheFolder,
     Device,
     Dtype,
     FeatureResize,
@@ -16,6 +17,7 @@ from diffkd.cli.options import (
     ImageSize,
     Split,
     Weights,
+    cache_of,
     prepare_libraries,
 )
 
@@ -36,6 +38,7 @@ def stats(
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     cache: Cache = True,
+    cache_folder: CacheFolder = None,
 ) -> None:
     """Compute reference statistics of images once, in the format that other FID tools read."""
     from rich.console import Console
@@ -46,5 +49,5 @@ def stats(
     job.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
         dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
-        overwrite=overwrite, cache=cache,
+        overwrite=overwrite, cache=cache_of(cache, cache_folder),
     )  # fmt: skip

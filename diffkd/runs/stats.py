@@ -10,7 +10,7 @@ from rich.console import Console
 from diffkd.errors import Unfinished, UserError, printable
 from diffkd.io import progress
 from diffkd.io.environment import commit, versions
-from diffkd.io.places import check_writable, free_bytes
+from diffkd.io.places import check_writable, expanded, free_bytes
 from diffkd.io.processes import Processes
 from diffkd.io.text import format_bytes
 from diffkd.metrics import features
@@ -33,12 +33,14 @@ def stats(
     batch_size: int = 64,
     device: str | None = None,
     overwrite: bool = False,
-    cache: bool = True,
+    cache: bool | str = True,
 ) -> Path:
     """Writes the statistics of a set of images, with their protocol, to an .npz. Raises UserError."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out} is not a name for statistics; end it in .npz")
     check_writable(out, "--out")
+    if isinstance(cache, str):
+        check_writable(expanded(cache), "--cache", folder=True)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already; use another --out, or --overwrite")
     if is_model(text) and Path(text).is_dir():

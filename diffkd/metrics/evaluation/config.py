@@ -27,7 +27,9 @@ class _Common(Strict):
     """How models are measured."""
 
     protocol: presets.PresetName | None = Field(
-        None, description="coco30k: FID (and CLIP score) of 30,000 captions at 256x256, in all that it takes"
+        None,
+        description="coco30k: FID (and CLIP score) of 30,000 captions at 256x256, in all that it takes; or "
+        "the tool whose FID it is to be: pytorch-fid, clean-fid, torch-fidelity, edm, adm",
     )
     features: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, NAMES))] = Field(
         "digits",

@@ -15,6 +15,7 @@ from diffkd.errors import printable
 from diffkd.io import progress
 from diffkd.metrics.evaluation import comparison, records
 from diffkd.metrics.evaluation.records import Record
+from diffkd.metrics.evaluation.reference import NONE
 
 
 def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -37,7 +38,8 @@ def show_evaluation(
     if as_json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return
-    progress.say(console, f"{target} against {found[0]['protocol']['reference']['name']}")
+    against = found[0]["protocol"]["reference"]
+    progress.say(console, target if against["spec"] == NONE else f"{target} against {against['name']}")
     _show_columns(found, console)
     for line in notes(found):
         progress.say(console, line)
