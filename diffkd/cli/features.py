@@ -34,6 +34,9 @@ def features(
         int | None, typer.Option(min=8, max=256, help="Channels of the first level; default 32.")
     ] = None,
     updates: Annotated[int | None, typer.Option(min=1, max=10_000_000, help="Default 1500.")] = None,
+    views: Annotated[
+        bool, typer.Option("--views", help="Learn from views alone; where subfolders are no classes.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default 0.")] = None,
     resize: ImageSize = None,
     split: Split = None,
@@ -50,6 +53,7 @@ def features(
 
     given = {
         "size": size, "num_features": num_features, "width": width, "updates": updates, "seed": seed,
+        "views": views or None,
         "resize": resize, "split": split, "device": device, "overwrite": overwrite or None,
     }  # fmt: skip
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -14,8 +14,8 @@ from diffkd.cli.options import (
     FeatureResize,
     Features,
     ImageSize,
+    Preset,
     Weights,
-    among,
     cache_of,
     prepare_libraries,
 )
@@ -31,14 +31,7 @@ def fid(
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
     resize: ImageSize = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="The very number of a tool: pytorch-fid, clean-fid, torch-fidelity, edm, or adm (how files "
-            "are decoded and resized, values, and the arithmetic of the distance).",
-            autocompletion=among("pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
-        ),
-    ] = None,
+    preset: Preset = None,
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Also the FID within each class, a line each, and their mean.")
     ] = False,

@@ -19,6 +19,17 @@ from diffkd.cli.endings import rank
 if TYPE_CHECKING:
     from diffkd.runs.session import ResumeOptions
 
+
+def among(*words: str) -> Callable[[str], list[str]]:
+    """What completes an option that takes one of these words, or several with commas between them."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+    return complete
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
@@ -88,7 +99,16 @@ CacheFolder = Annotated[
     str | None,
     typer.Option(
         "--cache",
-        help="Keep the features of all images, of both sets, in this folder, and take them from it.",
+        help="Keep the features of the images of both sets (not of those that a model draws) in this folder, "
+        "and take them from it.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="The very number of a tool: pytorch-fid, clean-fid, torch-fidelity, edm, or adm (how files are "
+        "decoded and resized, values, and the arithmetic of the distance).",
+        autocompletion=among("pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
     ),
 ]
 FeatureResize = Annotated[
@@ -102,16 +122,6 @@ ImageSize = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Of a Hugging Face data set; default train.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
-
-
-def among(*words: str) -> Callable[[str], list[str]]:
-    """What completes an option that takes one of these words, or several with commas between them."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
-
-    return complete
 
 
 def cache_of(cache: bool, folder: str | None) -> bool | str:

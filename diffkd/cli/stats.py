@@ -15,6 +15,7 @@ from diffkd.cli.options import (
     FeatureResize,
     Features,
     ImageSize,
+    Preset,
     Split,
     Weights,
     cache_of,
@@ -29,6 +30,7 @@ def stats(
     weights: Weights = None,
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
+    preset: Preset = None,
     resize: ImageSize = None,
     split: Split = None,
     store_features: Annotated[
@@ -48,6 +50,6 @@ def stats(
 
     job.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
-        dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
-        overwrite=overwrite, cache=cache_of(cache, cache_folder),
+        dtype=dtype, preset=preset, resize=resize, split=split, store=store_features,
+        batch_size=batch_size, device=device, overwrite=overwrite, cache=cache_of(cache, cache_folder),
     )  # fmt: skip

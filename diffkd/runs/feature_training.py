@@ -37,12 +37,14 @@ def train(
     num_features: int = 64,
     width: int = 32,
     updates: int = 1500,
+    views: bool = False,
     seed: int = 0,
     device: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a network that learned to tell the classes of images, or, without classes, views of one image
-    from those of others. Raises UserError for images that teach nothing."""
+    from those of others; with `views` so whatever classes there are. Raises UserError for images that teach
+    nothing."""
     if out.suffix != SUFFIX:
         raise UserError(f"--out {out} is not a name for a feature network; end it in {SUFFIX}")
     check_writable(out, "--out")
@@ -59,7 +61,7 @@ def train(
     if processes.world > 1:
         raise UserError("diffkd features trains in one process; start it without the launcher")
     source = thinned(source, min(len(source), MOST))
-    labels, classes = _classes(source)
+    labels, classes = (None, list[str]()) if views else _classes(source)
     images = _images(source, size or _side(source), console)
     what = "views of images" if labels is None else f"{len(classes)} classes"
     with progress.bar(console, f"learning {what}", updates, unit="updates") as advance:

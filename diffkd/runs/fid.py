@@ -14,7 +14,7 @@ from diffkd.metrics.base import MAIN, FeatureSet
 from diffkd.metrics.evaluation import image_sets, notes, presets
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.frechet import distance
-from diffkd.metrics.tool_distances import TOOLS, tool_distance
+from diffkd.metrics.tool_distances import tool_distance
 from diffkd.runs.evaluate import measure
 from diffkd.runs.evaluate_options import Options
 from diffkd.runs.reports import tables
@@ -37,8 +37,8 @@ def fid(one: str, two: str, options: Options, console: Console, *, device: str |
     None in all processes of a launcher but the main one. Raises UserError for what cannot be measured.
     """
     tool = options.protocol
-    if tool is not None and tool not in TOOLS:
-        raise UserError(f"--preset {tool!r} is unknown; use {', '.join(TOOLS)}")
+    if tool is not None:
+        presets.of_tool(tool)
     stored = [_is_statistics(text) for text in (one, two)]
     per_class = "class_fid" in options.metrics
     if all(stored) and per_class:
@@ -71,7 +71,7 @@ def _check_made_for(tool: str, read: Reference) -> None:
         raise UserError(
             f"{read.name} is by the features {made_with['name']} {made_with.get('resize', '')}, and preset "
             f"{tool} is inception {fixed['resize']}; "
-            f"make it with diffkd stats --feature-resize {fixed['resize']}"
+            f"make it with diffkd stats --preset {tool}"
         )
 
 

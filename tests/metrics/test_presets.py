@@ -152,15 +152,18 @@ def by_hand(tool: str, sets: tuple[Path, Path]) -> float:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_preset_gives_the_number_of_its_tool(cli, sets, small, tool):
-    """Of files that diffkd itself reads otherwise; in one line, as a record, and from statistics."""
+def test_a_preset_gives_the_number_of_its_tool(cli, sets, small, tmp_path, tool):
+    """Of files that diffkd itself reads otherwise; in one line, as a record, and repeated from it."""
     code, out, err = cli("fid", *sets, "--preset", tool)
     assert code == 0, err
     [line] = out.splitlines()
     value, expected = float(line.removeprefix("FID: ")), by_hand(tool, sets)
     assert value == pytest.approx(expected, rel=1e-5)
-    record = json.loads(cli("evaluate", *sets, "--protocol", tool, "--json").stdout)
+    assert cli("evaluate", *sets, "--protocol", tool, "--out", tmp_path / "r.json").code == 0
+    record = json.loads((tmp_path / "r.json").read_text())
     assert record["fid"] == value and record["protocol"]["metrics"]["fid"] == {"as": tool}
+    repeated = cli("evaluate", "--repeat", tmp_path / "r.json")
+    assert repeated.code == 0 and "the same to the last digit" in repeated.stdout
 
 
 def test_presets_differ(sets, small):
@@ -178,10 +181,11 @@ def test_archives_and_statistics(cli, sets, small, tmp_path):
     assert value == pytest.approx(by_hand("adm", sets), rel=1e-5)
     stats = [tmp_path / f"{name.stem}-stats.npz" for name in names]
     for name, out in zip(names, stats, strict=True):
-        assert cli("stats", name, "--features", "inception", "--out", out).code == 0
+        assert cli("stats", name, "--preset", "adm", "--out", out).code == 0
     for pair in ((names[0], stats[1]), stats):
         assert float(cli("fid", *pair, "--preset", "adm").stdout.split()[1]) == pytest.approx(value, rel=1e-5)
-    refuse(cli, tmp_path, "fid", *stats, "--preset", "clean-fid", says=["tf1", "--feature-resize clean"])
+    refuse(cli, tmp_path, "fid", *stats, "--preset", "clean-fid", says=["tf1", "stats --preset clean-fid"])
+    refuse(cli, tmp_path, "stats", names[0], "--preset", "coco30k", "--out", "x.npz", says="'coco30k'")
 
 
 def test_a_singular_product_is_rooted_as_the_tools_do():

@@ -97,7 +97,10 @@ def test_features_have_variance_one_and_see_how_far_images_are(nets, cli, name):
 
 
 def test_the_seed_decides_the_bytes(cli, here):
+    """Of views that classes are no matter to, too."""
     args = ("features", "train", "digits", *SMALL[:-1], "3")
+    assert cli(*args, "--views", "--out", "v.safetensors").code == 0
+    assert TrainedFeatures("v.safetensors").about.classes == []
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert cli(*args, "--seed", seed, "--out", f"{out}.safetensors").code == 0
     a, b, c = (Path(f"{name}.safetensors").read_bytes() for name in "abc")

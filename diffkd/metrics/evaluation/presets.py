@@ -10,6 +10,7 @@ from diffkd.io.naming import called
 from diffkd.io.text import quoted
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.tool_distances import TOOLS
 
 PresetName = Literal["coco30k", "pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"]
 
@@ -41,6 +42,15 @@ PRESETS: dict[str, Preset] = {
 def as_stored(name: str | None) -> bool:
     """Whether image files are decoded as other tools do."""
     return name is not None and "fid_as" in PRESETS[name].fixed
+
+
+def of_tool(name: str, **given: Any) -> dict[str, Any]:
+    """What a tool's preset fixes of these keys of the config. Raises UserError for a preset that is no
+    tool's, and for a value against it."""
+    if name not in TOOLS:
+        raise UserError(f"--preset {name!r} is unknown; use {', '.join(TOOLS)}")
+    fixed = PRESETS[name].fixed
+    return {key: _agreed(value, fixed[key], f"evaluation.{key}", name) for key, value in given.items()}
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from diffkd.io import progress
 from diffkd.metrics.evaluation import comparison, records
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import NONE
+from diffkd.metrics.features.trained import PREFIX
 
 
 def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -73,7 +74,7 @@ def notes(found: Sequence[Record]) -> list[str]:
             f"{count:,} images are few: fresh data would have an FID of {about} {record['fid_floor']:.3g} "
             "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
         )
-    if "fid" in record and name != "inception":
+    if "fid" in record and name != "inception" and not name.startswith(PREFIX):  # whose own note says more
         lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
     if protocol["evaluation"]["allow_mismatch"]:
         lines.append("a mismatch of features was allowed: these numbers compare with no others")
