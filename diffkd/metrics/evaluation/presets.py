@@ -48,7 +48,7 @@ def of_tool(name: str, **given: Any) -> dict[str, Any]:
     """What a tool's preset fixes of these keys of the config. Raises UserError for a preset that is no
     tool's, and for a value against it."""
     if name not in TOOLS:
-        raise UserError(f"--preset {name!r} is unknown; use {', '.join(TOOLS)}")
+        raise UserError(f"{called('preset')} {name!r} is unknown; use {', '.join(TOOLS)}")
     fixed = PRESETS[name].fixed
     return {key: _agreed(value, fixed[key], f"evaluation.{key}", name) for key, value in given.items()}
 
