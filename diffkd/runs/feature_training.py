@@ -62,7 +62,7 @@ def train(
         raise UserError("diffkd features trains in one process; start it without the launcher")
     source = thinned(source, min(len(source), MOST))
     labels, classes = (None, list[str]()) if views else _classes(source)
-    images = _images(source, size or _side(source), console)
+    images = _images(source, size or side_for(*source.size), console)
     what = "views of images" if labels is None else f"{len(classes)} classes"
     with progress.bar(console, f"learning {what}", updates, unit="updates") as advance:
         found = learning.learn(
@@ -117,10 +117,10 @@ def _classes(source: Source) -> tuple[Tensor | None, list[str]]:
     return labels, [names[i] for i in values.tolist()]
 
 
-def _side(source: Source) -> int:
-    """The network's size for these images: the largest that none has to be enlarged to, at most
+def side_for(width: int, height: int) -> int:
+    """The network's size for images of that size: the least of SIZES that holds the shorter side, at most
     DEFAULT_SIDE."""
-    return max((s for s in SIZES if s <= min(*source.size, DEFAULT_SIDE)), default=SIZES[0])
+    return next(side for side in SIZES if side >= min(width, height, DEFAULT_SIDE))
 
 
 def _images(source: Source, size: int, console: Console) -> Tensor:

@@ -21,7 +21,7 @@ from diffkd.metrics.features.learning import effective_rank, vicreg
 from diffkd.metrics.features.trained import KEY, TrainedFeatures
 from diffkd.metrics.frechet import distance
 from diffkd.metrics.sampling_error import gaussian_of
-from diffkd.runs.feature_training import train
+from diffkd.runs.feature_training import side_for, train
 from tests.refusals import refuse
 
 SMALL = ("--width", "16", "--num-features", "16", "--updates", "200")
@@ -167,6 +167,11 @@ def test_vicreg_by_loops():
         covariance += sum(c[i, j] ** 2 for i in range(3) for j in range(3) if i != j) / 3
     expected = 25 * invariance + 25 * variance / 2 + covariance
     assert float(vicreg(torch.from_numpy(a), torch.from_numpy(b))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_size_by_default():
+    sizes = {(8, 8): 8, (4, 4): 8, (28, 28): 32, (40, 33): 64, (300, 500): 64}
+    assert {size: side_for(*size) for size in sizes} == sizes
 
 
 def test_effective_rank():
