@@ -6,7 +6,8 @@ Relative differences from torch-fidelity, clean-fid, pytorch-fid, torchmetrics a
 file, and how fast Inception is beside pytorch-fid's. The tools' wheels are installed into DIR, without what
 they depend on, if they are not there: nothing gets into this Python's own packages. Each tool reads the
 files, runs its own network and computes its own distance; --project lets it do the last in the span of the
-features, where the distance is the same and takes seconds less.
+features, where the distance is the same and takes seconds less. --presets measures by the tools' presets,
+which read files and take the root as the tools do.
 """
 
 from __future__ import annotations
@@ -220,26 +221,32 @@ def span(*sets: np.ndarray) -> list[np.ndarray]:
     return [one @ basis for one in sets]
 
 
-def compare(kind: str, count: int, weights: Path, folder: Path, *, project: bool, more: bool) -> list[dict]:
+def compare(
+    kind: str, count: int, weights: Path, folder: Path, *, project: bool, more: bool, presets: bool
+) -> list[dict]:
     """A row for each number that both have."""
     import diffkd
+    from diffkd.metrics.tool_distances import TOOLS
 
     files = {
         name: write(kind, folder / kind / name, count, seed) for seed, name in enumerate(("fake", "real"))
     }
     rows = []
     for mode, open_peer in PEERS.items():
-        first = mode == "tf1" and more
+        tool, first = open_peer.__name__.replace("_", "-"), mode == "tf1" and more
+        if presets and tool not in TOOLS:
+            continue
+        how = {"protocol": tool} if presets else {"features": "inception", "feature_resize": mode}
         ours: Any = diffkd.evaluate(
             folder / kind / "fake", folder / kind / "real",
-            ("fid", "kid", "is", "prdc") if first else ("fid",), features="inception", feature_resize=mode,
+            ("fid", "kid", "is", "prdc") if first else ("fid",), **how,
             weights=str(weights.with_suffix(".safetensors")), is_splits=1 if first else None, device="cpu",
             cache=False,
         )  # fmt: skip
         features, distance = open_peer(weights)
         fake, real = (features(files[name]) for name in ("fake", "real"))
         value = distance(*(span(fake, real) if project else (fake, real)))
-        theirs = {"fid": (open_peer.__name__.replace("_", "-"), value)}
+        theirs = {"fid": (tool, value)}
         if first:
             theirs |= others(weights, fake, real)
         for key, (tool, value) in theirs.items():
@@ -282,6 +289,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--fid-only", action="store_true")
     parser.add_argument("--project", action="store_true", help="distances in the span of the features")
+    parser.add_argument("--presets", action="store_true", help="ours by the preset of each tool")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0 for none")
     parser.add_argument("--out", type=Path, help="the rows as JSON")
     given = parser.parse_args()
@@ -298,8 +306,9 @@ def main() -> None:
         save_file(random_weights(0), weights.with_suffix(".safetensors"))
         for kind in given.kinds:
             rows += compare(
-                kind, given.images, weights, folder, project=given.project, more=not given.fid_only
-            )
+                kind, given.images, weights, folder, project=given.project, more=not given.fid_only,
+                presets=given.presets,
+            )  # fmt: skip
         if given.rounds:
             print(f"Inception: {rate(weights, given.rounds):.2f} times pytorch-fid's images a second")
     if given.out:

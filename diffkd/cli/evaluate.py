@@ -12,6 +12,7 @@ import typer
 
 from diffkd.cli.options import (
     Cache,
+    CacheFolder,
     Device,
     Dtype,
     FeatureResize,
@@ -26,6 +27,7 @@ from diffkd.cli.options import (
     Weights,
     Worse,
     among,
+    cache_of,
     prepare_libraries,
 )
 
@@ -45,10 +47,11 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="Of fid, kid, is, prdc, fd_inf, fd_dino, cmmd, clip_score, prompt_accuracy, "
+            help="Of fid, class_fid, kid, is, prdc, fd_inf, fd_dino, cmmd, clip_score, prompt_accuracy, "
             "agreement; comma-separated.",
             autocompletion=among(
                 "fid",
+                "class_fid",
                 "kid",
                 "is",
                 "prdc",
@@ -138,9 +141,12 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
+            "--protocol",
+            "--preset",
             help="coco30k: FID at 256x256 of an image for each of 30,000 captions (--prompts), and with "
-            "--clip-score-weights the CLIP score.",
-            autocompletion=among("coco30k"),
+            "--clip-score-weights the CLIP score. pytorch-fid, clean-fid, torch-fidelity, edm, adm: FID as "
+            "that tool has it.",
+            autocompletion=among("coco30k", "pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
         ),
     ] = None,
     seed: Annotated[
@@ -152,6 +158,7 @@ def evaluate(
         bool, typer.Option("--allow-mismatch", help="Use reference statistics that other features made.")
     ] = False,
     cache: Cache = True,
+    cache_folder: CacheFolder = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the records to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
     repeat: Annotated[
@@ -175,7 +182,7 @@ def evaluate(
         scheduler, teacher, teacher_steps, teacher_guidance,
         bootstrap, kid_subsets, kid_subset_size, is_splits, dino_weights, clip_weights,
         clip_score_weights, protocol, seed, batch_size,
-        allow_mismatch, cache,
+        allow_mismatch, cache_of(cache, cache_folder),
     )  # fmt: skip
     reference = one_reference(against, reference)
     if repeat is not None:
@@ -188,7 +195,7 @@ def evaluate(
             raise UserError(f"--repeat takes all from the record; leave out {more[0]}")
         same = repetition.repeat(repeat, Console(), device=device, features_name=features)
         return 0 if same else 1
-    if target is None or reference is None:
+    if target is None:
         raise UserError("say what to measure and against what: diffkd evaluate TARGET --reference REFERENCE")
     console = Console(stderr=True, quiet=True) if json else Console()
     file = RecordFile(out)

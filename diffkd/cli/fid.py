@@ -8,12 +8,15 @@ import typer
 
 from diffkd.cli.options import (
     Cache,
+    CacheFolder,
     Device,
     Dtype,
     FeatureResize,
     Features,
     ImageSize,
+    Preset,
     Weights,
+    cache_of,
     prepare_libraries,
 )
 
@@ -28,14 +31,19 @@ def fid(
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
     resize: ImageSize = None,
+    preset: Preset = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also the FID within each class, a line each, and their mean.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; default 64.")] = None,
     device: Device = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Use statistics that other features made.")
     ] = False,
     cache: Cache = True,
+    cache_folder: CacheFolder = None,
 ) -> int:
-    """The FID of two sets of images, in one line; what to know of it goes to stderr.
+    """The FID of two sets of images, in one line as pytorch-fid prints it; what to know of it goes to stderr.
 
     diffkd evaluate gives more numbers, and their protocol.
     """
@@ -49,13 +57,18 @@ def fid(
     from diffkd.runs.fid import fid as measured
 
     options = Options(
+        metrics="fid,class_fid" if per_class else "fid",
         features=features, weights=weights, feature_resize=feature_resize, dtype=dtype, resize=resize,
-        batch_size=batch_size, allow_mismatch=allow_mismatch, cache=cache,
+        protocol=preset, batch_size=batch_size, allow_mismatch=allow_mismatch,
+        cache=cache_of(cache, cache_folder),
     )  # fmt: skip
     found = measured(one, two, options, Console(stderr=True), device=device)
     if found is not None:
-        value, notes = found
-        print(f"FID: {value}")
-        for note in notes:
+        print(f"FID: {found.value}")
+        for name, value in found.classes.items():
+            print(f"FID of {printable(name)}: {value}")
+        if found.mean is not None:
+            print(f"mean FID of classes: {found.mean}")
+        for note in found.notes:
             print(f"diffkd: {printable(note)}", file=sys.stderr)
     return 0

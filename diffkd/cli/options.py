@@ -19,6 +19,17 @@ from diffkd.cli.endings import rank
 if TYPE_CHECKING:
     from diffkd.runs.session import ResumeOptions
 
+
+def among(*words: str) -> Callable[[str], list[str]]:
+    """What completes an option that takes one of these words, or several with commas between them."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+    return complete
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
@@ -67,8 +78,8 @@ StopAfter = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="inception, digits, shapes, dinov2, clip, or your own: module, module.Class or file; default as "
-        "the reference."
+        help="inception, digits, shapes, dinov2, clip, a .safetensors of diffkd features train, or your own: "
+        "module, module.Class or file; default as the reference."
     ),
 ]
 Weights = Annotated[
@@ -84,6 +95,22 @@ Cache = Annotated[
         " /--no-cache", help="Neither use nor keep features of the reference in the user's cache folder."
     ),
 ]
+CacheFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Keep the features of the images of both sets (not of those that a model draws) in this folder, "
+        "and take them from it.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="The very number of a tool: pytorch-fid, clean-fid, torch-fidelity, edm, or adm (how files are "
+        "decoded and resized, values, and the arithmetic of the distance).",
+        autocompletion=among("pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
+    ),
+]
 FeatureResize = Annotated[
     str | None,
     typer.Option(help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics."),
@@ -97,14 +124,13 @@ Split = Annotated[str | None, typer.Option(help="Of a Hugging Face data set; def
 Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 
 
-def among(*words: str) -> Callable[[str], list[str]]:
-    """What completes an option that takes one of these words, or several with commas between them."""
+def cache_of(cache: bool, folder: str | None) -> bool | str:
+    """What --cache and --no-cache say together. Raises UserError for both."""
+    from diffkd.errors import UserError
 
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
-
-    return complete
+    if folder is not None and not cache:
+        raise UserError(f"--cache {folder} and --no-cache are at odds; leave out one of the two")
+    return cache if folder is None else folder
 
 
 def duration(text: str) -> float:

@@ -9,13 +9,16 @@ import typer
 
 from diffkd.cli.options import (
     Cache,
+    CacheFolder,
     Device,
     Dtype,
     FeatureResize,
     Features,
     ImageSize,
+    Preset,
     Split,
     Weights,
+    cache_of,
     prepare_libraries,
 )
 
@@ -27,6 +30,7 @@ def stats(
     weights: Weights = None,
     feature_resize: FeatureResize = None,
     dtype: Dtype = None,
+    preset: Preset = None,
     resize: ImageSize = None,
     split: Split = None,
     store_features: Annotated[
@@ -36,6 +40,7 @@ def stats(
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
     cache: Cache = True,
+    cache_folder: CacheFolder = None,
 ) -> None:
     """Compute reference statistics of images once, in the format that other FID tools read."""
     from rich.console import Console
@@ -45,6 +50,6 @@ def stats(
 
     job.stats(
         images, out, Console(), features_name=features, weights=weights, feature_resize=feature_resize,
-        dtype=dtype, resize=resize, split=split, store=store_features, batch_size=batch_size, device=device,
-        overwrite=overwrite, cache=cache,
+        dtype=dtype, preset=preset, resize=resize, split=split, store=store_features,
+        batch_size=batch_size, device=device, overwrite=overwrite, cache=cache_of(cache, cache_folder),
     )  # fmt: skip

@@ -46,13 +46,27 @@ def upright(opened: Image.Image, channels: int) -> Image.Image:
 
     Raises ValueError for more pixels than Pillow's limit, and for the modes that `to_8_bit` refuses.
     """
+    _check_limit(opened)
+    opened.load()
+    return to_8_bit(ImageOps.exif_transpose(opened), channels)
+
+
+def plain(opened: Image.Image) -> Image.Image:
+    """RGB as Pillow converts to it and nothing else, as tools for FID do: not turned, 16-bit values cut at
+    255.
+
+    Raises ValueError for more pixels than Pillow's limit.
+    """
+    _check_limit(opened)
+    return opened.convert("RGB")
+
+
+def _check_limit(opened: Image.Image) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and opened.width * opened.height > limit:
         raise ValueError(
             f"{opened.width}x{opened.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS, {limit}"
         )
-    opened.load()
-    return to_8_bit(ImageOps.exif_transpose(opened), channels)
 
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:

@@ -72,11 +72,25 @@ def locate(name: str, builtin: Collection[str] = ()) -> str:
     return name
 
 
-def _located_file(name: str, builtin: Collection[str]) -> str:
+def reading_config() -> bool:
+    """Whether a config file is being read."""
+    return _beside.get() is not None
+
+
+def find_file(name: str) -> Path:
+    """The file of that name beside the config that is read, or in the current folder, as an absolute path.
+
+    Raises UserError where there is none.
+    """
     tried = [(place / expanded(name)).absolute() for place in _places()]
     file = next((path for path in tried if os.path.isfile(path)), None)
     if file is None:
         raise UserError(f"there is no file {' or '.join(map(str, dict.fromkeys(tried)))}; give another name")
+    return file
+
+
+def _located_file(name: str, builtin: Collection[str]) -> str:
+    file = find_file(name)
     if file.suffix != ".py" or not re.fullmatch(WORD, file.stem):
         raise UserError(f"{file} cannot be imported: its name is not one of a module; rename it")
     if file.stem in builtin:

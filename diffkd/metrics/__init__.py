@@ -31,6 +31,7 @@ __all__ = list(_HOMES)  # noqa: PLE0604
 _FIRST = (
     "fid",
     "fd_inf",
+    "class_fid",
     "fd_dino",
     "kid",
     "cmmd",

@@ -72,16 +72,26 @@ class Running(Protocol):
         """Adds up all processes, each of which must call it, with images or without."""
 
 
+class Labelled(NamedTuple):
+    """labels: the class of each image, (N,) int64. classes: their names, where they are known."""
+
+    labels: Tensor
+    classes: Sequence[str] = ()
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a metric is computed from. compared: the reference, for metrics that need it. options: as
-    `Metric.options` gave them. features: the main network."""
+    `Metric.options` gave them. features: the main network. labels, reference_labels: of the images and of
+    the reference, where they have any."""
 
     images: FeatureSet
     compared: FeatureSet | None
     options: Mapping[str, Any]
     features: str
     running: Any = None
+    labels: Labelled | None = None
+    reference_labels: Labelled | None = None
 
     @property
     def reference(self) -> FeatureSet:
@@ -95,8 +105,9 @@ class Metric(Strict, ABC):
     name: in configs, on the command line and in records. values: its numbers, as tables show them. more: keys
     of numbers that only records hold. network: the features that it is of, MAIN or a name that
     `features.load` knows. with_teacher: whether it compares with a teacher's images of the same noise.
-    with_prompts: whether it compares with what the images were to show. with_reference: whether the images of
-    the reference go through a network of its own.
+    with_prompts: whether it compares with what the images were to show. with_labels: whether images and
+    reference must have class labels. with_reference: whether the images of the reference go through a network
+    of its own. compares: whether it needs a reference at all.
     """
 
     name: ClassVar[str]
@@ -105,11 +116,18 @@ class Metric(Strict, ABC):
     network: ClassVar[str] = MAIN
     with_teacher: ClassVar[bool] = False
     with_prompts: ClassVar[bool] = False
+    with_labels: ClassVar[bool] = False
     with_reference: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     @property
     def stores_reference(self) -> bool:
         """Whether it needs every feature of the reference, and not only their mean and covariance."""
+        return False
+
+    @property
+    def prefers_reference(self) -> bool:
+        """Whether it uses them too where the reference is of images, though their statistics would do."""
         return False
 
     @property
@@ -127,6 +145,9 @@ class Metric(Strict, ABC):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises UserError for prompts that it cannot go by: it is asked before any image is drawn."""
 
+    def check_labels(self, images: Labelled, reference: Labelled) -> None:
+        """Raises UserError for labels that it cannot go by: it is asked before any image is measured."""
+
     def options(self, samples: int, reference: int | None) -> dict[str, Any]:
         """What its numbers depend on beside the features, for records. samples, reference: image counts.
 
@@ -143,5 +164,6 @@ class Metric(Strict, ABC):
         return ()
 
     @abstractmethod
-    def compute(self, inputs: Inputs) -> dict[str, float | None]:
-        """Its numbers by key; None stands for an infinite one, which JSON cannot hold."""
+    def compute(self, inputs: Inputs) -> dict[str, Any]:
+        """Its numbers by key; None stands for an infinite one, which JSON cannot hold. Keys that are not in
+        `values` or `more` are kept in records, and in nothing else."""

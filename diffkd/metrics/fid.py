@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -10,6 +10,7 @@ from diffkd.metrics.base import FeatureSet, Inputs, Metric, Value
 from diffkd.metrics.features import STANDARD_SAMPLES
 from diffkd.metrics.frechet import distance
 from diffkd.metrics.sampling_error import LEAST_DRAWS, bootstrap, floor
+from diffkd.metrics.tool_distances import SINGLE_MEAN, Tool, tool_distance
 
 MOST_DRAWS = 100_000  # of an interval; beyond, a slip
 
@@ -31,13 +32,28 @@ class Fid(Metric):
         0, ge=0, le=MOST_DRAWS, description="resamplings for FID's 95% interval; 0 for none"
     )
 
+    fid_as: Tool | None = Field(
+        None, description="the tool by whose arithmetic FID is; default an exact root"
+    )
+
     @property
     def stores_images(self) -> bool:
-        return self.bootstrap > 0
+        return self.bootstrap > 0 or self.prefers_reference
+
+    @property
+    def prefers_reference(self) -> bool:
+        return self.fid_as in SINGLE_MEAN
+
+    def options(self, samples: int, reference: int | None) -> dict[str, Any]:
+        return {} if self.fid_as is None else {"as": self.fid_as}
 
     def compute(self, inputs: Inputs) -> dict[str, float | None]:
         images, reference = inputs.images, inputs.reference
-        values: dict[str, float | None] = {"fid": distance(images.gaussian, reference.gaussian)}
+        if self.fid_as is None:
+            found = distance(images.gaussian, reference.gaussian)
+        else:
+            found = tool_distance(self.fid_as, images, reference)
+        values: dict[str, float | None] = {"fid": found}
         expected = self._floor(images, reference, inputs.features)
         if expected is not None:
             values["fid_floor"] = expected

@@ -102,6 +102,7 @@ class Score(Metric):
 
     name: ClassVar[str] = "is"
     values: ClassVar[tuple[Value, ...]] = (Value("is", "Inception Score", ".3f", ("is_std",)),)
+    compares: ClassVar[bool] = False
 
     is_splits: int = Field(10, ge=1, description="parts that the Inception Score is the mean over")
 

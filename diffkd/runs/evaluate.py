@@ -12,15 +12,23 @@ from rich.console import Console
 from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.files import append_json, read_json
-from diffkd.io.places import expanded
+from diffkd.io.naming import called
+from diffkd.io.places import check_writable, expanded
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, log, read_text, reason
-from diffkd.metrics.evaluation import image_sets
+from diffkd.metrics.evaluation import image_sets, presets
 from diffkd.metrics.evaluation.records import Record, formatted
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import is_model
 from diffkd.models import loading
-from diffkd.runs.evaluate_options import Options, check, config_of, size_of, target_of
+from diffkd.runs.evaluate_options import (
+    Options,
+    check,
+    check_without_reference,
+    config_of,
+    size_of,
+    target_of,
+)
 from diffkd.runs.measurement import Measurement
 from diffkd.runs.record_file import RecordFile
 from diffkd.runs.reports import model_card
@@ -28,7 +36,7 @@ from diffkd.runs.reports import model_card
 
 def evaluate(
     target: str | Path,
-    reference: str | Path,
+    reference: str | Path | None = None,
     metrics: Sequence[str] = ("fid",),
     *,
     steps: int | Sequence[int] | None = None,
@@ -39,14 +47,15 @@ def evaluate(
     """The record of `target` against `reference`, or a list of records for several step counts.
 
     target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
-    statistics of images. options: other fields of `Options`, such as samples=10_000 or features="inception".
-    A record holds the numbers by name ("fid", ...) and the "protocol", everything that they depend on. Raises
-    UserError for whatever cannot be measured.
+    statistics of images; None where the metrics compare with none ("is"). options: other fields of `Options`,
+    such as samples=10_000 or features="inception". A record holds the numbers by name ("fid", ...) and the
+    "protocol", everything that they depend on. Raises UserError for whatever cannot be measured.
     """
     counts = (steps,) if isinstance(steps, int) else steps
     asked = Options(",".join(metrics), None if counts is None else ",".join(map(str, counts)), **options)
     file = RecordFile(out)
-    found = measure(str(target), str(reference), asked, Console(quiet=True), device=device, file=file)
+    against = None if reference is None else str(reference)
+    found = measure(str(target), against, asked, Console(quiet=True), device=device, file=file)
     if file.failure is not None:
         log.warning("%s", file.failure)  # and not an error, with which the numbers would be lost
     return found[0] if len(found) == 1 else found
@@ -54,7 +63,7 @@ def evaluate(
 
 def measure(
     target: str,
-    reference: str,
+    reference: str | None,
     options: Options,
     console: Console,
     *,
@@ -64,13 +73,21 @@ def measure(
     """A record for each step count of a model, or one for images: what the command `diffkd evaluate` does.
 
     target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
-    statistics of images. file: takes the records as they come; whether it could is for the caller to ask. A
-    model inside a run folder also gets them into the run's metrics.json and its own card. All processes of a
-    launcher work together; only the main one returns records. Raises UserError for whatever cannot be
-    measured; for all that can be known without a feature network, before one is used.
+    statistics of images, or None. file: takes the records as they come; whether it could is for the caller to
+    ask. A model inside a run folder also gets them into the run's metrics.json and its own card. All
+    processes of a launcher work together; only the main one returns records. Raises UserError for whatever
+    cannot be measured; for all that can be known without a feature network, before one is used.
     """
     check(target, options)
-    against = open_reference(reference, resize=size_of(options), split=options.split, cached=options.cache)
+    if isinstance(options.cache, str):
+        check_writable(expanded(options.cache), called("cache"), folder=True)
+    size = size_of(options)
+    if reference is None:
+        check_without_reference(options)
+    against = Reference(None) if reference is None else open_reference(
+        reference, resize=size, split=options.split, cached=options.cache,
+        as_stored=presets.as_stored(options.protocol),
+    )  # fmt: skip
     measured, config = target_of(target, options), config_of(options, against)
     run = _run_of(target)
     processes = Processes(device)
@@ -92,12 +109,18 @@ def measure(
 
 
 def open_reference(
-    text: str, *, resize: int | None = None, split: str | None = None, cached: bool = True
+    text: str,
+    *,
+    resize: int | None = None,
+    split: str | None = None,
+    cached: bool | str = True,
+    as_stored: bool = False,
 ) -> Reference:
     """What a user names as the reference. Raises UserError for a model."""
     if is_model(text) and Path(text).is_dir():
         raise UserError(f"--reference {text} is a model; give images, or statistics of images")
-    return Reference(image_sets.parse(text, resize=resize, split=split or "train"), cached=cached)
+    spec = image_sets.parse(text, resize=resize, split=split or "train", as_stored=as_stored)
+    return Reference(spec, cached=cached)
 
 
 def _run_of(target: str) -> Path | None:

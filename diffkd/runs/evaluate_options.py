@@ -11,6 +11,7 @@ from diffkd import metrics
 from diffkd.errors import UserError
 from diffkd.generation.labels import parse_classes
 from diffkd.io.config import validation_message
+from diffkd.io.naming import called
 from diffkd.io.text import is_number
 from diffkd.metrics import features
 from diffkd.metrics.evaluation import presets
@@ -59,7 +60,7 @@ class Options:
     seed: int | None = None
     batch_size: int | None = None
     allow_mismatch: bool = False
-    cache: bool = True  # whether features of the reference are kept between commands
+    cache: bool | str = True  # whether features of the reference are kept; a folder keeps those of both sets
 
     def given(self) -> list[str]:
         """Names of the options whose values are not the defaults."""
@@ -76,7 +77,7 @@ OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 def check(target: str, options: Options) -> None:
     """Raises UserError for an option that would do nothing."""
     chosen = [part.strip() for part in options.metrics.split(",")]
-    if options.protocol is not None:
+    if options.protocol == "coco30k":
         chosen.append("clip_score")  # where its weights are named
     owners = {key: kind.name for kind in metrics.kinds().values() for key in kind.model_fields}
     with_teacher = next(kind.name for kind in metrics.kinds().values() if kind.with_teacher)
@@ -86,6 +87,18 @@ def check(target: str, options: Options) -> None:
         owner = with_teacher if name in OF_TEACHERS else owners.get(KEYS.get(name, name))
         if owner is not None and owner not in chosen:
             raise UserError(f"{option(name)} is for the metric {owner}; add it to --metrics")
+
+
+def check_without_reference(options: Options) -> None:
+    """Raises UserError for a metric that compares with a reference, where there is none."""
+    kinds = metrics.kinds()
+    chosen = [part.strip() for part in options.metrics.split(",")]
+    if any(name not in kinds or kinds[name].compares for name in chosen) or options.protocol:
+        alone = ", ".join(name for name, kind in kinds.items() if not kind.compares)
+        raise UserError(
+            "say what to measure and against what: diffkd evaluate TARGET --reference REFERENCE (only "
+            f"--metrics {alone} does without)"
+        )
 
 
 def option(name: str) -> str:
@@ -142,8 +155,12 @@ def size_of(options: Options) -> int | None:
     if options.protocol is None:
         return options.resize
     if options.protocol not in presets.PRESETS:
-        raise UserError(f"--protocol {options.protocol!r} is unknown; use {', '.join(presets.PRESETS)}")
+        raise UserError(
+            f"{called('protocol')} {options.protocol!r} is unknown; use {', '.join(presets.PRESETS)}"
+        )
     size = presets.PRESETS[options.protocol].size
+    if size is None:
+        return options.resize
     if options.resize not in (None, size):
         raise UserError(
             f"--resize {options.resize} is not what protocol {options.protocol} has, {size}; leave it out"

@@ -15,7 +15,7 @@ from diffkd.io.naming import called
 from diffkd.io.processes import Processes
 from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
-from diffkd.metrics.evaluation.evaluator import Evaluator, check_prompts
+from diffkd.metrics.evaluation.evaluator import Evaluator, check_labels, check_prompts
 from diffkd.metrics.evaluation.image_stream import ImageStream
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
@@ -37,7 +37,8 @@ class Measurement:
     def evaluator(self) -> Evaluator:
         """When it is first asked for, the reference's images go through the feature networks."""
         total, processes = self.reference.count or 0, self.processes
-        with progress.bar(self.console, "reference", total, shown=processes.main) as advance:
+        shown = processes.main and self.reference.is_there
+        with progress.bar(self.console, "reference", total, shown=shown) as advance:
             counter = progress.counter(advance, processes.world)
             made = Evaluator(self.config, self.reference, processes, counter)
         if self.reference.from_cache and processes.main:
@@ -77,6 +78,7 @@ class Measurement:
     def _check(self, stream: ImageStream, teacher: ImageStream | None) -> None:
         """Raises UserError for metrics that have too few images, or no prompts or teacher to compare with."""
         check_prompts(self.config.chosen(), stream.prompts)
+        check_labels(self.config.chosen(), stream.labels, self.reference.labelled)
         for metric in self.config.chosen():
             metric.options(stream.count, self.reference.count)
             if metric.with_teacher and teacher is None:

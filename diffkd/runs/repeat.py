@@ -18,7 +18,7 @@ from diffkd.metrics.base import MAIN
 from diffkd.metrics.evaluation import image_sets, records
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.records import Record
-from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.evaluation.reference import NONE, Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
 from diffkd.models.guidance_kind import GuidanceKind, of_options
 from diffkd.runs.measurement import Measurement, check_sha256
@@ -108,7 +108,8 @@ def _again(protocol: dict[str, Any], path: Path) -> tuple[Target, Evaluation, An
     target, teacher = protocol["target"], protocol.get("teacher") or {}
     try:
         config = Evaluation.model_validate(protocol["evaluation"])
-        spec: Any = TypeAdapter(image_sets.Spec).validate_python(protocol["reference"]["spec"])
+        given = protocol["reference"]["spec"]
+        spec: Any = None if given == NONE else TypeAdapter(image_sets.Spec).validate_python(given)
     except ValidationError as error:
         why = error.errors()[0]["msg"]
         raise UserError(f"{path}: a record's protocol is not understood ({why}); measure again") from error

@@ -10,11 +10,11 @@ from rich.console import Console
 from diffkd.errors import Unfinished, UserError, printable
 from diffkd.io import progress
 from diffkd.io.environment import commit, versions
-from diffkd.io.places import check_writable, free_bytes
+from diffkd.io.places import check_writable, expanded, free_bytes
 from diffkd.io.processes import Processes
 from diffkd.io.text import format_bytes
 from diffkd.metrics import features
-from diffkd.metrics.evaluation import feature_cache, image_sets
+from diffkd.metrics.evaluation import feature_cache, image_sets, presets
 from diffkd.metrics.evaluation.targets import is_model
 
 
@@ -27,23 +27,29 @@ def stats(
     weights: str | None = None,
     feature_resize: Any = None,
     dtype: str | None = None,
+    preset: str | None = None,
     resize: int | None = None,
     split: str | None = None,
     store: bool = False,
     batch_size: int = 64,
     device: str | None = None,
     overwrite: bool = False,
-    cache: bool = True,
+    cache: bool | str = True,
 ) -> Path:
     """Writes the statistics of a set of images, with their protocol, to an .npz. Raises UserError."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out} is not a name for statistics; end it in .npz")
     check_writable(out, "--out")
+    if isinstance(cache, str):
+        check_writable(expanded(cache), "--cache", folder=True)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already; use another --out, or --overwrite")
     if is_model(text) and Path(text).is_dir():
         raise UserError(f"{text} is a model; give images (diffkd sample draws them)")
-    spec = image_sets.parse(text, resize=resize, split=split or "train")
+    if preset is not None:
+        how = presets.of_tool(preset, features=features_name, resize=feature_resize, dtype=dtype)
+        features_name, feature_resize, dtype = how["features"], how["resize"], how["dtype"]
+    spec = image_sets.parse(text, resize=resize, split=split or "train", as_stored=presets.as_stored(preset))
     source = image_sets.images_of(spec)
     name = features_name or (source.name if source.name in image_sets.SETS else "inception")
     processes = Processes(device)

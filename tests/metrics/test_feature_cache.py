@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkd.metrics.evaluation import feature_cache
+from diffkd.metrics.evaluation import feature_cache, feature_files
 from diffkd.metrics.features.digits import DigitsFeatures
 from diffkd.metrics.features.inception import InceptionV3
+from tests.refusals import refuse
 
 ALL = "fid,kid,prdc,fd_inf"
 
@@ -27,7 +28,7 @@ def here(tmp_path, monkeypatch, image_folder) -> Path:
     image_folder(tmp_path, name="images", count=41)
     image_folder(tmp_path, name="real", count=70, seed=1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(feature_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(feature_files.VARIABLE, str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -159,12 +160,12 @@ def test_damaged_files_are_computed_again(here, measure, damage):
 @pytest.mark.parametrize("place", ["/proc/nowhere", "a file", "off"])
 def test_where_nothing_can_be_kept_nothing_fails(here, measure, monkeypatch, place):
     (here / "a file").write_text("x")
-    monkeypatch.setenv(feature_cache.VARIABLE, place)
+    monkeypatch.setenv(feature_files.VARIABLE, place)
     assert [measure()[1] for _ in range(2)] == [111, 111]
 
 
 def test_a_full_disk_costs_nothing(here, measure, monkeypatch):
-    monkeypatch.setattr(feature_cache, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(feature_files, "free_bytes", lambda path: 1000)
     assert measure()[1] == 111 and not list((here / "cache" / "features").iterdir())
 
 
@@ -177,9 +178,9 @@ def test_those_used_longest_ago_go_first(here, measure, monkeypatch):
     ):
         os.utime(path, (1000 + age, 1000 + age))
     measure("--batch-size", 1)  # is used now
-    monkeypatch.setattr(feature_cache, "LIMIT", 3 * size + size // 2)
+    monkeypatch.setattr(feature_files, "LIMIT", 3 * size + size // 2)
     measure("--batch-size", 4)
-    assert kept_size(here) <= feature_cache.LIMIT
+    assert kept_size(here) <= feature_files.LIMIT
     assert [measure("--batch-size", n)[1] for n in (1, 4, 2)] == [41, 41, 111]
 
 
@@ -189,18 +190,18 @@ def kept_size(here: Path) -> int:
 
 def test_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    for name in ("XDG_CACHE_HOME", feature_cache.VARIABLE):
+    for name in ("XDG_CACHE_HOME", feature_files.VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    assert feature_cache.folder() == Path("/home/someone/.cache/diffkd/features")
+    assert feature_files.folder() == Path("/home/someone/.cache/diffkd/features")
     monkeypatch.setenv("HOME", "")
-    assert feature_cache.folder() is None
+    assert feature_files.folder() is None
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert feature_cache.folder() == Path("/x/diffkd/features")
-    monkeypatch.setenv(feature_cache.VARIABLE, "~/mine")
-    assert feature_cache.folder() == Path("/home/someone/mine/features")
-    monkeypatch.setenv(feature_cache.VARIABLE, "off")
-    assert feature_cache.folder() is None
+    assert feature_files.folder() == Path("/x/diffkd/features")
+    monkeypatch.setenv(feature_files.VARIABLE, "~/mine")
+    assert feature_files.folder() == Path("/home/someone/mine/features")
+    monkeypatch.setenv(feature_files.VARIABLE, "off")
+    assert feature_files.folder() is None
 
 
 def test_two_processes(launched, here):
@@ -225,3 +226,53 @@ def test_inception_by_its_protocol(here, monkeypatch):
     keys = {feature_cache.key_of("x", network, network.describe(), 64, processes) for network in made}
     assert len(keys) == 4
     shutil.rmtree(here / "cache", ignore_errors=True)
+
+
+def test_a_folder_keeps_the_features_of_both_sets(cli, here, measure, passes):
+    """The second command computes none, whichever set is which, and by other metrics."""
+    (plain, _), (first, once) = measure("--metrics", ALL, "--no-cache"), measure("--cache", "kept")
+    (second, twice), (more, none) = measure("--cache", "kept"), measure("--cache", "kept", "--metrics", ALL)
+    assert (once, twice, none) == (111, 0, 0) and numbers(first) == numbers(second)
+    assert numbers(more) == numbers(plain)
+    passes.clear()
+    assert cli("fid", "real", "images", "--features", "digits", "--cache", "kept").code == 0
+    assert cli("stats", "images", "--features", "digits", "--cache", "kept", "--out", "i.npz").code == 0
+    assert passes == [] and len(list((here / "kept").glob("*.npz"))) == 2
+    assert not (here / "cache").exists()
+    one_pixel(here)
+    assert measure("--cache", "kept")[1] == 70  # the other set is known
+
+
+def test_two_processes_share_a_folder(launched, here):
+    args = (
+        "evaluate",
+        "images",
+        "real",
+        "--features",
+        "digits",
+        "--metrics",
+        ALL,
+        "--cache",
+        "kept",
+        "--out",
+    )
+    for name in ("one.json", "two.json"):
+        ran = launched(2, *args, here / name)
+        assert ran.returncode == 0, ran.stderr
+        files = {path.name: path.stat().st_mtime_ns for path in (here / "kept").iterdir()}
+        assert len(files) == 2
+    one, two = (json.loads((here / name).read_text()) for name in ("one.json", "two.json"))
+    assert numbers(one) == numbers(two)
+
+
+def test_folders_that_cannot_keep_features(cli, here, monkeypatch):
+    args = ("evaluate", "images", "real", "--features")
+    refuse(cli, here, *args, "digits", "--cache", "kept", "--no-cache", says="--no-cache")
+    (here / "a file").write_text("x")
+    refuse(cli, here, *args, "digits", "--cache", "a file", says="--cache a file")
+    (here / "own_features.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n    num_features = 4\n"
+        "    def forward(self, x):\n        return x.float().flatten(1)[:, :4]\n"
+    )
+    code, _, err = cli(*args, "own_features.py", "--cache", "kept")
+    assert code == 2 and "--cache kept keeps no features of a network of your own" in err

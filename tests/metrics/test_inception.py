@@ -416,6 +416,7 @@ def test_every_kind_of_file_gives_the_same(state, net, files, monkeypatch):
         network = InceptionV3(files / name)
         assert torch.equal(network(images), features), name
         assert network.weights_sha256 == net.weights_sha256, name
+        assert network.describe() == {**net.describe(), "weights": Path(name).stem}
 
 
 def test_the_digest_is_of_the_weights(state, net, net64):

@@ -13,6 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from diffkd.metrics.evaluation import records
+from diffkd.metrics.evaluation.notes import notes
+from diffkd.metrics.evaluation.reference import Reference
 from diffkd.runs.stats import stats
 
 
@@ -44,6 +46,18 @@ def test_nothing_to_note(noted, here):
     assert noted("images", "real") == []
     stats("real", here / "ref.npz", Console(quiet=True), features_name="digits")
     assert noted("images", "ref.npz") == []
+
+
+def test_inception_weights_of_ones_own():
+    """By the name of their file; none for the published ones, and for a state dict."""
+    of = {"name": "inception", "sha256": "ab" * 32, "num_features": 2048, "resize": "tf1"}
+
+    def said(**more: str) -> list[str]:
+        return [*notes(Reference(None), {**of, **more}, {}, 5, None, None)]
+
+    assert said() == said(weights="pt_inception-2015-12-05-6726825d") == []
+    [note] = said(weights="mine")
+    assert "weights of your own, mine (sha256 abababab)" in note and "only among themselves" in note
 
 
 def test_statistics_of_unknown_making(noted, here):

@@ -49,6 +49,14 @@ def test_each_mode_gives_the_number_of_its_tool(peers, tmp_path):
     assert max(found.values()) < 1e-5, found
 
 
+def test_each_preset_gives_the_number_of_its_tool(peers, tmp_path):
+    """Of JPEG and of 16-bit files, which the tools decode otherwise than diffkd by itself."""
+    options = ("--kinds", "jpeg", "16-bit", "--images", 12, "--fid-only", "--presets")
+    found = compared(peers, tmp_path / "rows.json", *options)
+    assert {mode for _, mode, _ in found} == {"tf1", "clean", "pytorch-fid"} and len(found) == 6
+    assert max(found.values()) < 1e-5, found
+
+
 def test_every_number_of_images_that_are_large(peers, tmp_path):
     found = compared(peers, tmp_path / "rows.json", "--kinds", "400x300", "--images", 12, "--project")
     numbers = {"fid", "kid", "is", "precision", "recall", "density", "coverage"}

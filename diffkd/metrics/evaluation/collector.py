@@ -30,9 +30,10 @@ class Collector:
         self.features: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, first: int, images: Tensor) -> Tensor:
-        """images: (B, H, W, C) uint8, `first` the index of the first. Returns their features (B, d)."""
-        features = self.of(images)
+    def update(self, first: int, images: Tensor, known: Tensor | None = None) -> Tensor:
+        """images: (B, H, W, C) uint8, `first` the index of the first. known: the features of all `count`
+        images, where an earlier command computed them. Returns their features (B, d)."""
+        features = self.of(images) if known is None else known[first : first + len(images)]
         self.statistics.update(features)
         if self.store:
             self._room()[first : first + len(features)] = features
@@ -82,7 +83,10 @@ class Collection:
         count: int,
         device: torch.device,
         stored: Container[str],
+        known: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """known: features of all images by these networks, which are not computed again."""
+        self.known = known or {}
         self.metrics = metrics
         self.collectors = {
             key: Collector(network, count, device, store=key in stored) for key, network in networks.items()
@@ -98,7 +102,10 @@ class Collection:
         prompts: Sequence[str] | None = None,
     ) -> None:
         """images, by_teacher: (B, H, W, C) uint8 of one shape; the teacher's if a metric compares with it."""
-        features = {key: collector.update(first, images) for key, collector in self.collectors.items()}
+        features = {
+            key: collector.update(first, images, self.known.get(key))
+            for key, collector in self.collectors.items()
+        }
         for metric in self.metrics:
             if metric.name in self.running:
                 collector = self.collectors[metric.network]

@@ -9,12 +9,11 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 from diffkd import metrics
 from diffkd.core import samplers
 from diffkd.data.resized import LARGEST_SIDE
-from diffkd.io import plugins
 from diffkd.io.config import LARGEST_BATCH, MOST_IMAGES, Positive, Strict
 from diffkd.metrics.base import Metric
 from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.image_sets import Spec
-from diffkd.metrics.features import NAMES
+from diffkd.metrics.features import in_config
 from diffkd.metrics.features.resize import Resize
 
 if TYPE_CHECKING:
@@ -27,11 +26,14 @@ class _Common(Strict):
     """How models are measured."""
 
     protocol: presets.PresetName | None = Field(
-        None, description="coco30k: FID (and CLIP score) of 30,000 captions at 256x256, in all that it takes"
+        None,
+        description="coco30k: FID (and CLIP score) of 30,000 captions at 256x256, in all that it takes; or "
+        "the tool whose FID it is to be: pytorch-fid, clean-fid, torch-fidelity, edm, adm",
     )
-    features: Annotated[str, AfterValidator(lambda name: plugins.in_config(name, NAMES))] = Field(
+    features: Annotated[str, AfterValidator(in_config)] = Field(
         "digits",
-        description="digits, shapes, inception, dinov2, clip, or your own: a module, or module.Class",
+        description="digits, shapes, inception, dinov2, clip, a .safetensors of diffkd features train, or "
+        "your own: a module, or module.Class",
     )
     weights: str | None = Field(None, description="file or folder of the feature network's weights")
     resize: Resize | None = Field(

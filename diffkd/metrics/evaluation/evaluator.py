@@ -15,10 +15,11 @@ from diffkd.io.environment import commit, versions
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.io.processes import Processes
-from diffkd.metrics.base import MAIN, Inputs, Metric
+from diffkd.metrics.base import MAIN, Inputs, Labelled, Metric
 from diffkd.metrics.evaluation import networks, presets
 from diffkd.metrics.evaluation.collector import Collection, Pixels
 from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.feature_cache import Keeper
 from diffkd.metrics.evaluation.image_stream import ImageStream
 from diffkd.metrics.evaluation.notes import notes
 from diffkd.metrics.evaluation.reference import Reference
@@ -44,10 +45,13 @@ class Evaluator:
         modules, self.descriptions = networks.load(config, self.metrics)
         self.networks: dict[str, Any] = {key: m.to(processes.device) for key, m in modules.items()}
         needed = networks.of_reference(self.metrics)
-        real = reference.collect(
+        stored = networks.stored_of_reference(self.metrics)
+        if reference.has_features:
+            stored |= networks.preferred_of_reference(self.metrics)
+        real = {} if not reference.is_there else reference.collect(
             {key: network for key, network in self.networks.items() if key in needed},
             {key: found for key, found in self.descriptions.items() if key in needed},
-            networks.stored_of_reference(self.metrics), processes,
+            stored, processes,
             batch_size=config.batch_size, allow_mismatch=config.allow_mismatch, on_images=on_images,
         )  # fmt: skip
         self.real = {
@@ -76,8 +80,12 @@ class Evaluator:
             name = called("teacher")
             raise UserError(f"{comparing} is with a teacher from the same noise; name it ({name})")
         check_prompts(self.metrics, stream.prompts)
-        stored = networks.stored_of_images(self.metrics)
-        collection = Collection(self.metrics, self.networks, stream.count, device, stored)
+        check_labels(self.metrics, stream.labels, self.reference.labelled)
+        stored, keeper = networks.stored_of_images(self.metrics), self._keeper(stream)
+        if keeper is not None:
+            stored = set(self.networks)
+        known = {} if keeper is None else keeper.known
+        collection = Collection(self.metrics, self.networks, stream.count, device, stored, known)
         pixels, size = Pixels(stream.count), None
         timer = Timer(device)
         for first, images, by_teacher in self._pairs(stream, teacher, timer):
@@ -93,8 +101,10 @@ class Evaluator:
         if stream.there:
             pixels.merge_across(add)
             stream.protocol["pixels"] = pixels.sha256
+        if keeper is not None:
+            keeper.keep(collection.features(), pixels)
         made: dict[str, Any] = {k: stream.protocol[k] for k in ("steps", "nfe") if k in stream.protocol}
-        values, told = self._values(collection, stream.count) if self.processes.main else ({}, [])
+        values, told = self._values(collection, stream) if self.processes.main else ({}, [])
         found = notes(
             self.reference, self.descriptions[MAIN], values, stream.count, size,
             pixels if stream.there else None,
@@ -107,6 +117,15 @@ class Evaluator:
             ],
             "protocol": self._protocol(stream, teacher),
         }  # fmt: skip
+
+    def _keeper(self, stream: ImageStream) -> Keeper | None:
+        """Of the images' features, where they are stored images and a folder for features was named."""
+        if stream.content is None or not isinstance(self.reference.cached, str):
+            return None
+        return Keeper(
+            self.reference.cached, stream.content(), stream.count, self.networks, self.descriptions,
+            self.config.batch_size, self.processes,
+        )  # fmt: skip
 
     def _pairs(
         self, stream: ImageStream, teacher: ImageStream | None, timer: Timer
@@ -121,15 +140,23 @@ class Evaluator:
             for (first, images), (_, by_teacher) in zip(drawn, teacher.batches(*place), strict=True):
                 yield first, images, by_teacher
 
-    def _values(self, collection: Collection, count: int) -> tuple[dict[str, float | None], list[str]]:
+    def _values(self, collection: Collection, stream: ImageStream) -> tuple[dict[str, Any], list[str]]:
         """The numbers, and what the metrics say of them."""
-        features, options = collection.features(), self._options(count)
-        values: dict[str, float | None] = {}
+        features, options = collection.features(), self._options(stream.count)
+        values: dict[str, Any] = {}
         told: list[str] = []
         for metric in self.metrics:
             key, running = metric.network, collection.running.get(metric.name)
             real, used = self.real.get(key), options[metric.name]
-            inputs = Inputs(features[key], real, used, self.config.features, running)
+            inputs = Inputs(
+                features[key],
+                real,
+                used,
+                self.config.features,
+                running,
+                stream.labels,
+                self.reference.labelled,
+            )
             values |= metric.compute(inputs)
             told += metric.notes(inputs)
         return values, told
@@ -169,6 +196,21 @@ def check_prompts(metrics: Sequence[Metric], prompts: Sequence[str] | None) -> N
             )
         if prompts is not None:
             metric.check_prompts(prompts)
+
+
+def check_labels(metrics: Sequence[Metric], images: Labelled | None, reference: Labelled | None) -> None:
+    """Raises UserError for metrics that go class by class, where labels are missing or do not match."""
+    for metric in metrics:
+        if not metric.with_labels:
+            continue
+        for what, given in (("the images", images), ("the reference", reference)):
+            if given is None:
+                raise UserError(
+                    f"{metric.name} goes class by class, and {what} have no class labels; sort them into a "
+                    "subfolder for each class, or leave the metric out"
+                )
+        assert images is not None and reference is not None
+        metric.check_labels(images, reference)
 
 
 def _check_shapes(images: Tensor, by_teacher: Tensor, teacher: ImageStream) -> None:

@@ -37,6 +37,9 @@ class ImageFolder(Strict):
         le=LARGEST_SIDE,
         description="height and width, by resizing the short side (bicubic) and cropping the centre",
     )
+    as_stored: bool = Field(
+        False, description="decoded as other tools do: not turned by EXIF data, 16-bit values cut at 255"
+    )
 
 
 class File(Strict):
@@ -47,10 +50,10 @@ class File(Strict):
 
 
 def parse(
-    text: str, *, resize: int | None = None, split: str = "train"
+    text: str, *, resize: int | None = None, split: str = "train", as_stored: bool = False
 ) -> Digits | Shapes | ImageFolder | File | HubDataset:
     """What a user names on the command line: digits, shapes (held out), an .npz, a folder, or a Hugging Face
-    data set."""
+    data set. as_stored: of a folder, how its files are decoded."""
     if not text:
         raise UserError(f"an empty name does not name images; give {NAMED}")
     path = expanded(text)
@@ -63,7 +66,7 @@ def parse(
     # os.path answers no for a name that no file can have; pathlib raises
     saved = any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json"))
     if os.path.isdir(path) and not saved:
-        return ImageFolder(path=path, resize=resize)
+        return ImageFolder(path=path, resize=resize, as_stored=as_stored)
     if os.path.exists(path) and not saved:
         raise UserError(f"{text} is not an .npz, a folder or a data set; give one of these, digits or shapes")
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
@@ -92,7 +95,7 @@ def images_of(
     arrays: of an .npz that was read already.
     """
     if isinstance(spec, ImageFolder):
-        source: Source = FolderSource(spec.path, spec.resize)
+        source: Source = FolderSource(spec.path, spec.resize, as_stored=spec.as_stored)
     elif isinstance(spec, File):
         source = ArraySource(spec.path, read_npz(spec.path) if arrays is None else arrays)
     else:

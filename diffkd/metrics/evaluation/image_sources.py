@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.data.decoding import fitted, open_image, upright, upright_size
+from diffkd.data.decoding import fitted, open_image, plain, upright, upright_size
 from diffkd.data.folder import passed_over
 from diffkd.data.images import Images
 from diffkd.data.listing import list_folder
@@ -122,10 +122,11 @@ def labels_in(arrays: dict[str, np.ndarray], count: int, path: Path) -> Tensor |
 
 
 class FolderSource:
-    """A folder of images, always read as RGB, turned upright. All of one size, or resized to one."""
+    """A folder of images, always read as RGB, turned upright or, on request, as `decoding.plain` leaves them.
+    All of one size, or resized to one."""
 
-    def __init__(self, root: Path, resize: int | None) -> None:
-        self.name, self.resize = str(root), resize
+    def __init__(self, root: Path, resize: int | None, *, as_stored: bool = False) -> None:
+        self.name, self.resize, self.as_stored = str(root), resize, as_stored
         found = list_folder(root)
         self.paths = found.paths
         self.labels = None if found.labels is None else torch.tensor(found.labels)
@@ -133,7 +134,7 @@ class FolderSource:
         self.notes: Sequence[str] = [passed_over(root, found.passed_over)] if found.passed_over else []
         self.pool = ThreadPoolExecutor(WORKERS)
         sizes: dict[tuple[int, int], Path] = {}
-        for path, size in zip(self.paths, self.pool.map(_size, self.paths), strict=True):
+        for path, size in zip(self.paths, self.pool.map(self._size, self.paths), strict=True):
             sizes.setdefault(size, path)
         self.size = next(iter(sizes)) if resize is None else (resize, resize)
         if len(sizes) > 1 and resize is None:
@@ -148,7 +149,8 @@ class FolderSource:
 
     def content(self) -> str:
         digests = self.pool.map(_file_digest, self.paths)
-        return hashlib.sha256(f"{self.resize} {' '.join(digests)}".encode()).hexdigest()
+        how = f"{self.resize} as stored" if self.as_stored else str(self.resize)
+        return hashlib.sha256(f"{how} {' '.join(digests)}".encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Tensor:
         return torch.from_numpy(np.stack(list(self.pool.map(self._one, self.paths[start:stop]))))
@@ -156,7 +158,7 @@ class FolderSource:
     def _one(self, path: Path) -> np.ndarray:
         try:
             with open_image(path) as opened:
-                image = upright(opened, 3)
+                image = plain(opened) if self.as_stored else upright(opened, 3)
         except Exception as error:  # Pillow raises many kinds for a broken file
             raise _unreadable(path, error) from error
         if self.resize is not None:
@@ -169,15 +171,16 @@ class FolderSource:
             )
         return np.asarray(image)
 
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height when upright."""
-    try:
-        with open_image(path) as image:
-            height, width = upright_size(image)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return width, height
+    def _size(self, path: Path) -> tuple[int, int]:
+        """Width and height, when upright unless as stored."""
+        try:
+            with open_image(path) as image:
+                if self.as_stored:
+                    return image.size
+                height, width = upright_size(image)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        return width, height
 
 
 def _file_digest(path: Path) -> str:

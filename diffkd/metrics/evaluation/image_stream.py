@@ -22,6 +22,7 @@ from diffkd.generation.labels import labels_for
 from diffkd.generation.prompts import described
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
+from diffkd.metrics.base import Labelled
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import WORKERS, Source, batches, subset, thinned
 from diffkd.metrics.evaluation.reference import Reference
@@ -36,7 +37,8 @@ Batches = Callable[[int, int], Numbered]  # those that fall to process `rank` of
 class ImageStream:
     """`count` images by batches. protocol: how they came about. there: whether they are stored somewhere, so
     that their sha256 identifies them. notes: what a reader of their numbers must know. prompts: of the
-    images, in turn."""
+    images, in turn. labels: of each image, where they have any. content: sha256 of all that stored images are
+    made of."""
 
     count: int
     batches: Batches
@@ -44,6 +46,8 @@ class ImageStream:
     there: bool = False
     notes: Sequence[str] = ()
     prompts: Sequence[str] | None = None
+    labels: Labelled | None = None
+    content: Callable[[], str] | None = None
 
     def prompts_of(self, first: int, count: int) -> list[str] | None:
         """Of images `first` to first + count - 1."""
@@ -66,6 +70,8 @@ def stored_images(source: Source, config: Evaluation, prompts: Sequence[str] | N
         brought_to(lambda rank, world: batches(chosen, len(chosen), size, rank, world), config.image_size),
         there=True,
         notes=source.notes,
+        labels=None if chosen.labels is None else Labelled(chosen.labels, chosen.classes),
+        content=lambda: chosen.content() + (f" {config.image_size}" if config.image_size else ""),
     )
     if prompts is None:
         return stream
@@ -114,7 +120,7 @@ def sampled_images(
         "labels": chosen, "seed": config.seed,
         "clip": denoiser.clip, "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({} if prompts is None else {"prompts": described(prompts)}),
-    }, prompts=prompts)  # fmt: skip
+    }, prompts=prompts, labels=None if labels is None else Labelled(labels, classes))  # fmt: skip
 
 
 def prompts_for(denoiser: Denoiser, captions: Sequence[str], count: int) -> list[str] | None:

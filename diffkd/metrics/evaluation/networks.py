@@ -44,6 +44,11 @@ def stored_of_reference(chosen: list[Metric]) -> set[str]:
     return {metric.network for metric in chosen if metric.stores_reference}
 
 
+def preferred_of_reference(chosen: list[Metric]) -> set[str]:
+    """The same where there are images, or features, to have them from."""
+    return {metric.network for metric in chosen if metric.prefers_reference}
+
+
 def stored_of_images(chosen: list[Metric]) -> set[str]:
     """The same of the images that are measured."""
     return {metric.network for metric in chosen if metric.stores_images}
@@ -53,7 +58,7 @@ def check(config: Evaluation, reference: Reference | None = None) -> None:
     """Raises UserError where a feature network or the reference cannot give what the metrics need."""
     chosen = config.chosen()
     descriptions: Mapping[str, Any] = load(config, chosen).descriptions
-    if reference is not None:
+    if reference is not None and reference.is_there:
         needed = of_reference(chosen)
         described = {key: found for key, found in descriptions.items() if key in needed}
         reference.require(described, stored_of_reference(chosen), config.allow_mismatch)

@@ -7,10 +7,13 @@ from typing import Any
 
 from diffkd.metrics.evaluation.collector import Pixels
 from diffkd.metrics.evaluation.reference import Reference
+from diffkd.metrics.features.inception_weights import NAMES
+from diffkd.metrics.features.trained import PREFIX
 
 Size = tuple[int, int]  # width and height of images
 UNKNOWN = "{} does not say by which features, weights and resize it was made"
 GAUSSIAN = ("fid", "fd_inf")  # metrics of the main features' covariance
+PUBLISHED = tuple(name.rpartition(".")[0] for name in NAMES)  # names of Inception's weights
 
 
 def notes(
@@ -23,6 +26,16 @@ def notes(
 ) -> Iterator[str]:
     """description: of the main feature network. metrics: the numbers. count, size, pixels: of the images that
     are measured; size and pixels where they are known."""
+    if description["name"].startswith(PREFIX):
+        yield (
+            f"features of a network that was trained on images of your own, {description['name']}: such "
+            "numbers compare only among those by the same file"
+        )
+    if description["name"] == "inception" and description.get("weights", PUBLISHED[0]) not in PUBLISHED:
+        yield (
+            f"Inception with weights of your own, {description['weights']} (sha256 "
+            f"{description['sha256'][:8]}): such numbers compare only among themselves"
+        )
     if reference.statistics is not None and not reference.protocol.get("features"):
         how = ", ".join(str(description[key]) for key in ("name", "resize") if description.get(key))
         yield (

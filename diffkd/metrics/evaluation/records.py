@@ -137,6 +137,7 @@ class _Record(_Known):
     macs: int | None = Field(None, ge=0)
     bytes: int | None = Field(None, ge=0)
     notes: list[str] = []
+    class_fids: dict[str, float] = {}
     protocol: _Protocol
 
 

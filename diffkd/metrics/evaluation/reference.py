@@ -16,7 +16,7 @@ from diffkd.io.naming import called
 from diffkd.io.npz import read_npz
 from diffkd.io.processes import Processes
 from diffkd.io.text import from_json, reason
-from diffkd.metrics.base import FeatureSet
+from diffkd.metrics.base import FeatureSet, Labelled
 from diffkd.metrics.evaluation.collector import Pixels
 from diffkd.metrics.evaluation.feature_cache import features_of
 from diffkd.metrics.evaluation.image_sets import File, images_of
@@ -27,15 +27,19 @@ from diffkd.metrics.statistics import Statistics
 MATCHING = ("name", "sha256", "num_features", "resize")  # of a feature network: what must be the same
 
 
+NONE = "none"  # the name, and in records the spec, of no reference
+
+
 class Reference:
-    """Images, or statistics, or both.
+    """Images, or statistics, or both; or nothing, for metrics that compare with nothing.
 
     name, count, size (width and height), sha256 (of the pixels), labels (N,): where they are known.
     """
 
-    def __init__(self, spec: Any, source: Source | None = None, *, cached: bool = True) -> None:
-        """spec: of `image_sets.parse` or a config. source: its images, where they are open already. cached:
-        whether features that an earlier command kept are used, and new ones kept."""
+    def __init__(self, spec: Any, source: Source | None = None, *, cached: bool | str = True) -> None:
+        """spec: of `image_sets.parse` or a config; None for no reference. source: its images, where they are
+        open already. cached: whether features that an earlier command kept are used, and new ones kept; a
+        folder to keep them in."""
         self.spec, self.cached = spec, cached
         self.statistics: Statistics | None = None
         self.stored_features: Tensor | None = None
@@ -45,15 +49,17 @@ class Reference:
         self.pixels: Pixels | None = None  # once its images were read
         self.from_cache = False
         self.source = source
+        self.name: str = NONE
+        self.count: int | None = None
         if source is None and isinstance(spec, File):
             self._read(spec.path)
-        elif source is None:
+        elif source is None and spec is not None:
             with naming.reference():
                 self.source = images_of(spec)
         if self.source is not None:
             self.labels = self.source.labels
             self.name = self.source.name
-            self.count: int | None = len(self.source)
+            self.count = len(self.source)
         if self.statistics is not None:
             self.count = self.statistics.num_samples  # and not of the images beside them, which may be fewer
 
@@ -163,6 +169,15 @@ class Reference:
             )
 
     @property
+    def is_there(self) -> bool:
+        return self.source is not None or self.statistics is not None
+
+    @property
+    def has_features(self) -> bool:
+        """Whether every feature is there, or can be computed."""
+        return self.source is not None or self.stored_features is not None
+
+    @property
     def size(self) -> tuple[int, int] | None:
         if self.source is not None:
             return self.source.size
@@ -186,9 +201,16 @@ class Reference:
             return self.labels
         return torch.tensor([classes.index(name) for name in own])[self.labels]
 
+    @property
+    def labelled(self) -> Labelled | None:
+        """Its labels, with the names of their classes."""
+        if self.labels is None:
+            return None
+        return Labelled(self.labels, () if self.source is None else self.source.classes)
+
     def describe(self) -> dict[str, Any]:
         """What a protocol says of it, after its images were collected."""
-        spec = self.spec.model_dump(mode="json") if self.spec is not None else {}
+        spec: Any = self.spec.model_dump(mode="json") if self.spec is not None else NONE
         if "path" in spec and Path(spec["path"]).exists():
             spec["path"] = str(Path(spec["path"]).resolve())  # to be found from anywhere
         made_with = self.protocol.get("features") if self.statistics is not None else None

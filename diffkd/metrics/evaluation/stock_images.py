@@ -15,6 +15,7 @@ from diffkd.generation.stock import generate_stock, scalars, stock_defaults
 from diffkd.io.naming import called, in_config
 from diffkd.io.places import expanded
 from diffkd.io.text import log
+from diffkd.metrics.base import Labelled
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import subset
 from diffkd.metrics.evaluation.image_stream import (
@@ -95,7 +96,7 @@ class StockPipeline:
             "scheduler": {"name": type(pipeline.scheduler).__name__, **settings},
             "pipeline": {"name": type(pipeline).__name__, **arguments},
             "labels": said, "seed": config.seed, "dtype": str(pipeline.dtype).removeprefix("torch."),
-        })  # fmt: skip
+        }, labels=None if labels is None else Labelled(labels, class_names(self.card)))  # fmt: skip
 
     def _check_guided(self, arguments: Mapping[str, Any]) -> None:
         """Raises UserError for a DiTPipeline that guides a network of other classes than ImageNet's."""

@@ -113,7 +113,9 @@ def opened(
 
 def _images(target: Target, config: Evaluation) -> OpenedTarget:
     place = expanded(target.path)
-    spec = image_sets.parse(target.path, resize=target.resize or config.image_size)
+    spec = image_sets.parse(
+        target.path, resize=target.resize or config.image_size, as_stored=presets.as_stored(config.protocol)
+    )
     if not exists(target.path) and place.suffix.lower() not in PICKLES:
         raise UserError(f"{target.path} does not exist; give a model, a folder of images, or an image .npz")
     if target.steps or target.teacher or target.guidance is not None:

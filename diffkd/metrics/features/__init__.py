@@ -23,6 +23,7 @@ from diffkd.metrics.features.dinov2 import DINOv2
 from diffkd.metrics.features.inception import InceptionV3
 from diffkd.metrics.features.resize import Resize
 from diffkd.metrics.features.shapes import ShapesFeatures
+from diffkd.metrics.features.trained import PREFIX, SUFFIX, TrainedFeatures
 
 NAMES = ("digits", "shapes", "inception", "dinov2", "clip")
 OF_METRICS = ("clip_score",)  # what a metric alone brings along
@@ -33,8 +34,8 @@ STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reporte
 def load(
     name: str, *, weights: str | None = None, resize: Resize | None = None, dtype: str | None = None
 ) -> nn.Module:
-    """The feature network of that name, one of NAMES and OF_METRICS, or of the user's own, as `plugins` reads
-    its name.
+    """The feature network of that name, one of NAMES and OF_METRICS, of a .safetensors of `diffkd features
+    train`, or of the user's own code, as `plugins` reads its name.
 
     weights: a file (inception) or folder (dinov2, clip, clip_score); default as each of them documents.
     resize, dtype: of inception. Raises UserError for what cannot be loaded, and for an option that the
@@ -54,20 +55,35 @@ def load(
     if weights is not None:
         option = called("evaluation.weights")
         raise UserError(f"{option} {weights!r} is for inception, dinov2 and clip; the features are {name}")
+    if name.endswith(SUFFIX):
+        return TrainedFeatures(name)
     if name == "digits":
         return DigitsFeatures()
     return ShapesFeatures() if name == "shapes" else _own(name)
 
 
 def locate(name: str) -> str:
-    """The name as configs and records have it: `plugins.locate`, among those that diffkd has itself."""
-    return plugins.locate(name, NAMES)
+    """The name as configs and records have it: `plugins.locate`, among those that diffkd has itself; of a
+    trained network the absolute path of its file."""
+    return str(plugins.find_file(name)) if name.endswith(SUFFIX) else plugins.locate(name, NAMES)
+
+
+def in_config(name: str) -> str:
+    """`locate` for a field of a config; what is not read from a config file stays as it is."""
+    if name.endswith(SUFFIX):
+        return locate(name) if plugins.reading_config() else name
+    return plugins.in_config(name, NAMES)
 
 
 def check_named(name: str, where: object) -> None:
     """Raises UserError where a file, and not the user, names a network of somebody's own: to load it runs its
-    code."""
-    if name not in NAMES:
+    code. A trained network runs none, but is known by its file alone."""
+    if name.startswith(PREFIX):
+        raise UserError(
+            f"{where} is by the trained features {name}; name their file: {called('evaluation.features')} "
+            f"FILE{SUFFIX}"
+        )
+    if name not in NAMES and not name.endswith(SUFFIX):
         raise UserError(
             f"{where} is by the features {name!r}, code that a file may not run; "
             f"if it is yours, name it: {called('evaluation.features')} {name}"

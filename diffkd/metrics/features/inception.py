@@ -38,7 +38,8 @@ class InceptionV3(nn.Module):
     weights: a file (see read_weights), None for what find_weights finds, or a state dict.
     resize: how images come to 299x299 and are normalised, by the name of the tool that does it so: tf1
     (torch-fidelity and the original), clean (clean-fid), pytorch-fid, torchmetrics. dtype: of the arithmetic.
-    weights_sha256: of the weights as float32, whatever kind of file they came in.
+    weights_sha256: of the weights as float32, whatever kind of file they came in. weights_name: of that file,
+    None for a state dict.
     """
 
     num_features = 2048
@@ -57,9 +58,10 @@ class InceptionV3(nn.Module):
         add_network(self)
         if isinstance(weights, Mapping):
             source, tensors = "the state dict", weights
+            self.weights_name: str | None = None
         else:
             path = find_weights(weights)
-            source, tensors = str(path), read_weights(path)
+            source, tensors, self.weights_name = str(path), read_weights(path), path.stem
         tensors = _checked(tensors, shapes(self), source)
         self.weights_sha256 = digest(tensors)
         counters = {n: torch.tensor(0) for n in self.state_dict() if n.endswith(COUNTER)}
@@ -120,6 +122,7 @@ class InceptionV3(nn.Module):
         return {
             "name": "inception", "sha256": self.weights_sha256, "num_features": self.num_features,
             "resize": OLD.get(self.resize, self.resize), "dtype": dtype,
+            **({} if self.weights_name is None else {"weights": self.weights_name}),
         }  # fmt: skip
 
 

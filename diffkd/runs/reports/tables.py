@@ -15,6 +15,8 @@ from diffkd.errors import printable
 from diffkd.io import progress
 from diffkd.metrics.evaluation import comparison, records
 from diffkd.metrics.evaluation.records import Record
+from diffkd.metrics.evaluation.reference import NONE
+from diffkd.metrics.features.trained import PREFIX
 
 
 def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -37,7 +39,8 @@ def show_evaluation(
     if as_json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
         return
-    progress.say(console, f"{target} against {found[0]['protocol']['reference']['name']}")
+    against = found[0]["protocol"]["reference"]
+    progress.say(console, target if against["spec"] == NONE else f"{target} against {against['name']}")
     _show_columns(found, console)
     for line in notes(found):
         progress.say(console, line)
@@ -71,7 +74,7 @@ def notes(found: Sequence[Record]) -> list[str]:
             f"{count:,} images are few: fresh data would have an FID of {about} {record['fid_floor']:.3g} "
             "here (expected from the spectrum of the reference's covariance); compare at equal counts only"
         )
-    if "fid" in record and name != "inception":
+    if "fid" in record and name != "inception" and not name.startswith(PREFIX):  # whose own note says more
         lines.append(f"FID by the features {name!r} is not comparable with FID by Inception features")
     if protocol["evaluation"]["allow_mismatch"]:
         lines.append("a mismatch of features was allowed: these numbers compare with no others")
