@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from diffkd import __version__
-from diffkd.cli import benchmark, cache, compare, distill, evaluate, fid, methods, sample, stats, train
+from diffkd.cli import benchmark, cache, compare, distill, evaluate, fid, fuse, methods, sample, stats, train
 from diffkd.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ EXAMPLES: dict[Callable[..., int | None], str] = {
     fid.fid: "diffkd fid images digits",
     compare.compare: "diffkd compare one.json two.json",
     stats.stats: "diffkd stats digits --out digits.npz",
+    fuse.fuse: "diffkd fuse runs/sd15-lora/students/4-steps --out sd15-4-steps",
     benchmark.benchmark: "diffkd benchmark configs/digits/benchmark.yaml",
     methods.methods: "diffkd methods progressive",
 }
