@@ -129,14 +129,14 @@ def _of_adapter(folder: Path, name: str, variant: str | None, scheduler: str | N
         )
     base = said["lora"]["base"]
     try:
+        if holds_adapter(folder_of(base)):
+            raise UserError(f"{base} is an adapter itself; run diffkd fuse on it, and name what this makes")
         found = find(base, variant or said["lora"].get("variant"), scheduler or str(folder / "scheduler"))
     except UserError as error:
         raise UserError(
             f"{name} is an adapter, and its base cannot be opened: {error}; or name its place as base in "
             f"{folder / CARD}"
         ) from error
-    if found.adapter is not None:
-        raise UserError(f"{name} is an adapter whose base {base} is one itself; run diffkd fuse on that")
     return replace(found, card=said, adapter=folder)
 
 

@@ -245,9 +245,9 @@ def other_base(folder):
     (folder / "diffkd.json").write_text(json.dumps(card))
 
 
-def no_base(folder):
+def no_base(folder, named="nowhere"):
     card = json.loads((folder / "diffkd.json").read_text())
-    card["lora"]["base"] = str(folder / "nowhere")
+    card["lora"]["base"] = str(folder / named)
     (folder / "diffkd.json").write_text(json.dumps(card))
 
 
@@ -279,6 +279,7 @@ NO_LAYER = "is no adapter of a layer of its base; is it of another"
 BROKEN = {
     "another base": (other_base, "adapter for another base than .* the weights differ"),
     "no base": (no_base, "its base cannot be opened: .*nowhere.* name its place as base in"),
+    "itself": (partial(no_base, named="."), "its base cannot be opened: .* is an adapter itself; run"),
     "no card": (no_card, "is an adapter whose diffkd.json does not name its base"),
     "a card of nonsense": (nonsense, "has lora .*which describes no adapter; repair it"),
     "another layer": (edited(lambda c, k: c.update({f"unet.x.{k}": c[k].clone()})), NO_LAYER),

@@ -28,7 +28,8 @@ CALL: dict[str, Any] = {}  # the pipeline guides only where a negative prompt is
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
-LORA, scheduler_of = Keys("transformer"), flow_pipelines.scheduler_of
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 SIDE = 128  # of the latents that the stock pipeline draws where no size is named

@@ -25,7 +25,8 @@ NETWORK = SanaTransformer2DModel
 # the pipeline guides by default, and draws at the nearest size that it knows
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-LORA, scheduler_of = Keys("transformer"), flow_pipelines.scheduler_of
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 PIXELS = 1024  # a side of the images that the stock pipeline draws where no size is named
 MOST_TOKENS = 1 << 16  # of an image; the published networks have 16,384 at most

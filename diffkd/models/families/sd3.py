@@ -28,7 +28,8 @@ CALL = {"guidance_scale": 1.0}  # the pipeline guides by default
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
-LORA, scheduler_of = Keys("transformer", kohya="lora_transformer"), flow_pipelines.scheduler_of
+LORA = Keys("transformer", kohya="lora_transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {
     "vae": STEM, "text_encoder": "model", "text_encoder_2": "model", "text_encoder_3": "model",
