@@ -12,7 +12,10 @@ from tests.parallel import method_of
 from tests.tiny import student
 
 METHODS = ["progressive", "dmd2", "consistency"]
-ALSO = ["dmd2-ddim", "dmd2-gan", "lcm", "scm", "sid", "tcm", "feature", "reflow"]
+ALSO = [
+    "dmd2-ddim", "dmd2-gan", "adversarial", "f_distill", "sid", "lcm", "scm", "tcm", "feature", "output",
+    "reflow", "regression",
+]  # fmt: skip
 
 
 def by_default(chosen):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import diffkd
 from diffkd.core import adapters
+from diffkd.core.digest import digest
 from diffkd.errors import UserError
 from diffkd.models.lora_files import KOHYA
 from diffkd.models.source import ADAPTER
@@ -23,7 +24,7 @@ from diffkd.runs.config import Distill
 from diffkd.training import launch
 from tests import text_to_image
 from tests.refusals import refuse
-from tests.runs.tiny import OF_LATENTS, UNMEASURED, log, same, write
+from tests.runs.tiny import OF_LATENTS, UNMEASURED, log, records, same, write
 
 CHAIN = [
     {"name": "progressive", "steps": [4, 2], "updates": [2, 2], "learning_rate": 1e-2},
@@ -64,7 +65,8 @@ def test_a_chain_goes_on_with_one_adapter_on_one_base(here, cli, monkeypatch):
     """Each stage has one base in memory; the last stage's adapter, frozen, teaches the next; what is saved of
     a family whose pipelines load no adapters is whole, and the adapter beside it."""
     stages = seen(monkeypatch)
-    assert cli("distill", "run.yaml").code == 0
+    outcome = cli("distill", "run.yaml", "evaluation={samples: 8, teacher_steps: [8]}", "pictures=2")
+    assert outcome.code == 0, outcome.stderr
     base = diffkd.load("teacher").network.state_dict()
     for name, nets in stages.items():
         together = {p.data_ptr(): p.numel() for net in nets.values() for p in net.parameters()}
@@ -91,6 +93,9 @@ def test_a_chain_goes_on_with_one_adapter_on_one_base(here, cli, monkeypatch):
                 assert change.abs().max() > 0 and (base[key] + change - value).abs().max() <= 1e-6
             else:
                 assert torch.equal(base[key], value)
+        (record,) = (one for one in records(here / "run") if one["model"] == name)
+        saved = diffkd.load(place / name).network.state_dict()
+        assert record["protocol"]["target"]["sha256"] == digest(saved)
         card = json.loads((place / name / "diffkd.json").read_text())
         assert (card["lora"]["rank"], card["lora"]["base"]) == (2, str(here / "teacher"))
     assert not same(adapter(place / "4-steps"), adapter(place / "2-steps"))
