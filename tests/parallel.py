@@ -22,15 +22,18 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffkd import methods
+from diffkd.core import adapters
 from diffkd.core.classifier import Classifier, Model
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import Interrupted
 from diffkd.methods.base import Method
+from diffkd.methods.dmd2 import DMD2
 from diffkd.methods.feature import Feature
 from diffkd.methods.logits import Logits
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
 from diffkd.models.families import sd
+from diffkd.models.students.config import Lora
 from diffkd.models.unet import to_fast
 from diffkd.runs.classification.cnn import Arguments
 from diffkd.training.config import Training
@@ -58,6 +61,7 @@ KINDS: dict[str, dict[str, str]] = {  # as configs/accelerate has it
 METHODS: dict[str, Method] = {
     "one": Progressive(steps=[4]), "two": TwoNetworks(), "feature": Feature(), "logits": Logits(),
     "sd": Progressive(steps=[4]), "xl": Progressive(steps=[4]),
+    "lora": Progressive(steps=[4]), "lora-dmd2": DMD2(fake_updates=1),
 }  # fmt: skip
 
 
@@ -74,6 +78,8 @@ def models_of(name: str) -> dict[str, Any]:
         torch.manual_seed(3)
         unet = to_fast(text_to_image.network(xl=name == "xl"))
         teacher = Denoiser(unet, COSINE, "v_prediction", call=sd.call)
+    if name.startswith("lora"):
+        Lora(kind="lora", rank=4).mark(teacher)
     if name == "logits":
         torch.manual_seed(3)
         networks = [Arguments(channels=channels).build(1, 3, timed=False) for channels in ([8, 16], [4, 8])]
@@ -81,7 +87,12 @@ def models_of(name: str) -> dict[str, Any]:
     else:
         pupil = students.narrow(teacher, [8, 8]) if name == "feature" else students.copy_of(teacher)
     nets = {"student": pupil.requires_grad_(True), "teacher": teacher.requires_grad_(False)}
-    return {**nets, **METHODS[name].networks(teacher, pupil)}
+    nets |= METHODS[name].networks(teacher, pupil)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in [p for net in nets.values() for p in adapters.own(net).values()]:
+        # where all begin as the teacher, dmd2 learns from a difference of roundings
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return nets
 
 
 class Captioned:
@@ -145,7 +156,7 @@ def work(options: dict[str, Any]) -> None:
         if name == "teacher":
             continue
         if isinstance(net, Model):  # whole in the main process
-            weights = net.network.state_dict() if accelerator.is_main_process else {}
+            weights = adapters.state(net.network) if accelerator.is_main_process else {}
         else:
             weights = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}
         if accelerator.is_main_process:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,19 @@ STOCK = BARRED + textwrap.dedent("""
         np.savez(out, pictures=pictures, floats=draw("np"), **names)
 """)
 PROMPTED = BARRED + textwrap.dedent("""
+    import pathlib
     import diffusers, numpy as np, torch
     jobs, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     for job in jobs:
         pipeline = getattr(diffusers, job["opened"]).from_pretrained(job["folder"])
         pipeline.set_progress_bar_config(disable=True)
+        if job["lora"] is not None:
+            place = pathlib.Path(job["lora"])
+            config = json.loads((place / "scheduler" / "scheduler_config.json").read_text())
+            kind = getattr(diffusers, config["_class_name"])
+            pipeline.scheduler = kind.from_pretrained(place, subfolder="scheduler")
+            pipeline.load_lora_weights(place, **job["named"])
         call = dict(job["call"])
         if job["image"] is not None:
             call["image"] = torch.from_numpy(np.load(job["image"]))
@@ -88,7 +95,8 @@ class Prompted:
     """A call of a text-to-image student's pipeline with one prompt.
 
     opened: the class that opens it. call: its other arguments. image: of image-to-image, (1, 3, H, W) in
-    [0, 1].
+    [0, 1]. lora: a folder with an adapter of the pipeline and a scheduler for it. named: how the adapter's
+    file is named, where not by the folder alone.
     """
 
     folder: Path
@@ -97,6 +105,8 @@ class Prompted:
     call: Mapping[str, Any]
     opened: str = "DiffusionPipeline"
     image: torch.Tensor | None = None
+    lora: Path | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 def stock_pictures_of_prompts(asked: Sequence[Prompted], place: Path) -> list[Any]:
@@ -109,6 +119,7 @@ def stock_pictures_of_prompts(asked: Sequence[Prompted], place: Path) -> list[An
             np.save(image, one.image.numpy())
         out = str(place / f"prompted-{number}.npz")
         more = {"folder": str(one.folder), "call": dict(one.call), "image": image, "out": out}
+        more |= {"lora": None if one.lora is None else str(one.lora), "named": dict(one.named)}
         jobs.append({**vars(one), **more})
     argument = json.dumps([jobs, torch.get_num_threads()])
     done = subprocess.run(

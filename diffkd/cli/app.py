@@ -17,6 +17,7 @@ from diffkd.cli import (
     evaluate,
     features,
     fid,
+    fuse,
     methods,
     sample,
     stats,
@@ -40,6 +41,7 @@ EXAMPLES: dict[Callable[..., int | None], str] = {
     compare.compare: "diffkd compare one.json two.json",
     stats.stats: "diffkd stats digits --out digits.npz",
     features.features: "diffkd features train images --out net.safetensors",
+    fuse.fuse: "diffkd fuse runs/sd15-lora/students/4-steps --out sd15-4-steps",
     benchmark.benchmark: "diffkd benchmark configs/digits/benchmark.yaml",
     methods.methods: "diffkd methods progressive",
 }

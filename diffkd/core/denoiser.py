@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffkd.core import guidance as guides
 from diffkd.core import paths
+from diffkd.core.adapters import Adapter, own
 from diffkd.core.conditioning import Codec, Cond, Conditioner
 from diffkd.core.guidance import Guide
 from diffkd.core.interval import attached
@@ -114,6 +115,9 @@ class Denoiser(nn.Module):
         self.guide, self.guidance_kind = guide, guides.Kind()
         self.worse: Denoiser | None = None  # what guidance leads away from, in place of no condition
         self.times_of_worse: dict[float, float] = {}
+        self.adapter: Adapter | None = None  # how its copies learn, where they share its weights
+        self.folded: float | None = None  # the guidance weight baked in once it was read
+        self.fused = False  # whether an adapter was merged into its network when it was read
         self.taught_kind: dict[str, Any] = {}  # the kind of the guidance that is baked in, as its card has it
         self.example = dict(example or {})
         self.name = "the model"
@@ -135,6 +139,13 @@ class Denoiser(nn.Module):
         for parameter in self.network.parameters():  # torch.compile takes no default of next() before 2.7
             return parameter.dtype
         return torch.float64
+
+    def requires_grad_(self, requires_grad: bool = True) -> Denoiser:
+        """Of a network with an adapter that alone is switched on: what it shares with others never learns."""
+        adapted = own(self.network) if requires_grad else {}
+        for parameter in adapted.values():
+            parameter.requires_grad_()
+        return self if adapted else super().requires_grad_(requires_grad)
 
     def forward(self, x_t: Tensor, t: Time, *, guidance: float = 1.0, **cond: Tensor) -> Tensor:
         """Prediction of x0, (B, C, H, W). t: (B,) in (0, 1], or one for the whole batch."""

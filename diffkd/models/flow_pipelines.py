@@ -17,7 +17,7 @@ from diffkd.models.codecs import Autoencoder
 from diffkd.models.components import Copied
 from diffkd.models.pipeline_files import INDEX
 from diffkd.models.prompts import Prompts
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 
 THOUSAND = 1000  # T, by which these pipelines divide the time of their schedulers
 
@@ -46,7 +46,7 @@ def shape_of(source: Source, codec: Autoencoder, default: tuple[int, int]) -> tu
         call.get(key, side * codec.factor) for key, side in zip(("height", "width"), default, strict=True)
     )
     if not all(type(side) is int and side > 0 for side in (height, width)):
-        raise UserError(f"{source.folder / CARD} has call {quoted(call)}, of no size of images; repair it")
+        raise UserError(f"{source.card_path} has call {quoted(call)}, of no size of images; repair it")
     return codec.shape(height, width)
 
 
@@ -110,18 +110,26 @@ def save(denoiser: Denoiser, folder: Path, kind: type, copied: Copied, scheduler
     """
     network: Any = denoiser.network
     networks.check_saved(network)
-    if not isinstance(denoiser.codec, Autoencoder):
-        raise UserError(
-            f"a {kind.__name__} is saved with the pipeline that it was loaded from; load it from there"
-        )
-    source = denoiser.codec.source
+    source = _source_of(denoiser)
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder / "transformer", safe_serialization=True)
-    if scheduler is None:
-        name = flow_schedulers.write(source, denoiser, folder / "scheduler")
-    else:
-        name = type(scheduler).__name__
-        scheduler.save_pretrained(folder / "scheduler")
+    scheduler = scheduler_of(denoiser) if scheduler is None else scheduler
+    scheduler.save_pretrained(folder / "scheduler")
     components.copy(source, copied, folder, network.dtype)
+    name = type(scheduler).__name__
     changed = {"transformer": ["diffusers", kind.__name__], "scheduler": ["diffusers", name]}
     write_json(folder / INDEX, {**source.index, **changed})
+
+
+def scheduler_of(denoiser: Denoiser) -> Any:
+    """The stock scheduler that draws a model of a flow."""
+    return flow_schedulers.stock(_source_of(denoiser), denoiser)
+
+
+def _source_of(denoiser: Denoiser) -> Source:
+    if not isinstance(denoiser.codec, Autoencoder):
+        raise UserError(
+            f"a {type(denoiser.network).__name__} is saved with the pipeline that it was loaded from; load it"
+            " from there"
+        )
+    return denoiser.codec.source

@@ -14,7 +14,7 @@ from diffkd.core.schedules import from_diffusers, prediction_of
 from diffkd.errors import UserError
 from diffkd.io.text import log
 from diffkd.models import schedulers
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 
 SUPPORTED = (FLOW, FLOW_MAP)
 Shape = tuple[int, int, int]  # (C, H, W) of latents
@@ -89,7 +89,7 @@ def _read(scheduler: Any, handed: bool, mu: float | None = None) -> FlowSchedule
 
 def _of_student(source: Source, scheduler: Any, sampler: str, steps: int, handed: bool) -> FlowSchedule:
     """Raises UserError where the stock pipeline would draw other images than the card says."""
-    place, said, kind = source.folder / CARD, source.card.get("sampler", "ddim"), type(scheduler).__name__
+    place, said, kind = source.card_path, source.card.get("sampler", "ddim"), type(scheduler).__name__
     if kind not in SUPPORTED:
         raise UserError(f"{place} describes a student, and its scheduler is a {kind}; it takes a {FLOW}")
     if said != sampler:
@@ -111,15 +111,12 @@ def _of_student(source: Source, scheduler: Any, sampler: str, steps: int, handed
     return schedule
 
 
-def write(source: Source, denoiser: Any, place: Any) -> str:
-    """The scheduler of a saved pipeline, into this folder; the name of its class. Of a model that was not
-    distilled it is that of its teacher, as it is."""
+def stock(source: Source, denoiser: Any) -> Any:
+    """The scheduler of a saved pipeline. Of a model that was not distilled it is that of its teacher, as it
+    is."""
     if denoiser.steps is None and denoiser.prediction == "flow":
         kind, config = source.scheduler()
-        scheduler = schedulers.built(kind, config, SUPPORTED)
-    else:
-        scheduler = flow_schedulers.to_flow_diffusers(
-            denoiser.schedule, denoiser.prediction, denoiser.sampler, steps=denoiser.steps
-        )
-    scheduler.save_pretrained(place)
-    return type(scheduler).__name__
+        return schedulers.built(kind, config, SUPPORTED)
+    return flow_schedulers.to_flow_diffusers(
+        denoiser.schedule, denoiser.prediction, denoiser.sampler, steps=denoiser.steps
+    )

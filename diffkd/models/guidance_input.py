@@ -86,7 +86,7 @@ def fold(denoiser: Denoiser, weight: float) -> None:
                 setattr(made, name, module)
         network.time_text_embed = made.train(known.training)
         network.register_to_config(guidance_embeds=False)
-    denoiser.guidance_range, denoiser.guidance_baked_in = None, weight
+    denoiser.guidance_range, denoiser.guidance_baked_in, denoiser.folded = None, weight, weight
 
 
 def embedded(weight: Tensor, width: int) -> Tensor:

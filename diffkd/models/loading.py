@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import reason
-from diffkd.models import source, validation
+from diffkd.models import guidance_input, lora_files, source, validation
 from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
 from diffkd.models.source import CARD, Source, card, folder_of
+from diffkd.models.students import copies, lora
 
 __all__ = ["CARD", "card", "folder_of", "load", "open_stock", "save", "set_null_label"]
 
@@ -40,7 +42,8 @@ def load(
     which the averaged weights (unet_ema) are taken. quantize: "int8" keeps the weights in 8 bits (see
     `quantization.quantized`). variant: of the weights, such as fp16 or non_ema; by default the plain ones, or
     the only ones there are. scheduler: the noise scheduler in place of the model's own: a
-    scheduler_config.json, a folder that has one, or the name of a class. Only safetensors are read.
+    scheduler_config.json, a folder that has one, or the name of a class. A student that is an adapter is
+    added to the weights of its base. Only safetensors are read.
 
     Raises UserError for anything but a model of a supported family that can be called.
     """
@@ -48,7 +51,9 @@ def load(
     family = _family_of(found)
     with _quiet():
         denoiser = family.load(found)
-    denoiser.name = found.name
+    if found.adapter is not None:
+        _merge(denoiser, found)
+    denoiser.name = str(path_or_hub_id)
     options = {"variant": variant, "scheduler": scheduler}
     denoiser.opened_with = {key: value for key, value in options.items() if value is not None}
     denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
@@ -58,6 +63,17 @@ def load(
         denoiser = quantized(denoiser, quantize)
     _try(denoiser)
     return denoiser
+
+
+def _merge(denoiser: Denoiser, found: Source) -> None:
+    """Adds an adapter to the weights of its base. Raises UserError where it is not of that base."""
+    assert found.adapter is not None
+    lora_files.check_base(found)
+    said = found.card["lora"]
+    if "guidance" in said:
+        guidance_input.fold(denoiser, said["guidance"])
+    lora.add(denoiser.network, lora_files.read(found.adapter, denoiser.network, said["rank"]))
+    denoiser.fused = True
 
 
 def _family_of(found: Source) -> Family:
@@ -130,6 +146,11 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
         raise UserError(
             f"{path_or_hub_id} is a network alone, and the stock sampler is a pipeline's; give a pipeline"
         )
+    if found.adapter is not None:
+        raise UserError(
+            f"{path_or_hub_id} is an adapter, and the stock sampler opens whole pipelines; run diffkd fuse on"
+            " it, and give the pipeline that this makes"
+        )
     folder, index = found.folder, found.index
     name = str(index.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
@@ -188,19 +209,44 @@ def _quiet() -> Iterator[None]:
 
 
 def save(denoiser: Denoiser, folder: Path) -> None:
-    """Writes a stock pipeline that needs no diffkd, without its model card."""
-    family = _family_saving(denoiser)
+    """Writes a stock pipeline that needs no diffkd, without its model card; of a student that is an adapter
+    what its base's pipeline loads, or where that loads none the whole, merged, with the adapter beside it."""
+    family = family_saving(denoiser)
     if family is None:
         raise UserError(
             f"a {type(denoiser.network).__name__} cannot be saved: no pipeline of its own is supported"
         )
-    family.save(denoiser, folder)
+    if not adapters.own(denoiser.network):
+        family.save(denoiser, folder)
+        return
+    keys = lora_keys(denoiser)
+    if keys is None:
+        family.save(copies.merged(denoiser), folder)
+    else:
+        stock_scheduler(denoiser).save_pretrained(folder / "scheduler")
+    lora_files.write(denoiser.network, keys, folder)
+
+
+def lora_keys(denoiser: Denoiser) -> lora_files.Keys | None:
+    """What its stock pipeline reads of an adapter; None where that loads none, and for one without."""
+    keys: lora_files.Keys | None = getattr(family_saving(denoiser), "LORA", None)
+    return keys if adapters.own(denoiser.network) else None
+
+
+def stock_scheduler(denoiser: Denoiser) -> Any:
+    """The scheduler with which a stock pipeline draws it, of a family whose pipelines load adapters."""
+    family: Any = family_saving(denoiser)
+    return family.scheduler_of(denoiser)
 
 
 def stock_call(denoiser: Denoiser) -> dict[str, Any]:
     """Arguments with which its stock pipeline draws what diffkd draws, beside steps and labels or prompts."""
-    family = _family_saving(denoiser)
+    family = family_saving(denoiser)
     call = {} if family is None else {**family.CALL}
+    if (keys := lora_keys(denoiser)) is not None:
+        call |= {} if denoiser.guidance_range is not None else keys.call
+        folded = None if denoiser.adapter is None else denoiser.adapter.guidance
+        call |= {} if folded is None else {"guidance_scale": folded}
     default_size: Any = getattr(family, "default_size", None)
     if default_size is not None and denoiser.codec is not None and denoiser.shape is not None:
         latents = denoiser.shape[1:]
@@ -212,16 +258,17 @@ def stock_call(denoiser: Denoiser) -> dict[str, Any]:
 
 def has_global_noise(denoiser: Denoiser) -> bool:
     """Whether its stock pipeline draws the noise between steps from torch's global generator."""
-    return bool(getattr(_family_saving(denoiser), "GLOBAL_NOISE", False))
+    return bool(getattr(family_saving(denoiser), "GLOBAL_NOISE", False))
 
 
 def is_stock(denoiser: Denoiser) -> bool:
     """Whether what it is saved as is a pipeline of diffusers, and not a network that diffkd alone opens."""
-    family = _family_saving(denoiser)
+    family = family_saving(denoiser)
     return family is None or bool(family.PIPELINES)
 
 
-def _family_saving(denoiser: Denoiser) -> Family | None:
+def family_saving(denoiser: Denoiser) -> Family | None:
+    """The family that saves it; None where there is none."""
     latent = denoiser.codec is not None
     fitting = (family for family in families() if isinstance(denoiser.network, family.NETWORK))
     return next((family for family in fitting if getattr(family, "LATENT", latent) == latent), None)

@@ -13,7 +13,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import networks, schedulers
 from diffkd.models.schedulers import Sampling
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 
 PIPELINE = "ConsistencyModelPipeline"  # the one that scales inputs and first noise as these schedulers say
 
@@ -70,14 +70,14 @@ def _sampler(source: Source, scheduler: Any, own: StockSampler) -> StockSampler:
     last = scheduler.config.get("final_sigmas_type", "zero")
     if steps is not None and last != "zero":
         raise UserError(
-            f"{source.folder / CARD} describes a student, and its scheduler_config.json has "
+            f"{source.card_path} describes a student, and its scheduler_config.json has "
             f"final_sigmas_type {quoted(last)}, with which stock leaves noise in its images; set it to zero"
         )
     if steps == 1:
         return "renoise" if said == "renoise" else "ddim"
     if steps is not None and said != own:
         raise UserError(
-            f"{source.folder / CARD} describes a student drawn by {said}, and its {type(scheduler).__name__} "
+            f"{source.card_path} describes a student drawn by {said}, and its {type(scheduler).__name__} "
             f"draws by {own}; repair one of them"
         )
     return own

@@ -15,7 +15,7 @@ from diffkd.core.schedules import Schedule, from_betas
 from diffkd.errors import UserError
 from diffkd.io.text import log, quoted, reason
 from diffkd.models import validation
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 
 LEGACY = frozenset({"tensor_format", "timestep_values"})  # of diffusers before 0.5, which mean nothing
 
@@ -93,14 +93,14 @@ def check_total(source: Source, schedule: Schedule) -> None:
     total = source.card.get("num_train_timesteps")
     if total not in (None, schedule.num_train_timesteps):
         raise UserError(
-            f"{source.folder / CARD} has num_train_timesteps {total}, and the scheduler "
+            f"{source.card_path} has num_train_timesteps {total}, and the scheduler "
             f"{schedule.num_train_timesteps}; repair one of them"
         )
 
 
 def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any) -> None:
     """Raises UserError where a card promises what the scheduler does not keep."""
-    card, place = source.card, source.folder / CARD
+    card, place = source.card, source.card_path
     check_card_steps(source, schedule, sampler)
     if card.get("steps") is None:
         return
@@ -130,4 +130,4 @@ def check_card_steps(source: Source, schedule: Schedule, sampler: str) -> None:
     try:
         schedule.check_steps(steps, sampler)
     except UserError as error:
-        raise UserError(f"{source.folder / CARD}: {error}") from error
+        raise UserError(f"{source.card_path}: {error}") from error

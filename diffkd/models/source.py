@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
 
 CARD = "diffkd.json"
+ADAPTER = "pytorch_lora_weights.safetensors"  # where stock pipelines look for one
 # of a repository: configs, tokenizers, the weights of components; at its root lie copies for other programs
 DOWNLOADED = [
     "*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors",
+    ADAPTER,
 ]  # fmt: skip
 SCHEDULER = "scheduler_config.json"
 # of a network among its siblings; first the averaged weights, which diffusers' scripts sample with
@@ -31,7 +33,8 @@ class Source:
     folder: of the pipeline, or whatever the user named. name: the path or hub id that the user gave, for
     messages. index: the content of model_index.json, {} for a network alone. card: the content of
     diffkd.json, {} for a model that diffkd did not write. network: the folder of a network alone, None for a
-    pipeline. variant, noise_scheduler: as given to `loading.load`.
+    pipeline. variant, noise_scheduler: as given to `loading.load`. adapter: the folder of a student that is
+    an adapter, None for others; all but the card and the scheduler is then of its base.
     """
 
     folder: Path
@@ -41,6 +44,11 @@ class Source:
     network: Path | None = None
     variant: str | None = None
     noise_scheduler: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def card_path(self) -> Path:
+        return (self.adapter or self.folder) / CARD
 
     def place_of(self, component: str) -> Path:
         """The folder of the network that a pipeline calls `component`: early repositories have it at the
@@ -99,6 +107,8 @@ def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str 
     if os.path.lexists(folder / INDEX):
         index = read_object(folder / INDEX)
         return Source(folder, name, index, card(folder), None, variant, scheduler)
+    if holds_adapter(folder):
+        return _of_adapter(folder, name, variant, scheduler)
     network = _network_in(folder)
     if network is None:
         inner = sorted(p.name for p in folder.glob("checkpoint-*") if p.is_dir() and holds_model(p))
@@ -109,9 +119,36 @@ def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str 
     return Source(folder, name, {}, card(folder), network, variant, scheduler)
 
 
+def _of_adapter(folder: Path, name: str, variant: str | None, scheduler: str | None) -> Source:
+    """The base of a student that is an adapter, with the student's card and scheduler."""
+    said = card(folder)
+    if "lora" not in said:
+        raise UserError(
+            f"{name} is an adapter whose {CARD} does not name its base; give a student of diffkd, or the "
+            "pipeline that it was fused into"
+        )
+    base = said["lora"]["base"]
+    try:
+        if holds_adapter(folder_of(base)):
+            raise UserError(f"{base} is an adapter itself; run diffkd fuse on it, and name what this makes")
+        found = find(base, variant or said["lora"].get("variant"), scheduler or str(folder / "scheduler"))
+    except UserError as error:
+        raise UserError(
+            f"{name} is an adapter, and its base cannot be opened: {error}; or name its place as base in "
+            f"{folder / CARD}"
+        ) from error
+    return replace(found, card=said, adapter=folder)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is a student that is an adapter, and not a pipeline."""
+    whole = os.path.lexists(folder / INDEX) or _network_in(folder) is not None
+    return os.path.lexists(folder / ADAPTER) and not whole
+
+
 def holds_model(folder: Path) -> bool:
-    """Whether a folder is a pipeline, or has a network alone."""
-    return os.path.lexists(folder / INDEX) or _network_in(folder) is not None
+    """Whether a folder is a pipeline, an adapter of one, or has a network alone."""
+    return any(os.path.lexists(folder / one) for one in (INDEX, ADAPTER)) or _network_in(folder) is not None
 
 
 def _network_in(folder: Path) -> Path | None:
@@ -162,10 +199,29 @@ def card(folder: Path) -> dict[str, Any]:
     absent = content.get("absent", [])
     if not isinstance(absent, list) or not all(isinstance(one, str) and one.isidentifier() for one in absent):
         raise UserError(f"{path} has absent {quoted(absent)}, which is not components; repair or remove it")
+    if "lora" in content and not _is_adapter(content["lora"]):
+        raise UserError(f"{path} has lora {quoted(content['lora'])}, which describes no adapter; repair it")
     metrics = content.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")
     return content
+
+
+def _is_adapter(content: Any) -> bool:
+    """Whether it is what `lora_files.facts` gives."""
+    if not isinstance(content, dict):
+        return False
+    targets, guidance = content.get("targets"), content.get("guidance", 1)
+    return (
+        all(isinstance(content.get(key), str) for key in ("base", "fingerprint"))
+        and isinstance(content.get("variant", ""), str)
+        and type(content.get("rank")) is int
+        and 1 <= content["rank"] <= MAX_NUMBER
+        and isinstance(targets, list)
+        and all(isinstance(one, str) for one in targets)
+        and type(guidance) in (int, float)
+        and 0 <= guidance <= MAX_NUMBER
+    )
 
 
 def _is_guidance_kind(content: Any) -> bool:

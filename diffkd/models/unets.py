@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import networks, plain_unets
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 from diffkd.models.unet import to_fast
 
 CONDITIONAL = "UNet2DConditionModel"
@@ -81,7 +81,7 @@ def check_card(embeddings: int | None, source: Source) -> None:
         value = source.card.get(key)
         if value is not None and (embeddings is None or value > (most or 0)):
             raise UserError(
-                f"{source.folder / CARD} has {key} {value}, and the network has {embeddings or 'no'} class "
+                f"{source.card_path} has {key} {value}, and the network has {embeddings or 'no'} class "
                 "embeddings; repair it"
             )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
+from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.data.absent import Unseen
 from diffkd.data.images import Images
@@ -60,7 +61,15 @@ class RunArtifacts:
         self.session.export(folder, write)
 
     def announce_size(self, teacher: Denoiser, student: Denoiser) -> None:
-        """Where the student is smaller than its teacher, or larger."""
+        """Where the student is smaller than its teacher, or larger, or an adapter on it."""
+        if student.adapter is not None:
+            learns = sum(p.numel() for p in adapters.own(student.network).values())
+            whole = sum(p.numel() for p in student.network.parameters()) - learns
+            self.session.say(
+                f"student: an adapter of rank {student.adapter.rank} on {student.adapter.base}, "
+                f"{learns / 1e6:.3g} M parameters ({learns / whole:.1%} of those of its teacher)"
+            )
+            return
         teacher_size, size = sizes.denoiser_size(teacher), sizes.denoiser_size(student)
         if size != teacher_size:
             share = size.parameters / teacher_size.parameters

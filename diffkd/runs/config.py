@@ -21,7 +21,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import guidance_input, loading
 from diffkd.models.guidance_kind import GuidanceKind
-from diffkd.models.students.config import Copy, Narrow, Student
+from diffkd.models.students.config import Copy, Lora, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs.method_config import DenoiserMethod, method_name
 from diffkd.runs.schedule_config import AnySchedule, EDMNoise, NoiseSchedule, kind_of_schedule
@@ -256,6 +256,11 @@ class Distill(TrainingRun):
         if self.training.compile and buckets is not None:
             raise UserError(
                 f"training.compile is for images of one shape, and data.buckets is {buckets}; leave one out"
+            )
+        if isinstance(self.student, Lora) and (engine := optimizers.engine(accelerator)) is not None:
+            raise UserError(
+                f"student.kind lora does not work under {engine}, which divides weights that all networks "
+                "share; use kind: copy, or configs/accelerate/ddp.yaml"
             )
         hooked = [method for method in self.method if method.hooks]
         if self.training.compile and hooked:

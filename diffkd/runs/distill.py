@@ -23,9 +23,10 @@ from diffkd.methods.base import Method, Stage
 from diffkd.models import guidance_input, loading, students
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
-from diffkd.runs.config import Distill, Teacher, Train
+from diffkd.runs.config import Distill, Train
 from diffkd.runs.latent_teacher.train import train as train_latent
 from diffkd.runs.method_config import method_name
+from diffkd.runs.opened import Opened
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.spread import SpreadWatch
 from diffkd.runs.train import train, untrained_teacher
@@ -74,7 +75,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         inputs["captions"] = cached.prompts
     with open_run(config, accelerator, images, console, options, inputs) as session:
         latents.fill(cached, accelerator, session.image_bar)
-        latents.fit(teacher.to(accelerator.device), cached)
+        opened = Opened(config, source, cached, accelerator.device)
+        teacher = opened.begin(teacher)
         readable = images if cached is None else cached.readable_images()
         artifacts = RunArtifacts(session, config, readable, source, guidance)
         session.say(announcement.data(images))
@@ -90,7 +92,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         artifacts.teacher_curve(teacher)
         place = config.out / "students"
         _check_exported([place / one.name for _, stage in plan for one in stage.students])
-        watch = _spread_watch(session, config, images, cached, source, teacher, artifacts)
+        watch = _spread_watch(session, config, images, cached, opened, teacher, artifacts)
         taught = [plans.taught(plan, index, teacher) for index in range(len(plan))]
         current = teacher
         del teacher  # from the second stage on it is in memory only while it is sampled
@@ -99,10 +101,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
             if not all((place / one.name).exists() for one in stage.students):
                 student = students.copy_of(current) if index else _first_student(config, current, examples)
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
-                    device = accelerator.device
                     own = made_by == plans.TEACHER
-                    current = source.load(device) if own else loading.load(place / made_by, device=device)
-                    latents.fit(current, cached)
+                    current = opened.teacher() if own else opened.student(place / made_by)
                 artifacts.announce_size(current, student)
                 artifacts.forecast([stage for _, stage in plan[index:]])
                 given = examples
@@ -111,6 +111,8 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                     pairs.draw(session, given, current, f"pairs for {stage.name}")
                 nets = {"teacher": current, "student": student}
                 _train(session, method, stage, nets, given, index, watch)
+                if session.main:
+                    student = opened.as_exported(student)
                 for one in stage.students:
                     artifacts.export(
                         _as_drawn(student, one, main=session.main), place / one.name,
@@ -120,10 +122,11 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
                     )  # fmt: skip
                 del student
             for one in stage.students:
-                current = latents.fit(loading.load(place / one.name, device=accelerator.device), cached)
+                current = opened.student(place / one.name)
+                drawn_by = students.merged(current)
                 steps = current.steps or max(artifacts.teacher_steps(current))
-                artifacts.measure(one.name, "student", current, steps, place / one.name)
-                artifacts.preview(one.name, current, steps)
+                artifacts.measure(one.name, "student", drawn_by, steps, place / one.name)
+                artifacts.preview(one.name, drawn_by, steps)
                 artifacts.announce_stage(one, steps)
         artifacts.finish()
     return folder
@@ -176,7 +179,7 @@ def _spread_watch(
     config: Distill,
     images: Images | Unseen,
     cached: Conditions | None,
-    source: Teacher,
+    opened: Opened,
     teacher: Denoiser,
     artifacts: RunArtifacts,
 ) -> SpreadWatch | None:
@@ -186,10 +189,10 @@ def _spread_watch(
 
     def drawn(count: int, labels: Tensor | None) -> Iterator[Tensor]:
         options: dict[str, Any] = {} if guidance == 1.0 else {"guidance": guidance}
-        opened = latents.fit(source.load(session.accelerator.device), cached)
+        again = opened.teacher()
         if cached is not None:
-            return latents.drawn(opened, cached, labels, count, steps, guidance, config.seed)
-        return generate(opened, count, steps=steps, seed=config.seed, labels=labels, **options)
+            return latents.drawn(again, cached, labels, count, steps, guidance, config.seed)
+        return generate(again, count, steps=steps, seed=config.seed, labels=labels, **options)
 
     conditional = teacher.num_classes is not None
     return SpreadWatch(session, config.spread_every, config.evaluation, conditional, images, drawn, cached)

@@ -38,6 +38,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             _check_teacher(stage, own, run=own is teacher)
             if stage.pairs is not None:
                 pairs.check(f"pairs of stage {stage.name}", stage.pairs, own)
+            _check_adapter(stage, student)
             if number == 0:
                 method.networks(own, student)
             for one in stage.students:
@@ -160,6 +161,22 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
         raise UserError(
             f"stage {stage.name} compares with networks that do not know the weight which its student takes "
             "as an input; bake one weight in for this method"
+        )
+
+
+def _check_adapter(stage: Stage, student: Denoiser) -> None:
+    """Raises UserError where an adapter is to learn what it has no weights for."""
+    if student.adapter is None:
+        return
+    if stage.interval:
+        raise UserError(
+            f"stage {stage.name} tells its student the length of a step, which becomes a bias that an adapter"
+            " cannot hold; use student.kind copy, or another method"
+        )
+    if stage.guidance_range is not None and student.guidance_range is None:
+        raise UserError(
+            f"stage {stage.name} gives its student the guidance weight as an input, whose embedding an "
+            "adapter cannot hold; use student.kind copy, or bake one weight in"
         )
 
 

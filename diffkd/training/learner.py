@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from diffkd.core import adapters
 from diffkd.methods.base import Optimization
 from diffkd.training import optimizers
 from diffkd.training.config import Training
@@ -29,8 +30,8 @@ class Learner(ABC):
     """One trained network with its optimizer, prepared by accelerate.
 
     network: what is called, sharded or wrapped if there are several processes. params: its parameters that
-    learn. average: the moving average of its weights, in float32, or None. All processes call every
-    method but `set_rate` together.
+    learn. average: the moving average of its weights, in float32, or None. Of a network with an adapter,
+    average and checkpoints hold that alone. All processes call every method but `set_rate` together.
     """
 
     network: Any
@@ -52,8 +53,8 @@ class Learner(ABC):
         assert optimization.betas is not None
         self.betas = optimization.betas
         self.network, self.optimizer = self._prepared(network)
-        self._all_params = list(self.network.parameters())
-        self.params = [p for p in self._all_params if p.requires_grad]
+        self._kept = [*self._kept_of(self.network).values()]
+        self.params = [p for p in self._kept if p.requires_grad]
         if optimization.ema is not None:
             self.average = EMAModel(self._averaged(), decay=optimization.ema, foreach=True)
             self.average.to(dtype=torch.float32)
@@ -101,9 +102,9 @@ class Learner(ABC):
     def _averaged(self) -> list[nn.Parameter]:
         """The parameters where their average lies."""
         if self.training.ema_device is None:
-            return self._all_params
+            return self._kept
         place = torch.device(self.training.ema_device)
-        return [nn.Parameter(p.detach().to(place), p.requires_grad) for p in self._all_params]
+        return [nn.Parameter(p.detach().to(place), p.requires_grad) for p in self._kept]
 
     @torch.no_grad()
     def finish(self) -> nn.Module:
@@ -111,7 +112,7 @@ class Learner(ABC):
         it was sharded, whole in the main process only."""
         bare = self.bare
         if self.average is not None:
-            for param, value in zip(bare.parameters(), self.average.shadow_params, strict=True):
+            for param, value in zip(self._kept_of(bare).values(), self.average.shadow_params, strict=True):
                 param.copy_(value)
         return bare
 
@@ -121,7 +122,7 @@ class Learner(ABC):
         """Unsharded CPU copies, {"network": by name, "optimizer": by "name/key", "ema": by name}; empty on
         every rank but 0. "ema" only if there is an average."""
         named: dict[str, Iterator[tuple[str, Tensor]]] = {
-            "network": iter(self.bare.state_dict().items()), "optimizer": self._moments(),
+            "network": iter(adapters.state(self.bare).items()), "optimizer": self._moments(),
         }  # fmt: skip
         if self.average is not None:
             named["ema"] = iter(self._averages().items())
@@ -136,7 +137,7 @@ class Learner(ABC):
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Loads what `tensors` returned on rank 0, on any number of processes; the others pass {}."""
-        fill(self.bare.state_dict(), tensors.get("network", {}), self.accelerator)
+        fill(adapters.state(self.bare), tensors.get("network", {}), self.accelerator)
         moments = tensors.get("optimizer", {})
         keys = [list(moments)]
         broadcast_object_list(keys)
@@ -146,11 +147,15 @@ class Learner(ABC):
 
     def _averages(self) -> dict[str, Tensor]:
         assert self.average is not None
-        names = [name for name, _ in self.bare.named_parameters()]
-        return dict(zip(names, self.average.shadow_params, strict=True))
+        return dict(zip(self._kept_of(self.bare), self.average.shadow_params, strict=True))
+
+    @staticmethod
+    def _kept_of(bare: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are kept, by name."""
+        return adapters.own(bare) or dict(bare.named_parameters())
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
-        for name, param in self.bare.named_parameters():
+        for name, param in self._kept_of(self.bare).items():
             for key, value in optimizers.tensors(self.optimizer.state.get(param, {})):
                 yield f"{name}/{key}", value
 

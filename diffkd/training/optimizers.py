@@ -21,13 +21,18 @@ BLOCK = 256  # values that share a scale
 SIGNED = "exp_avg"  # the one of the two moments that may be negative
 
 
+def engine(accelerator: Accelerator) -> str | None:
+    """What divides networks among processes; None where each has a copy."""
+    return ENGINES.get(accelerator.distributed_type)
+
+
 def check(training: Training, accelerator: Accelerator) -> None:
     """Raises UserError where training.optimizer or training.ema_device is not to be had."""
-    engine = ENGINES.get(accelerator.distributed_type)
+    divided = engine(accelerator)
     if training.optimizer == "adamw_8bit":
-        if engine is not None:
+        if divided is not None:
             raise UserError(
-                f"training.optimizer adamw_8bit does not work under {engine}, which divides the moments "
+                f"training.optimizer adamw_8bit does not work under {divided}, which divides the moments "
                 "among processes; use adamw, or configs/accelerate/ddp.yaml"
             )
         if importlib.util.find_spec("torchao") is None:
@@ -35,7 +40,7 @@ def check(training: Training, accelerator: Accelerator) -> None:
                 "training.optimizer adamw_8bit needs torchao; install it with pip install torchao, or use "
                 "adamw"
             )
-    if training.ema_device == "cpu" and engine == "FSDP2":
+    if training.ema_device == "cpu" and divided == "FSDP2":
         raise UserError(
             "training.ema_device cpu does not work under FSDP2, which divides the average among processes; "
             "leave it out"

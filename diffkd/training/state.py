@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from diffkd.core import interval
+from diffkd.core import adapters, interval
 from diffkd.core.classifier import Model
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
@@ -136,7 +136,7 @@ def save(accelerator: Accelerator, run: RunFolder, stage_index: int, done: int, 
         files = _files(name)
         tensors |= {files[kind]: values for kind, values in learner.tensors().items()}
     for name, net in state.followers.items():
-        copies = {key: unsharded(value, accelerator) for key, value in net.state_dict().items()}
+        copies = {key: unsharded(value, accelerator) for key, value in adapters.state(net).items()}
         tensors[name] = {key: value for key, value in copies.items() if value is not None}
     averages = {name: one.average.optimization_step for name, one in state.learners.items() if one.average}
     content = {
@@ -181,4 +181,4 @@ def _fill(accelerator: Accelerator, state: StageState, tensors: Mapping[str, Map
     for name, learner in state.learners.items():
         learner.load({kind: tensors.get(file, {}) for kind, file in _files(name).items()})
     for name, net in state.followers.items():
-        fill(net.state_dict(), tensors.get(name, {}), accelerator)
+        fill(adapters.state(net), tensors.get(name, {}), accelerator)

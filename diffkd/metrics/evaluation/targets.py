@@ -33,7 +33,8 @@ from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.stock_images import StockPipeline, stock_option
 from diffkd.models import guidance_kind, loading, sizes
 from diffkd.models.guidance_kind import GuidanceKind
-from diffkd.models.source import holds_model
+from diffkd.models.pipeline_files import INDEX
+from diffkd.models.source import ADAPTER, holds_model
 
 AGREEMENT_STEPS = 64  # of the teacher that a student is compared with image by image
 
@@ -120,8 +121,8 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
         raise UserError(f"{target.path} does not exist; give a model, a folder of images, or an image .npz")
     if target.steps or target.teacher or target.guidance is not None:
         raise UserError(f"{target.path} is not a model: steps, guidance and teacher are for models")
-    found = [*place.glob("*/model_index.json"), *place.glob("*/*/model_index.json")]
-    inside = sorted(str(p.parent.relative_to(place)) for p in found)
+    patterns = [f"{depth}/{name}" for depth in ("*", "*/*") for name in (INDEX, ADAPTER)]
+    inside = sorted({str(p.parent.relative_to(place)) for one in patterns for p in place.glob(one)})
     if inside:
         raise UserError(f"{target.path} holds models ({', '.join(inside)}); name one of them")
     if target.prompts is not None and not any(metric.with_prompts for metric in config.chosen()):

@@ -34,11 +34,14 @@ class Family(Protocol):
         """Arguments of the stock pipeline's call, beside steps and labels or prompts, with which it draws
         what diffkd draws; {} where its defaults do.
 
-        Two more names are read where a family has them. `default_size(denoiser)`: height and width of the
-        latents that the pipeline draws where none are named; a student of another size is called with its
-        own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn by
-        renoise in several steps has fresh noise of torch's global one. And where two families have the same
-        class of networks, `LATENT`: whether it is the one of latents, which takes no network alone.
+        More names are read where a family has them. `LORA_TARGETS`: what the names of the layers end in that
+        get an adapter by default. `LORA` and `scheduler_of(denoiser)`, where the stock pipeline loads
+        adapters: what the keys of their file are called (`lora_files.Keys`), and the stock scheduler that
+        draws a student; without them an adapter is saved merged. `default_size(denoiser)`: height and width
+        of the latents that the pipeline draws where none are named; a student of another size is called with
+        its own. `GLOBAL_NOISE = True`: the pipeline hands its scheduler no generator, so that a student drawn
+        by renoise in several steps has fresh noise of torch's global one. And where two families have the
+        same class of networks, `LATENT`: whether it is the one of latents, which takes no network alone.
         """
 
     def load(self, source: Source) -> Denoiser:

@@ -18,11 +18,12 @@ from diffkd.io.text import quoted
 from diffkd.models import components, networks, schedulers
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.pipeline_files import INDEX, STEM, tensor_sizes, weights_of
-from diffkd.models.source import CARD, Source
+from diffkd.models.source import Source
 
 PIPELINES = ("DiTPipeline",)
 NETWORK = DiTTransformer2DModel
 CALL = {"guidance_scale": 1.0}  # the pipeline guides by default, and names label 1000 as no class
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 GLOBAL_NOISE = True
 ONCE = "Transformer2DModel"  # what diffusers called the network before version 0.29
 COPIED = {"vae": STEM}
@@ -117,7 +118,7 @@ def _check_classes(classes: int, source: Source) -> None:
         value = source.card.get(key, classes)
         if value != classes:
             raise UserError(
-                f"{source.folder / CARD} has {key} {value}, and the network has num_embeds_ada_norm "
+                f"{source.card_path} has {key} {value}, and the network has num_embeds_ada_norm "
                 f"{classes}; repair it"
             )
 

@@ -13,6 +13,7 @@ from diffkd.models.source import Source
 PIPELINES: tuple[str, ...] = ()  # stock diffusers has none for it
 NETWORK = SongUNet
 CALL: dict[str, Any] = {}
+LORA_TARGETS = ("qkv", "proj", "conv1")
 
 
 def load(source: Source) -> Denoiser:

@@ -18,6 +18,7 @@ from diffkd.models.source import Source
 PIPELINES: tuple[str, ...] = ()  # stock diffusers has none for it
 NETWORK = EDM2UNet
 CALL: dict[str, Any] = {}
+LORA_TARGETS = ("attn_qkv", "attn_proj", "conv_res1")
 VAE = "vae"
 OF_IMAGES = (1, 3)  # channels
 
@@ -36,7 +37,7 @@ def _codec(source: Source, config: Any) -> Autoencoder | None:
             return None
         raise UserError(
             f"{source.name} is an EDM2UNet of {config.in_channels} channels, which are latents, without its "
-            f"autoencoder in a folder {VAE}; convert its pickle with --vae"
+            f"autoencoder in a folder {VAE}; convert its pickle with one (scripts/convert_edm.py)"
         )
     side = config.sample_size
     named = replace(source, index={VAE: ["diffusers", "AutoencoderKL"]})

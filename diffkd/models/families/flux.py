@@ -16,12 +16,18 @@ from diffkd.io.text import quoted
 from diffkd.models import flow_pipelines, flow_schedulers, networks, packing
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import FluxPrompts
+from diffkd.models.lora_files import Keys
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
 
 PIPELINES = ("FluxPipeline",)
 NETWORK = FluxTransformer2DModel
 CALL: dict[str, Any] = {}  # without a negative prompt the pipeline guides by no second pass
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+LORA = Keys("transformer", kohya="lora_transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {
     "vae": STEM, "text_encoder": "model", "text_encoder_2": "model", "tokenizer": None, "tokenizer_2": None,

@@ -25,6 +25,10 @@ from diffkd.models.unet import to_stock
 PIPELINES = ("LDMPipeline",)
 NETWORK = UNet2DModel
 CALL: dict[str, Any] = {}
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
+    "upsamplers.0.conv",
+)  # fmt: skip
 GLOBAL_NOISE = True
 LATENT = True
 VQVAE = "vqvae"

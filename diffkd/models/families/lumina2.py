@@ -18,6 +18,7 @@ from diffkd.core.guidance import row_norms
 from diffkd.errors import UserError
 from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
+from diffkd.models.lora_files import Keys
 from diffkd.models.masked_prompts import LUMINA2_TOKENS, MASK, STATES, Lumina2Prompts
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
@@ -25,6 +26,9 @@ from diffkd.models.source import Source
 PIPELINES = ("Lumina2Pipeline",)
 NETWORK = Lumina2Transformer2DModel
 CALL = {"guidance_scale": 1.0}  # the pipeline guides by default
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 FACTOR = 8  # pixels a side of a latent, which the stock pipeline takes for granted

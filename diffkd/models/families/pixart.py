@@ -29,6 +29,7 @@ NETWORK = PixArtTransformer2DModel
 # the pipeline guides by default, rewrites prompts where two more packages are there, and draws at the nearest
 # size that it knows
 CALL = {"guidance_scale": 1.0, "clean_caption": False, "use_resolution_binning": False}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 TOLD_SIZES = 128  # the sample_size of the networks that the alpha pipeline tells the image's size
 MOST_TOKENS = 1 << 16  # of an image; the published networks have 16,384 at most

@@ -16,6 +16,7 @@ from diffkd.core.guidance import token_norms
 from diffkd.errors import UserError
 from diffkd.models import flow_pipelines, flow_schedulers, networks, packing
 from diffkd.models.codecs import OF_FRAMES, Autoencoder
+from diffkd.models.lora_files import Keys
 from diffkd.models.masked_prompts import MASK, STATES, QwenImagePrompts
 from diffkd.models.packing import PATCH
 from diffkd.models.pipeline_files import STEM
@@ -24,6 +25,11 @@ from diffkd.models.source import Source
 PIPELINES = ("QwenImagePipeline",)
 NETWORK = QwenImageTransformer2DModel
 CALL: dict[str, Any] = {}  # the pipeline guides only where a negative prompt is named
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 SIDE = 128  # of the latents that the stock pipeline draws where no size is named

@@ -15,6 +15,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
+from diffkd.models.lora_files import Keys
 from diffkd.models.masked_prompts import MASK, STATES, SanaPrompts
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
@@ -23,6 +24,9 @@ PIPELINES = ("SanaPipeline",)
 NETWORK = SanaTransformer2DModel
 # the pipeline guides by default, and draws at the nearest size that it knows
 CALL = {"guidance_scale": 1.0, "use_resolution_binning": False}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 PIXELS = 1024  # a side of the images that the stock pipeline draws where no size is named
 MOST_TOKENS = 1 << 16  # of an image; the published networks have 16,384 at most

@@ -20,6 +20,7 @@ from diffkd.models import components, guidance_input, networks, plain_unets, sch
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
 from diffkd.models.families import unet2d
+from diffkd.models.lora_files import Keys
 from diffkd.models.pipeline_files import INDEX, STEM
 from diffkd.models.source import Source
 from diffkd.models.unet import to_fast, to_stock
@@ -28,6 +29,8 @@ XL = "StableDiffusionXLPipeline"
 PIPELINES = ("StableDiffusionPipeline", XL)
 NETWORK = UNet2DConditionModel
 CALL: dict[str, Any] = {}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA = Keys("unet", kohya="lora_unet", call={"guidance_scale": 1.0})  # the base guides by default
 EMBEDDED = 16  # width of the guidance embedding of students that have guidance baked in
 UNKNOWN_RANGE = (1.0, 15.0)  # of the weights that a network was trained for, where no card says it
 COPIED = {  # components that students have of their teacher, and the stem of their weights' names
@@ -161,11 +164,17 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _guidance_embedding(network) if denoiser.steps is not None else nullcontext():
         to_stock(network).save_pretrained(folder / "unet", safe_serialization=True)
-    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
-    scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
+    scheduler = scheduler_of(denoiser)
     scheduler.save_pretrained(folder / "scheduler")
     components.copy(source, COPIED, folder, network.dtype)
     write_json(folder / INDEX, {**source.index, "scheduler": ["diffusers", type(scheduler).__name__]})
+
+
+def scheduler_of(denoiser: Denoiser) -> Any:
+    """The stock scheduler that draws it."""
+    scheduler = to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
+    scheduler.register_to_config(steps_offset=1)  # which a trailing grid ignores, and else stock warns
+    return scheduler
 
 
 @contextmanager

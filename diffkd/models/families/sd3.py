@@ -18,12 +18,18 @@ from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import SD3_TOKENS, SD3Prompts
 from diffkd.models.joint_attention import repeat_last
+from diffkd.models.lora_files import Keys
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
 
 PIPELINES = ("StableDiffusion3Pipeline",)
 NETWORK = SD3Transformer2DModel
 CALL = {"guidance_scale": 1.0}  # the pipeline guides by default
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+LORA = Keys("transformer", kohya="lora_transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {
     "vae": STEM, "text_encoder": "model", "text_encoder_2": "model", "text_encoder_3": "model",

@@ -20,6 +20,10 @@ from diffkd.models.unet import to_stock
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
 NETWORK = UNet2DModel
 CALL: dict[str, Any] = {}
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
+    "upsamplers.0.conv",
+)  # fmt: skip
 LATENT = False
 
 

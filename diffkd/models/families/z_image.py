@@ -18,6 +18,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import flow_pipelines, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
+from diffkd.models.lora_files import Keys
 from diffkd.models.masked_prompts import MASK, STATES, Z_IMAGE_TOKENS, ZImagePrompts
 from diffkd.models.pipeline_files import STEM
 from diffkd.models.source import Source
@@ -25,6 +26,9 @@ from diffkd.models.source import Source
 PIPELINES = ("ZImagePipeline",)
 NETWORK = ZImageTransformer2DModel
 CALL = {"guidance_scale": 0.0}  # the pipeline guides by default, and its weight is one less than diffkd's
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA = Keys("transformer")
+scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {"vae": STEM, "text_encoder": "model", "tokenizer": None}
 PIXELS = 1024  # a side of the images that the stock pipeline draws where no size is named

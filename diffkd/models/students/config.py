@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from diffkd.core.adapters import Adapter
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
-from diffkd.models.students import bk_sdm
+from diffkd.models import loading
+from diffkd.models.students import bk_sdm, lora
 from diffkd.models.students.blocks import drop_blocks, keep_spread
 from diffkd.models.students.channels import narrow
 from diffkd.models.students.copies import copy_of, from_config, reinitialized, unet_of
@@ -32,6 +34,42 @@ class Copy(Strict):
     def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
         """The student. seed: of its random weights, if any. batches: of data, for importance by gradients."""
         return copy_of(teacher)
+
+
+class Lora(Strict):
+    """The teacher's own weights, shared, with an adapter beside them, which alone learns and is saved."""
+
+    kind: Literal["lora"]
+    rank: Positive = Field(32, description="of the change of each weight, and its alpha")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="layers that have an adapter: names, or what they end in; default the family's",
+    )
+
+    def build(self, teacher: Denoiser, seed: int, batches: Iterable[Batch] | None = None) -> Denoiser:
+        """The student, which changes nothing yet. All copies of the teacher share its weights from now on."""
+        self.mark(teacher)
+        return copy_of(teacher, seed)
+
+    def mark(self, teacher: Denoiser) -> None:
+        """Says to a teacher, in place, that its copies are adapters. Raises UserError where none can be."""
+        lora.check_installed()
+        if teacher.fused:
+            raise UserError(
+                f"teacher {teacher.name} is an adapter itself, and another on top of it has no base to be "
+                "loaded into; run diffkd fuse on it, and give the pipeline that this makes"
+            )
+        targets = self.targets or getattr(loading.family_saving(teacher), "LORA_TARGETS", None)
+        if targets is None:
+            raise UserError(
+                f"a {type(teacher.network).__name__} has no layers that get an adapter by default; name "
+                "student.targets"
+            )
+        if self.targets is None:  # not every network of a family has all of them
+            targets = lora.matching(teacher.network, targets)
+        lora.check_rank(lora.layers(teacher.network, targets), self.rank)
+        variant = teacher.opened_with.get("variant")
+        teacher.adapter = Adapter(self.rank, tuple(targets), teacher.name, variant, teacher.folded)
 
 
 class DropBlocks(Strict):
@@ -138,4 +176,4 @@ class FromConfig(Strict):
         return from_config(teacher, self.model, seed)
 
 
-Student = Annotated[Copy | DropBlocks | Narrow | FromConfig, Field(discriminator="kind")]
+Student = Annotated[Copy | Lora | DropBlocks | Narrow | FromConfig, Field(discriminator="kind")]

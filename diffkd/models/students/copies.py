@@ -8,9 +8,11 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
+from diffkd.models.students import lora
 from diffkd.models.students.transformers import renewed, stock_name
 from diffkd.models.unet import UNet, UNet2D, reinitialized_like
 
@@ -39,13 +41,25 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         conditioner=denoiser.conditioner,
     )
     changed.set_null(denoiser.null)
-    changed.taught_kind = denoiser.taught_kind
+    changed.taught_kind, changed.adapter = denoiser.taught_kind, denoiser.adapter
     return changed.train(network.training)
 
 
-def copy_of(denoiser: Denoiser) -> Denoiser:
-    """A denoiser of the same architecture and weights that shares none of them."""
+def copy_of(denoiser: Denoiser, seed: int = 0) -> Denoiser:
+    """A denoiser of the same architecture and weights that shares none that learn: in a run of adapters it
+    shares their base, and has an adapter of its own. seed: of the random weights of a new one."""
+    if denoiser.adapter is not None:
+        return with_network(denoiser, lora.copied(denoiser.network, denoiser.adapter, seed))
     return with_network(denoiser, copy.deepcopy(denoiser.network))
+
+
+def merged(denoiser: Denoiser) -> Denoiser:
+    """A denoiser that draws the same without an adapter; the same one where it has none."""
+    if not adapters.own(denoiser.network):
+        return denoiser
+    made = with_network(denoiser, lora.merged(denoiser.network))
+    made.adapter, made.name = None, denoiser.name
+    return made
 
 
 def reinitialized(student: Denoiser, seed: int) -> Denoiser:

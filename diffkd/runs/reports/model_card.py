@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffkd.core import guidance_kinds
+from diffkd.core import adapters, guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.metrics.evaluation.records import formatted
-from diffkd.models import loading, sizes
+from diffkd.models import loading, lora_files, sizes, students
 from diffkd.models.loading import CARD
 from diffkd.runs.reports import markdown, teacher_sampling
 
@@ -27,6 +28,7 @@ CLASSIFIER_FACTS = (
 def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
     """The content of a pipeline's diffkd.json: what no config of diffusers says."""
     schedule = denoiser.schedule
+    merged = students.merged(denoiser)  # as it is drawn
     return {
         "steps": denoiser.steps,
         "sampler": denoiser.sampler,
@@ -42,9 +44,20 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
         **({"global_noise": True} if _draws_other_noise(denoiser) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
-        **({} if denoiser.shape is None else sizes.denoiser_size(denoiser)._asdict()),
+        **({} if denoiser.shape is None else sizes.denoiser_size(merged)._asdict()),
+        **({} if merged is denoiser else {"lora": _adapter(denoiser)}),
         **more,
     }
+
+
+def _adapter(denoiser: Denoiser) -> dict[str, Any]:
+    """Of a student's adapter; scheduler: the class of the one in its folder, left out where the folder is a
+    whole pipeline."""
+    assert denoiser.adapter is not None
+    weights = sum(p.numel() for p in adapters.own(denoiser.network).values())
+    alone = loading.lora_keys(denoiser) is not None
+    scheduler = {"scheduler": type(loading.stock_scheduler(denoiser)).__name__} if alone else {}
+    return {**lora_files.facts(denoiser.adapter), "parameters": weights, **scheduler}
 
 
 def _draws_other_noise(denoiser: Denoiser) -> bool:
@@ -80,16 +93,20 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     drawn = ", ".join(['"what to draw"', *given] if card.get("prompts") else given)
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
+    lora = card.get("lora", {})
     lines = [
         "---",
         "library_name: diffusers",
-        "tags: [diffusion, distillation, diffkd]",
+        f"tags: [diffusion, distillation, diffkd{', lora' * ('scheduler' in lora)}]",
+        *_base_model(lora),
         "---",
         "",
         f"# {title}",
         "",
         *(
-            _stock(title, drawn, count, card.get("absent", []))
+            _stock_adapter(title, lora, drawn, count, card.get("absent", []))
+            if "scheduler" in lora
+            else _stock(title, drawn, count, card.get("absent", []))
             if stock
             else _of_diffkd_alone(title, classes, count)
         ),
@@ -135,6 +152,40 @@ def _stock(title: str, drawn: str, count: int, absent: Sequence[str]) -> list[st
             f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})',
             f"images = pipeline({drawn}, num_inference_steps={count}).images",
         ),
+    ]
+
+
+def _base_model(lora: Mapping[str, Any]) -> list[str]:
+    """Lines by which a hub knows an adapter's base, where that is on one."""
+    base = lora.get("base", "")
+    if "scheduler" not in lora or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        return []
+    return [f"base_model: {base}", "base_model_relation: adapter"]
+
+
+def _stock_adapter(
+    title: str, lora: Mapping[str, Any], drawn: str, count: int, absent: Sequence[str]
+) -> list[str]:
+    """How the stock pipeline of its base draws with an adapter."""
+    without = "".join(f", {component}=None" for component in absent)
+    scheduler = lora["scheduler"]
+    if not str(scheduler).isidentifier():  # diffkd.json may come from anywhere
+        scheduler = "DDIMScheduler"
+    return [
+        f"{title} made by diffkd, an adapter (LoRA) of rank {lora['rank']} for a stock diffusers pipeline:",
+        "",
+        *_code(
+            f"from diffusers import DiffusionPipeline, {scheduler}",
+            "",
+            'folder = "path/to/this/folder"',
+            f"pipeline = DiffusionPipeline.from_pretrained({str(lora['base'])!r}{without})",
+            f'pipeline.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")',
+            "pipeline.load_lora_weights(folder)",
+            f"images = pipeline({drawn}, num_inference_steps={count}).images",
+        ),
+        "The scheduler is part of it: with the base's own it draws other images. `diffkd fuse` makes a whole "
+        "pipeline of the two.",
+        "",
     ]
 
 
