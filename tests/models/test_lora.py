@@ -14,6 +14,7 @@ from diffkd.core.averages import follow
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 from diffkd.models import families, guidance_input, loading, students
+from diffkd.models.edm2_unet import EDM2UNet
 from diffkd.models.students import lora
 from diffkd.models.students.config import Lora
 from diffkd.runs.reports import model_card
@@ -303,9 +304,15 @@ def test_a_broken_folder_is_refused(work, tmp_path, name):
         loading.load(tmp_path)
 
 
+def edm2_network():
+    return EDM2UNet(
+        8, 3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attention=(4,), head_channels=8
+    )
+
+
 NETWORKS = {
     "sd": text_to_image.network, "sd3": flow_pipelines.sd3_network, "flux": flow_pipelines.flux_network,
-    "dit": dit.network,
+    "dit": dit.network, "edm2": edm2_network,
     **{kind: partial(masked_pipelines.network, kind) for kind in masked_pipelines.KINDS},
 }  # fmt: skip
 
