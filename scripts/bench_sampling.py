@@ -15,6 +15,7 @@ autoencoder, that a draw makes, repeated on the same inputs. On CUDA these are c
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -188,7 +189,10 @@ def save(denoiser: Denoiser, folder: Path) -> Path:
 
 def open_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A student as diffusers opens it; in float16 for bfloat16, which pixel pipelines cannot do."""
-    pipeline = loading.open_stock(folder).to(device)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    without = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **without).to(device)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float16 if dtype == torch.bfloat16 else dtype)
 
 

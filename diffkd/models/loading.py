@@ -15,12 +15,12 @@ from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import reason
-from diffkd.models import guidance_input, lora_files, source, validation
+from diffkd.models import lora_files, source, validation
 from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import quantized
 from diffkd.models.source import CARD, Source, card, folder_of
-from diffkd.models.students import copies, lora
+from diffkd.models.students import lora
 
 __all__ = ["CARD", "card", "folder_of", "load", "open_stock", "save", "set_null_label"]
 
@@ -67,6 +67,8 @@ def load(
 
 def _merge(denoiser: Denoiser, found: Source) -> None:
     """Adds an adapter to the weights of its base. Raises UserError where it is not of that base."""
+    from diffkd.models import guidance_input  # which imports diffusers, and measuring folders does not
+
     assert found.adapter is not None
     lora_files.check_base(found)
     said = found.card["lora"]
@@ -219,6 +221,8 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     if not adapters.own(denoiser.network):
         family.save(denoiser, folder)
         return
+    from diffkd.models.students import copies
+
     keys = lora_keys(denoiser)
     if keys is None:
         family.save(copies.merged(denoiser), folder)

@@ -52,13 +52,15 @@ def test_the_digits_configs(cli, tmp_path, monkeypatch):
     (tmp_path / "edm-teacher.yaml").write_text(yaml.safe_dump(teacher))
     config = tmp_path / "distill.yaml"
     config.write_text((CONFIGS / "digits/edm.yaml").read_text())
-    outcome = cli("distill", config, *given(SHORT, {"method.updates": 2, "spread_every": None}))
+    stages = yaml.safe_load(config.read_text())["method"]
+    updates = {f"method.{i}.updates": 2 for i in range(len(stages))}
+    outcome = cli("distill", config, *given(SHORT, updates, {"spread_every": None}))
     assert outcome.code == 0, outcome.stderr
     trained = diffkd.load(tmp_path / "runs/digits-edm-teacher/teacher")
     assert isinstance(trained.schedule, EDMSchedule) and trained.schedule.sigma_data == 0.75
     assert isinstance(trained.call, Preconditioned) and trained.null_label == 10
-    for steps in (8, 4, 2, 1):
-        folder = tmp_path / "runs/digits-edm/students" / f"{steps}-steps"
+    for name in ("8-steps", "4-steps", "4-steps-dmd2", "2-steps", "2-steps-dmd2", "1-steps", "1-steps-dmd2"):
+        folder, steps = tmp_path / "runs/digits-edm/students" / name, int(name[0])
         student = diffkd.load(folder)
         assert student.steps == steps and student.schedule.numbers(0.5) == pytest.approx(
             trained.schedule.numbers(0.5), rel=1e-9

@@ -35,10 +35,10 @@ GROUPS = 8  # of normalisation
 class About(Strict):
     """What a file says of its network; beside the first four keys for people."""
 
-    channels: Literal[1, 3]
-    size: Literal[8, 16, 32, 64, 128]
+    channels: Literal[1, 3] = Field(description="of the images that it takes: 1 for grey")
+    size: Literal[8, 16, 32, 64, 128] = Field(description="height and width that images are brought to")
     width: int = Field(ge=GROUPS, le=256, multiple_of=GROUPS, description="channels of the first level")
-    num_features: int = Field(ge=2, le=2048)
+    num_features: int = Field(ge=2, le=2048, description="that it gives of an image")
     classes: list[str] = Field([], max_length=10_000, description="that it was taught to tell; [] for none")
     images: int = Field(ge=1, description="that it learned from")
     held_out: int = Field(ge=1, description="that the numbers below are of")
@@ -48,8 +48,8 @@ class About(Strict):
         None, ge=0, le=1, description="share of views whose nearest other view is of the same image"
     )
     effective_rank: float = Field(ge=0, description="of the features' covariance")
-    updates: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    updates: int = Field(ge=1, description="of its training")
+    seed: int = Field(ge=0, description="of its training")
 
 
 class TrainedNetwork(nn.Module):
