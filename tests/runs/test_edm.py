@@ -71,7 +71,8 @@ def test_the_digits_configs(cli, tmp_path, monkeypatch):
 
 def test_the_loss_of_training_is_the_papers(cli, tmp_path, monkeypatch):
     """Karras et al. 2022, table 1, written out: ln sigma normal, lambda = (sigma² + d²) / (sigma d)²."""
-    config = config_files.load_train(CONFIGS / "digits/edm-teacher.yaml", given(TINY))
+    papers = {"denoising.mean": -1.2, "denoising.std": 1.2, "schedule.sigma_max": 80}
+    config = config_files.load_train(CONFIGS / "digits/edm-teacher.yaml", given(TINY, papers))
     denoiser = untrained_teacher(config, Digits(kind="digits").load())
     method = config.denoising.model_copy(update={"label_dropout": 0.0})
     x0 = torch.rand(4000, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
