@@ -3,9 +3,7 @@
 # measures all. Writes runs/digits-dit-benchmark (the table), and of each run its students and a report.html.
 # The same command goes on where it was stopped.
 . "$(dirname "$0")/_setup" digits,report
+. scripts/_distil
 diffkd train configs/digits/dit-teacher.yaml
-# a run on each of two cores; the teacher by its path, as two runs cannot both hold its own
-printf '%s\n' dit dit-meanflow dit-consistency | xargs -P 2 -I NAME sh -c '
-  OMP_NUM_THREADS=1 diffkd distill configs/digits/NAME.yaml "teacher={path: runs/digits-dit-teacher/teacher}" \
-    > runs/digits-NAME.log 2>&1 || { tail -n 5 runs/digits-NAME.log >&2; exit 255; }'
+distil digits runs/digits-dit-teacher/teacher dit dit-meanflow dit-consistency
 OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m diffkd.cli benchmark configs/digits/dit-benchmark.yaml
