@@ -6,10 +6,12 @@ The boundary needs no coefficients of its own: an x0 read from a prediction of v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time, time_at
 from diffkd.core.schedules import Schedule
@@ -55,6 +57,20 @@ def earlier(schedule: Schedule, t: Tensor, gap: float, k: float = 8.0, b: float 
     tau = flow_time(schedule, t)
     n = 1 + k * torch.sigmoid(-b * tau / (1 - tau))
     return time_at(schedule, (tau * (1 - gap * n)).clamp(min=0))
+
+
+@torch.no_grad()
+def solve(
+    teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, sampler: str, substeps: int, **asked: Any
+) -> Tensor:
+    """Where the teacher's sampler goes from x_t in equal sub-steps from t to s, both (B,): (B, C, H, W).
+
+    asked: conditioning and guidance.
+    """
+    fractions = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
+    path = t + fractions * (s - t)
+    path[-1] = s
+    return samplers.find(sampler)(teacher, x_t, path, clip=None, noise=None, **asked)
 
 
 def start_of(denoiser: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, **cond: Tensor) -> Tensor:

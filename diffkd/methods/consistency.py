@@ -8,10 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from diffkd.core import samplers
-from diffkd.core.consistency import check_mode, check_start, earlier, start_of
+from diffkd.core.consistency import check_mode, check_start, earlier, solve, start_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
@@ -97,7 +95,9 @@ class Consistency(Method):
             alpha, sigma = schedule.at(s, like=x0)
             x_s = alpha * x0 + sigma * eps
         else:
-            x_s = solve(nets["teacher"], x_t, t, s, step.stage, cond)
+            x_s = solve(
+                nets["teacher"], x_t, t, s, self.sampler, self.substeps, guidance=self.guidance, **cond
+            )
         # 4. what the student itself makes of x_s, without gradients
         with torch.no_grad():
             target = start_of(student, x_s, s, t, **cond)
@@ -107,19 +107,3 @@ class Consistency(Method):
         loss = distance / (flow_time(schedule, t) - flow_time(schedule, s)).to(distance.dtype)
         gap = squared_error(denoised.detach(), target).sqrt()
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap})
-
-
-@torch.no_grad()
-def solve(
-    teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, stage: Stage, cond: Mapping[str, Any]
-) -> Tensor:
-    """Where the teacher's sampler goes from x_t in the stage's sub-steps from t to s: (B, C, H, W)."""
-    assert stage.sampler is not None
-    fractions = (
-        torch.arange(stage.substeps + 1, dtype=torch.float64, device=t.device)[:, None] / stage.substeps
-    )
-    path = t + fractions * (s - t)
-    path[-1] = s
-    return samplers.find(stage.sampler)(
-        teacher, x_t, path, clip=None, noise=None, guidance=stage.guidance, **cond
-    )

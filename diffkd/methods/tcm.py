@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import nn
 
-from diffkd.core.consistency import check_start, earlier, start_of
+from diffkd.core.consistency import check_mode, check_start, earlier, solve, start_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
@@ -18,16 +19,28 @@ from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
+from diffkd.models.students.copies import copy_of
 
 
 class TCM(Method):
-    """Consistency training above a noise level, below which the student of the stage before it stays."""
+    """Consistency above a noise level, below which the student of the stage before it stays."""
 
     reference: ClassVar[str] = "Lee et al. 2024, https://arxiv.org/abs/2410.14895"
     needs: ClassVar[Needs] = Needs(
-        real=True, after="a consistency student", calls="2 student, 1 first-stage student"
+        real=True,
+        after="a consistency student",
+        networks=("first with mode distillation",),
+        memory="weights of first, with mode distillation",
+        calls="2 student, 1 first-stage student; substeps of the teacher (distillation)",
     )
 
+    mode: Literal["distillation", "training"] = Field(
+        "training",
+        description="where x_s comes from: a step of the run's teacher, or the data and x_t's own noise",
+    )
+    sampler: Literal["ddim", "heun"] = Field("ddim", description="of the teacher's step from t to s")
+    substeps: int = Field(1, ge=1, description="teacher steps from t to s")
+    guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher's step; 1 is unguided")
     steps: list[Positive] = Field([2, 1], min_length=1, description="step counts that a student is saved for")
     truncation: float = Field(
         1.0, gt=0, description="sigma / alpha below which the first stage's student is the boundary"
@@ -47,13 +60,21 @@ class TCM(Method):
     learning_rate: float = Field(1e-4, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(20, ge=0, description="updates over which the learning rate rises")
 
+    @model_validator(mode="after")
+    def _guided_by_a_teacher(self) -> TCM:
+        check_mode(self.mode, self.guidance)
+        return self
+
+    def learns_what_data_is(self) -> bool:
+        return self.mode == "training"
+
     def stages(self, start: Denoiser) -> list[Stage]:
         if start.steps is None or start.sampler != "renoise":
             raise UserError(
                 "tcm is the second stage of a consistency model, and what it starts from is none; put "
                 "consistency, scm or lcm before it"
             )
-        check_start(start, self.steps)
+        check_start(start, self.steps, self.guidance)
         for steps in self.steps:
             alpha, sigma = start.schedule.numbers(1 / steps)
             if sigma < self.truncation * alpha:
@@ -64,14 +85,22 @@ class TCM(Method):
                 )
         return [
             Stage.for_steps(
-                self.steps, self.updates, self.learning_rate, self.warmup, drawn="renoise"
+                self.steps, self.updates, self.learning_rate, self.warmup, substeps=self.substeps,
+                sampler=self.sampler if self.mode == "distillation" else None, guidance=self.guidance,
+                drawn="renoise", teacher="original" if self.mode == "distillation" else "previous",
+                every_time=self.mode == "distillation",
             )
         ]  # fmt: skip
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        """The student as it begins, where the stage's teacher is another."""
+        return {"first": copy_of(student).requires_grad_(False)} if self.mode == "distillation" else {}
 
     def losses(
         self, nets: Mapping[str, Any], batch: Batch, step: Step, rng: torch.Generator
     ) -> Iterator[Loss]:
-        student, first, x0, cond = nets["student"], nets["teacher"], batch.x0, dict(batch.cond)
+        student, first = nets["student"], nets.get("first", nets["teacher"])
+        x0, cond = batch.x0, dict(batch.cond)
         schedule = student.schedule
         # 1. t above t', or for some examples t' itself; s a little before it
         t = times_above(schedule, len(x0), self.truncation, self.scale, rng, x0.device)
@@ -79,10 +108,17 @@ class TCM(Method):
         at_boundary = to_device(torch.rand(len(x0), generator=rng) < self.boundary, x0.device)
         t = torch.where(at_boundary, least, t)
         s = earlier(schedule, t, 1 - self.closest)
-        # 2. both noised alike
+        # 2. noised images at both: x_s with the noise of x_t, or where the teacher goes from there
         eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, like=x0), schedule.at(s, like=x0)
-        x_t, x_s = alpha_t * x0 + sigma_t * eps, alpha_s * x0 + sigma_s * eps
+        alpha, sigma = schedule.at(t, like=x0)
+        x_t = alpha * x0 + sigma * eps
+        if self.mode == "training":
+            alpha, sigma = schedule.at(s, like=x0)
+            x_s = alpha * x0 + sigma * eps
+        else:
+            x_s = solve(
+                nets["teacher"], x_t, t, s, self.sampler, self.substeps, guidance=self.guidance, **cond
+            )
         # 3. the target, without gradients: the student's own above t', the first stage's below
         with torch.no_grad():
             own, before = (start_of(net, x_s, s, t, **cond) for net in (student, first))

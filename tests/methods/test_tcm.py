@@ -32,13 +32,18 @@ def first():
     return denoiser
 
 
-def test_one_loss_by_hand():
+@pytest.mark.parametrize("mode", ["training", "distillation"])
+def test_one_loss_by_hand(mode):
     method = TCM(
-        truncation=1.5, boundary=0.4, boundary_weight=0.3, scale=0.8, closest=0.9, huber=0.01, steps=[1]
-    )
+        mode=mode, truncation=1.5, boundary=0.4, boundary_weight=0.3, scale=0.8, closest=0.9, huber=0.01,
+        steps=[1], substeps=2,
+    )  # fmt: skip
     student = Denoiser(Rough(), COSINE, "v_prediction", shape=(1, 4, 4))
     x0 = data(12, torch.Generator().manual_seed(1))
+    teacher = gaussian(COSINE, "v_prediction")
     nets = {"student": student, "teacher": first()}
+    if mode == "distillation":
+        nets = {"student": student, "teacher": teacher, "first": first()}
     loss = next(method.losses(nets, Batch(x0, {}), Step(only(method), 3), torch.Generator().manual_seed(2)))
     rng = torch.Generator().manual_seed(2)
     quantile = torch.rand(12, generator=rng, dtype=torch.float64)
@@ -56,9 +61,15 @@ def test_one_loss_by_hand():
         return ((1 - tau) * x0 + tau * eps) / (tau**2 + (1 - tau) ** 2).sqrt()
 
     x_t, x_s = noised(tau), noised(tau_s)
+    if mode == "distillation":  # two steps of DDIM from t to s
+        x_s = x_t
+        for now, then in ((t, (t + s) / 2), ((t + s) / 2, s)):
+            (alpha, sigma), (alpha_s, sigma_s) = COSINE.at(now, like=x0), COSINE.at(then, like=x0)
+            denoised = teacher(x_s, now)
+            x_s = alpha_s * denoised + sigma_s / sigma * (x_s - alpha * denoised)
     below = tau_s < 1.5 / 2.5
     assert below.any() and not below.all() and at_boundary.any() and below[at_boundary].all()
-    target = torch.where(below.reshape(-1, 1, 1, 1), nets["teacher"](x_s, s), student(x_s, s))
+    target = torch.where(below.reshape(-1, 1, 1, 1), first()(x_s, s), student(x_s, s))
     square = (student(x_t, t) - target).square().sum((1, 2, 3))
     distance = ((square + 0.04**2).sqrt() - 0.04) / (tau - tau_s)
     assert torch.allclose(loss.metrics["loss"], distance.detach(), rtol=1e-4)
@@ -67,13 +78,16 @@ def test_one_loss_by_hand():
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_exact_student_has_no_gradient_in_the_mean():
+@pytest.mark.parametrize("mode", ["training", "distillation"])
+def test_the_exact_student_has_no_gradient_in_the_mean(mode):
     """With the exact first stage below; another student has one, and so has another first stage."""
-    method = TCM(closest=0.999, huber=1.0, boundary_weight=1.0, steps=[1])
+    method = TCM(mode=mode, sampler="heun", closest=0.999, huber=1.0, boundary_weight=1.0, steps=[1])
     means, errors = {}, {}
     for a, of_first in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1)):
         before = exact(COSINE, a=of_first)
         nets = {"student": exact(COSINE, a=a), "teacher": before}
+        if mode == "distillation":
+            nets.update(teacher=gaussian(COSINE, "v_prediction"), first=before)
         each = torch.stack([gradients(method, nets, only(method), 0, 2048, seed) for seed in range(8)])
         means[a, of_first], errors[a, of_first] = each.mean(0)[0], each.std(0)[0] / math.sqrt(8)
     assert means[0.0, 0.0].abs() < 5 * errors[0.0, 0.0] + 1e-3
@@ -105,3 +119,17 @@ def test_students_that_would_be_asked_below_the_boundary_are_refused():
     with pytest.raises(UserError, match="4 steps is asked at sigma / alpha = 0.425, below.*truncation 1,"):
         TCM(steps=[4, 1]).stages(first())
     assert TCM(steps=[4, 1], truncation=0.4).stages(first())
+
+
+def test_a_teacher_beside_the_first_stage():
+    """In distillation the stage's teacher is the run's own, and the first stage a network that stays."""
+    method = TCM(mode="distillation", steps=[1], substeps=3, guidance=1.5)
+    start = first()
+    start.null_label = 3
+    stage = method.stages(start)[0]
+    assert (stage.teacher, stage.sampler, stage.substeps, stage.guidance) == ("original", "ddim", 3, 1.5)
+    networks = method.networks(gaussian(COSINE, "v_prediction"), start)
+    assert [*networks] == ["first"] and not any(p.requires_grad for p in networks["first"].parameters())
+    assert TCM().networks(start, start) == {} and not method.learns_what_data_is()
+    with pytest.raises(ValueError, match="guidance 2 is the teacher's, whom mode: training does not ask"):
+        TCM(guidance=2.0)
