@@ -105,7 +105,7 @@ class Network(Strict):
 class SavedClassifier(Strict):
     """The part of a classifier's diffkd.json that is needed to open it."""
 
-    network: Network
+    network: Network = Field(description="as a config names it")
     shape: tuple[Side, Side, Side] = Field(description="(C, H, W) of an image")
     num_classes: int = Field(ge=1, le=pipeline_files.MAX_NUMBER, description="K")
     schedule: dict[str, Any] | None = Field(
