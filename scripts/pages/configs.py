@@ -24,9 +24,9 @@ from pages.text import escaped, paragraph
 
 INTRO = """# Config keys
 
-Every key of every config, made of the typed objects that read them. A key that is not here stops a run, with
-the nearest that is. `diffkd distill CONFIG --dry-run` prints a config with all its defaults. Any value can be
-given on the command line as well: `training.batch_size=64`, or `method.0.updates=1000` where there is a list.
+Every key of every config, made of the typed objects that read them. A key that is not here stops a run, and
+its message names the nearest. `diffkd distill CONFIG --dry-run` prints a config with all its defaults. Any
+value can be given on the command line as well: `training.batch_size=64`, `method.0.updates=1000` of a list.
 """
 CONFIGS: dict[str, type[Strict]] = {
     "`diffkd distill`": Distill,

@@ -18,19 +18,20 @@ ENTRY = """::: {home}
     options:
       heading: "{name}"
       toc_label: "{name}"
-      heading_level: {level}
+      heading_level: 3
 """
 
 
 def page() -> str:
     """The whole page, in Markdown."""
     parts = [INTRO]
+    parts.append("## diffkd")
     for name, home in names():
-        parts.append(ENTRY.format(home=home, name=name, level=2))
+        parts.append(ENTRY.format(home=home, name=name))
     for name, module in modules():
         parts += [f"## diffkd.{name} {{ #{name} }}", inspect.cleandoc(module.__doc__ or "")]
         for inner, home in public(module):
-            parts.append(ENTRY.format(home=home, name=f"diffkd.{name}.{inner}", level=3))
+            parts.append(ENTRY.format(home=home, name=f"diffkd.{name}.{inner}"))
     return "\n\n".join(parts) + "\n"
 
 
