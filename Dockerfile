@@ -27,7 +27,7 @@ COPY configs /opt/diffkd/configs
 # Whoever it runs as (--user) may write into the home and /work; libraries ask for the name of their user
 ENV HOME=/home/diffkd USER=diffkd
 RUN useradd --create-home --uid 10001 diffkd && mkdir /work && chmod 1777 /home/diffkd /work
-USER diffkd
+USER 10001
 WORKDIR /work
 ENTRYPOINT ["diffkd"]
 CMD ["--help"]

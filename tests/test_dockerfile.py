@@ -56,7 +56,7 @@ def test_what_is_installed_is_what_pyproject_names():
 def test_it_starts_the_command_as_a_user_without_rights():
     words = [word for word, _ in DOCKERFILE]
     (user,) = of("USER")
-    assert user != "root" and of("RUN")[-1].startswith(f"useradd --create-home --uid 10001 {user} ")
+    assert int(user) > 0 and of("RUN")[-1].startswith(f"useradd --create-home --uid {user} diffkd ")
     assert "RUN" not in words[words.index("USER") :]
     assert of("ENTRYPOINT") == ['["diffkd"]'] and "diffkd" in PROJECT["scripts"]
     assert of("WORKDIR")[-1] == "/work"

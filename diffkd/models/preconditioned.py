@@ -25,7 +25,7 @@ def is_read(source: Source) -> bool:
         return False  # which makes a DDIMScheduler of any
     if source.network is None and (pipeline := source.index.get("_class_name")) != PIPELINE:
         raise UserError(
-            f"{source.name} is {a_or_an(pipeline)} with {kind}, for whose inputs it has no scale; the "
+            f"{source.name} is {a_or_an(str(pipeline))} with {kind}, for whose inputs it has no scale; the "
             f"pipeline that draws these networks is {PIPELINE}: name it as _class_name in model_index.json"
         )
     return True
