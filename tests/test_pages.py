@@ -24,6 +24,7 @@ from diffkd.training.config import Training
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
+import draw_steps  # noqa: E402
 from pages import commands, configs, links, navigation, python  # noqa: E402
 
 NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
@@ -112,6 +113,10 @@ def test_every_public_name_is_on_the_page_of_python():
         for part in name.split(".")[1:]:
             shown = getattr(shown, part)
         assert there is shown
+
+
+def test_the_picture_of_the_steps_is_what_its_script_draws():
+    assert (ROOT / "docs/steps.svg").read_text(encoding="utf-8") == draw_steps.picture()
 
 
 @pytest.mark.parametrize(
