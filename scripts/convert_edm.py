@@ -24,7 +24,7 @@ from edm_reader import Array, Record, read, tensors_of
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.io.text import quoted
+from diffkd.io.text import a_or_an, quoted
 from diffkd.models import adm, edm2, networks
 from diffkd.models.edm2_unet import EDM2UNet
 from diffkd.models.song_unet import SongUNet
@@ -57,7 +57,7 @@ def network_of(preconditioned: Record, path: Path) -> tuple[Network, EDMEulerSch
     kinds = preconditioned.kind, inner.kind if isinstance(inner, Record) else "nothing"
     if kinds not in (("EDMPrecond", "SongUNet"), ("EDMPrecond", "DhariwalUNet"), ("Precond", "UNet")):
         raise UserError(
-            f"{path} is a {kinds[0]} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or "
+            f"{path} is {a_or_an(kinds[0])} of {kinds[1]}; read so far is an EDMPrecond of SongUNet or "
             "DhariwalUNet, or EDM2's Precond of UNet"
         )
     assert isinstance(inner, Record)

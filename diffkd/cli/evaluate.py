@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from diffkd.cli.completion import METRICS, SAMPLERS, TOOLS, among
 from diffkd.cli.options import (
     Cache,
     CacheFolder,
@@ -26,7 +27,6 @@ from diffkd.cli.options import (
     Variant,
     Weights,
     Worse,
-    among,
     cache_of,
     prepare_libraries,
 )
@@ -49,19 +49,7 @@ def evaluate(
         typer.Option(
             help="Of fid, class_fid, kid, is, prdc, fd_inf, fd_dino, cmmd, clip_score, prompt_accuracy, "
             "agreement; comma-separated.",
-            autocompletion=among(
-                "fid",
-                "class_fid",
-                "kid",
-                "is",
-                "prdc",
-                "fd_inf",
-                "fd_dino",
-                "cmmd",
-                "clip_score",
-                "prompt_accuracy",
-                "agreement",
-            ),
+            autocompletion=among(*METRICS),
         ),
     ] = "fid",
     samples: Annotated[
@@ -88,7 +76,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="ddim, heun, dpmpp_2m, ancestral, renoise, or stock: the pipeline's own code. Default: the "
-            "model's own."
+            "model's own.",
+            autocompletion=among(*SAMPLERS, "stock"),
         ),
     ] = None,
     guidance: Annotated[
@@ -146,7 +135,7 @@ def evaluate(
             help="coco30k: FID at 256x256 of an image for each of 30,000 captions (--prompts), and with "
             "--clip-score-weights the CLIP score. pytorch-fid, clean-fid, torch-fidelity, edm, adm: FID as "
             "that tool has it.",
-            autocompletion=among("coco30k", "pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
+            autocompletion=among("coco30k", *TOOLS),
         ),
     ] = None,
     seed: Annotated[

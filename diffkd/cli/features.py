@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from diffkd.cli.options import Device, ImageSize, Split, among, prepare_libraries
+from diffkd.cli.completion import among
+from diffkd.cli.options import Device, ImageSize, Split, prepare_libraries
 
 
 def features(

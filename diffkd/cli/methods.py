@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from diffkd.cli.completion import among, method_names
+
 PACKAGE = Path(__file__).parents[1]
-CONTRACT = "base"  # the one file among the methods that is none
 LEGEND = """
 noised images: where the teacher is asked; what it draws itself does as well (data.draws)
 pairs: noises and the teacher's images of them, which a run draws first
@@ -28,7 +29,7 @@ def methods(
         str | None,
         typer.Argument(
             help="One of them, or one of your own, in full; default a list of all.",
-            autocompletion=lambda incomplete: [m for m in _names() if m.startswith(incomplete)],
+            autocompletion=among(*method_names()),
         ),
     ] = None,
 ) -> None:
@@ -37,16 +38,12 @@ def methods(
         print("\n".join(_in_full(name)))
         return
     titles = ("method", "paper", "learns from", "more networks", "what it does")
-    rows = [titles, *map(_summary, _names())]
+    rows = [titles, *map(_summary, method_names())]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for *cells, phrase in rows:
         padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
         print("  ".join([*padded, phrase]))
     print(LEGEND)
-
-
-def _names() -> list[str]:
-    return sorted(p.stem for p in (PACKAGE / "methods").glob("[a-z]*.py") if p.stem != CONTRACT)
 
 
 def _summary(name: str) -> tuple[str, str, str, str, str]:

@@ -14,25 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffkd.cli.completion import FEATURES, RESIZES, TOOLS, among, override
 from diffkd.cli.endings import rank
 
 if TYPE_CHECKING:
     from diffkd.runs.session import ResumeOptions
 
 
-def among(*words: str) -> Callable[[str], list[str]]:
-    """What completes an option that takes one of these words, or several with commas between them."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
-
-    return complete
-
-
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values to override, as key.sub=value.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Values to override, as key.sub=value.", show_default=False, autocompletion=override),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 Allow = Annotated[
@@ -79,7 +71,8 @@ Features = Annotated[
     str | None,
     typer.Option(
         help="inception, digits, shapes, dinov2, clip, a .safetensors of diffkd features train, or your own: "
-        "module, module.Class or file; default as the reference."
+        "module, module.Class or file; default as the reference.",
+        autocompletion=among(*FEATURES),
     ),
 ]
 Weights = Annotated[
@@ -108,14 +101,22 @@ Preset = Annotated[
     typer.Option(
         help="The very number of a tool: pytorch-fid, clean-fid, torch-fidelity, edm, or adm (how files are "
         "decoded and resized, values, and the arithmetic of the distance).",
-        autocompletion=among("pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm"),
+        autocompletion=among(*TOOLS),
     ),
 ]
 FeatureResize = Annotated[
     str | None,
-    typer.Option(help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics."),
+    typer.Option(
+        help="How inception takes images in: tf1 (default), clean, pytorch-fid or torchmetrics.",
+        autocompletion=among(*RESIZES),
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="Of inception: float32 (default) or float64.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of inception: float32 (default) or float64.", autocompletion=among("float32", "float64")
+    ),
+]
 ImageSize = Annotated[
     int | None,
     typer.Option("--resize", min=1, max=16_384, help="Bring images of folders and data sets to this size."),

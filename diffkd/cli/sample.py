@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from diffkd.cli.completion import SAMPLERS, among
 from diffkd.cli.options import (
     GuidanceInterval,
     GuidanceRescale,
@@ -14,7 +15,6 @@ from diffkd.cli.options import (
     Quantized,
     Variant,
     Worse,
-    among,
     prepare_libraries,
 )
 
@@ -49,7 +49,7 @@ def sample(
         str | None,
         typer.Option(
             help="ddim, heun, dpmpp_2m, ancestral or renoise. Default: the model's own.",
-            autocompletion=among("ddim", "heun", "dpmpp_2m", "ancestral", "renoise"),
+            autocompletion=among(*SAMPLERS),
         ),
     ] = None,
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 
 NAME = "interval_embedding"  # of the module, inside the network
 WAVES = 8  # of the number, with 1/2, 1, ..., 64 periods over [0, 1]
@@ -91,8 +92,8 @@ def check_recomputed(network: nn.Module) -> None:
     gradients, where each has a time embedding of its own: by then the step's length is forgotten."""
     if attached(network) is not None and len(_time_embeddings(network)) > 1:
         raise UserError(
-            f"training.gradient_checkpointing does not work for a {type(network).__name__} that takes the "
-            "length of its steps, as this method wants; leave it out"
+            f"training.gradient_checkpointing does not work for {a_or_an(type(network).__name__)} that takes "
+            "the length of its steps, as this method wants; leave it out"
         )
 
 
@@ -127,8 +128,8 @@ def _time_embeddings(network: nn.Module) -> list[Any]:
     }
     if not found:
         raise UserError(
-            f"a {type(network).__name__} has no time embedding that a second time could be added to; use a "
-            "method that needs none, such as progressive, consistency or dmd2"
+            f"{a_or_an(type(network).__name__)} has no time embedding that a second time could be added to; "
+            "use a method that needs none, such as progressive, consistency or dmd2"
         )
     first = next(iter(found)).rpartition(".")[2]
     return [module for name, module in found.items() if name.rpartition(".")[2] == first]

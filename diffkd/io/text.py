@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def without_surrogates(text: str) -> str:
 def counted(number: int, thing: str) -> str:
     """1 step, 2 steps: for things whose plural ends in s."""
     return f"{number:,} {thing}" + "s" * (number != 1)
+
+
+def a_or_an(name: str) -> str:
+    """A name after the article of its sound: a UNet2DModel, an SD3Transformer2DModel, an AutoencoderKL.
+
+    Two capitals, or a capital and a digit, are read letter by letter, but for SANA, which is a word.
+    """
+    if re.match(r"[A-Z][A-Z\d]", name) and not name.startswith("SANA"):
+        vowel = name[0] in "AEFHILMNORSX"
+    else:
+        vowel = re.match(r"[aeio]|u(?!ne|ni|se|ti)", name.lower()) is not None
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def is_number(text: str) -> bool:

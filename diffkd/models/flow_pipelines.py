@@ -11,7 +11,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise_schedule import Schedule
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
-from diffkd.io.text import quoted
+from diffkd.io.text import a_or_an, quoted
 from diffkd.models import components, flow_schedulers, networks
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.components import Copied
@@ -30,8 +30,8 @@ def config_of(source: Source, kind: type, copied: Copied) -> dict[str, Any]:
     """
     if source.network is not None:
         raise UserError(
-            f"{source.name} is a {kind.__name__} alone, without its text encoders and its autoencoder; give "
-            "the folder of their pipeline"
+            f"{source.name} is {a_or_an(kind.__name__)} alone, without its text encoders and its "
+            "autoencoder; give the folder of their pipeline"
         )
     components.check(source, "transformer", copied)
     networks.check_kind(source, "transformer", kind)
@@ -129,7 +129,7 @@ def scheduler_of(denoiser: Denoiser) -> Any:
 def _source_of(denoiser: Denoiser) -> Source:
     if not isinstance(denoiser.codec, Autoencoder):
         raise UserError(
-            f"a {type(denoiser.network).__name__} is saved with the pipeline that it was loaded from; load it"
-            " from there"
+            f"{a_or_an(type(denoiser.network).__name__)} is saved with the pipeline that it was loaded from; "
+            "load it from there"
         )
     return denoiser.codec.source

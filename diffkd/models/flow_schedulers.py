@@ -12,7 +12,7 @@ from diffkd.core.flow_schedule import FlowSchedule, mu_of
 from diffkd.core.scheduler_config import FIELDS, FLOW, FLOW_FIELDS, FLOW_MAP, is_flow
 from diffkd.core.schedules import from_diffusers, prediction_of
 from diffkd.errors import UserError
-from diffkd.io.text import log
+from diffkd.io.text import a_or_an, log
 from diffkd.models import schedulers
 from diffkd.models.source import Source
 
@@ -91,7 +91,9 @@ def _of_student(source: Source, scheduler: Any, sampler: str, steps: int, handed
     """Raises UserError where the stock pipeline would draw other images than the card says."""
     place, said, kind = source.card_path, source.card.get("sampler", "ddim"), type(scheduler).__name__
     if kind not in SUPPORTED:
-        raise UserError(f"{place} describes a student, and its scheduler is a {kind}; it takes a {FLOW}")
+        raise UserError(
+            f"{place} describes a student, and its scheduler is {a_or_an(kind)}; it takes a {FLOW}"
+        )
     if said != sampler:
         raise UserError(
             f"{place} describes a student drawn by {said}, and its scheduler_config.json has "

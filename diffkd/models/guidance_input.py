@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 
 WIDTH = 256  # of the embedding that a student gets, as the published LCM students have it
 
@@ -19,12 +20,12 @@ def check(network: nn.Module) -> None:
     """Raises UserError where a network has no place for it."""
     if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
         raise UserError(
-            f"a {type(network).__name__} with guidance embeddings takes its weight as an input already, and "
-            "its students do; leave this method, or its range, out"
+            f"{a_or_an(type(network).__name__)} with guidance embeddings takes its weight as an input "
+            "already, and its students do; leave this method, or its range, out"
         )
     if not isinstance(network, UNet2DConditionModel):
         raise UserError(
-            f"a {type(network).__name__} has no place for a guidance weight as an input; bake one in "
+            f"{a_or_an(type(network).__name__)} has no place for a guidance weight as an input; bake one in "
             "(method.guidance)"
         )
 

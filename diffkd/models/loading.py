@@ -14,7 +14,7 @@ import torch
 from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
-from diffkd.io.text import reason
+from diffkd.io.text import a_or_an, reason
 from diffkd.models import lora_files, source, validation
 from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
@@ -93,8 +93,8 @@ def _family_of(found: Source) -> Family:
     (near,) = difflib.get_close_matches(name, supported, n=1, cutoff=0)
     newer = of_newer_diffusers()
     raise UserError(
-        f"{found.name} is a {name}, which is not a supported {'network' if alone else 'pipeline'}; supported "
-        f"are {', '.join(supported)}, the nearest {near}"
+        f"{found.name} is {a_or_an(name)}, which is not a supported {'network' if alone else 'pipeline'}; "
+        f"supported are {', '.join(supported)}, the nearest {near}"
         + ("" if alone else " (diffkd evaluate --sampler stock measures others)")
         + (f"; with a newer diffusers {', '.join(newer)}" if newer else "")
     )
@@ -158,7 +158,7 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
     kind: Any = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
         raise UserError(
-            f"{path_or_hub_id} is a {name}, which the installed diffusers does not provide; "
+            f"{path_or_hub_id} is {a_or_an(name)}, which the installed diffusers does not provide; "
             "install a version that does"
         )
     parameters = inspect.signature(kind.__call__).parameters
@@ -166,7 +166,7 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
     required = [key for key, p in parameters.items() if p.default is p.empty and key not in given]
     if required or "prompt" in parameters or "generator" not in parameters:
         raise UserError(
-            f"a {name} needs more than noise and class labels (it takes "
+            f"{a_or_an(name)} needs more than noise and class labels (it takes "
             f"{', '.join(required or ['prompt'])}); save its images to a folder, and evaluate that"
         )
     try:
@@ -180,7 +180,7 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
         raise
     except Exception as error:  # diffusers raises many types for an incomplete pipeline
         raise UserError(
-            f"{path_or_hub_id} cannot be opened as a {name} ({reason(error)}); is it complete?"
+            f"{path_or_hub_id} cannot be opened as {a_or_an(name)} ({reason(error)}); is it complete?"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -216,7 +216,7 @@ def save(denoiser: Denoiser, folder: Path) -> None:
     family = family_saving(denoiser)
     if family is None:
         raise UserError(
-            f"a {type(denoiser.network).__name__} cannot be saved: no pipeline of its own is supported"
+            f"{a_or_an(type(denoiser.network).__name__)} cannot be saved: no pipeline of its own is supported"
         )
     if not adapters.own(denoiser.network):
         family.save(denoiser, folder)

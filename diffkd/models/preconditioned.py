@@ -10,7 +10,7 @@ from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.scheduler_config import PRECONDITIONED
 from diffkd.core.schedules import ConsistencySchedule, EDMSchedule, Preconditioned, from_diffusers
 from diffkd.errors import UserError
-from diffkd.io.text import quoted
+from diffkd.io.text import a_or_an, quoted
 from diffkd.models import networks, schedulers
 from diffkd.models.schedulers import Sampling
 from diffkd.models.source import Source
@@ -25,8 +25,8 @@ def is_read(source: Source) -> bool:
         return False  # which makes a DDIMScheduler of any
     if source.network is None and (pipeline := source.index.get("_class_name")) != PIPELINE:
         raise UserError(
-            f"{source.name} is a {pipeline} with {kind}, for whose inputs it has no scale; the pipeline that "
-            f"draws these networks is {PIPELINE}: name it as _class_name in model_index.json"
+            f"{source.name} is {a_or_an(str(pipeline))} with {kind}, for whose inputs it has no scale; the "
+            f"pipeline that draws these networks is {PIPELINE}: name it as _class_name in model_index.json"
         )
     return True
 
@@ -89,7 +89,7 @@ def denoiser(source: Source, network: Any, codec: Codec | None = None) -> Denois
     networks.check_sample_size(network.config, source.name)
     if not is_read(source):
         raise UserError(
-            f"{source.name} is a {type(network).__name__} with {source.scheduler()[0]}; it is "
+            f"{source.name} is {a_or_an(type(network).__name__)} with {source.scheduler()[0]}; it is "
             "preconditioned, as EDMEulerScheduler says"
         )
     sampling = read(source)

@@ -13,7 +13,7 @@ from diffkd.core.denoiser import call as plain
 from diffkd.core.scheduler_config import FIELDS, SCHEDULERS, clip_of
 from diffkd.core.schedules import Schedule, from_betas
 from diffkd.errors import UserError
-from diffkd.io.text import log, quoted, reason
+from diffkd.io.text import a_or_an, log, quoted, reason
 from diffkd.models import validation
 from diffkd.models.source import Source
 
@@ -116,7 +116,7 @@ def _check_card(source: Source, schedule: Schedule, sampler: str, scheduler: Any
         found = f"{wrong[0]} {quoted(scheduler.config.get(wrong[0]))}" if wrong else type(scheduler).__name__
         raise UserError(
             f"{place} describes a student drawn by {said}, and its scheduler_config.json has {found}, with "
-            f"which the stock pipeline draws other images; it takes a {own} with "
+            f"which the stock pipeline draws other images; it takes {a_or_an(own)} with "
             f"{', '.join(f'{key} {value}' for key, value in options.items())}"
         )
 

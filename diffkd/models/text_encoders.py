@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffkd.errors import UserError
-from diffkd.io.text import quoted
+from diffkd.io.text import a_or_an, quoted
 from diffkd.models.pipeline_files import MAX_NUMBER, read_object, variants_of, weights_of
 from diffkd.models.source import Source
 
@@ -152,6 +152,6 @@ def _check_entry(source: Source, component: str, kinds: Sequence[str]) -> None:
     entry = source.index.get(component)
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "transformers" or entry[1] not in kinds:
         raise UserError(
-            f"{source.name} has a {component} of {quoted(entry)}, which is not supported; supported is "
-            f"{' or '.join(kinds)} of transformers"
+            f"{source.name} has {a_or_an(component)} of {quoted(entry)}, which is not supported; supported "
+            f"is {' or '.join(kinds)} of transformers"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffkd.errors import UserError
-from diffkd.io.text import reason
+from diffkd.io.text import a_or_an, reason
 
 
 def library(needed_by: str) -> ModuleType:
@@ -45,7 +45,7 @@ def load(architecture: str, folder: Path, name: str, variant: str | None = None)
             )
     except Exception as error:  # transformers, safetensors and the config's checks raise many kinds of error
         raise UserError(
-            f"{name} cannot be loaded as a {architecture} ({reason(error)}); "
+            f"{name} cannot be loaded as {a_or_an(architecture)} ({reason(error)}); "
             "is it complete? copy or download it again"
         ) from error
     # transformers only warns of these, and fills them with random numbers; 4 gives names, 5 names and shapes

@@ -11,7 +11,7 @@ from diffkd.data.absent import Unseen
 from diffkd.data.buckets import BucketedImages
 from diffkd.data.images import Images
 from diffkd.errors import UserError, printable
-from diffkd.io.text import counted
+from diffkd.io.text import a_or_an, counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_stream import guided_by
@@ -62,7 +62,7 @@ def teacher(denoiser: Denoiser, path: str, images: Images | Unseen) -> str:
     """What kind it is, and what it does with the data's labels."""
     pipeline, scheduler = _kinds(path)
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    said = [f"teacher: {path}" + (f", a {pipeline} with {scheduler}" if pipeline else "")]
+    said = [f"teacher: {path}" + (f", {a_or_an(pipeline)} with {scheduler}" if pipeline else "")]
     said += [f"{parameters / 1e6:.3g} M parameters", f"predicts {denoiser.prediction}"]
     said += [f"T = {denoiser.schedule.num_train_timesteps}", f"drawn by {denoiser.sampler}"]
     if denoiser.steps:

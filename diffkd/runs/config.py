@@ -34,8 +34,8 @@ class TrainingRun(Strict):
 
     out: Path = Field(description="the run's folder")
     seed: int = Field(0, ge=0, description="of everything random")
-    data: Data
-    training: Training = Training()
+    data: Data = Field(description="what is learned from")
+    training: Training = Field(Training(), description="batches, optimizer, precision, checkpoints")
 
     def check(self, accelerator: Accelerator) -> None:
         """Raises UserError for whatever could otherwise fail only after the run folder was made."""
@@ -82,7 +82,7 @@ def teacher_metric(evaluation: Evaluation) -> str | None:
 class TeacherRun(TrainingRun):
     """What the config of every run that trains a teacher has."""
 
-    denoising: Denoising = Denoising()
+    denoising: Denoising = Field(Denoising(), description="how the teacher learns")
     evaluation: Evaluation | None = Field(Evaluation(), description="null for none")
     pictures: int = Field(64, ge=0, le=10_000, description="images of each model in samples/; 0 for none")
 
@@ -101,8 +101,8 @@ class TeacherRun(TrainingRun):
 class Train(TeacherRun):
     """`diffkd train`: a teacher from images."""
 
-    model: UNet2D = UNet2D()
-    schedule: AnySchedule = NoiseSchedule()
+    model: UNet2D = Field(UNet2D(), description="the network")
+    schedule: AnySchedule = Field(NoiseSchedule(), description="of the noise")
     prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
         "v_prediction", description="what the network outputs; sample where the schedule is EDM's"
     )
@@ -193,7 +193,7 @@ class Teacher(Opened):
 class Distill(TrainingRun):
     """`diffkd distill`: students from a teacher."""
 
-    teacher: Teacher
+    teacher: Teacher = Field(description="what students are made from, and learn from")
     student: Student = Field(Copy(), description="the first stage's; each later stage starts from the last")
     method: Annotated[
         list[DenoiserMethod], BeforeValidator(lambda given: given if isinstance(given, list) else [given])

@@ -8,14 +8,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 import yaml
 
 import diffkd
-from diffkd import methods
-from diffkd.cli import app
+from diffkd import methods, metrics
+from diffkd.cli import app, completion
+from diffkd.data import Data
+from diffkd.metrics import features, tool_distances
+from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.models.students.config import Student
+from diffkd.runs.config import Train
+from diffkd.training.config import Training
 from tests.test_docs import ROOT
 
 COMMANDS = typer.main.get_command(app.app).commands
@@ -72,11 +79,69 @@ def run(*words: str, shell: str = "bash", **variables: str) -> subprocess.Comple
         ("diffkd sample x --mode g", {"graph"}),
         ("diffkd evaluate x --metrics k", {"kid"}),
         ("diffkd evaluate x --metrics fid,p", {"fid,prdc", "fid,prompt_accuracy"}),
+        ("diffkd distill x.yaml seed = 1 method.0.name = reg", {"regression"}),  # as bash splits words
+        ("diffkd train x.yaml training.optimizer =", {"adamw", "adamw_8bit"}),
+        ("diffkd distill x.yaml training.batch_size =", set()),
     ],
 )
 def test_completion(line, offers):
     ran = run(_DIFFKD_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(line.count(" ")))
     assert ({*ran.stdout.split()}, ran.stderr, ran.returncode) == (offers, "", 0)
+
+
+def test_completion_of_a_word_that_the_shell_leaves_whole():
+    line = "diffkd distill x.yaml seed=1 evaluation.protocol=cl"
+    ran = run(_DIFFKD_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=line)
+    assert re.findall(r'"([^"]*=[^"]*)"', ran.stdout) == ["evaluation.protocol=clean-fid"], ran.stderr
+
+
+def test_bash_completes_by_the_script_that_is_shown(tmp_path):
+    """In bash itself, which finds its own name, evaluates the script and presses the key."""
+    command = tmp_path / "diffkd"
+    command.write_text(f"#!{sys.executable}\nfrom diffkd.cli import main\n\nmain()\n")
+    command.chmod(0o755)
+    pressed = (
+        'eval "$(diffkd --show-completion)"; COMP_WORDS=(diffkd sample x --format w); COMP_CWORD=4; '
+        '_diffkd_completion diffkd; complete -p diffkd; echo "${COMPREPLY[@]}"'
+    )
+    ran = subprocess.run(
+        ["bash", "--norc", "-c", pressed], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ran.stderr == ""
+    assert ran.stdout.split("\n")[:2] == ["complete -o default -F _diffkd_completion diffkd", "webp"]
+
+
+def test_words_that_are_completed_are_those_that_are_taken():
+    """Of each key the values, in their order, that the typed object names."""
+
+    def words(kind: type, key: str) -> tuple[str, ...]:
+        """The strings of its Literals."""
+        waiting, found = [kind.model_fields[key].annotation], []
+        while waiting:
+            one = waiting.pop(0)
+            waiting = [*get_args(one), *waiting]
+            found += [one] if isinstance(one, str) else []
+        return tuple(found)
+
+    def kinds(union: object) -> tuple[str, ...]:
+        return tuple(words(kind, "kind")[0] for kind in get_args(get_args(union)[0]))
+
+    assert {
+        "method.name": tuple(methods.names()),
+        "method.sampler": words(methods.find("progressive"), "sampler"),
+        "student.kind": kinds(Student),
+        "data.kind": kinds(Data),
+        "prediction": words(Train, "prediction"),
+        "training.precision": words(Training, "precision"),
+        "training.optimizer": words(Training, "optimizer"),
+        "evaluation.protocol": words(Evaluation, "protocol"),
+        "evaluation.features": completion.FEATURES,
+        "evaluation.resize": words(Evaluation, "resize")[:4],  # and two of older versions
+        "evaluation.sampler": words(Evaluation, "sampler"),
+    } == completion.VALUES
+    assert {*completion.FEATURES} == {*features.NAMES} and completion.TOOLS == tool_distances.TOOLS
+    assert {*metrics.kinds()} == {*completion.METRICS}
 
 
 @pytest.mark.parametrize("shell", ["complete_tcsh", "source_x", "x", ""])

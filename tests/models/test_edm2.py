@@ -238,7 +238,7 @@ def test_latents_are_edm2s_own(vae, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"kind": "EDMPrecond"}, "is a EDMPrecond of nothing; read so far is .* or EDM2's Precond of UNet"),
+        ({"kind": "EDMPrecond"}, "is an EDMPrecond of nothing; read so far is .* or EDM2's Precond of UNet"),
         ({"inner": "OtherUNet"}, "is a Precond of OtherUNet; read so far is"),
         ({"label_dropout": 0.1}, "an argument 'label_dropout', which is of no network read so far"),
         ({"channel_mult_emb": 2}, "channel_mult_emb 2; read so far is None"),

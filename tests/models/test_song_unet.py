@@ -187,7 +187,7 @@ def test_other_pickles_are_refused(tmp_path, content, says):
     ("changes", "says"),
     [
         ({"kind": "VPPrecond"}, "is a VPPrecond of SongUNet"),
-        ({"inner": "OtherUNet"}, "is a EDMPrecond of OtherUNet; read so far is an EDMPrecond of SongUNet or"),
+        ({"inner": "OtherUNet"}, "is an EDMPrecond of OtherUNet; read so far is an EDMPrecond of SongUNet"),
         ({"fir": True}, "argument 'fir', which is of no network read so far"),
         ({"embedding_type": "learned"}, "embedding_type 'learned'; read so far is positional or fourier"),
         ({"embedding_type": "fourier"}, "encoder_type 'standard'; read so far is 'residual'"),

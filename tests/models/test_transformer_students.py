@@ -248,7 +248,7 @@ def test_a_number_of_hidden_channels_is_what_its_factor_makes():
 DROP, NARROW = {"kind": "drop_blocks"}, {"kind": "narrow"}
 REFUSED = [
     ("dit", {**DROP, "blocks": [FIRST]}, f"drops {FIRST}, which has to stay in a DiT.*; drop another"),
-    ("sd3", {**DROP, "blocks": ["*.3"]}, f"drops {LAST}, which has to stay in a SD3.*; drop another"),
+    ("sd3", {**DROP, "blocks": ["*.3"]}, f"drops {LAST}, which has to stay in an SD3.*; drop another"),
     ("flux", {**DROP, "blocks": ["transformer_blocks.*"]}, "drops every block of transformer_blocks; leave"),
     ("flux", {**DROP, "blocks": ["mid_block"]},
      "'mid_block', which this network does not have; it has transformer_blocks.0 to transformer_blocks.1 and "

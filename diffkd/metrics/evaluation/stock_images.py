@@ -14,7 +14,7 @@ from diffkd.errors import UserError
 from diffkd.generation.stock import generate_stock, scalars, stock_defaults
 from diffkd.io.naming import called, in_config
 from diffkd.io.places import expanded
-from diffkd.io.text import log
+from diffkd.io.text import a_or_an, log
 from diffkd.metrics.base import Labelled
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sources import subset
@@ -103,8 +103,8 @@ class StockPipeline:
         classes = getattr(self.network, "config", {}).get("num_embeds_ada_norm", NO_CLASS)
         if classes != NO_CLASS and arguments.get("guidance_scale", 1) > 1:
             raise UserError(
-                f"{self.path} has {classes} classes, and a {type(self.pipeline).__name__} guides with label "
-                f"{NO_CLASS} as no class; leave out {stock_option()}"
+                f"{self.path} has {classes} classes, and {a_or_an(type(self.pipeline).__name__)} guides with "
+                f"label {NO_CLASS} as no class; leave out {stock_option()}"
             )
 
     def _labels(self, config: Evaluation, reference: Reference, count: int) -> tuple[Any, Tensor | None]:
@@ -119,8 +119,8 @@ class StockPipeline:
             return None, None
         if "class_labels" not in inspect.signature(self.pipeline.__call__).parameters:
             raise UserError(
-                f"{self.path} has {classes} classes, and a {type(self.pipeline).__name__} takes no class "
-                f"labels; leave out {stock_option()}"
+                f"{self.path} has {classes} classes, and {a_or_an(type(self.pipeline).__name__)} takes no "
+                f"class labels; leave out {stock_option()}"
             )
         said: Any = config.labels
         names = class_names(self.card)

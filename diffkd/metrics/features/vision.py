@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffkd.errors import UserError
 from diffkd.io.naming import called
-from diffkd.io.text import from_json, quoted, read_text, reason
+from diffkd.io.text import a_or_an, from_json, quoted, read_text, reason
 from diffkd.models import transformers_models
 from diffkd.models.pipeline_files import check_index
 
@@ -130,7 +130,7 @@ def _check(kind: Kind, weights: str, folder: Path) -> None:
     if model_type not in kind.model_types:
         raise UserError(
             f"{weights} is of model_type {quoted(model_type)}, not {kind.model_types[0]!r}, by its "
-            f"config.json; give the weights of a {kind.architecture}, such as {kind.hub_id}"
+            f"config.json; give the weights of {a_or_an(kind.architecture)}, such as {kind.hub_id}"
         )
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         raise UserError(

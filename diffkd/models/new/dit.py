@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import diffusers
 from diffusers import DiTTransformer2DModel
+from pydantic import Field
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
@@ -25,8 +26,8 @@ class NewDiT(Strict):
 
     shifted: ClassVar[bool] = False
     kind: Literal["dit"]
-    autoencoder: NewAutoencoder = NewAutoencoder()
-    transformer: NewTransformer = NewTransformer()
+    autoencoder: NewAutoencoder = Field(NewAutoencoder(), description="between images and their latents")
+    transformer: NewTransformer = Field(NewTransformer(), description="which learns the latents")
 
     def check(self, images: Images) -> None:
         """Raises UserError for images without labels, or whose latents the transformer does not take."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,9 +36,9 @@ class NewSD3(Strict):
 
     shifted: ClassVar[bool] = True
     kind: Literal["sd3"]
-    autoencoder: NewAutoencoder = NewAutoencoder()
-    text: NewTextEncoder = NewTextEncoder()
-    transformer: NewTransformer = NewTransformer()
+    autoencoder: NewAutoencoder = Field(NewAutoencoder(), description="between images and their latents")
+    text: NewTextEncoder = Field(NewTextEncoder(), description="each of the two text encoders")
+    transformer: NewTransformer = Field(NewTransformer(), description="which learns the latents")
 
     def check(self, images: Images) -> None:
         """Raises UserError for images without captions, in grey, or whose latents the transformer does not

@@ -65,9 +65,9 @@ class TextToImage(Strict):
 
     shifted: ClassVar[bool] = False
     kind: Literal["text_to_image"]
-    autoencoder: NewAutoencoder = NewAutoencoder()
-    text: NewTextEncoder = NewTextEncoder()
-    unet: NewUNet = NewUNet()
+    autoencoder: NewAutoencoder = Field(NewAutoencoder(), description="between images and their latents")
+    text: NewTextEncoder = Field(NewTextEncoder(), description="the text encoder and its tokenizer")
+    unet: NewUNet = Field(NewUNet(), description="which learns the latents")
 
     def check(self, images: Images) -> None:
         """Raises UserError for images without captions, in grey, or of a size that does not divide."""

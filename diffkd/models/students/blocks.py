@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 from diffkd.models.students import resolutions
 from diffkd.models.students.bk_sdm import dropped_by
 from diffkd.models.students.copies import unet_of, with_network
@@ -36,8 +37,8 @@ def drop_blocks(teacher: Denoiser, blocks: Iterable[str] | str) -> Denoiser:
     if kind := stock_name(teacher.network):
         if isinstance(blocks, str):
             raise UserError(
-                f"student.blocks {blocks} is of UNets, and this teacher is a {kind}; use keep, a share of "
-                "its blocks, or a list of them"
+                f"student.blocks {blocks} is of UNets, and this teacher is {a_or_an(kind)}; use keep, a "
+                "share of its blocks, or a list of them"
             )
         return with_network(teacher, without(teacher.network, blocks))
     network = unet_of(teacher)

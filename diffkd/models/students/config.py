@@ -13,6 +13,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
+from diffkd.io.text import a_or_an
 from diffkd.models import loading
 from diffkd.models.students import bk_sdm, lora
 from diffkd.models.students.blocks import drop_blocks, keep_spread
@@ -62,8 +63,8 @@ class Lora(Strict):
         targets = self.targets or getattr(loading.family_saving(teacher), "LORA_TARGETS", None)
         if targets is None:
             raise UserError(
-                f"a {type(teacher.network).__name__} has no layers that get an adapter by default; name "
-                "student.targets"
+                f"{a_or_an(type(teacher.network).__name__)} has no layers that get an adapter by default; "
+                "name student.targets"
             )
         if self.targets is None:  # not every network of a family has all of them
             targets = lora.matching(teacher.network, targets)
@@ -136,8 +137,8 @@ class Narrow(Strict):
         kind = stock_name(teacher.network)
         if kind and self.ratio is None:
             raise UserError(
-                f"student.channels are of a UNet's resolutions, and this teacher is a {kind}; give ratio, of "
-                "the hidden channels of its feed-forward layers"
+                f"student.channels are of a UNet's resolutions, and this teacher is {a_or_an(kind)}; give "
+                "ratio, of the hidden channels of its feed-forward layers"
             )
         channels = [] if kind else self._channels(teacher)
         scores = None

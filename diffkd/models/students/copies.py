@@ -12,6 +12,7 @@ from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 from diffkd.models.students import lora
 from diffkd.models.students.transformers import renewed, stock_name
 from diffkd.models.unet import UNet, UNet2D, reinitialized_like
@@ -75,7 +76,8 @@ def from_config(teacher: Denoiser, model: UNet2D, seed: int = 0) -> Denoiser:
     """A freshly initialised network of another architecture, with the teacher's schedule and prediction."""
     if kind := stock_name(teacher.network):
         raise UserError(
-            f"student.kind from_config makes a UNet2DModel, and this teacher is a {kind}; use drop_blocks"
+            f"student.kind from_config makes a UNet2DModel, and this teacher is {a_or_an(kind)}; use "
+            "drop_blocks"
         )
     network = unet_of(teacher)
     if not isinstance(network, UNet2DModel):
@@ -94,6 +96,6 @@ def unet_of(teacher: Denoiser) -> UNet:
     """The teacher's UNet. Raises UserError for a network that smaller students cannot be made of."""
     if not isinstance(teacher.network, UNet):
         raise UserError(
-            f"smaller students of a {type(teacher.network).__name__} are not supported; use kind: copy"
+            f"smaller students of {a_or_an(type(teacher.network).__name__)} are not supported; use kind: copy"
         )
     return teacher.network

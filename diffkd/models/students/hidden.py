@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 from diffkd.models.students.channel_groups import ChannelGroup
 from diffkd.models.students.copies import with_network
 from diffkd.models.students.importance import Scores, norm_scores
@@ -49,8 +50,8 @@ def narrow_hidden(teacher: Denoiser, ratio: float, scores: Scores | None = None)
     kind = stock_name(network)
     if kind not in LAYERS:
         raise UserError(
-            f"narrow does not support a {kind}, whose config has one width for attention and feed-forward "
-            "layers; use drop_blocks, such as keep: 0.5"
+            f"narrow does not support {a_or_an(kind)}, whose config has one width for attention and "
+            "feed-forward layers; use drop_blocks, such as keep: 0.5"
         )
     layer = LAYERS[kind]
     found = {name for name, _ in network.named_modules() if name.rpartition(".")[2] == layer.name}

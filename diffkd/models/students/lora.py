@@ -18,6 +18,7 @@ from diffkd.core import adapters
 from diffkd.core.adapters import DOWN, UP, Adapter
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 
 NAME = "default"  # of the adapter, in peft
 SHOWN = 12  # names of layers in a message
@@ -43,8 +44,8 @@ def layers(network: nn.Module, targets: Collection[str]) -> dict[str, nn.Module]
     if missed := [target for target in targets if not any(_matches(name, target) for name in able)]:
         kind = type(network).__name__.removeprefix("Fast")
         raise UserError(
-            f"student.targets has {', '.join(missed)}, which no layer of a {kind} is called or ends in; "
-            f"there are {_ends(able)}"
+            f"student.targets has {', '.join(missed)}, which no layer of {a_or_an(kind)} is called or ends "
+            f"in; there are {_ends(able)}"
         )
     return {name: module for name, module in able.items() if any(_matches(name, t) for t in targets)}
 

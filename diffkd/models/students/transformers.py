@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffkd.errors import UserError
+from diffkd.io.text import a_or_an
 
 LISTS = {  # of each stock class the lists of its blocks in the order of their calls, and their number's field
     "DiTTransformer2DModel": {"transformer_blocks": "num_layers"},
@@ -129,5 +130,6 @@ def _check_stays(network: nn.Module, names: set[str]) -> None:
     ((name, count),) = blocks_of(network).items()
     if (block := f"{name}.{place % count}") in names:
         raise UserError(
-            f"student.blocks drops {block}, which has to stay in a {stock_name(network)}: {why}; drop another"
+            f"student.blocks drops {block}, which has to stay in {a_or_an(stock_name(network))}: {why}; "
+            "drop another"
         )

@@ -69,7 +69,7 @@ class DistillClassifier(TrainingRun):
     labelled: int | None = Field(
         None, ge=1, description="of the other images, how many have a label for the students; default all"
     )
-    teacher: ClassifierTeacher
+    teacher: ClassifierTeacher = Field(description="a saved classifier, or one that is trained first")
     students: dict[Name, Network] = Field(min_length=1, description="their networks by name")
     method: Annotated[Method, BeforeValidator(_one_method), PlainSerializer(method_config)] = Field(
         Logits(), description="how the students are distilled"

@@ -19,7 +19,7 @@ from diffkd.core.schedules import BetaSchedule, from_betas
 from diffkd.errors import UserError
 from diffkd.io import plugins
 from diffkd.io.config import Strict, validation_message
-from diffkd.io.text import quoted, reason
+from diffkd.io.text import a_or_an, quoted, reason
 from diffkd.models import pipeline_files, validation
 from diffkd.models.loading import CARD
 from diffkd.runs.classification import cnn
@@ -72,7 +72,9 @@ class Network(Strict):
                 f"network {self.name!r} cannot be made: {plugins.failure(error)}; see its arguments"
             ) from error
         if not isinstance(made, nn.Module):
-            raise UserError(f"network {self.name!r} makes a {type(made).__name__}; it must make an nn.Module")
+            raise UserError(
+                f"network {self.name!r} makes {a_or_an(type(made).__name__)}; it must make an nn.Module"
+            )
         return made
 
     def _check_logits(
@@ -103,7 +105,7 @@ class Network(Strict):
 class SavedClassifier(Strict):
     """The part of a classifier's diffkd.json that is needed to open it."""
 
-    network: Network
+    network: Network = Field(description="as a config names it")
     shape: tuple[Side, Side, Side] = Field(description="(C, H, W) of an image")
     num_classes: int = Field(ge=1, le=pipeline_files.MAX_NUMBER, description="K")
     schedule: dict[str, Any] | None = Field(

@@ -27,15 +27,15 @@ class TrainLatent(TeacherRun):
     model: Any = Field(description="of its kind")
     schedule: Any = Field(description="of its kind")
     prediction: Any = Field(description="of its kind")
-    autoencoding: Autoencoding = Autoencoding()
+    autoencoding: Autoencoding = Field(Autoencoding(), description="how the autoencoder learns")
     guidance: float = Field(1.0, ge=0, description="guidance weight that it is measured with")
 
 
 class TrainTextToImage(TrainLatent):
     """A StableDiffusionPipeline, from captioned images."""
 
-    model: TextToImage
-    schedule: NoiseSchedule = NoiseSchedule()
+    model: TextToImage = Field(description="the pipeline's networks")
+    schedule: NoiseSchedule = Field(NoiseSchedule(), description="of the noise")
     prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
         "v_prediction", description="what the network outputs"
     )
@@ -45,8 +45,8 @@ class TrainTextToImage(TrainLatent):
 class TrainDiT(TrainLatent):
     """A DiTPipeline, from labelled images."""
 
-    model: NewDiT
-    schedule: NoiseSchedule = NoiseSchedule()
+    model: NewDiT = Field(description="the pipeline's networks")
+    schedule: NoiseSchedule = Field(NoiseSchedule(), description="of the noise")
     prediction: Literal["v_prediction", "epsilon", "sample"] = Field(
         "v_prediction", description="what the network outputs"
     )
@@ -83,10 +83,12 @@ def _of_a_flow(given: Any) -> Any:
 class TrainSD3(TrainLatent):
     """A StableDiffusion3Pipeline, from captioned images, by flow matching."""
 
-    model: NewSD3
-    schedule: NewFlow = NewFlow()
+    model: NewSD3 = Field(description="the pipeline's networks")
+    schedule: NewFlow = Field(NewFlow(), description="of the noise")
     prediction: Literal["flow"] = Field("flow", description="what the network outputs")
-    denoising: Annotated[Denoising, BeforeValidator(_of_a_flow)] = Denoising.model_validate(FLOW_MATCHING)
+    denoising: Annotated[Denoising, BeforeValidator(_of_a_flow)] = Field(
+        Denoising.model_validate(FLOW_MATCHING), description="how the teacher learns"
+    )
     guidance: float = Field(3.0, ge=0, description="guidance weight that it is measured with")
 
 
