@@ -61,8 +61,8 @@ def _notebook(console: Console, title: str, total: int, unit: str) -> Iterator[A
     try:
         from IPython.display import display
     except ImportError:
-        with _lines(console, title, total, unit) as advance:
-            yield advance
+        with _lines(console, title, total, unit) as line:
+            yield line
         return
     pace, drawn = Pace(), clock()
 
