@@ -15,7 +15,7 @@ TINY = {  # in place of the cell of parameters
     "digits": {
         "TEACHER_UPDATES": 4, "UPDATES": 2, "SAMPLES": 16, "TEACHER_STEPS": 8, "CHANNELS": [16, 16],
     },
-    "own_images": {"IMAGES": 60, "UPDATES": 20},
+    "own_images": {"IMAGES": 60, "UPDATES": 5},
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from diffkd.errors import Unfinished
 from diffkd.runs import trackers
 from diffkd.runs.trackers import Tracker
+from tests.edits import edits
 from tests.refusals import refuse
 from tests.runs.conftest import STOPPED
 from tests.runs.tiny import assert_same_runs, records, signal_at, write
@@ -190,6 +191,18 @@ def test_what_the_others_are_told(name, calls, tmp_path):
     first = dict(made[name][1], **({"run_id": "given"} if name == "mlflow" else {}))
     assert calls[0] == ("made", "diffkd", first)
     assert [call[0] for call in calls].count("store_init_configuration") == 0
+
+
+def test_a_file_of_identities_that_was_edited_is_lived_with(calls, tmp_path):
+    path, given = tmp_path / "trackers.json", set()
+    for what, text in edits(json.dumps({"wandb": "mine", "mlflow": "theirs"})):
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        del calls[:]
+        Tracker("wandb").on_start(tmp_path, CONFIG)
+        identity = calls[0][-1]["id"]
+        assert json.loads(path.read_text())["wandb"] == identity, what
+        given.add(identity)
+    assert "mine" in given and len(given) > 10
 
 
 def test_a_tracker_that_fails_ends_the_run_in_one_line(monkeypatch, tmp_path, calls):
