@@ -52,5 +52,5 @@ class Interrupted(Exception):
     """
 
     def __init__(self, saved: bool = False, *, due: bool = False) -> None:
-        super().__init__()
+        super().__init__("stopped before the end; what was done is kept, and the same call resumes it")
         self.saved, self.due = saved, due

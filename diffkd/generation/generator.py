@@ -252,6 +252,14 @@ def generate(
     """n images as uint8 batches (B, H, W, C) on the denoiser's device; arguments as for `ImageGenerator`.
 
     share: (rank, world), to generate only the batches rank, rank + world, ..., unchanged.
+
+    >>> import diffkd
+    >>> from diffkd.models.unet import UNet2D
+    >>> network = UNet2D(channels=[8, 16], norm_groups=4, mid_attention=False).build((1, 8, 8), 3)
+    >>> schedule = diffkd.schedules.Schedule.cosine(1024)
+    >>> denoiser = diffkd.Denoiser(network, schedule, "v_prediction", num_classes=3)
+    >>> [tuple(batch.shape) for batch in diffkd.generate(denoiser, 5, steps=2, labels=[0, 2], batch_size=4)]
+    [(4, 8, 8, 1), (1, 8, 8, 1)]
     """
     generator = ImageGenerator(
         denoiser, n, steps=steps, seed=seed, labels=labels, prompts=prompts, negative=negative, size=size,

@@ -26,6 +26,17 @@ def speak(surface: Surface) -> None:
 
 
 @contextmanager
+def spoken(surface: Surface) -> Iterator[None]:
+    """While something goes on: settings are called as they are there."""
+    before = _surface
+    speak(surface)
+    try:
+        yield
+    finally:
+        speak(before)
+
+
+@contextmanager
 def reference() -> Iterator[None]:
     """While the images of a reference are opened: in a config they are not `data`, but have the same keys."""
     global _data

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from diffkd.io.naming import called
 from diffkd.io.text import reason
 
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # names the device of every process
+USE_CPU = "ACCELERATE_USE_CPU"
 
 
 def usable_device(name: str) -> torch.device:
@@ -48,6 +52,43 @@ def launched(cpu: bool) -> PartialState:
             f"the environment variables of a launcher do not fit together ({reason(error)}); unset RANK, "
             "LOCAL_RANK and WORLD_SIZE, or start several processes by torchrun or accelerate launch"
         ) from error
+
+
+@contextmanager
+def on_device(device: torch.device | str | None) -> Iterator[None]:
+    """While it lasts, accelerate chooses this device; with None the one that it would choose anew, whatever
+    it had to choose before: a command chooses once, and a notebook goes on for days. Of several processes
+    the launcher says it. Raises UserError for a device that cannot be used.
+    """
+    if os.environ.get("RANK"):
+        yield
+        return
+    before = {name: os.environ.get(name) for name in (DEVICE, USE_CPU)}
+    if device is not None:
+        os.environ[DEVICE] = str(usable_device(str(device)))
+        os.environ[USE_CPU] = str(torch.device(device).type == "cpu").lower()
+    _forget_others()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _forget_others()
+
+
+def _forget_others() -> None:
+    """What accelerate chose is forgotten where it would choose another device now; else it stays, as somebody
+    else's Accelerator may share it."""
+    chosen = PartialState._shared_state.get("device")
+    if chosen is None:
+        return
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    on_cpu = found is None or os.environ.get(USE_CPU, "").lower() == "true"
+    wanted = torch.device(os.environ.get(DEVICE) or ("cpu" if on_cpu else str(found)))
+    if chosen.type != wanted.type or wanted.index not in (None, chosen.index):
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Processes:

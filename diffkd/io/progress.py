@@ -1,7 +1,9 @@
-"""How far something is, with rate and time left: a bar on a terminal, a plain line a minute elsewhere."""
+"""How far something is, with rate and time left: a bar on a terminal and in a notebook, a plain line a minute
+elsewhere."""
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from rich.progress import (
 from diffkd.errors import printable
 
 EVERY = 60.0  # seconds between two lines
+REDRAWN = 0.2  # seconds between two drawings of a notebook's bar, which cross a network
 Advance = Callable[[int, str], None]  # the total done so far, and a text beside it
 clock = time.monotonic
 
@@ -30,6 +33,8 @@ def bar(
     """Gives advance(done, text). Nothing appears where the console is quiet, or `shown` is false."""
     if not shown or console.quiet:
         return _silence()
+    if console.is_jupyter:
+        return _notebook(console, title, total, unit)
     return (_bar if console.is_terminal else _lines)(console, title, total, unit)
 
 
@@ -50,6 +55,40 @@ def _bar(console: Console, title: str, total: int, unit: str) -> Iterator[Advanc
 
 
 @contextmanager
+def _notebook(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
+    """Below the cell, drawn again in place, and gone at the end: by IPython alone, as rich's own bar needs
+    widgets that not every notebook has."""
+    try:
+        from IPython.display import display
+    except ImportError:
+        with _lines(console, title, total, unit) as line:
+            yield line
+        return
+    pace, drawn = Pace(), clock()
+
+    def bundle(text: str) -> dict[str, str]:
+        said = _said(pace, total, unit, text)
+        bar = f'<progress value="{pace.done}" max="{total}"></progress>'
+        return {
+            "text/plain": f"{title}: {said}",
+            "text/html": f"{html.escape(title)} {bar} {html.escape(said)}",
+        }
+
+    def advance(done: int, text: str) -> None:
+        nonlocal drawn
+        pace.reached(done)
+        if clock() - drawn >= REDRAWN:
+            drawn = clock()
+            handle.update(bundle(text), raw=True)
+
+    handle = display(bundle(""), raw=True, display_id=True)
+    try:
+        yield advance
+    finally:
+        handle.update({"text/plain": "", "text/html": ""}, raw=True)
+
+
+@contextmanager
 def _lines(console: Console, title: str, total: int, unit: str) -> Iterator[Advance]:
     """A line a minute even where nothing advances: one batch can take an hour."""
     pace, latest = Pace(), ""
@@ -60,12 +99,16 @@ def _lines(console: Console, title: str, total: int, unit: str) -> Iterator[Adva
         pace.reached(done)
 
     def line() -> None:
-        left = pace.left(total)
-        parts = [f"{title}: {pace.done:,} of {total:,} {unit}", latest, left and f"{left} left"]
-        say(console, ", ".join(part for part in parts if part))
+        say(console, f"{title}: {_said(pace, total, unit, latest)}")
 
     with _repeated(line, EVERY):
         yield advance
+
+
+def _said(pace: Pace, total: int, unit: str, text: str) -> str:
+    left = pace.left(total)
+    parts = [f"{pace.done:,} of {total:,} {unit}", text, left and f"{left} left"]
+    return ", ".join(part for part in parts if part)
 
 
 @contextmanager

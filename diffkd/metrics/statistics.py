@@ -36,12 +36,14 @@ class Statistics:
     """Mean and covariance of features, the two things that FID compares.
 
     mu: (d,), sigma: (d, d) with divisor N - 1, float64 tensors. num_samples: N, None where a file does not
-    say. The sums are those of torchmetrics' FID metric, in float64, but of features minus the mean of the
-    first batch: they do not cancel, however far from the origin the features are.
+    say. protocol: how they came about, where `diffkd.compute_statistics` made them, else {}. The sums are
+    those of torchmetrics' FID metric, in float64, but of features minus the mean of the first batch: they do
+    not cancel, however far from the origin the features are.
     """
 
     def __init__(self, num_features: int | None = None, device: torch.device | str = "cpu") -> None:
         self.num_samples: int | None = 0
+        self.protocol: dict[str, Any] = {}
         self._given: Tensor | None = None  # the covariance as it was read, to the last bit
         self._shift = torch.zeros(num_features or 0, dtype=torch.float64, device=device)
         self._sums = _Sums(self._shift)
@@ -164,6 +166,7 @@ class Statistics:
 
         more: arrays beside them, which those tools ignore; a mapping is kept as JSON.
         """
+        more = {"protocol": self.protocol or None, **more}
         arrays: dict[str, Any] = {key: _array(value) for key, value in more.items() if value is not None}
         if self.num_samples is not None:
             arrays["num_samples"] = np.asarray(self.num_samples)

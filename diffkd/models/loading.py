@@ -46,6 +46,17 @@ def load(
     added to the weights of its base. Only safetensors are read.
 
     Raises UserError for anything but a model of a supported family that can be called.
+
+    >>> import diffkd, diffusers
+    >>> network = diffusers.UNet2DModel(
+    ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+    ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
+    ... )
+    >>> noise = diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    >>> diffusers.DDIMPipeline(network, noise).save_pretrained("stock")
+    >>> denoiser = diffkd.load("stock")
+    >>> denoiser.prediction, denoiser.shape
+    ('v_prediction', (1, 8, 8))
     """
     found = source.find(path_or_hub_id, variant, scheduler)
     family = _family_of(found)
@@ -133,6 +144,11 @@ def _try(denoiser: Denoiser) -> None:
             f"{denoiser.name}: its network makes NaN or infinite values of noise; its weights are broken"
             + ("" if denoiser.dtype == torch.float32 else f", or {denoiser.dtype} is too narrow for them")
         )
+
+
+def check_runs(denoiser: Denoiser) -> None:
+    """Raises UserError where its network cannot be called as it says, or draws nothing finite."""
+    _try(denoiser)
 
 
 def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:

@@ -166,7 +166,9 @@ class RunArtifacts:
                 drawn.append(batch.cpu().numpy())
                 advance(sum(map(len, drawn)), "")
         denoiser.close()
-        grids.save(grids.grid(np.concatenate(drawn), prompts), path)
+        images = np.concatenate(drawn)
+        grids.save(grids.grid(images, prompts), path)
+        self.session.told.on_images(self.session.update, name, images)
 
     def announce_stage(self, stage: Stage, steps: int) -> None:
         text = f"{stage.name}: {stage.updates} updates"

@@ -23,6 +23,7 @@ from diffkd.models import guidance_input, loading
 from diffkd.models.guidance_kind import GuidanceKind
 from diffkd.models.students.config import Copy, Lora, Narrow, Student
 from diffkd.models.unet import UNet2D
+from diffkd.runs import trackers
 from diffkd.runs.method_config import DenoiserMethod, method_name
 from diffkd.runs.schedule_config import AnySchedule, EDMNoise, NoiseSchedule, kind_of_schedule
 from diffkd.training import optimizers
@@ -41,6 +42,7 @@ class TrainingRun(Strict):
         """Raises UserError for whatever could otherwise fail only after the run folder was made."""
         self.training.parts(accelerator.num_processes)
         optimizers.check(self.training, accelerator)
+        trackers.check(self.training.trackers)
         if self.training.compile and accelerator.device.type != "cuda":
             # On CPUs the backward pass that torch 2.13 compiles of a UNet2DModel is wrong (docs/log.md).
             raise UserError(

@@ -58,24 +58,43 @@ def load_distill(path: Path, overrides: Sequence[str] = ()) -> Distill | Distill
         return _validated(content, Distill)
 
 
+def distill_of(content: Mapping[str, Any]) -> Distill:
+    """The config of a distillation from values in Python, as if it were a file in the current folder."""
+    place = Path.cwd()
+    with naming.spoken("config"), plugins.beside(place):
+        return _validated(_from(place, _plain(content)), Distill)
+
+
 def resolved(config: Strict) -> dict[str, Any]:
     """The config as plain data, every default written out; the run folder keeps it."""
     return config.model_dump(mode="json")
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The file's content, its teacher's config named by a path that holds from any folder."""
     naming.speak("config")
-    content = read_yaml(path, overrides)
+    return _from(path.parent, read_yaml(path, overrides))
+
+
+def _from(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config in a folder, its teacher's config named by a path that holds from any other."""
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and isinstance(teacher.get("train"), str):
         try:
-            teacher["train"] = os.path.realpath(path.parent / teacher["train"])
+            teacher["train"] = os.path.realpath(folder / teacher["train"])
         except ValueError as error:
             raise UserError(
                 f"config key teacher.train is {quoted(teacher['train'])}, not a valid path ({reason(error)})"
             ) from error
     return content
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML would have it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _validated(content: dict[str, Any], kind: type[Config]) -> Config:

@@ -23,6 +23,7 @@ from diffkd.methods.base import Method, Stage
 from diffkd.models import guidance_input, loading, students
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
+from diffkd.runs.callbacks import Given
 from diffkd.runs.config import Distill, Train
 from diffkd.runs.latent_teacher.train import train as train_latent
 from diffkd.runs.method_config import method_name
@@ -35,8 +36,14 @@ from diffkd.training import launch
 IMPORTANCE_BATCHES = 8  # that the importance of channels by gradients is summed over
 
 
-def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOptions()) -> Path:
-    """Distils the teacher stage by stage, or resumes that; the folder of the last student."""
+def distill(
+    config: Distill,
+    console: Console,
+    options: ResumeOptions = ResumeOptions(),
+    callbacks: Sequence[Given] = (),
+) -> Path:
+    """Distils the teacher stage by stage, or resumes that; the folder of the last student. callbacks: of this
+    run, not of the training of its teacher."""
     images: Images | Unseen | None
     accelerator = launch.make_accelerator(config.training)
     source, teacher_run = config.teacher, None
@@ -73,7 +80,7 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
     inputs = {"teacher": identity(teacher)}
     if cached is not None and cached.prompts:
         inputs["captions"] = cached.prompts
-    with open_run(config, accelerator, images, console, options, inputs) as session:
+    with open_run(config, accelerator, images, console, options, inputs, callbacks) as session:
         latents.fill(cached, accelerator, session.image_bar)
         opened = Opened(config, source, cached, accelerator.device)
         teacher = opened.begin(teacher)
@@ -98,7 +105,9 @@ def distill(config: Distill, console: Console, options: ResumeOptions = ResumeOp
         del teacher  # from the second stage on it is in memory only while it is sampled
         for index, (method, stage) in enumerate(plan):
             folder = place / stage.name
-            if not all((place / one.name).exists() for one in stage.students):
+            if all((place / one.name).exists() for one in stage.students):
+                session.update += stage.updates
+            else:
                 student = students.copy_of(current) if index else _first_student(config, current, examples)
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
                     own = made_by == plans.TEACHER

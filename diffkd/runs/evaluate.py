@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 from rich.console import Console
 
+from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.files import append_json, read_json
 from diffkd.io.naming import called
 from diffkd.io.places import check_writable, expanded
-from diffkd.io.processes import Processes
-from diffkd.io.text import from_json, log, read_text, reason
+from diffkd.io.processes import Processes, on_device
+from diffkd.io.text import from_json, log, quoted, read_text, reason
 from diffkd.metrics.evaluation import image_sets, presets
+from diffkd.metrics.evaluation.image_sources import ArraySource
+from diffkd.metrics.evaluation.in_memory import Given, InMemory, source_of
 from diffkd.metrics.evaluation.records import Record, formatted
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import is_model
+from diffkd.metrics.statistics import Statistics
 from diffkd.models import loading
 from diffkd.runs.evaluate_options import (
+    Measured,
     Options,
     check,
     check_without_reference,
@@ -35,35 +43,62 @@ from diffkd.runs.reports import model_card
 
 
 def evaluate(
-    target: str | Path,
-    reference: str | Path | None = None,
-    metrics: Sequence[str] = ("fid",),
+    target: str | Path | Denoiser | Given,
+    reference: str | Path | Statistics | Given | None = None,
+    metrics: str | Sequence[str] = ("fid",),
     *,
     steps: int | Sequence[int] | None = None,
     device: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
+    quiet: bool = True,
     **options: Any,
 ) -> Record | list[Record]:
     """The record of `target` against `reference`, or a list of records for several step counts.
 
-    target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
-    statistics of images; None where the metrics compare with none ("is"). options: other fields of `Options`,
-    such as samples=10_000 or features="inception". A record holds the numbers by name ("fid", ...) and the
-    "protocol", everything that they depend on. Raises UserError for whatever cannot be measured.
+    target: a model (its folder or hub id, or a `Denoiser`), or images: a folder, an .npz, "digits", an array
+    or tensor, (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1], or anything that yields such images, or
+    PIL's, one by one or in batches. reference: images likewise, or their statistics (an .npz, or what
+    `diffkd.compute_statistics` gave); None where the metrics compare with none ("is"). quiet: False shows
+    progress. options: other fields of `diffkd.runs.evaluate_options.Options`, such as samples=10_000 or
+    features="inception". A record holds the numbers by name ("fid", ...) and the "protocol", everything that
+    they depend on. Raises UserError for whatever cannot be measured.
+
+    >>> import diffkd, numpy
+    >>> images = numpy.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=numpy.uint8)
+    >>> record = diffkd.evaluate(images, "digits")
+    >>> record["fid"] > 100, record["protocol"]["samples"], record["protocol"]["features"]["name"]
+    (True, 40, 'digits')
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     counts = (steps,) if isinstance(steps, int) else steps
+    _check_known(options)
     asked = Options(",".join(metrics), None if counts is None else ",".join(map(str, counts)), **options)
-    file = RecordFile(out)
-    against = None if reference is None else str(reference)
-    found = measure(str(target), against, asked, Console(quiet=True), device=device, file=file)
+    file = RecordFile(None if out is None else Path(out))
+    measured = target if isinstance(target, Denoiser) else _images_or_name(target)
+    against = reference if isinstance(reference, Statistics | None) else _images_or_name(reference)
+    with on_device(device):
+        found = measure(measured, against, asked, Console(quiet=quiet), device=device, file=file)
     if file.failure is not None:
         log.warning("%s", file.failure)  # and not an error, with which the numbers would be lost
     return found[0] if len(found) == 1 else found
 
 
+def _images_or_name(given: str | Path | Given) -> str | ArraySource:
+    return os.fspath(given) if isinstance(given, str | os.PathLike) else source_of(given)
+
+
+def _check_known(options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that there is not."""
+    known = [field.name for field in fields(Options)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise UserError(f"option {quoted(name)} is unknown; did you mean {near}?")
+
+
 def measure(
-    target: str,
-    reference: str | None,
+    target: Measured,
+    reference: str | ArraySource | Statistics | None,
     options: Options,
     console: Console,
     *,
@@ -72,11 +107,12 @@ def measure(
 ) -> list[Record]:
     """A record for each step count of a model, or one for images: what the command `diffkd evaluate` does.
 
-    target: a model's folder or hub id, a folder of images, an image .npz, or "digits". reference: images, or
-    statistics of images, or None. file: takes the records as they come; whether it could is for the caller to
-    ask. A model inside a run folder also gets them into the run's metrics.json and its own card. All
-    processes of a launcher work together; only the main one returns records. Raises UserError for whatever
-    cannot be measured; for all that can be known without a feature network, before one is used.
+    target: a model's folder or hub id, a folder of images, an image .npz, or "digits"; or a model that is
+    open, or images in memory. reference: images, or statistics of images, or None. file: takes the records
+    as they come; whether it could is for the caller to ask. A model inside a run folder, named by its path,
+    also gets them into the run's metrics.json and its own card. All processes of a launcher work together;
+    only the main one returns records. Raises UserError for whatever cannot be measured; for all that can be
+    known without a feature network, before one is used.
     """
     check(target, options)
     if isinstance(options.cache, str):
@@ -84,7 +120,7 @@ def measure(
     size = size_of(options)
     if reference is None:
         check_without_reference(options)
-    against = Reference(None) if reference is None else open_reference(
+    against = open_reference(
         reference, resize=size, split=options.split, cached=options.cache,
         as_stored=presets.as_stored(options.protocol),
     )  # fmt: skip
@@ -109,26 +145,32 @@ def measure(
 
 
 def open_reference(
-    text: str,
+    given: str | ArraySource | Statistics | None,
     *,
     resize: int | None = None,
     split: str | None = None,
     cached: bool | str = True,
     as_stored: bool = False,
 ) -> Reference:
-    """What a user names as the reference. Raises UserError for a model."""
-    if is_model(text) and Path(text).is_dir():
-        raise UserError(f"--reference {text} is a model; give images, or statistics of images")
-    spec = image_sets.parse(text, resize=resize, split=split or "train", as_stored=as_stored)
+    """What a user gives as the reference, by its name or itself. Raises UserError for a model."""
+    if given is None:
+        return Reference(None)
+    if isinstance(given, Statistics):
+        return Reference(InMemory(), statistics=given)
+    if isinstance(given, ArraySource):
+        return Reference(InMemory(), given, cached=cached)
+    if is_model(given) and Path(given).is_dir():
+        raise UserError(f"--reference {given} is a model; give images, or statistics of images")
+    spec = image_sets.parse(given, resize=resize, split=split or "train", as_stored=as_stored)
     return Reference(spec, cached=cached)
 
 
-def _run_of(target: str) -> Path | None:
+def _run_of(target: Measured) -> Path | None:
     """The run folder whose metrics.json takes a model's records; None for any other target.
 
     Raises UserError where that file is not one of diffkd's.
     """
-    if not is_model(target):
+    if not isinstance(target, str) or not is_model(target):
         return None
     folder = expanded(target).resolve()
     run = folder.parent.parent if folder.parent.name == "students" else folder.parent

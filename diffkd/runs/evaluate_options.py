@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffkd import metrics
+from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.generation.labels import parse_classes
 from diffkd.io.config import validation_message
@@ -17,9 +18,12 @@ from diffkd.metrics import features
 from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.image_sets import SETS
+from diffkd.metrics.evaluation.image_sources import ArraySource
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import AGREEMENT_STEPS, Target, exists, is_model
 from diffkd.models import guidance_kind
+
+Measured = str | Denoiser | ArraySource  # a target by its name, a model that is open, images in memory
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,35 @@ class Options:
 OF_MODELS = ("steps", "classes", "sampler", "guidance", *guidance_kind.OPTIONS, "null_label", "quantize",
              "variant", "scheduler", "seed", "teacher", "teacher_steps", "teacher_guidance")  # fmt: skip
 KEYS = {"feature_resize": "resize", "classes": "labels", "dino_weights": "dinov2_weights"}
+OF_FILES = ("null_label", "quantize", "variant", "scheduler", *guidance_kind.OPTIONS)  # as a model is opened
 OF_TEACHERS = ("teacher", "teacher_steps", "teacher_guidance")
 
 
-def check(target: str, options: Options) -> None:
+def named(target: Measured) -> str:
+    """What messages and records call it."""
+    return target if isinstance(target, str) else target.name
+
+
+def check(target: Measured, options: Options) -> None:
     """Raises UserError for an option that would do nothing."""
+    images = isinstance(target, ArraySource)
+    if isinstance(target, str):
+        images = not is_model(target) and exists(target)
     chosen = [part.strip() for part in options.metrics.split(",")]
     if options.protocol == "coco30k":
         chosen.append("clip_score")  # where its weights are named
     owners = {key: kind.name for kind in metrics.kinds().values() for key in kind.model_fields}
     with_teacher = next(kind.name for kind in metrics.kinds().values() if kind.with_teacher)
     for name in options.given():
-        if name in OF_MODELS and not is_model(target) and exists(target):
-            raise UserError(f"{option(name)} is for models, and {target} is a set of images; leave it out")
+        if name in OF_MODELS and images:
+            raise UserError(
+                f"{option(name)} is for models, and {named(target)} is a set of images; leave it out"
+            )
+        if isinstance(target, Denoiser) and (name in OF_FILES or getattr(options, name) == "stock"):
+            raise UserError(
+                f"{option(name)} is for a model that is opened by its path, and {named(target)} is open; "
+                "give the path, or leave it out"
+            )
         owner = with_teacher if name in OF_TEACHERS else owners.get(KEYS.get(name, name))
         if owner is not None and owner not in chosen:
             raise UserError(f"{option(name)} is for the metric {owner}; add it to --metrics")
@@ -106,12 +126,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def target_of(path: str, options: Options) -> Target:
+def target_of(target: Measured, options: Options) -> Target:
     kind = guidance_kind.of_options(options.guidance_interval, options.guidance_rescale, options.worse)
     if kind is not None:
         kind.check_weights([options.guidance])
     return Target(
-        path, guidance_kind=kind, steps=parse_steps(options.steps), guidance=options.guidance,
+        named(target), given=None if isinstance(target, str) else target, guidance_kind=kind,
+        steps=parse_steps(options.steps), guidance=options.guidance,
         stock=options.sampler == "stock", resize=size_of(options), teacher=options.teacher,
         teacher_steps=_or(options.teacher_steps, AGREEMENT_STEPS),
         teacher_guidance=options.teacher_guidance, null_label=options.null_label,

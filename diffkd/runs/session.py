@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ from diffkd.io.places import free_bytes
 from diffkd.io.system_errors import is_disk_full
 from diffkd.io.text import format_bytes
 from diffkd.methods.base import Method, Stage
+from diffkd.runs import trackers
+from diffkd.runs.callbacks import Callbacks, Given
 from diffkd.runs.config import TrainingRun
 from diffkd.runs.config_files import resolved
 from diffkd.runs.forecast import Forecast
@@ -66,7 +68,11 @@ class StopRequest:
 
 
 class Session:
-    """An open run: trains its stages, exports its models, keeps their records. seed: of everything random."""
+    """An open run: trains its stages, exports its models, keeps their records. seed: of everything random.
+
+    update: how many updates of the run are done, all stages together. told: the callbacks, of the main
+    process.
+    """
 
     def __init__(
         self,
@@ -76,10 +82,12 @@ class Session:
         run: RunFolder,
         console: Console,
         stop: StopRequest,
+        told: Callbacks,
     ) -> None:
         self.seed, self.training = seed, training
         self.accelerator, self.run, self.console, self.stop = accelerator, run, console, stop
         self.main = accelerator.is_main_process
+        self.told, self.update = told, 0
         self.forecast = Forecast(self.say)
 
     def should_stop(self) -> bool:
@@ -98,12 +106,16 @@ class Session:
     ) -> None:
         """Trains one stage, from its last checkpoint if there is one. index: among the run's. seed: default
         the run's. look: called with the number of updates done, after each."""
+        before = self.update
         with self.bar(stage.name, stage.updates, unit="updates") as advance:
             rate, pace = 0.0, progress.Pace()
 
             def on_update(done: int, record: dict[str, Any]) -> None:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
+                self.update = before + done
+                if record.get("update") == done and self.main:
+                    self.told.on_log(self.update, record)
                 if look is not None:
                     look(done)
                 advance(done, f"{_losses(record)}, {progress.rounded(rate)} images/s" if record else "")
@@ -113,7 +125,7 @@ class Session:
             run_stage(
                 self.accelerator, method, stage, nets, images, self.training, self.run,
                 seed=self.seed if seed is None else seed, stage_index=index, on_update=on_update,
-                should_stop=self.should_stop,
+                on_checkpoint=self.told.on_checkpoint, should_stop=self.should_stop,
             )  # fmt: skip
 
     def export(self, folder: Path, write: Callable[[Path], None]) -> None:
@@ -128,14 +140,16 @@ class Session:
         """What was measured so far."""
         return self.run.records()
 
-    def add_record(self, record: dict[str, Any], said: str) -> None:
+    def add_record(self, record: dict[str, Any], said: str | None = None) -> None:
         """said: the record in a line, which is on the screen before the record is in metrics.json: neither a
-        full disk nor a closed terminal loses it."""
+        full disk nor a closed terminal loses it. None where it was said."""
         if self.main:
             try:
-                self.say(said)
+                if said is not None:
+                    self.say(said)
             finally:
                 self.run.add_record(record)
+            self.told.on_evaluation(self.update, record)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -179,14 +193,20 @@ def open_run(
     console: Console,
     options: ResumeOptions = ResumeOptions(),
     inputs: Mapping[str, str] | None = None,
+    callbacks: Sequence[Given] = (),
 ) -> Iterator[Session]:
     """Locks the run folder. SIGINT or SIGTERM asks for a checkpoint and a stop, a second SIGINT ends at once.
 
     Launchers forward signals that the processes have already received, so a second SIGTERM means nothing new.
-    inputs: identifies what the run reads besides the data; all of it must be what the run began with. Raises
-    Interrupted for signals and when the time is up, Unfinished when the disk is full.
+    inputs: identifies what the run reads besides the data; all of it must be what the run began with.
+    callbacks: of the user's, before the config's trackers. Raises Interrupted for signals and when the time
+    is up, Unfinished when the disk is full.
     """
     config.check(accelerator)
+    own = [trackers.Tracker(name) for name in dict.fromkeys(config.training.trackers)]
+    told = Callbacks([*callbacks, *own])  # in every process, so that all of them refuse what is wrong
+    if not accelerator.is_main_process:
+        told = Callbacks()
     left = [None if options.until is None else options.until - time.monotonic()]
     broadcast_object_list(left)  # not the time itself: that of another host began at another moment
     stop = StopRequest(None if left[0] is None else time.monotonic() + left[0])
@@ -208,7 +228,8 @@ def open_run(
             run.describe(accelerator.device.type, accelerator.num_processes, torch.get_num_threads())
         broadcast_object_list(parts)
         training = config.training.model_copy(update={"micro_batches": parts[0]})
-        yield Session(config.seed, training, accelerator, run, console, stop)
+        with told.of_run(config.out, resolved(config)):
+            yield Session(config.seed, training, accelerator, run, console, stop, told)
     except Interrupted as error:  # perhaps because another process received the signal, or is ahead
         due = not stop.signals and stop.overdue(early=TOLERANCE)
         raise Interrupted(error.saved, due=due) from None

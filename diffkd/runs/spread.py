@@ -122,6 +122,7 @@ class SpreadWatch:
             if math.isfinite(ratio):
                 place = {"stage": stage.name, "stage_index": index, "update": done}
                 self.session.run.append({"event": EVENT, **place, EVENT: ratio})
+                self.session.told.on_log(self.session.update, {**place, EVENT: ratio})
                 watch.see(ratio, done)
 
         return look

@@ -31,9 +31,12 @@ def train(config: Train, console: Console, options: ResumeOptions = ResumeOption
         session.say(announcement.data(images))
         session.say(announcement.teacher(untrained, str(folder), images))
         artifacts.announce_measuring(untrained)
-        if not folder.exists():
+        stage = method.stages(untrained)[0]
+        if folder.exists():
+            session.update += stage.updates
+        else:
             denoiser = untrained.to(accelerator.device).train()
-            session.run_stage(method, method.stages(denoiser)[0], {"student": denoiser}, images, 0)
+            session.run_stage(method, stage, {"student": denoiser}, images, 0)
             artifacts.export(
                 denoiser.eval(), folder, data=images.name, classes=images.classes,
                 class_counts=images.class_counts,

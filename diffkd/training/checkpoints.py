@@ -30,7 +30,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 # Config keys that do not change a run's result: they may change half way, if the user allows it.
 RESUMABLE_CHANGES = (
     "training.log_every", "training.checkpoint_every", "training.keep", "training.max_skipped",
-    "evaluation", "pictures", "pairs", "spread_every",
+    "training.trackers", "evaluation", "pictures", "pairs", "spread_every",
 )  # fmt: skip
 MOVABLE = ("out",)  # keys that change when a run folder is moved
 
@@ -70,6 +70,8 @@ class Checkpoints:
         self.keep = keep
         self._before_rename = before_rename
         self._damaged: set[Path] = set()
+        self._written: list[Path] = []
+        self._writing: Path | None = None
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -91,6 +93,7 @@ class Checkpoints:
                 self._error = error
 
         # A daemon, so that a process can end at once: what the thread leaves behind is not a checkpoint.
+        self._writing = self.folder / _name(stage_index, update)
         self._writer = threading.Thread(target=write, name="diffkd-checkpoint", daemon=True)
         self._writer.start()
 
@@ -105,8 +108,16 @@ class Checkpoints:
             self._writer.join()
             self._writer = None
         error, self._error = self._error, None
+        path, self._writing = self._writing, None
         if error is not None:
             raise error
+        if path is not None:
+            self._written.append(path)
+
+    def written(self) -> list[Path]:
+        """Those that are whole and were not given before, of the ones that this process saved."""
+        paths, self._written = self._written, []
+        return paths
 
     def _write(self, content: dict[str, Any], tensors: Tensors) -> None:
         path = self.folder / _name(content["stage_index"], content["update"])

@@ -9,6 +9,8 @@ from pydantic import Field
 from diffkd.errors import UserError
 from diffkd.io.config import LARGEST_BATCH, Beta, Strict
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 class Training(Strict):
     """How a run's networks are trained, whatever the method."""
@@ -53,6 +55,11 @@ class Training(Strict):
         False, description="recomputes activations in the backward pass: less memory, more time"
     )
     log_every: int = Field(10, ge=1, description="updates between records of log.jsonl")
+    trackers: list[TrackerName] = Field(
+        [],
+        description="what the log, the metrics and the pictures go to as well: tensorboard (in the run "
+        "folder), wandb, mlflow, trackio (an extra of each name)",
+    )
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints that are kept")
     max_skipped: int = Field(

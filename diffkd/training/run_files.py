@@ -17,12 +17,13 @@ from diffkd.io.text import changes
 from diffkd.training.checkpoints import MOVABLE, is_resumable
 
 FORMER_DEFAULTS = {"evaluation.sampler": "ddim"}  # of older runs; None, the default now, means the same
-ADDED = ("pairs", "spread_every")  # keys that the configs of older runs have not
+ADDED = ("pairs", "spread_every", "training.trackers")  # keys that the configs of older runs have not
 LOG, RECORDS = "log.jsonl", "metrics.json"
-FILES = (LOG, RECORDS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
+TRACKERS, TENSORBOARD = "trackers.json", "tensorboard"  # the logs elsewhere that are this run's; the one here
+FILES = (LOG, RECORDS, TRACKERS, "config.yaml", "environment.json", "inputs.json")  # that a run reads again
 CACHE = "cache"  # what `diffkd cache` writes into the folder of a run that is still to begin
 FOLDERS = (  # that it writes into
-    CACHE, "autoencoder", "checkpoints", "pairs", "samples", "students", "teacher", "teachers",
+    CACHE, "autoencoder", "checkpoints", "pairs", "samples", "students", "teacher", "teachers", TENSORBOARD,
 )  # fmt: skip
 
 

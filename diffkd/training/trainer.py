@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ def run_stage(
     seed: int,
     stage_index: int,
     on_update: Callable[[int, dict[str, Any]], None] = lambda update, record: None,
+    on_checkpoint: Callable[[Path], None] = lambda path: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains one stage, from its last checkpoint if there is one; leaves the averaged weights in nets.
 
     nets: "student", "teacher" and what the method adds; those with parameters that require gradients are
-    trained. on_update: called with the number of updates done and the last log record. should_stop: asked
-    after each update; if it is true in one process, all stop. Raises NonFinite, Interrupted, Unfinished.
+    trained. on_update: called with the number of updates done and the last log record. on_checkpoint: called
+    in the main process with each checkpoint, once it is whole. should_stop: asked after each update; if it
+    is true in one process, all stop. Raises NonFinite, Interrupted, Unfinished.
     """
     state = prepare(accelerator, nets, stage, training)
     done = restore(accelerator, run, stage_index, state)
@@ -83,13 +86,16 @@ def run_stage(
                     run.append(record)
             on_update(done, record)
             run.checkpoints.check()
+            _tell(run, on_checkpoint)
             if (done % training.checkpoint_every == 0 or outcome.stop) and not last:
                 save(accelerator, run, stage_index, done, state)
                 if outcome.stop:
                     run.checkpoints.wait()
+                    _tell(run, on_checkpoint)
                     accelerator.wait_for_everyone()  # a launcher ends the other processes once one has exited
                     raise Interrupted(saved=True)
         run.checkpoints.wait()
+        _tell(run, on_checkpoint)
     except Exception:
         with suppress(Unfinished):  # the last checkpoint is completed, and the first error raised
             run.checkpoints.wait()
@@ -99,6 +105,11 @@ def run_stage(
         if isinstance(net, Model):
             net.network = network
     accelerator.free_memory()
+
+
+def _tell(run: RunFolder, on_checkpoint: Callable[[Path], None]) -> None:
+    for path in run.checkpoints.written():
+        on_checkpoint(path)
 
 
 def _rates(step: Step) -> dict[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -90,6 +92,41 @@ def test_a_bar_on_a_terminal_has_no_lines(time):
     with progress.bar(out, "4-steps", 10, unit="updates") as advance:
         advance(1, "loss 1")
     assert time.minute is None and "4-steps" in out.file.getvalue()
+
+
+@pytest.fixture
+def display(monkeypatch):
+    """IPython's display, which keeps what is below a cell."""
+    shown = []
+    handle = types.SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
+    module = types.ModuleType("IPython.display")
+    module.display = lambda bundle, raw, display_id: shown.append(bundle) or handle
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    return shown
+
+
+def test_a_bar_in_a_notebook_is_drawn_again_in_place(time, display):
+    out = console(force_jupyter=True)
+    with progress.bar(out, "4-steps <x>", 10, unit="updates") as advance:
+        advance(1, "loss 2")
+        time.now += 30
+        advance(4, "loss <1>")
+        time.now += 0.1  # too soon
+        advance(5, "loss 0")
+    assert time.minute is None and out.file.getvalue() == ""
+    plain = [bundle["text/plain"] for bundle in display]
+    assert plain[0] == "4-steps <x>: 0 of 10 updates" and plain[2] == "" and len(plain) == 3
+    assert display[1]["text/html"] == (
+        '4-steps &lt;x&gt; <progress value="4" max="10"></progress> '
+        "4 of 10 updates, loss &lt;1&gt;, 1 min left"
+    )
+
+
+def test_a_notebook_without_ipython_has_lines(time, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    with progress.bar(console(force_jupyter=True), "images", 10):
+        assert time.minute is not None
 
 
 def test_the_thread_calls_until_it_is_over():

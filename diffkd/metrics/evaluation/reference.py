@@ -36,12 +36,19 @@ class Reference:
     name, count, size (width and height), sha256 (of the pixels), labels (N,): where they are known.
     """
 
-    def __init__(self, spec: Any, source: Source | None = None, *, cached: bool | str = True) -> None:
-        """spec: of `image_sets.parse` or a config; None for no reference. source: its images, where they are
-        open already. cached: whether features that an earlier command kept are used, and new ones kept; a
-        folder to keep them in."""
+    def __init__(
+        self,
+        spec: Any,
+        source: Source | None = None,
+        *,
+        statistics: Statistics | None = None,
+        cached: bool | str = True,
+    ) -> None:
+        """spec: of `image_sets.parse` or a config; None for no reference. source, statistics: its images, or
+        their statistics, where they are open already. cached: whether features that an earlier command kept
+        are used, and new ones kept; a folder to keep them in."""
         self.spec, self.cached = spec, cached
-        self.statistics: Statistics | None = None
+        self.statistics = statistics
         self.stored_features: Tensor | None = None
         self.protocol: dict[str, Any] = {}
         self.sha256: str | None = None
@@ -51,7 +58,10 @@ class Reference:
         self.source = source
         self.name: str = NONE
         self.count: int | None = None
-        if source is None and isinstance(spec, File):
+        if statistics is not None:
+            self.protocol = statistics.protocol
+            self.name, self.sha256 = "statistics in memory", self.protocol.get("sha256")
+        elif source is None and isinstance(spec, File):
             self._read(spec.path)
         elif source is None and spec is not None:
             with naming.reference():

@@ -19,6 +19,7 @@ from diffkd.io.places import expanded
 from diffkd.io.prompts import read_prompts
 from diffkd.metrics.evaluation import image_sets, presets
 from diffkd.metrics.evaluation.config import Evaluation
+from diffkd.metrics.evaluation.image_sources import ArraySource, Source
 from diffkd.metrics.evaluation.image_stream import (
     ImageStream,
     cached,
@@ -43,7 +44,7 @@ AGREEMENT_STEPS = 64  # of the teacher that a student is compared with image by 
 class Target:
     """What is measured: where it is; of a model, how it is drawn and which teacher it is compared with."""
 
-    path: str
+    path: str  # of what is given itself, what messages call it
     name: str | None = None  # default the last part of the path
     steps: tuple[int, ...] = ()  # none: a student's own
     guidance: float | None = None  # default none, or the usual one of a model that takes it as an input
@@ -59,6 +60,7 @@ class Target:
     teacher_guidance: float | None = None
     teacher_kind: GuidanceKind | None = None
     teacher_opening: Mapping[str, str] = field(default_factory=dict)
+    given: Denoiser | ArraySource | None = None  # the model itself, open, or images in memory
 
 
 class OpenedTarget(NamedTuple):
@@ -104,7 +106,7 @@ def opened(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
     """One for each step count of a model, or the one of a set of images."""
-    if not is_model(target.path):
+    if isinstance(target.given, ArraySource) or (target.given is None and not is_model(target.path)):
         yield _images(target, config)
     elif target.stock:
         yield from _stock(target, config, reference, device)
@@ -113,6 +115,25 @@ def opened(
 
 
 def _images(target: Target, config: Evaluation) -> OpenedTarget:
+    if isinstance(target.given, ArraySource):
+        source: Source = target.given
+        where: dict[str, Any] = {"kind": "memory", "path": target.path}
+    else:
+        source, where = _named_images(target, config)
+    if target.prompts is not None and not any(metric.with_prompts for metric in config.chosen()):
+        raise UserError(
+            f"{called('prompts')} {target.prompts} is for metrics that compare images with their prompts; "
+            "add one, such as clip_score, or leave it out"
+        )
+    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
+    stream = stored_images(source, config, prompts)
+    if target.prompts is not None:
+        where["prompts"] = _absolute(target.prompts)
+    return OpenedTarget(target.path, stream, where)
+
+
+def _named_images(target: Target, config: Evaluation) -> tuple[Source, dict[str, Any]]:
+    """The images of that name, and where they are."""
     place = expanded(target.path)
     spec = image_sets.parse(
         target.path, resize=target.resize or config.image_size, as_stored=presets.as_stored(config.protocol)
@@ -125,27 +146,21 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
     inside = sorted({str(p.parent.relative_to(place)) for one in patterns for p in place.glob(one)})
     if inside:
         raise UserError(f"{target.path} holds models ({', '.join(inside)}); name one of them")
-    if target.prompts is not None and not any(metric.with_prompts for metric in config.chosen()):
-        raise UserError(
-            f"{called('prompts')} {target.prompts} is for metrics that compare images with their prompts; "
-            "add one, such as clip_score, or leave it out"
-        )
-    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
-    stream = stored_images(image_sets.images_of(spec), config, prompts)
     path = target.path if target.path in image_sets.SETS else _absolute(target.path)
     where = {"kind": "images", "path": path, "spec": spec.model_dump(mode="json")}
-    if target.prompts is not None:
-        where["prompts"] = _absolute(target.prompts)
-    return OpenedTarget(target.path, stream, where)
+    return image_sets.images_of(spec), where
 
 
 def _model(
     target: Target, config: Evaluation, reference: Reference, device: torch.device
 ) -> Iterator[OpenedTarget]:
-    denoiser = _load(
-        target.path, device, target.null_label, target.guidance_kind, quantize=target.quantize,
-        **target.opening,
-    )  # fmt: skip
+    if isinstance(target.given, Denoiser):
+        denoiser = target.given
+    else:
+        denoiser = _load(
+            target.path, device, target.null_label, target.guidance_kind, quantize=target.quantize,
+            **target.opening,
+        )  # fmt: skip
     if not target.steps and denoiser.steps is None:
         name = called("steps")
         raise UserError(f"{target.path} has no step count of its own (it is not a student); say {name}")

@@ -68,7 +68,7 @@ class ClassifierArtifacts:
             )
         known = self._known(record["name"])
         if known is None:
-            self.session.run.add_record(record)
+            self.session.add_record(record)
         elif known != record:
             raise UserError(
                 f"{self.session.run.folder / RECORDS} and {folder / CARD} have different records of "

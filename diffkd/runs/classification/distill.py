@@ -133,7 +133,9 @@ def distill(config: DistillClassifier, console: Console, options: ResumeOptions 
                 artifacts.add(folder)  # or refuses what was changed, before anything is trained
         for index, job in enumerate(jobs):
             folder = job.folder(config.out)
-            if not folder.exists():
+            if folder.exists():
+                session.update += getattr(job.method, "updates", 0)
+            else:
                 left.remove(job)
                 session.forecast.later = sum(getattr(other.method, "updates", 0) for other in left)
                 student = _train(session, data, job, index)

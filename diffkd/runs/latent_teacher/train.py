@@ -42,7 +42,9 @@ def train(config: TrainLatent, console: Console, options: ResumeOptions = Resume
     with open_run(config, accelerator, images, console, options, inputs) as session:
         artifacts = RunArtifacts(session, config, images, guidance=config.guidance)
         session.say(announcement.data(images))
-        if not folder.exists():
+        if folder.exists():
+            session.update += config.autoencoding.updates + config.denoising.updates
+        else:
             codec = _autoencoder(session, config, images)
             denoiser = _denoiser(session, config, images, codec, conditioner)
             _export(session, config, images, codec, denoiser, conditioner, folder)
@@ -64,7 +66,9 @@ def _new(config: TrainLatent) -> NewPipeline:
 def _autoencoder(session: Session, config: TrainLatent, images: Images) -> Autoencoder:
     """The first stage: the trained autoencoder, as the codec of its own folder."""
     place = config.out / "autoencoder"
-    if not place.exists():
+    if place.exists():
+        session.update += config.autoencoding.updates
+    else:
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, *b"autoencoder"))
             vae = _new(config).autoencoder.build(images.shape)

@@ -27,7 +27,7 @@ def show(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]])
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    Console(file=console.file, width=max(wide, console.width)).print(table)
+    Console(file=console.file, width=max(wide, console.width), quiet=console.quiet).print(table)
 
 
 def show_evaluation(
