@@ -7,7 +7,7 @@ A kind is a module in this folder with the names of `Kind`, called as the kind w
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -66,7 +66,7 @@ def fitting(student: Student) -> list[str]:
 
 def check_installed(name: str) -> None:
     """Raises UserError where a package is missing without which this kind cannot be written."""
-    missing = [one for one in find(name).NEEDS if importlib.util.find_spec(one) is None]
+    missing = [one for one in find(name).NEEDS if find_spec(one) is None]
     if missing:
         raise UserError(
             f"--to {name} needs {', '.join(missing)}; install "
