@@ -270,7 +270,9 @@ def test_the_relation_to_its_base(card, relation):
     assert front["tags"][:3] == ["diffusion", "distillation", "diffkd"] and "license" not in front
 
 
-@pytest.mark.parametrize("text", ["", "---\n[", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'x y; z'\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["", "---\n[", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'x y; z'\n---\n"]
+)
 def test_a_head_that_says_nothing_of_use_is_passed_over(tmp_path, student, text):
     folder = Path(student().name)
     (folder / "README.md").write_text(text)

@@ -76,7 +76,7 @@ def traced(student: Student) -> torch.export.ExportedProgram:
     try:
         with silent():
             return torch.export.export(
-                program, (sample, time), cond,
+                program, (), {SAMPLE: sample, TIME: time, **cond},
                 dynamic_shapes={**shapes, **({"cond": {key: {0: batch} for key in cond}} if cond else {})},
             )  # fmt: skip
     except Exception as error:  # torch raises many types
