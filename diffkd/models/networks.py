@@ -14,6 +14,7 @@ from torch import nn
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import quantization, validation
+from diffkd.models.installed import dtype_argument
 from diffkd.models.pipeline_files import MAX_NUMBER, read_object
 from diffkd.models.source import Source
 
@@ -61,7 +62,7 @@ def read_from(
         if check is not None:
             check(config, name)
         integers = bool(config.get("quantization_config"))
-        how = {"torch_dtype": torch.float32} if integers else {"low_cpu_mem_usage": False}
+        how = {dtype_argument(): torch.float32} if integers else {"low_cpu_mem_usage": False}
         network, loading = kind.from_pretrained(
             place, use_safetensors=True, output_loading_info=True, variant=variant, **how
         )

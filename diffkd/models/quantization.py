@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.models import sizes
+from diffkd.models.installed import dtype_argument
 
 SAVED = {"Int8WeightOnlyConfig", "PerRow"}  # classes in the config of saved weights that are opened
 KEPT = ["time_embedding.cond_proj"]  # layers of saved networks that are looked at, and so no integers
@@ -75,9 +76,8 @@ def stock(kind: Any, place: Path) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
     config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[*KEPT])
-    return kind.from_pretrained(
-        place, use_safetensors=True, torch_dtype=torch.bfloat16, quantization_config=config
-    )
+    how: dict[str, Any] = {dtype_argument(): torch.bfloat16}
+    return kind.from_pretrained(place, use_safetensors=True, quantization_config=config, **how)
 
 
 def is_opened(config: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffkd.models.exports import Student, program
 
@@ -30,7 +31,8 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
 
-    def run(given: Any) -> torch.Tensor:
+    def run(sample: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        given = {program.SAMPLE: sample, program.TIME: timestep, **(cond or {})}
         (output,) = session.run([program.OUTPUT], {key: value.numpy() for key, value in given.items()})
         return torch.from_numpy(output)
 

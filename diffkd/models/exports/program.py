@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ SAMPLE, TIME, OUTPUT = "sample", "timestep", "output"  # names of inputs and out
 TRACED = 2  # images: of one, torch takes the batch for a constant
 TRIED = 3  # images, of another batch than the one that was traced
 MOST = 1 << 12  # images a batch
+MOST_ENLARGED = 63  # of UNets of diffusers, which treat larger batches otherwise
 UNTRACED = {  # families whose networks make lists, or shapes, of what a prompt's mask holds
     "Lumina2Pipeline", "ZImagePipeline", "QwenImagePipeline",
 }  # fmt: skip
 
 
 class Program(nn.Module):
-    """(B, C, H, W), (B,) float32, conditioning (B, ...) -> (B, C, H, W): what a stock scheduler's step takes.
+    """(B, C, H, W), (B,) float32, conditioning, each (B, ...) -> (B, C, H, W), as a stock scheduler takes it.
 
     The time is the one that the scheduler gives its network, of a student's own the numbers in its
     `timesteps`. A network that is preconditioned is taken as it is: its stock scheduler does that.
@@ -40,8 +41,8 @@ class Program(nn.Module):
         self.network = denoiser.network
         self.function = denoisers.call if denoiser.preconditioned else denoiser.call
 
-    def forward(self, sample: Tensor, timestep: Tensor, **cond: Tensor) -> Tensor:
-        output: Any = self.function(self.network, sample, timestep, cond)
+    def forward(self, sample: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        output: Any = self.function(self.network, sample, timestep, cond or {})
         found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         return found
 
@@ -66,19 +67,31 @@ def inputs_of(denoiser: Denoiser, count: int, seed: int = 0) -> tuple[Tensor, Te
     return x, time, made
 
 
+def named(sample: Tensor, time: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
+    """As arguments of a program."""
+    return {SAMPLE: sample, TIME: time, **({"cond": cond} if cond else {})}
+
+
+def most_of(student: Student) -> int:
+    """Images a batch, at most."""
+    enlarges = any(type(module).__name__ == "Upsample2D" for module in student.denoiser.network.modules())
+    return MOST_ENLARGED if enlarges else MOST
+
+
 @torch.no_grad()
 def traced(student: Student) -> torch.export.ExportedProgram:
     """Raises UserError where torch cannot trace the network."""
     program = Program(student.denoiser).eval().requires_grad_(False)
     sample, time, cond = inputs_of(student.denoiser, TRACED)
-    batch = torch.export.Dim("batch", min=1, max=MOST)
-    shapes = {SAMPLE: {0: batch}, TIME: {0: batch}}
+    batch = torch.export.Dim("batch", min=1, max=most_of(student))
+    shapes = {
+        SAMPLE: {0: batch},
+        TIME: {0: batch},
+        **({"cond": {key: {0: batch} for key in cond}} if cond else {}),
+    }
     try:
         with silent():
-            return torch.export.export(
-                program, (), {SAMPLE: sample, TIME: time, **cond},
-                dynamic_shapes={**shapes, **({"cond": {key: {0: batch} for key in cond}} if cond else {})},
-            )  # fmt: skip
+            return torch.export.export(program, (), named(sample, time, cond), dynamic_shapes=shapes)
     except Exception as error:  # torch raises many types
         kind = type(student.denoiser.network).__name__.removeprefix("Fast")
         raise UserError(
@@ -88,12 +101,12 @@ def traced(student: Student) -> torch.export.ExportedProgram:
 
 
 @torch.no_grad()
-def check_same(student: Student, run: Callable[[Mapping[str, Tensor]], Tensor], bound: float) -> None:
-    """Raises UserError where what was written computes something else than the network. run: inputs by name
-    to the output. bound: of the difference, in units of the largest output."""
-    sample, time, cond = inputs_of(student.denoiser, TRIED, seed=1)
-    own = Program(student.denoiser)(sample, time, **cond)
-    difference = (run({SAMPLE: sample, TIME: time, **cond}) - own).abs().max() / own.abs().max()
+def check_same(student: Student, run: Callable[..., Tensor], bound: float) -> None:
+    """Raises UserError where what was written computes something else than the network. run: as `Program`.
+    bound: of the difference, in units of the largest output."""
+    given = named(*inputs_of(student.denoiser, TRIED, seed=1))
+    own = Program(student.denoiser)(**given)
+    difference = (run(**given) - own).abs().max() / own.abs().max()
     if not difference <= bound:
         raise UserError(
             f"{student.name}: what was written differs from its network by {difference:.1e} of the largest "
@@ -111,6 +124,7 @@ def write_beside(student: Student, folder: Path) -> dict[str, Any]:
     return {
         "inputs": shapes,
         "dtypes": {SAMPLE: "float32", TIME: "float32", **kinds},
+        "most": most_of(student),
         "scheduler": type(scheduler).__name__,
         "handed": bool(getattr(student.denoiser.schedule, "handed", False)),
     }

@@ -91,9 +91,8 @@ def _write_whole(student: Student, folder: Path, scheduler: str) -> dict[str, An
         read = kind.from_single_file(str(folder / WHOLE), config=str(folder), local_files_only=True)
     for name, weights in parts.items():
         _check_same(weights, getattr(read, name), name)
-    call = (
-        {} if denoiser.steps is None else {"guidance_scale": 1.0}
-    )  # the layout has no place for its embedding
+    # the embedding by which a student says that it needs no guidance has no place in it
+    call = {} if denoiser.steps is None else {"guidance_scale": 1.0}
     return {"export": {"class": kind.__name__}, "call": {**loading.stock_call(denoiser), **call}}
 
 

@@ -22,5 +22,5 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
     with program.silent():
         torch.export.save(found, folder / FILE)
         again: Any = torch.export.load(folder / FILE).module()
-    program.check_same(student, lambda given: again(**given), BOUND)
+    program.check_same(student, again, BOUND)
     return {"export": program.write_beside(student, folder)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffkd.models.installed import dtype_argument
+
 PLACE = '"path/to/this/folder"'  # where a repository of the Hub does as well
 FILES = 'folder = "path/to/these/files"'  # where it does not, and has to be downloaded
 PROMPT = '"what to draw"'
@@ -55,7 +57,7 @@ def _pipeline(card: Mapping[str, Any], title: str, count: int) -> list[str]:
     export = card.get("export", {})
     dtype = export.get("dtype") if export.get("dtype") in DTYPES else None
     variant = ', variant="fp16"' * (export.get("kind") == "fp16")
-    how = "" if dtype is None else f"{variant}, torch_dtype=torch.{dtype}"
+    how = "" if dtype is None else f"{variant}, {dtype_argument()}=torch.{dtype}"
     what = {
         "fp16": " in half precision",
         "int8": " with the weights of linear layers in 8 bits, which needs torchao beside diffusers",
@@ -145,7 +147,8 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
         'session = onnxruntime.InferenceSession(f"{folder}/network.onnx")',
         "",
         "",
-        "def network(**given):",
+        "def network(sample, timestep, cond):",
+        '    given = {"sample": sample, "timestep": timestep, **cond}',
         '    found = session.run(["output"], {key: value.numpy() for key, value in given.items()})',
         "    return torch.from_numpy(found[0])",
         "",
@@ -157,9 +160,11 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
         else f'    "{key}": torch.zeros(4, dtype=torch.{dtypes[key]}),'
         for key in cond
     ]
+    told = ", cond=cond" * (onnx or bool(cond))
     return [
         f"{title} made by diffkd: its network as a program for {'ONNX Runtime' if onnx else 'torch'}, for "
-        "any number of images at once. Its steps are those of its scheduler, here of diffusers:",
+        f"up to {export.get('most')} images at once. Its steps are those of its scheduler, here of "
+        "diffusers:",
         "",
         *code(
             *["import onnxruntime"] * onnx,
@@ -171,13 +176,10 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
             f'scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")',
             f"scheduler.set_timesteps({steps})",
             f"x = {first}",
-            *(
-                ["cond = {  # put what it is to draw in place of the zeros", *given, "}"]
-                if cond
-                else ["cond = {}"]
-            ),
+            *(["cond = {  # what it is to draw, in place of the zeros", *given, "}"] if cond else []),
+            *["cond = {}"] * (onnx and not cond),
             "for t in scheduler.timesteps:",
-            f"    output = network(sample={scaled}, timestep=t.float().expand(4), **cond)",
+            f"    output = network(sample={scaled}, timestep=t.float().expand(4){told})",
             "    x = scheduler.step(output, t, x).prev_sample",
         ),
         "| input | shape | |",
