@@ -24,8 +24,8 @@ def push(folder: Path, repository: str, console: Console, *, private: bool = Fal
     private: of a repository that is new. Raises UserError for what is no student, for a name that the Hub
     does not take, without a token, and where the Hub or the network refuses.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
     card = _card(folder)
     try:
@@ -52,6 +52,8 @@ def push(folder: Path, repository: str, console: Console, *, private: bool = Fal
         )  # fmt: skip
     message = f"A student of {card['steps']} steps" if card.get("steps") else "A teacher"
     api = HfApi(token=token)
+    if not console.is_terminal and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
     try:
         place = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(
@@ -62,9 +64,10 @@ def push(folder: Path, repository: str, console: Console, *, private: bool = Fal
             repo_id=repository, commit_message="Its card",
         )  # fmt: skip
     except Exception as error:  # the Hub's client and the network raise many types
+        why = ": ".join(reason(one) for one in (error, error.__cause__) if one is not None)
         raise UserError(
-            f"{folder} could not be uploaded to {repository} ({reason(error)}); check the name, the token "
-            "(hf auth login, or HF_TOKEN) and the network, and push again: what has arrived is kept"
+            f"{folder} could not be uploaded to {repository} ({why}); check the name, the token (hf auth "
+            "login, or HF_TOKEN) and the network, and push again: what has arrived is kept"
         ) from error
     progress.say(console, f"{folder} is uploaded: {place}")
 

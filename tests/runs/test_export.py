@@ -20,11 +20,15 @@ from diffkd.models import exports, loading
 from diffkd.models.exports import onnx, program, single_file, torch_export
 from diffkd.models.source import ADAPTER
 from tests import text_to_image
-from tests.exports import STEPS, run_card, student, teacher
+from tests.exports import STEPS, UNETS, run_card, student, teacher
 from tests.refusals import refuse
 from tests.stock import BARRED
 
 TRANSFORMERS = ("sd3", "flux", "sana", "lumina2", "z_image", "qwen_image")
+
+
+def exhaustive(kind):
+    return pytest.param(kind, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +154,12 @@ def test_a_unet_that_the_layout_has_no_place_for_is_refused(work, cli):
 # half precision
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux", "dit"])
+@pytest.mark.parametrize("kind", ["sd", "dit", *map(exhaustive, ("xl", "pixart_sigma", *TRANSFORMERS))])
 def test_half_precision_is_the_student_to_half_precision(made, kind):
     """Files by diffusers' names of the variant, opened as the card says; the numbers are those of the weights
     rounded once, and the images those of the student."""
     folder, out = made(kind, "fp16")
-    component = "unet" if kind == "sd" else "transformer"
+    component = "unet" if kind in UNETS else "transformer"
     weights = load_file(out / component / "diffusion_pytorch_model.fp16.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
     assert not [*out.rglob("diffusion_pytorch_model.safetensors")] and not [*out.rglob("model.safetensors")]
@@ -171,7 +175,7 @@ def test_half_precision_is_the_student_to_half_precision(made, kind):
     half = loading.load(out, dtype=torch.float16)
     with torch.no_grad():
         stocks = program.Program(half)(**in_16_bits(given, torch.float16))
-    assert (mine - stocks.float()).abs().max() <= 2e-2 * mine.abs().max()
+    assert (mine - stocks.float()).abs().max() <= 5e-2 * mine.abs().max()
 
 
 def test_shards_are_named_as_diffusers_names_them():
@@ -195,46 +199,54 @@ def test_weights_beyond_half_precision_are_refused(pixels, work, cli):
 
 # programs
 
-PROGRAM = (
-    BARRED
-    + """
+PROGRAM = f"""{BARRED}
 import torch
-folder, given = sys.argv[1:]
-given = torch.load(given, weights_only=True)
-network = torch.export.load(folder + "/network.pt2").module()
-torch.save([network(**one) for one in given], folder + "/../found.pt")
+for folder in sys.argv[1:]:
+    given = torch.load(folder + "-given.pt", weights_only=True)
+    network = torch.export.load(folder + "/network.pt2").module()
+    torch.save([network(**one) for one in given], folder + "-found.pt")
 """
+
+
+def with_pixels(made, pixels, cli):
+    """made(kind, to), that takes "pixels" too."""
+
+    def export(kind, to):
+        if kind != "pixels":
+            return made(kind, to)
+        out = pixels.with_name(to)
+        assert out.exists() or cli("export", pixels, "--to", to, "--out", out).code == 0
+        return pixels, out
+
+    return export
+
+
+@pytest.mark.parametrize(
+    "kinds", [("pixels", "dit"), exhaustive(("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"))]
 )
-
-
-@pytest.mark.parametrize("kind", ["pixels", "sd", "dit"])
-def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kind):
+def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
     """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced."""
-    if kind == "pixels":
-        folder, out = pixels, pixels.with_name("pt2")
-        assert cli("export", folder, "--to", "torch-export", "--out", out).code == 0
-    else:
-        folder, out = made(kind, "torch-export")
-    own = loading.load(folder)
-    expected, given = zip(*(outputs(own, count=count) for count in (1, 5)), strict=True)
-    torch.save([*given], out.with_name("given.pt"))
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, out, out.with_name("given.pt")]
+    expected = {}
+    for kind in kinds:
+        folder, out = with_pixels(made, pixels, cli)(kind, "torch-export")
+        own = loading.load(folder)
+        expected[str(out)], given = zip(*(outputs(own, count=count) for count in (1, 5)), strict=True)
+        torch.save([*given], f"{out}-given.pt")
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *expected]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    found = torch.load(out.with_name("found.pt"), weights_only=True)
-    for mine, theirs in zip(expected, found, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5 * mine.abs().max()
+    for out, outs in expected.items():
+        for mine, theirs in zip(outs, torch.load(f"{out}-found.pt", weights_only=True), strict=True):
+            assert (mine - theirs).abs().max() <= 1e-5 * mine.abs().max(), out
 
 
-@pytest.mark.parametrize("kind", ["pixels", "sd", "flux"])
+@pytest.mark.parametrize(
+    "kind", ["pixels", "flux", *map(exhaustive, ("sd", "xl", "dit", "sd3", "sana", "pixart_sigma"))]
+)
 def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
     """Inputs by name, batches of 1 and of 5."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    if kind == "pixels":
-        folder, out = pixels, pixels.with_name("onnx")
-        assert cli("export", folder, "--to", "onnx", "--out", out).code == 0
-    else:
-        folder, out = made(kind, "onnx")
+    folder, out = with_pixels(made, pixels, cli)(kind, "onnx")
     session = onnxruntime.InferenceSession(out / onnx.FILE, providers=["CPUExecutionProvider"])
     own = loading.load(folder)
     for count in (1, 5):
@@ -250,9 +262,7 @@ def test_the_loop_of_a_programs_card_draws_the_student(pixels, cli, to):
     """Its code as it stands, but for the noise and the labels: the last state is that of diffkd's sampler."""
     if to == "onnx":
         pytest.importorskip("onnxruntime")
-    out = pixels.with_name("pt2" if to == "torch-export" else "onnx")
-    if not out.exists():
-        assert cli("export", pixels, "--to", to, "--out", out).code == 0
+    _, out = with_pixels(None, pixels, cli)("pixels", to)
     noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)])
     torch.save(noise, out.with_name("noise.pt"))
     read = f"torch.load({str(out.with_name('noise.pt'))!r})"
@@ -294,13 +304,13 @@ def test_an_adapter_is_exported_whole_with_its_base(made):
 # 8 bits
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux", "dit"])
+@pytest.mark.parametrize("kind", ["sd", "dit", *map(exhaustive, ("xl", "pixart_sigma", *TRANSFORMERS))])
 def test_8_bits_are_opened_by_stock_and_are_those_in_memory(made, kind):
     """Stock opens the folder as its card says and diffkd as any other: both have the integers and scales that
     torchao makes of the student's weights, and compute the same to the bit."""
     torchao = pytest.importorskip("torchao.quantization")
     folder, out = made(kind, "int8")
-    component = "unet" if kind == "sd" else "transformer"
+    component = "unet" if kind in UNETS else "transformer"
     stock = getattr(run_card(out)["pipeline"], component)
     again = loading.load(out)
 

@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        hub, body = self.hub, self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub, body = self.hub, self._body()
         hub.tokens.add(self.headers.get("Authorization", ""))
         if hub.status is not None:
             self._answer({"error": "Invalid credentials in Authorization header"}, hub.status)
@@ -69,13 +69,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         digest = self.path.removeprefix("/stored/")
-        content = self.rfile.read(int(self.headers["Content-Length"]))
+        content = self._body()
         assert hashlib.sha256(content).hexdigest() == digest
         self.hub.stored[digest] = content
         self._answer({})
 
     def do_GET(self) -> None:
         self._answer({"error": self.path}, self.hub.status or 404)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _mode(self, one: dict[str, Any]) -> dict[str, Any]:
         large = one["path"].endswith(".safetensors")

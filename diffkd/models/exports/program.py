@@ -132,13 +132,12 @@ def write_beside(student: Student, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without the warnings of torch, which are of its own code and of diffusers'."""
-    log = logging.getLogger("torch")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without the warnings and the log of torch, which are of its own code and of diffusers'."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
