@@ -20,6 +20,7 @@ from diffkd.models import loading
 from diffkd.runs.reports import card_calls, model_card
 from tests.refusals import refuse
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 TOKEN = "hf_" + "aBcD1234" * 4
 
 
