@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -72,7 +73,7 @@ def push(folder: Path, repository: str, console: Console, *, private: bool = Fal
     progress.say(console, f"{folder} is uploaded: {place}")
 
 
-def _card(folder: Path) -> dict[str, object]:
+def _card(folder: Path) -> dict[str, Any]:
     """The content of diffkd.json. Raises UserError for a folder that is no student's."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a student's, below students/ of a run, or an export's")

@@ -241,7 +241,7 @@ def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
 
 
 @pytest.mark.parametrize(
-    "kind", ["pixels", "flux", *map(exhaustive, ("sd", "xl", "dit", "sd3", "sana", "pixart_sigma"))]
+    "kind", ["pixels", *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma"))]
 )
 def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
     """Inputs by name, batches of 1 and of 5."""
