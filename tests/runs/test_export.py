@@ -154,6 +154,7 @@ def test_a_unet_that_the_layout_has_no_place_for_is_refused(work, cli):
 # half precision
 
 
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # SDXL's pipeline's own
 @pytest.mark.parametrize("kind", ["sd", "dit", *map(exhaustive, ("xl", "pixart_sigma", *TRANSFORMERS))])
 def test_half_precision_is_the_student_to_half_precision(made, kind):
     """Files by diffusers' names of the variant, opened as the card says; the numbers are those of the weights
@@ -171,7 +172,7 @@ def test_half_precision_is_the_student_to_half_precision(made, kind):
     for key, value in found.items():
         assert torch.equal(rounded[key].float(), value) or not value.is_floating_point(), key
     (mine, given), (theirs, _) = outputs(own), outputs(again)
-    assert 0 < (mine - theirs).abs().max() <= 5e-3 * mine.abs().max()
+    assert 0 < (mine - theirs).abs().max() <= 2e-2 * mine.abs().max()
     half = loading.load(out, dtype=torch.float16)
     with torch.no_grad():
         stocks = program.Program(half)(**in_16_bits(given, torch.float16))
@@ -257,21 +258,28 @@ def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
         assert np.abs(mine.numpy() - theirs).max() <= 1e-4 * mine.abs().max()
 
 
-@pytest.mark.parametrize("to", ["torch-export", "onnx"])
-def test_the_loop_of_a_programs_card_draws_the_student(pixels, cli, to):
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [("pixels", "torch-export"), ("pixels", "onnx"),
+     *(pytest.param(kind, "torch-export", marks=pytest.mark.exhaustive) for kind in ("sd", "sd3", "flux"))],
+)  # fmt: skip
+def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, to):
     """Its code as it stands, but for the noise and the labels: the last state is that of diffkd's sampler."""
     if to == "onnx":
         pytest.importorskip("onnxruntime")
-    _, out = with_pixels(None, pixels, cli)("pixels", to)
-    noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)])
-    torch.save(noise, out.with_name("noise.pt"))
-    read = f"torch.load({str(out.with_name('noise.pt'))!r})"
-    labelled = {"torch.zeros(4, dtype=torch.int64)": "torch.tensor([0, 1, 2, 0])"}
-    names = run_card(out, {"torch.randn(4, 1, 8, 8)": read, **labelled})
-    own = loading.load(pixels)
-    labels = {"class_labels": torch.tensor([0, 1, 2, 0])}
+    folder, out = with_pixels(made, pixels, cli)(kind, to)
+    own = loading.load(folder)
+    x, _, cond = own.example_inputs()
+    noise = torch.stack([torch.randn(x.shape[1:], generator=torch.manual_seed(i)) for i in range(4)])
+    torch.save(noise, f"{out}-noise.pt")
+    changes = {f"torch.randn(4, {', '.join(map(str, x.shape[1:]))})": f"torch.load('{out}-noise.pt')"}
+    cond = {key: torch.zeros(4, *value.shape[1:], dtype=value.dtype) for key, value in cond.items()}
+    if kind == "pixels":
+        changes["torch.zeros(4, dtype=torch.int64)"] = "torch.tensor([0, 1, 2, 0])"
+        cond["class_labels"] = torch.tensor([0, 1, 2, 0])
+    names = run_card(out, changes)
     with torch.no_grad():
-        x0 = diffkd.samplers.sample(own, noise, STEPS, **labels)
+        x0 = diffkd.samplers.sample(own, noise, STEPS, **cond)
     assert (x0 - names["x"]).abs().max() <= 1e-4 * x0.abs().max()
 
 

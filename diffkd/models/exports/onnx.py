@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkd.errors import UserError
+from diffkd.io.text import reason
 from diffkd.models.exports import Student, program
 
 FILE = "network.onnx"
@@ -23,13 +25,19 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
     import onnxruntime
 
     facts = program.write_beside(student, folder)
-    names = [*facts["inputs"]]
-    with program.silent():
-        torch.onnx.export(
-            program.traced(student), f=folder / FILE, input_names=names, output_names=[program.OUTPUT],
-            dynamo=True, verbose=False, external_data=True,
-        )  # fmt: skip
-        session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    found = _without_idle_squeezes(program.traced(student))
+    try:
+        with program.silent():
+            torch.onnx.export(
+                found, f=folder / FILE, input_names=[*facts["inputs"]], output_names=[program.OUTPUT],
+                dynamo=True, verbose=False, external_data=True,
+                optimize=False,  # which makes NaN of SANA, and ONNX Runtime does when it reads the graph
+            )  # fmt: skip
+            session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+    except Exception as error:  # torch and ONNX Runtime raise many types
+        raise UserError(
+            f"{student.name} does not go into ONNX ({reason(error)}); use --to torch-export"
+        ) from error
 
     def run(sample: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         given = {program.SAMPLE: sample, program.TIME: timestep, **(cond or {})}
@@ -38,3 +46,15 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
 
     program.check_same(student, run, BOUND)
     return {"export": facts}
+
+
+def _without_idle_squeezes(found: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without what removes a dimension that is not 1, as PixArt has it: nothing in torch, an error in ONNX."""
+    for node in [*found.graph.nodes]:
+        if node.target is torch.ops.aten.squeeze.dim:
+            given, dim = node.args
+            if given.meta["val"].shape[dim] != 1:
+                node.replace_all_uses_with(given)
+                found.graph.erase_node(node)
+    found.graph_module.recompile()
+    return found

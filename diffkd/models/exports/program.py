@@ -18,6 +18,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import reason
 from diffkd.models import loading
 from diffkd.models.exports import Student
+from diffkd.models.masked_prompts import MASK
 
 SAMPLE, TIME, OUTPUT = "sample", "timestep", "output"  # names of inputs and output, after which `cond` comes
 TRACED = 2  # images: of one, torch takes the batch for a constant
@@ -62,6 +63,9 @@ def inputs_of(denoiser: Denoiser, count: int, seed: int = 0) -> tuple[Tensor, Te
     made = {}
     for key, value in cond.items():
         value = value.repeat(count, *[1] * (value.ndim - 1))
+        if key == MASK:  # half of the tokens are a prompt's
+            value = torch.ones_like(value)
+            value[:, value.shape[1] // 2 :] = 0
         plain = value.is_floating_point() and not value.any()  # such as the zeros of an embedding
         made[key] = torch.randn(value.shape, generator=rng) if plain else value
     return x, time, made
