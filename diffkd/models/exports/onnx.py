@@ -49,7 +49,7 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
 
 
 def _without_idle_squeezes(found: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Without what removes a dimension that is not 1, as PixArt has it: nothing in torch, an error in ONNX."""
+    """Without what removes a dimension that is not 1, as PixArt has it: idle in torch, wrong in ONNX."""
     for node in [*found.graph.nodes]:
         if node.target is torch.ops.aten.squeeze.dim:
             given, dim = node.args
