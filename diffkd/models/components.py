@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,19 +50,28 @@ def copy(source: Source, copied: Copied, folder: Path, dtype: torch.dtype) -> No
             _copy(source, component, stem, folder / component, dtype)
 
 
+def copy_configs(source: Source, names: Iterable[str], folder: Path) -> None:
+    """Of these components, where the pipeline has them, all that is no weights."""
+    for component in names:
+        if _has(source, component):
+            _copy_configs(source.folder / component, folder / component)
+
+
 def _has(source: Source, component: str) -> bool:
     entry = source.index.get(component)
     return isinstance(entry, list) and entry != [None, None]
 
 
-def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype: torch.dtype) -> None:
-    place = source.folder / component
+def _copy_configs(place: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in place.iterdir():
-        if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.startswith(
-            f"{stem}.safetensors.index"
-        ):
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and ".safetensors.index." not in path.name:
             shutil.copy(path, folder / path.name)
+
+
+def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype: torch.dtype) -> None:
+    place = source.folder / component
+    _copy_configs(place, folder)
     if stem is None:
         return
     asked = source.variant if source.variant in variants_of(place, stem) else None

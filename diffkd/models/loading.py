@@ -18,7 +18,7 @@ from diffkd.io.text import a_or_an, reason
 from diffkd.models import lora_files, source, validation
 from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
-from diffkd.models.quantization import quantized
+from diffkd.models.quantization import cast, is_quantized, quantized
 from diffkd.models.source import CARD, Source, card, folder_of
 from diffkd.models.students import lora
 
@@ -60,7 +60,7 @@ def load(
     """
     found = source.find(path_or_hub_id, variant, scheduler)
     family = _family_of(found)
-    with _quiet():
+    with quiet():
         denoiser = family.load(found)
     if found.adapter is not None:
         _merge(denoiser, found)
@@ -70,6 +70,8 @@ def load(
     denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
     denoiser.taught_kind = found.card.get("guidance_kind", {})
     denoiser = denoiser.to(device=device, dtype=dtype).eval()
+    if dtype is not None and is_quantized(denoiser.network):
+        cast(denoiser.network, dtype)
     if quantize:
         denoiser = quantized(denoiser, quantize)
     _try(denoiser)
@@ -187,7 +189,7 @@ def open_stock(path_or_hub_id: str | Path, variant: str | None = None) -> Any:
         )
     try:
         variant = validation.check_components(folder, index, str(path_or_hub_id), variant)
-        with _quiet():
+        with quiet():
             pipeline = kind.from_pretrained(  # type: ignore[attr-defined]
                 folder, use_safetensors=True, local_files_only=True, variant=variant
             )
@@ -211,7 +213,7 @@ def _check_filled(pipeline: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without progress bars and log of diffusers: what goes wrong is said in one line of ours."""
     from diffusers.utils import logging
 
@@ -254,9 +256,15 @@ def lora_keys(denoiser: Denoiser) -> lora_files.Keys | None:
 
 
 def stock_scheduler(denoiser: Denoiser) -> Any:
-    """The scheduler with which a stock pipeline draws it, of a family whose pipelines load adapters."""
-    family: Any = family_saving(denoiser)
-    return family.scheduler_of(denoiser)
+    """The scheduler with which a stock pipeline draws it."""
+    from diffkd.core.schedules import to_diffusers
+    from diffkd.models import preconditioned
+
+    if (own := getattr(family_saving(denoiser), "scheduler_of", None)) is not None:
+        return own(denoiser)
+    if preconditioned.is_written(denoiser):
+        return preconditioned.write(denoiser)
+    return to_diffusers(denoiser.schedule, denoiser.prediction, denoiser.clip, denoiser.sampler)
 
 
 def stock_call(denoiser: Denoiser) -> dict[str, Any]:

@@ -104,13 +104,18 @@ def read(folder: Path, network: nn.Module, rank: int) -> dict[str, Tensor]:
         content = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({reason(error)}); is it complete?") from error
-    prefixes = ("unet.", "transformer.")
-    weights: dict[str, Tensor] = {}
-    for key, value in content.items():
-        found = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        weights[key.removeprefix(found)] = value
+    weights = unprefixed(content)
     for name in weights:
         _check(path, name, weights, network, rank)
+    return weights
+
+
+def unprefixed(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an adapter's file by their names within the network."""
+    weights: dict[str, Tensor] = {}
+    for key, value in content.items():
+        found = next((prefix for prefix in ("unet.", "transformer.") if key.startswith(prefix)), "")
+        weights[key.removeprefix(found)] = value
     return weights
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from diffkd.errors import UserError
 from diffkd.io.text import quoted
-from diffkd.models import validation
+from diffkd.models import quantization, validation
+from diffkd.models.installed import dtype_argument
 from diffkd.models.pipeline_files import MAX_NUMBER, read_object
 from diffkd.models.source import Source
 
@@ -26,7 +27,7 @@ def read(
     *,
     once: str | None = None,
 ) -> Any:
-    """The network of this class that a pipeline calls `component`, in float32.
+    """The network of this class that a pipeline calls `component`, in float32; integer weights stay integers.
 
     once: what the class was called by earlier versions of diffusers. check: given the config and the model's
     name, before memory is taken. Raises UserError for another class, and for weights that are not whole, or
@@ -57,10 +58,13 @@ def read_from(
     """The same from a folder. name: what messages call the model."""
     with readable(place, name):
         variant = validation.check_network(kind, place, name, variant=variant)
+        config = read_object(place / "config.json")
         if check is not None:
-            check(read_object(place / "config.json"), name)
+            check(config, name)
+        integers = bool(config.get("quantization_config"))
+        how = {dtype_argument(): torch.float32} if integers else {"low_cpu_mem_usage": False}
         network, loading = kind.from_pretrained(
-            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, variant=variant
+            place, use_safetensors=True, output_loading_info=True, variant=variant, **how
         )
     if loading["missing_keys"]:
         raise UserError(
@@ -71,7 +75,10 @@ def read_from(
             f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json "
             "knows nothing; give the config that they were trained with"
         )
-    nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
+    if integers:
+        quantization.cast(network, torch.float32)
+    else:
+        nn.Module.float(network)  # diffusers keeps the dtype of weights that differ from the others
     return network
 
 
@@ -169,6 +176,9 @@ def check_saved(network: nn.Module) -> None:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     if any(map(is_traceable_wrapper_subclass, network.parameters())):
-        raise UserError("a stock pipeline cannot hold 8-bit weights; save the model loaded without quantize")
+        raise UserError(
+            "a stock pipeline is not written with weights that are in 8 bits already; save the model loaded "
+            "without quantize, or export the one that they were made of"
+        )
     # safetensors needs it, and on a GPU it is another
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -42,9 +42,12 @@ def network_size(network: nn.Module, *inputs: Any, **options: Any) -> Size:
     """The size of a network that is called with these inputs, of one image."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
         network(*inputs, **options)
-    weights = [*network.parameters(), *network.buffers()]
     parameters = sum(p.numel() for p in network.parameters())
-    return Size(parameters, counter.get_total_flops() // 2, sum(map(_bytes, weights)))
+    return Size(parameters, counter.get_total_flops() // 2, weight_bytes(network))
+
+
+def weight_bytes(network: nn.Module) -> int:
+    return sum(map(_bytes, (*network.parameters(), *network.buffers())))
 
 
 def _bytes(weight: Tensor) -> int:

@@ -19,9 +19,10 @@ ADAPTER = "pytorch_lora_weights.safetensors"  # where stock pipelines look for o
 # of a repository: configs, tokenizers, the weights of components; at its root lie copies for other programs
 DOWNLOADED = [
     "*.json", "*.txt", "*.model", "*.jinja", "*/*.safetensors", "diffusion_pytorch_model*.safetensors",
-    ADAPTER,
+    ADAPTER, "README.md",
 ]  # fmt: skip
 SCHEDULER = "scheduler_config.json"
+OF_OTHERS = ("single-file", "kohya", "onnx", "torch-export")  # exports that are no folder of a pipeline
 # of a network among its siblings; first the averaged weights, which diffusers' scripts sample with
 NETWORKS = ("unet_ema", "unet", "transformer_ema", "transformer")
 
@@ -104,6 +105,11 @@ def _class_of(config: dict[str, Any]) -> str:
 def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str | None = None) -> Source:
     """The source of a model. Raises UserError where there is none."""
     folder, name = folder_of(path_or_hub_id), str(path_or_hub_id)
+    if (kind := card(folder).get("export", {}).get("kind")) in OF_OTHERS:
+        raise UserError(
+            f"{name} is an export of the kind {kind}, for other programs; give the student that it was "
+            "made of"
+        )
     if os.path.lexists(folder / INDEX):
         index = read_object(folder / INDEX)
         return Source(folder, name, index, card(folder), None, variant, scheduler)
@@ -201,6 +207,9 @@ def card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} has absent {quoted(absent)}, which is not components; repair or remove it")
     if "lora" in content and not _is_adapter(content["lora"]):
         raise UserError(f"{path} has lora {quoted(content['lora'])}, which describes no adapter; repair it")
+    export = content.get("export", {})
+    if not isinstance(export, dict) or not isinstance(export.get("kind", ""), str):
+        raise UserError(f"{path} has export {quoted(export)}, which describes none; repair or remove it")
     metrics = content.get("metrics", [])
     if not isinstance(metrics, list) or not all(isinstance(record, dict) for record in metrics):
         raise UserError(f"{path} has metrics that are not a list of records; repair or remove them")

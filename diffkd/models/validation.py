@@ -14,6 +14,7 @@ from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.text import log, quoted
 from diffkd.models.pipeline_files import MAX_NUMBER, read_object, tensor_sizes, variants_of, weights_of
+from diffkd.models.quantization import is_opened
 
 MAX_TIMESTEPS = 100_000  # T: nobody uses longer tables, and they would fill the memory
 MAX_SIDE = 1 << 14  # of an image
@@ -33,7 +34,8 @@ def check_network(
     variant, files = weights_of(place, name, variant)
     known = inspect.signature(kind.__init__).parameters
     config = {k: v for k, v in read_object(place / "config.json").items() if not k.startswith("_")}
-    if quantization := config.get("quantization_config"):
+    quantization = config.pop("quantization_config", None)
+    if quantization and (whole or not is_opened(quantization)):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"{name}: the weights in {place} are quantized by {quoted(method)}, and are not opened; take the "

@@ -23,7 +23,7 @@ from diffkd.models import loading, sizes
 from diffkd.runs import announcement
 from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
-from diffkd.runs.reports import model_card, run_files, run_report, tables, teacher_sampling
+from diffkd.runs.reports import card_head, model_card, run_files, run_report, tables, teacher_sampling
 from diffkd.runs.session import Session
 
 ROLES, NUMBERS = ("teacher", "student"), ("steps", "nfe", "fid")  # of a run's own records
@@ -56,7 +56,8 @@ class RunArtifacts:
 
         def write(place: Path) -> None:
             loading.save(denoiser, place)
-            model_card.write(place, model_card.describe(denoiser, **card))
+            origin = {} if self.teacher is None else card_head.origin(str(self.teacher.path))
+            model_card.write(place, model_card.describe(denoiser, **origin, **card))
 
         self.session.export(folder, write)
 

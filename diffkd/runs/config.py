@@ -21,6 +21,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.models import guidance_input, loading
 from diffkd.models.guidance_kind import GuidanceKind
+from diffkd.models.quantization import is_quantized
 from diffkd.models.students.config import Copy, Lora, Narrow, Student
 from diffkd.models.unet import UNet2D
 from diffkd.runs import trackers
@@ -179,6 +180,11 @@ class Teacher(Opened):
         """The pipeline at `path`."""
         assert self.path is not None
         teacher = loading.load(self.path, device=device, **self.opening)
+        if is_quantized(teacher.network):
+            raise UserError(
+                f"{self.path} has weights in 8 bits, which no student can go on from; give the pipeline that "
+                "they were made of"
+            )
         if self.null_label is not None:
             loading.set_null_label(teacher, self.null_label)
         if self.guidance is not None:

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from diffkd.core.denoiser import Denoiser
 from diffkd.generation.generator import generate
 from diffkd.models import loading
-from diffkd.runs.reports import model_card
+from diffkd.runs.reports import card_head, model_card
 
 
 def saved(folder: Path, denoiser: Denoiser, **more: Any) -> dict[str, Any]:
@@ -133,7 +133,10 @@ def test_the_card_says_for_how_many_steps(tmp_path, student):
 def test_the_front_matter_is_yaml_that_a_hub_reads(tmp_path, student):
     saved(tmp_path / "saved", student(), teacher="x: [y\n---\n# z", method="a\n---\nlibrary_name: evil")
     front, _, _ = parts(tmp_path / "saved")
-    assert front == {"library_name": "diffusers", "tags": ["diffusion", "distillation", "diffkd"]}
+    assert front == {
+        "library_name": "diffusers", "tags": ["diffusion", "distillation", "diffkd"],
+        "pipeline_tag": "unconditional-image-generation",
+    }  # fmt: skip
 
 
 def test_the_facts_are_the_models(tmp_path, student):
@@ -224,3 +227,60 @@ def test_saved_and_loaded_it_takes_the_same_labels(tmp_path, student, total, cla
     assert torch.equal(again.schedule.alphas_cumprod, denoiser.schedule.alphas_cumprod)
     for one, other in zip(again.network.parameters(), denoiser.network.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+HEAD = {
+    "license": "openrail++", "license_name": "sdxl-1.0", "license_link": "https://example.org/LICENSE.md",
+    "base_model": "somebody/base",
+}  # fmt: skip
+
+
+def test_the_head_is_what_a_hub_knows(tmp_path, student, monkeypatch):
+    """Base, its license, the kind of the relation, the task: of what is on the Hub, and kept by the next one
+    that learns from it; nothing of a path."""
+    folder = Path(student().name)
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(HEAD)}---\n# Base\n")
+    local = card_head.origin(str(folder))
+    assert local == {key: value for key, value in HEAD.items() if key != "base_model"}
+    monkeypatch.setattr(loading, "folder_of", lambda path: folder)
+    found = card_head.origin("owner/base")
+    assert found == {**HEAD, "base_model": "owner/base"}
+    monkeypatch.undo()
+    saved(tmp_path / "first", student(), teacher="owner/base", **found)
+    front = parts(tmp_path / "first")[0]
+    assert {**HEAD, "base_model": "owner/base"}.items() <= front.items()
+    assert front["base_model_relation"] == "finetune" and front["library_name"] == "diffusers"
+    assert front["pipeline_tag"] == "unconditional-image-generation" and "widget" not in front
+    assert card_head.origin(str(tmp_path / "first")) == found  # a chain's next student
+
+
+@pytest.mark.parametrize(
+    ("card", "relation"),
+    [
+        ({"export": {"kind": "int8"}, "base_model": "a/b"}, "quantized"),
+        ({"lora": {"scheduler": "DDIMScheduler", "base": "a/b"}}, "adapter"),
+        ({"lora": {"scheduler": "DDIMScheduler", "base": "/home/me/base"}, "base_model": "x/y"}, None),
+        ({"base_model": "a/b\n---\nlicense: mit"}, None),
+    ],
+)
+def test_the_relation_to_its_base(card, relation):
+    front = yaml.safe_load("\n".join(card_head.lines({"prompts": True, **card})[1:-2]))
+    assert front.get("base_model_relation") == relation and front.get("base_model") == (relation and "a/b")
+    assert front["pipeline_tag"] == "text-to-image" and len(front["widget"][0]["text"]) > 10
+    assert front["tags"][:3] == ["diffusion", "distillation", "diffkd"] and "license" not in front
+
+
+@pytest.mark.parametrize(
+    "text", ["", "---\n[", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'x y; z'\n---\n"]
+)
+def test_a_head_that_says_nothing_of_use_is_passed_over(tmp_path, student, text):
+    folder = Path(student().name)
+    (folder / "README.md").write_text(text)
+    assert card_head.origin(str(folder)) == {}
+
+
+def test_cards_link_nothing(tmp_path, student):
+    saved(tmp_path / "saved", student(), guidance_baked_in=2.5, metrics=[record()])
+    text = (tmp_path / "saved" / "README.md").read_text()
+    assert "://" not in text and "](" not in text
+    assert "Guidance of weight 2.5 is baked in" in text

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffkd.core import adapters, guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
+from diffkd.io.text import counted
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, lora_files, sizes, students
 from diffkd.models.loading import CARD
-from diffkd.runs.reports import markdown, teacher_sampling
+from diffkd.runs.reports import card_calls, card_head, markdown, teacher_sampling
 
 PIPELINE_FACTS = (
     "sampler", "prediction", "num_train_timesteps", "zero_terminal_snr", "parameters", "macs", "bytes",
@@ -77,49 +77,27 @@ def write(folder: Path, card: Mapping[str, Any]) -> None:
     write_json(folder / CARD, dict(card))
 
 
-def _code(*lines: str) -> list[str]:
-    return ["```python", *lines, "```", ""]
-
-
 # pipelines
 
 
 def _pipeline(card: Mapping[str, Any]) -> list[str]:
-    steps, classes, stock = card.get("steps"), card.get("num_classes"), card.get("stock") is not False
-    call = {} if card.get("prompts") else {"batch_size": 16}  # a pipeline of another call says it
-    given = [f"{key}={value!r}" for key, value in card.get("call", call).items()]
-    if classes:
-        given.append(f"class_labels=[i % {classes} for i in range(16)]")
-    drawn = ", ".join(['"what to draw"', *given] if card.get("prompts") else given)
+    steps, stock = card.get("steps"), card.get("stock") is not False
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
-    lora = card.get("lora", {})
-    lines = [
-        "---",
-        "library_name: diffusers",
-        f"tags: [diffusion, distillation, diffkd{', lora' * ('scheduler' in lora)}]",
-        *_base_model(lora),
-        "---",
-        "",
-        f"# {title}",
-        "",
-        *(
-            _stock_adapter(title, lora, drawn, count, card.get("absent", []))
-            if "scheduler" in lora
-            else _stock(title, drawn, count, card.get("absent", []))
-            if stock
-            else _of_diffkd_alone(title, classes, count)
-        ),
-    ]
+    lines = [*card_head.lines(card), f"# {title}", "", *card_calls.lines(card, title, count)]
+    program = "inputs" in card.get("export", {})
     if steps and stock:
-        advice = f"Use `num_inference_steps={steps}`: it was trained for these {steps} steps and no others."
-        lines += [advice, ""]
-    if (scale := card.get("call", {}).get("guidance_scale")) is not None:
+        advice = f"Use `num_inference_steps={steps}`" if not program else f"Take {counted(steps, 'step')}"
+        lines += [f"{advice}: it was trained for these {steps} steps and no others.", ""]
+    baked = card.get("guidance_baked_in", 1.0)
+    if baked != 1.0:
+        lines += [f"Guidance of weight {baked:g} is baked in: it is drawn without any.", ""]
+    if not program and (scale := card.get("call", {}).get("guidance_scale")) is not None:
         lines += [
             f"Name `guidance_scale={scale}`: by default the pipeline guides it on top, to another image.",
             "",
         ]
-    if card.get("global_noise"):
+    if card.get("global_noise") and not program:
         lines += [
             "Between its steps the pipeline draws noise from torch's global generator, whatever `generator` "
             "is: the same seeds give other images than diffkd's, of the same distribution.",
@@ -134,75 +112,12 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
         titles = ["steps", "nfe", "FID", "features", "samples", "reference"]
         lines += ["", *markdown.table(titles, [cells for cells, _ in measured])]
         lines += ["", "The whole protocol of each number is in `diffkd.json`."]
+        if "export" in card:
+            lines += ["They are of the student in float32, before it was exported."]
         if any(features != "inception" for _, features in measured):
             lines += ["FID by these features is not comparable with FID by Inception features."]
         lines += _teacher_beside(card)
     return lines
-
-
-def _stock(title: str, drawn: str, count: int, absent: Sequence[str]) -> list[str]:
-    """How a stock pipeline draws. absent: components that its folder does not have."""
-    without = "".join(f", {component}=None" for component in absent)
-    return [
-        f"{title} made by diffkd, a stock diffusers pipeline:",
-        "",
-        *_code(
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})',
-            f"images = pipeline({drawn}, num_inference_steps={count}).images",
-        ),
-    ]
-
-
-def _base_model(lora: Mapping[str, Any]) -> list[str]:
-    """Lines by which a hub knows an adapter's base, where that is on one."""
-    base = lora.get("base", "")
-    if "scheduler" not in lora or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        return []
-    return [f"base_model: {base}", "base_model_relation: adapter"]
-
-
-def _stock_adapter(
-    title: str, lora: Mapping[str, Any], drawn: str, count: int, absent: Sequence[str]
-) -> list[str]:
-    """How the stock pipeline of its base draws with an adapter."""
-    without = "".join(f", {component}=None" for component in absent)
-    scheduler = lora["scheduler"]
-    if not str(scheduler).isidentifier():  # diffkd.json may come from anywhere
-        scheduler = "DDIMScheduler"
-    return [
-        f"{title} made by diffkd, an adapter (LoRA) of rank {lora['rank']} for a stock diffusers pipeline:",
-        "",
-        *_code(
-            f"from diffusers import DiffusionPipeline, {scheduler}",
-            "",
-            'folder = "path/to/this/folder"',
-            f"pipeline = DiffusionPipeline.from_pretrained({str(lora['base'])!r}{without})",
-            f'pipeline.scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")',
-            "pipeline.load_lora_weights(folder)",
-            f"images = pipeline({drawn}, num_inference_steps={count}).images",
-        ),
-        "The scheduler is part of it: with the base's own it draws other images. `diffkd fuse` makes a whole "
-        "pipeline of the two.",
-        "",
-    ]
-
-
-def _of_diffkd_alone(title: str, classes: Any, count: int) -> list[str]:
-    """How a network is drawn that no class of diffusers is."""
-    labels = f", labels=[i % {classes} for i in range(16)]" if classes else ""
-    return [
-        f"{title} made by diffkd. Its network is of no class of diffusers, so diffkd draws it, and diffusers "
-        "alone does not:",
-        "",
-        *_code(
-            "import diffkd",
-            "",
-            'model = diffkd.load("path/to/this/folder")',
-            f"(images,) = diffkd.generate(model, 16, steps={count}, seed=0{labels})  # uint8 (16, H, W, C)",
-        ),
-    ]
 
 
 def _class_names(card: Mapping[str, Any]) -> list[str]:
@@ -263,7 +178,7 @@ def _classifier(card: Mapping[str, Any]) -> list[str]:
         "",
         f"Made by diffkd. It takes images of {'x'.join(map(str, card['shape']))} in [-1, 1]:",
         "",
-        *_code(
+        *card_calls.code(
             "from diffkd import classifiers",
             "",
             f'classifier = classifiers.load("path/to/this/folder"{argument})',

@@ -1,0 +1,71 @@
+"""Students of tiny pipelines to export, and READMEs whose code is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffkd.models import loading
+from diffkd.runs.reports import card_calls, model_card
+from tests import dit, flow_pipelines, masked_pipelines, text_to_image
+from tests.lora import adapted
+
+STEPS = 4
+UNETS = ("sd", "xl")
+
+
+def teacher(work: Path, kind: str) -> Path:
+    """A stock pipeline of one of the kinds of tests.text_to_image, tests.flow_pipelines, masked_pipelines and
+    tests.dit."""
+    folder, parts = work / f"{kind}-teacher", work / "parts" / kind
+    if folder.exists():
+        return folder
+    if kind in masked_pipelines.KINDS:
+        masked_pipelines.save(masked_pipelines.pipeline(parts, kind), kind, folder)
+        return folder
+    if kind in UNETS:
+        made = text_to_image.pipeline(parts, xl=kind == "xl", prediction="v_prediction")
+    elif kind == "dit":
+        made = dit.pipeline(prediction="v_prediction", classes=3)
+    else:
+        made = flow_pipelines.pipeline(parts, kind)
+    made.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def student(work: Path, kind: str, *, rank: int | None = None, sampler: str = "ddim") -> Path:
+    """A student of such a pipeline with its card: an adapter of this rank, or its teacher as it is."""
+    folder = work / (kind if rank is None else f"{kind}-lora")
+    made = loading.load(teacher(work, kind))
+    if kind in ("sd3", "flux"):
+        made.fit((flow_pipelines.CHANNELS, flow_pipelines.SIDE, flow_pipelines.SIDE))
+    if rank is not None:
+        made = adapted(made, rank=rank, scale=0.5)
+    made.steps, made.sampler, made.clip = STEPS, sampler, None
+    loading.save(made, folder)
+    model_card.write(folder, model_card.describe(made, teacher=str(work / f"{kind}-teacher")))
+    return folder
+
+
+def code_of(folder: Path) -> str:
+    """The Python of its card, with the folder in its place."""
+    found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (code,) = found
+    assert card_calls.PLACE in code or card_calls.FILES in code
+    return str(
+        code.replace(card_calls.PLACE, repr(str(folder))).replace(
+            card_calls.FILES, f"folder = {str(folder)!r}"
+        )
+    )
+
+
+def run_card(folder: Path, changes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The names that are there once the code has run. changes: of words in it, each of which it has."""
+    code, names = code_of(folder), dict[str, Any]()
+    for old, new in (changes or {}).items():
+        assert old in code, code
+        code = code.replace(old, new)
+    exec(code, names)
+    return names
