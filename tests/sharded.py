@@ -3,8 +3,8 @@
 Its argument is that of tests/parallel.py with, beside it, network ("digits": that of the digits student),
 strike (rank, and the number of the checkpoint amid whose writing that process is killed). Each process leaves
 `watched-RANK.json`: saved, the bytes that it wrote of each checkpoint; exchanged, those of each checkpoint by
-collective; updates, those of each update; state, the bytes of weights, moments and average that it holds; rest,
-those of the weights in no block that is gathered by itself; peak, of its memory above what it had before. The
+collective; updates, those of each update; state, the bytes of weights, moments and average that it holds;
+rest, those of the weights in no block that is gathered by itself; peak, of its memory above the start. The
 main one leaves the whole tensors of its state, `gathered.safetensors` when it was last saved and
 `restored.safetensors` when it was restored.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,9 @@ def test_two_nodes_are_one_run_and_go_on_after_their_time(tmp_path, tiny_teacher
         (tmp_path / "bin" / name).chmod(0o755)
     write("run.yaml", STOPPED, teacher={"path": str(tiny_teacher)}, out=str(tmp_path / "whole"))
     assert launched(2, "distill", "run.yaml").returncode == 0
+    places = [tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     environment = {
-        **ONE_THREAD, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        **ONE_THREAD, "PATH": ":".join(map(str, places)), "PYTHONPATH": str(ROOT),
         "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_ID": str(os.getpid()), "STOP_AFTER": "1s",
         "REQUEUED": str(tmp_path / "requeued"),
