@@ -2,6 +2,7 @@
 
     python scripts/bench_sampling.py [--device cuda] [--plot docs/throughput.png] [--profile digits]
     python scripts/bench_sampling.py --students runs/digits-dit/students/4-steps --batches 16
+    python scripts/bench_sampling.py --modes graph eager compile --ways memory stock --no-start
 
 (Figures: docs/performance.md.) All ways of drawing the same images take turns in one process; a ratio is the
 median over rounds of its rate by the bare calls' of that round: those of the network, and of an
@@ -15,6 +16,7 @@ autoencoder, that a draw makes, repeated on the same inputs. On CUDA these are c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,19 +53,31 @@ BATCHES = {
     "cuda": dict.fromkeys(NETWORKS, (1, 16, 256)),
 }
 SECONDS = 0.8  # of a turn
+WAYS = ("memory", "npz", "png", "stock")  # beside the network alone
 PROMPT = "a small red ring above a large blue square"
 Recorded = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What is measured of each network and batch size. modes: of the generator; ways: some of WAYS; seconds:
+    of each of their turns, in so many rounds."""
+
+    modes: Sequence[str]
+    ways: Sequence[str]
+    rounds: int
+    seconds: float
+
+
 class Ways:
     """The ways to draw `count` images of one network at one batch size. call: further arguments of the stock
-    pipeline's."""
+    pipeline's. mode: of the generator."""
 
     def __init__(
-        self, denoiser: Denoiser, batch: int, folder: Path, stock: Any, call: Mapping[str, Any]
+        self, denoiser: Denoiser, batch: int, folder: Path, stock: Any, call: Mapping[str, Any], mode: str
     ) -> None:
         self.denoiser, self.batch, self.folder, self.stock = denoiser, batch, folder, stock
-        self.device = denoiser.device
+        self.device, self.mode = denoiser.device, mode
         self.prompts = None if denoiser.conditioner is None else [PROMPT]
         self.call = {**call, **({"prompt": [PROMPT] * batch} if self.prompts else {})}
         self.count = batch
@@ -97,12 +112,12 @@ class Ways:
 
         return run
 
-    def _generator(self, count: int, mode: str = "auto") -> ImageGenerator:
+    def _generator(self, count: int, mode: str) -> ImageGenerator:
         return ImageGenerator(self.denoiser, count, prompts=self.prompts, batch_size=self.batch, mode=mode)
 
     def generator(self) -> ImageGenerator:
         if self.count not in self.prepared:
-            self.prepared = {self.count: self._generator(self.count)}
+            self.prepared = {self.count: self._generator(self.count, self.mode)}
             self.prepared[self.count].prepare()
         return self.prepared[self.count]
 
@@ -197,41 +212,40 @@ def open_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def measure(
-    name: str, denoiser: Denoiser, folder: Path, dtype: torch.dtype, rounds: int, sizes: Sequence[int]
+    name: str, denoiser: Denoiser, folder: Path, dtype: torch.dtype, turns: Turns, sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
     """folder: where it is saved."""
     rows = []
     stock, call = open_stock(folder, denoiser.device, dtype), loading.card(folder).get("call", {})
     denoiser.to(dtype)
+    names = ("network", *turns.ways)
     with tempfile.TemporaryDirectory() as place:
-        for batch in sizes:
-            ways = Ways(denoiser, batch, Path(place), stock, call).sized(SECONDS)
-            names = ("network", "memory", "npz", "png", "stock")
+        for batch, mode in itertools.product(sizes, turns.modes):
+            ways = Ways(denoiser, batch, Path(place), stock, call, mode).sized(turns.seconds)
             for way in names:
                 ways.turn(way)  # once before it counts
             rates: dict[str, list[float]] = {way: [] for way in names}
-            for number in range(rounds):
-                for way in names[number % 5 :] + names[: number % 5]:
+            for number in range(turns.rounds):
+                first = number % len(names)
+                for way in names[first:] + names[:first]:
                     rates[way].append(ways.turn(way))
             over = {
                 way: statistics.median(a / b for a, b in zip(rates[way], rates["network"], strict=True))
                 for way in names
             }
-            over["over stock"] = statistics.median(
-                a / b for a, b in zip(rates["memory"], rates["stock"], strict=True)
-            )
+            if {"memory", "stock"} <= rates.keys():
+                over["over stock"] = statistics.median(
+                    a / b for a, b in zip(rates["memory"], rates["stock"], strict=True)
+                )
             row = {
                 "network": name, "batch": batch, "path": ways.generator().prepare().path,
                 "rates": {way: statistics.median(found) for way, found in rates.items()}, "over": over,
             }  # fmt: skip
             rows.append(row)
-            print(
-                f"| {name} ({parameters(denoiser)}) | {batch} | {row['path']} "
-                f"| {row['rates']['network']:,.1f} | {row['rates']['memory']:,.1f} "
-                + "".join(f"| {over[way]:.3f} " for way in ("memory", "npz", "png", "stock", "over stock"))
-                + "|",
-                flush=True,
-            )
+            shown = [f"{row['rates'][way]:,.1f}" if way in rates else "" for way in ("network", "memory")]
+            shown += [f"{over[way]:.3f}" if way in over else "" for way in (*WAYS, "over stock")]
+            cells = (f"{name} ({parameters(denoiser)})", batch, row["path"], *shown)
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return rows
 
 
@@ -317,6 +331,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each turn")
+    parser.add_argument("--modes", nargs="+", default=["auto"], choices=cuda_graphs.MODES)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="beside the network")
+    parser.add_argument("--no-start", action="store_true", help="without whole processes")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument(
         "--students", nargs="+", type=Path, help="folders of students, in place of the networks"
@@ -325,6 +343,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--profile", choices=list(NETWORKS))
     given = parser.parse_args()
+    if given.plot and (len(given.modes) > 1 or not {"memory", "png", "stock"} <= {*given.ways}):
+        parser.error("--plot draws memory, png and stock in one of --modes")
+    turns = Turns(given.modes, given.ways, given.rounds, given.seconds)
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     diffusers.utils.logging.set_verbosity_error()
@@ -343,7 +364,7 @@ def main() -> None:
         for folder in given.students:
             student = loading.load(folder, device=device).eval()
             name = f"{folder.parent.parent.name}, {folder.name}"
-            measure(name, student, folder, dtype, given.rounds, given.batches or BATCHES["cuda"]["digits"])
+            measure(name, student, folder, dtype, turns, given.batches or BATCHES["cuda"]["digits"])
         return
     rows = []
     for name in given.networks:
@@ -351,8 +372,9 @@ def main() -> None:
         denoiser.steps = STEPS
         with tempfile.TemporaryDirectory() as place:
             folder = save(denoiser, Path(place) / "model")
-            rows += measure(name, denoiser, folder, dtype, given.rounds, given.batches or sizes[name])
-    start(given.rounds)
+            rows += measure(name, denoiser, folder, dtype, turns, given.batches or sizes[name])
+    if not given.no_start:
+        start(given.rounds)
     if given.plot:
         plot(rows, given.plot, describe(device))
 

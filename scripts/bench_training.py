@@ -6,8 +6,8 @@
 The minimum is written out by hand (scripts/minimums.py): the same passes, fused AdamW for every network that
 learns, the student's average, nothing else. It runs between the updates of a real stage, so other work on the
 machine hits both alike, and on a CPU the clock is the process's own time; the ratio is the median over the
-updates. Then, without --method, what a checkpoint costs a stage that saves one every few updates. --profile:
-where the time of an update goes.
+updates. Then, without --method or --no-checkpoints, what a checkpoint costs a stage that saves one every few
+updates. --profile: where the time of an update goes.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bf16"))
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--no-checkpoints", action="store_true", help="without what they cost")
     parser.add_argument(
         "--method", nargs="+", default=[], choices=["all", *SETTINGS], help="default progressive"
     )
@@ -169,23 +170,24 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("torch").setLevel(logging.ERROR)
     print(describe(device))
-    sizes = BATCH[device.type]
+    sizes = {name: given.batch or [size] for name, size in BATCH[device.type].items()}
     chosen = list(SETTINGS) if "all" in given.method else given.method or ["progressive"]
     if given.profile:
         for method in chosen:
-            profile(given.profile, device, precision, given.batch or sizes[given.profile], method)
+            profile(given.profile, device, precision, max(sizes[given.profile]), method)
         return
     print("| method | network | batch | precision | our update | the minimum | ratio | peak memory, GB |")
     print("|---|---|---|---|---|---|---|---|")
     for method in chosen:
         for name in given.networks:
-            measure(name, device, precision, given.updates, given.batch or sizes[name], method)
-    if given.method:
+            for batch in sizes[name]:
+                measure(name, device, precision, given.updates, batch, method)
+    if given.method or given.no_checkpoints:
         return
     print("\n| network | batch | checkpoint | an update | the copy | all that it costs | in updates |")
     print("|---|---|---|---|---|---|---|")
     for name in given.networks:
-        pause(name, device, precision, given.batch or sizes[name])
+        pause(name, device, precision, max(sizes[name]))
 
 
 if __name__ == "__main__":

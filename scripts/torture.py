@@ -3,8 +3,9 @@ for byte, with runs that were not killed.
 
     python scripts/torture.py --kills 40
 
-Half of the runs are of one process, half of two; half are a progressive distillation, half a chain of methods
-with pairs, target networks and several networks that learn. A kill is SIGKILL, now and then SIGTERM, to one
+A third of the runs are of one process, a third of two that hold copies, a third of two that hold shards
+(FSDP2) and write a checkpoint together; half are a progressive distillation, half a chain of methods with
+pairs, target networks and several networks that learn. A kill is SIGKILL, now and then SIGTERM, to one
 process: after a random time, in an update between the gradient of one of its losses and the step, in an
 evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations
 (open, rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json
@@ -67,6 +68,10 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
         {"name": "adversarial", "r1": 1.0, "updates": 7},
     ],
 }
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {  # processes, and variables of their environment
+    "one": (1, {}), "copies": (2, {}), "shards": (2, SHARDS),
+}  # fmt: skip
 PLACES = ("checkpoints", "students", "samples", "pairs", "teacher/teacher", "metrics.json", "log.jsonl")
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
@@ -144,9 +149,10 @@ def command(processes: int, fault: dict[str, Any]) -> list[str]:
     return [*launcher, __file__, "--child", json.dumps(fault), "distill", "distill.yaml"]
 
 
-def start(folder: Path, processes: int, fault: dict[str, Any]) -> tuple[int, str]:
+def start(folder: Path, layout: str, fault: dict[str, Any]) -> tuple[int, str]:
     """One attempt; its exit status and stderr."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes, variables = LAYOUTS[layout]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run(
         command(processes, fault), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -160,18 +166,20 @@ def prepare(folder: Path, chain: str) -> Path:
     return folder
 
 
-def draw(rng: random.Random, processes: int, chain: str) -> dict[str, Any]:
+def draw(rng: random.Random, layout: str, chain: str) -> dict[str, Any]:
     kind = rng.choice(["time", "disk", "disk", "disk", "update", "evaluation"])
     fault: dict[str, Any] = {
         "kind": kind,
         "signal": int(signal.SIGTERM if rng.random() < 0.15 else signal.SIGKILL),
-        "rank": rng.randrange(processes),
+        "rank": rng.randrange(LAYOUTS[layout][0]),
     }
     if kind == "time":
         return {**fault, "at": rng.uniform(0, 1.5)}
-    if kind == "disk":  # only the main process writes
+    if kind == "disk":  # only the main process writes, but for checkpoints of shards
         places = [place for place in PLACES if place != "pairs" or chain == "networks"]
-        return {**fault, "rank": 0, "place": rng.choice(places), "at": rng.randint(1, 12)}
+        fault["place"], fault["at"] = rng.choice(places), rng.randint(1, 12)
+        together = layout == "shards" and fault["place"] == "checkpoints"
+        return {**fault, "rank": fault["rank"] if together else 0}
     return {**fault, "at": rng.randint(1, 12)}
 
 
@@ -216,36 +224,38 @@ def differences(whole: Path, tortured: Path) -> tuple[int, list[str]]:
     return len(same), different + [name for name in same if content(one[name]) != content(two[name])]
 
 
-def torture(kills: int, seed: int, place: Path, chains: Sequence[str], say: Any = print) -> int:
+def torture(
+    kills: int, seed: int, place: Path, chains: Sequence[str], layouts: Sequence[str], say: Any = print
+) -> int:
     """Returns how many files differ."""
     rng = random.Random(seed)
     done: Counter[str] = Counter()
     runs = compared = 0
     different: list[str] = []
-    groups = [(processes, chain) for processes in (1, 2) for chain in chains]
-    for number, (processes, chain) in enumerate(groups):
+    groups = [(layout, chain) for layout in layouts for chain in chains]
+    for number, (layout, chain) in enumerate(groups):
         share = (kills + len(groups) - 1 - number) // len(groups)
         now = prepare(place / "now", chain)  # always the same path: records hold it
         never = {"kind": "never"}
-        status, err = start(now, processes, never)
+        status, err = start(now, layout, never)
         if status:
             raise SystemExit(f"the run without kills ended with {status}: {err}")
-        whole = now.rename(place / f"whole-{chain}-{processes}")
+        whole = now.rename(place / f"whole-{chain}-{layout}")
         left = share
         while left:
             runs += 1
             now, status = prepare(place / "now", chain), 1
             while status:
-                fault = draw(rng, processes, chain) if left else never
+                fault = draw(rng, layout, chain) if left else never
                 struck = now / "struck"
                 struck.unlink(missing_ok=True)
-                status, err = start(now, processes, {**fault, "struck": str(struck)})
+                status, err = start(now, layout, {**fault, "struck": str(struck)})
                 if struck.exists():
                     left -= 1
                     kind = f"{fault['kind']} {fault.get('place', '')}".strip()
                     done[kind] += 1
                     name = signal.Signals(fault["signal"]).name
-                    say(f"run {runs}, {chain} of {processes}: {name}, {kind}")
+                    say(f"run {runs}, {chain} of {layout}: {name}, {kind}")
                 elif status:
                     raise SystemExit(f"run {runs} ended with {status} though nothing was killed: {err}")
             count, wrong = differences(whole, now.rename(place / f"run-{runs}"))
@@ -270,12 +280,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chain", choices=CHAINS, help="runs of this one alone; default both")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of these processes alone; default all")
     parser.add_argument("--out", type=Path, help="folder to keep the runs in; default a temporary one")
     options = parser.parse_args()
     place = options.out or Path(tempfile.mkdtemp())
     try:
         chains = [options.chain] if options.chain else [*CHAINS]
-        wrong = torture(options.kills, options.seed, place.resolve(), chains)
+        layouts = [options.layout] if options.layout else [*LAYOUTS]
+        wrong = torture(options.kills, options.seed, place.resolve(), chains, layouts)
     finally:
         if options.out is None:
             shutil.rmtree(place)

@@ -1,13 +1,15 @@
-"""Checkpoints: written in the background, whole or not at all; verified before they are used."""
+"""Checkpoints: written in the background, whole or not at all; verified before they are used.
+
+Either by the main process alone, or by several processes together, each its part (`parts`).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.io.files import new_folder, sha256
+from diffkd.io.files import new_folder, sha256, sync
 from diffkd.io.places import free_bytes
 from diffkd.io.system_errors import explained, is_disk_full
-from diffkd.io.text import changes, format_bytes, from_json, log, read_text, reason
+from diffkd.io.text import changes, format_bytes, log, reason
+from diffkd.training import manifest
+from diffkd.training.manifest import Damaged
+from diffkd.training.parts import SUFFIX, file_name, is_divided, opened
+from diffkd.training.sharding import Stored
+from diffkd.training.team import ALONE, Team
 
-SCHEMA = 2
-MANIFEST = "checkpoint.json"
-NAME = re.compile(r"stage-(\d+)-update-(\d+)")
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 
 # Config keys that do not change a run's result: they may change half way, if the user allows it.
@@ -37,15 +41,12 @@ MOVABLE = ("out",)  # keys that change when a run folder is moved
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """update: how many are done. state: everything that is not a tensor."""
+    """update: how many are done. tensors: whole, in the main process alone; or in parts, in every process.
+    state: everything that is not a tensor."""
 
     update: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Stored]]
     state: dict[str, Any]
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was written, proven by its digests; the message says how."""
 
 
 class Checkpoints:
@@ -75,20 +76,28 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, stage_index: int, update: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
-        """Starts writing one, once the previous one is written. tensors: on the host, and not changed later.
+    def save(
+        self,
+        stage_index: int,
+        update: int,
+        tensors: Tensors,
+        state: Mapping[str, Any],
+        team: Team = ALONE,
+    ) -> None:
+        """Starts writing one, once the previous one is written. tensors: on the host, and not changed later;
+        of several processes, which all call this, each its own. state: the main process's counts.
 
         Raises what writing the previous one failed with; see `wait`.
         """
         self.wait()
         content = {
-            "schema": SCHEMA, "stage_index": stage_index, "update": update, "config": self.config,
-            "state": json.loads(json.dumps(state)),
+            "schema": manifest.SCHEMA if team.world == 1 else manifest.IN_PARTS, "stage_index": stage_index,
+            "update": update, "config": self.config, "state": json.loads(json.dumps(state)),
         }  # fmt: skip
 
         def write() -> None:
             try:
-                self._write(content, tensors)
+                self._write(content, tensors, team)
             except BaseException as error:
                 self._error = error
 
@@ -103,7 +112,8 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until everything is written. Raises Unfinished if it could not be."""
+        """Waits until everything is written, of several processes this one's part. Raises Unfinished if it
+        could not be."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -119,21 +129,20 @@ class Checkpoints:
         paths, self._written = self._written, []
         return paths
 
-    def _write(self, content: dict[str, Any], tensors: Tensors) -> None:
-        path = self.folder / _name(content["stage_index"], content["update"])
+    def _write(self, content: dict[str, Any], tensors: Tensors, team: Team) -> None:
+        path = self.folder / manifest.name_of(content["stage_index"], content["update"])
+        own = sum(value.nbytes for values in tensors.values() for value in values.values())
+        size = sum(team.each(lambda: own))
         try:
-            with new_folder(path) as temporary:
-                files = {}
-                for name, values in tensors.items():
-                    file = temporary / f"{name}.safetensors"
-                    save_file({key: value.contiguous() for key, value in values.items()}, file)
-                    files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                content = {**content, "files": files}
-                content["digest"] = _digest(content)
-                (temporary / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
-                self._before_rename()
+            with ExitStack() as stack:
+                temporary = team.first(lambda: stack.enter_context(new_folder(path)))
+                written = team.each(lambda: _write_files(temporary, tensors, team))
+                if team.main:
+                    content = {**content, "files": {k: file for part in written for k, file in part.items()}}
+                    content["digest"] = manifest.digest(content)
+                    (temporary / manifest.FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+                    self._before_rename()
         except (OSError, SafetensorError) as error:
-            size = sum(value.nbytes for values in tensors.values() for value in values.values())
             full = is_disk_full(error)
             room = f"the disk is full ({format_bytes(free_bytes(self.folder))} free)"
             why = room if full else getattr(error, "strerror", None) or reason(error)
@@ -142,6 +151,11 @@ class Checkpoints:
                 f"good one is kept: {'make room' if full else 'mend that'}, and the same command resumes "
                 "from it"
             ) from error
+        if team.main:
+            self._delete_superseded(path)
+
+    def _delete_superseded(self, path: Path) -> None:
+        """By the checkpoint at path, which was just written."""
         checkpoints = self._all()
         after = checkpoints.index(path) + 1
         later = [old for old in checkpoints[after:] if old in self._damaged]
@@ -151,8 +165,9 @@ class Checkpoints:
             except OSError as error:  # of another user's
                 log.warning("checkpoint %s is superseded and cannot be deleted (%s)", old, reason(error))
 
-    def load(self, stage_index: int) -> Checkpoint | None:
-        """The newest intact checkpoint of a stage; None if there is none.
+    def load(self, stage_index: int, team: Team = ALONE) -> Checkpoint | None:
+        """The newest intact checkpoint of a stage; None if there is none. Every process of the team must call
+        it.
 
         A damaged one gets a warning, and the one before it is tried. Whatever else is wrong with one ends
         the run, as going back would lose work: raises UserError for one that cannot be read, was renamed, or
@@ -160,16 +175,17 @@ class Checkpoints:
         """
         found = self.folder
         try:
-            for found in reversed(self._all()):
-                if _numbers(found)[0] == stage_index:
+            for found in reversed(team.first(self._all)):
+                if manifest.numbers(found)[0] == stage_index:
                     try:
-                        return self._read(found)
+                        return self._read(found, team)
                     except Damaged as error:
                         self._damaged.add(found)
-                        log.warning(
-                            "checkpoint %s cannot be used (%s); falling back to the one before",
-                            found.name, error,
-                        )  # fmt: skip
+                        if team.main:
+                            log.warning(
+                                "checkpoint %s cannot be used (%s); falling back to the one before",
+                                found.name, error,
+                            )  # fmt: skip
         except (OSError, SafetensorError) as error:
             raise explained(error, f"checkpoint {found} cannot be read") or UserError(
                 f"checkpoint {found} cannot be read ({reason(error)}); repair it, or move it elsewhere to go "
@@ -177,19 +193,22 @@ class Checkpoints:
             ) from error
         return None
 
-    def _read(self, path: Path) -> Checkpoint:
-        content = _manifest(path)
+    def _read(self, path: Path, team: Team) -> Checkpoint:
+        content = team.first(lambda: manifest.read(path))
         self._check_config(path, content["config"])
-        tensors = {}
-        for name, file in content["files"].items():
-            try:
-                if (path / name).stat().st_size != file["bytes"]:
-                    raise Damaged(f"{name} is torn")
-                if sha256(path / name) != file["sha256"]:
-                    raise Damaged(f"{name} was altered")
-            except FileNotFoundError:
-                raise Damaged(f"{name} is missing") from None
-            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        files: dict[str, dict[str, Any]] = content["files"]
+        if is_divided(files):  # each process verifies its share of them, and reads of all what it needs
+            share = dict([*files.items()][team.rank :: team.world])
+            team.each(lambda: _verify(path, share))
+            return Checkpoint(content["update"], opened(path, files), content["state"])
+        tensors: dict[str, dict[str, Tensor]] = {}
+
+        def read() -> None:
+            if team.main:
+                _verify(path, files)
+                tensors.update({name.removesuffix(SUFFIX): load_file(path / name) for name in files})
+
+        team.each(read)
         return Checkpoint(content["update"], tensors, content["state"])
 
     def _check_config(self, path: Path, config: Any) -> None:
@@ -206,50 +225,40 @@ class Checkpoints:
             paths = list(self.folder.iterdir())  # not glob, which passes over a folder that cannot be read
         except FileNotFoundError:
             return []
-        found = [p for p in paths if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-        return sorted(found, key=_numbers)
+        found = [p for p in paths if manifest.NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+        return sorted(found, key=manifest.numbers)
+
+
+def _write_files(folder: Path, tensors: Tensors, team: Team) -> dict[str, dict[str, Any]]:
+    """Writes what this process holds; size and digest of each file by its name."""
+    if not folder.is_dir():
+        raise UserError(
+            f"process {team.rank} does not see {folder.parent}, where the main one writes; put out on a file "
+            "system that all processes share"
+        )
+    files = {}
+    for name, values in tensors.items():
+        if not values and not team.main:
+            continue
+        file = folder / file_name(name, team.rank, team.world)
+        save_file({key: value.contiguous() for key, value in values.items()}, file)
+        sync(file)  # by the host that wrote it
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return files
+
+
+def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Damaged for a file that is not what was written."""
+    for name, file in files.items():
+        try:
+            if (folder / name).stat().st_size != file["bytes"]:
+                raise Damaged(f"{name} is torn")
+            if sha256(folder / name) != file["sha256"]:
+                raise Damaged(f"{name} was altered")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
 
 
 def is_resumable(key: str) -> bool:
     """Whether a config key may differ from a checkpoint's."""
     return any(key == one or key.startswith(f"{one}.") for one in (*RESUMABLE_CHANGES, *MOVABLE))
-
-
-def _name(stage_index: int, update: int) -> str:
-    return f"stage-{stage_index:02d}-update-{update:07d}"
-
-
-def _numbers(path: Path) -> tuple[int, int]:
-    """Stage and update, from a checkpoint's name."""
-    stage, update = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
-    return int(stage), int(update)
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """Raises Damaged if it is not what was written, UserError if it is of another version or was renamed."""
-    try:
-        content = from_json(read_text(path / MANIFEST))
-    except FileNotFoundError:
-        raise Damaged(f"{MANIFEST} is missing") from None
-    except ValueError as error:
-        raise Damaged(f"{MANIFEST} is no JSON: {reason(error)}") from error
-    if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise Damaged(f"{MANIFEST} was altered")
-    if content["schema"] != SCHEMA:  # after the digest, which is the same in every version
-        which, remedy = (
-            ("a newer", "update diffkd") if content["schema"] > SCHEMA else ("an older", "delete it")
-        )
-        raise UserError(
-            f"checkpoint {path} was written by {which} diffkd (schema {content['schema']}, this one reads "
-            f"{SCHEMA}); {remedy}, or use the diffkd that wrote it"
-        )
-    own = _name(content["stage_index"], content["update"])
-    if path.name != own:
-        raise UserError(
-            f"checkpoint {path} is {own} by its {MANIFEST}; give it that name again, or move it out"
-        )
-    return content
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """A network that learns, with its optimizer and moving average, over all processes: as copies, or as shards.
 
-What each process holds of it differs; what `tensors` returns and `load` takes does not.
+What each process holds of it differs, and so does what it keeps of it; `load` takes what any of them kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffkd.core import adapters
 from diffkd.methods.base import Optimization
 from diffkd.training import optimizers
 from diffkd.training.config import Training
-from diffkd.training.sharding import average_gradients, fill, unsharded
+from diffkd.training.sharding import Stored, average_gradients, fill, own_rows, unsharded
 
 
 class Learner(ABC):
@@ -38,6 +38,7 @@ class Learner(ABC):
     optimizer: Any
     params: list[nn.Parameter]
     average: EMAModel | None = None
+    in_parts = False  # whether each process keeps its own part of it, rather than the main one all
 
     def __init__(
         self,
@@ -116,11 +117,12 @@ class Learner(ABC):
                 param.copy_(value)
         return bare
 
-    # whole tensors, for checkpoints
+    # for checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Unsharded CPU copies, {"network": by name, "optimizer": by "name/key", "ema": by name}; empty on
-        every rank but 0. "ema" only if there is an average."""
+        """CPU copies of what this process keeps, {"network": by name, "optimizer": by "name/key", "ema": by
+        name}: its own rows if `in_parts`, or else whole tensors on rank 0 and none on the others. "ema" only
+        if there is an average."""
         named: dict[str, Iterator[tuple[str, Tensor]]] = {
             "network": iter(adapters.state(self.bare).items()), "optimizer": self._moments(),
         }  # fmt: skip
@@ -130,13 +132,17 @@ class Learner(ABC):
         for kind, values in named.items():
             copies[kind] = {}
             for name, value in values:
-                copied = unsharded(value, self.accelerator)
+                copied = self._copied(value)
                 if copied is not None:
                     copies[kind][name] = copied
         return copies
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Loads what `tensors` returned on rank 0, on any number of processes; the others pass {}."""
+    def _copied(self, value: Tensor) -> Tensor | None:
+        return unsharded(value, self.accelerator)
+
+    def load(self, tensors: Mapping[str, Mapping[str, Stored]]) -> None:
+        """Loads what `tensors` returned, on any number of processes: whole tensors on rank 0, the others pass
+        {}; or on each of them tensors in parts."""
         fill(adapters.state(self.bare), tensors.get("network", {}), self.accelerator)
         moments = tensors.get("optimizer", {})
         keys = [list(moments)]
@@ -159,7 +165,7 @@ class Learner(ABC):
             for key, value in optimizers.tensors(self.optimizer.state.get(param, {})):
                 yield f"{name}/{key}", value
 
-    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Tensor]) -> None:
+    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Stored]) -> None:
         """keys: those of the main process's moments."""
         of: dict[str, list[str]] = {}
         for key in keys:
@@ -206,6 +212,8 @@ class Copies(Learner):
 class Shards(Learner):
     """FSDP2: every process holds a part of each weight, gradient and moment."""
 
+    in_parts = True
+
     def _prepared(self, network: nn.Module) -> tuple[Any, Any]:
         # FSDP2 shards the network in place; this copy is what `finish` returns.
         self._whole = copy.deepcopy(network).cpu() if self.accelerator.is_main_process else None
@@ -231,7 +239,10 @@ class Shards(Learner):
         self._reshard()
         return super().tensors()
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _copied(self, value: Tensor) -> Tensor | None:
+        return own_rows(value, self.accelerator)
+
+    def load(self, tensors: Mapping[str, Mapping[str, Stored]]) -> None:
         self._reshard()
         super().load(tensors)
 

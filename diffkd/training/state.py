@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from diffkd.core import adapters, interval
@@ -21,7 +21,8 @@ from diffkd.training.divergence import DivergenceMonitor
 from diffkd.training.learner import Copies, Learner, Shards
 from diffkd.training.log import TrainingLog
 from diffkd.training.run_folder import RunFolder
-from diffkd.training.sharding import fill, unsharded
+from diffkd.training.sharding import Stored, fill, unsharded
+from diffkd.training.team import ALONE, Team, team_of
 from diffkd.training.zero import Zero
 
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,13 +37,15 @@ LEARNERS: dict[DistributedType, type[Learner]] = {
 class StageState:
     """Everything that changes during a stage, all of which a checkpoint holds.
 
-    followers: networks that do not learn and are not the teacher, which a method may move.
+    followers: networks that do not learn and are not the teacher, which a method may move. team: all
+    processes of the run.
     """
 
     learners: dict[str, Learner]
     followers: dict[str, nn.Module]
     log: TrainingLog
     monitor: DivergenceMonitor
+    team: Team
 
 
 def prepare(
@@ -72,7 +75,8 @@ def prepare(
             net.network = learners[name].network
     followers = {name: net for name, net in nets.items() if name not in (*trained, "teacher")}
     monitor = DivergenceMonitor(stage.name, training.max_skipped)
-    return StageState(learners, followers, TrainingLog(accelerator.device), monitor)
+    log = TrainingLog(accelerator.device)
+    return StageState(learners, followers, log, monitor, team_of(accelerator))
 
 
 def _is_trained(net: nn.Module) -> bool:
@@ -130,7 +134,10 @@ def _files(name: str) -> dict[str, str]:
 
 
 def save(accelerator: Accelerator, run: RunFolder, stage_index: int, done: int, state: StageState) -> None:
-    """Copies the state to the host and writes it while training goes on. Every process must call it."""
+    """Copies the state to the host and writes it while training goes on. Every process must call it.
+
+    A sharded network is written by all processes, each its part; what all hold whole by the main one.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, learner in state.learners.items():
         files = _files(name)
@@ -146,20 +153,19 @@ def save(accelerator: Accelerator, run: RunFolder, stage_index: int, done: int, 
         "meters": gather_object([state.log.state()]),
         "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
     }
-    if accelerator.is_main_process:
-        run.checkpoints.save(stage_index, done, tensors, content)
+    in_parts = any(learner.in_parts for learner in state.learners.values())
+    if in_parts or accelerator.is_main_process:
+        run.checkpoints.save(stage_index, done, tensors, content, state.team if in_parts else ALONE)
 
 
 def restore(accelerator: Accelerator, run: RunFolder, stage_index: int, state: StageState) -> int:
     """Loads the stage's newest checkpoint; the number of updates done, 0 if there is none."""
-    checkpoint = run.checkpoints.load(stage_index) if accelerator.is_main_process else None
-    shared = [None if checkpoint is None else (checkpoint.update, checkpoint.state)]
-    broadcast_object_list(shared)
-    if shared[0] is None:
+    checkpoint = run.checkpoints.load(stage_index, state.team)
+    if checkpoint is None:
         return 0
-    done, content = shared[0]
+    content = checkpoint.state
     try:
-        _fill(accelerator, state, {} if checkpoint is None else checkpoint.tensors)
+        _fill(accelerator, state, checkpoint.tensors)
         steps = {"student": content["ema_step"], **content.get("ema_steps", {})}  # the others' came later
         for name, learner in state.learners.items():
             if learner.average is not None:
@@ -173,11 +179,11 @@ def restore(accelerator: Accelerator, run: RunFolder, stage_index: int, state: S
     state.log.load(content["meters"], accelerator.process_index, accelerator.num_processes)
     if accelerator.scaler is not None and content["scaler"] is not None:
         accelerator.scaler.load_state_dict(content["scaler"])
-    return int(done)
+    return checkpoint.update
 
 
-def _fill(accelerator: Accelerator, state: StageState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """tensors: those of the main process, {} on the others."""
+def _fill(accelerator: Accelerator, state: StageState, tensors: Mapping[str, Mapping[str, Stored]]) -> None:
+    """tensors: those of the main process, {} on the others; or in parts, on each."""
     for name, learner in state.learners.items():
         learner.load({kind: tensors.get(file, {}) for kind, file in _files(name).items()})
     for name, net in state.followers.items():

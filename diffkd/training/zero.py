@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkd.errors import UserError
 from diffkd.training.learner import Learner, split
-from diffkd.training.sharding import fill
+from diffkd.training.sharding import Stored, fill
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -65,7 +65,7 @@ class Zero(Learner):
                 gradient.fill_(torch.nan)
         self.network.step()
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load(self, tensors: Mapping[str, Mapping[str, Stored]]) -> None:
         """DeepSpeed creates the moments in the first step, so one of zero gradients is made before."""
         if not self._zero.optimizer.state:
             self.set_rate(0.0)
@@ -86,7 +86,7 @@ class Zero(Learner):
             for state in list(self._zero.optimizer.state.values())[:1]:
                 yield f"{name}/step", state["step"]
 
-    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Tensor]) -> None:
+    def _load_moments(self, keys: Sequence[str], moments: Mapping[str, Stored]) -> None:
         targets = {key: self._empty(*split(key)) for key in keys}
         fill(targets, moments, self.accelerator)
         for key, value in targets.items():

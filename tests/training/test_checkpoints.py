@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from diffkd.errors import Unfinished, UserError
-from diffkd.training import checkpoints
+from diffkd.training import checkpoints, manifest
 from diffkd.training.checkpoints import Checkpoints
 from tests.refusals import tree
 
@@ -305,8 +305,8 @@ def test_one_that_cannot_be_read_ends_the_run(store, monkeypatch, caplog, read, 
     saved(store, 0, 20, weights(20))
     before = tree(store.folder)
     newest = store.folder if read == "iterdir" else store.folder / "stage-00-update-0000020"
-    place, name = (checkpoints if hasattr(checkpoints, read) else Path), read
-    real = getattr(place, name)
+    place = next((one for one in (checkpoints, manifest) if hasattr(one, read)), Path)
+    real = getattr(place, read)
 
     def failing(path, *args, **options):
         if Path(path) == newest or Path(path).parent == newest:
@@ -314,7 +314,7 @@ def test_one_that_cannot_be_read_ends_the_run(store, monkeypatch, caplog, read, 
         return real(path, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, failing)
+        patch.setattr(place, read, failing)
         with pytest.raises(kind, match=says) as caught:
             store.load(0)
     assert str(caught.value).startswith(f"checkpoint {store.folder}")
@@ -419,7 +419,7 @@ def rewritten(path, **changes):
     content = json.loads(path.read_text())
     del content["digest"]
     content |= changes
-    content["digest"] = checkpoints._digest(content)
+    content["digest"] = manifest.digest(content)
     path.write_text(json.dumps(content))
 
 
@@ -430,7 +430,7 @@ def test_another_schema_is_refused_rather_than_skipped(store, schema, says):
     before = tree(store.folder)
     rewritten(store.folder / "stage-00-update-0000020" / "checkpoint.json", schema=schema)
     with pytest.raises(
-        UserError, match=rf"0000020 was written by {says} \(schema {schema}, this one reads 2\)"
+        UserError, match=rf"0000020 was written by {says} \(schema {schema}, this one reads 2 and 3\)"
     ):
         store.load(0)
     assert tree(store.folder).keys() == before.keys()

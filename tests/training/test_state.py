@@ -24,8 +24,9 @@ from diffkd.methods.scm import SCM
 from diffkd.methods.shortcut import Shortcut
 from diffkd.methods.sid import SiD
 from diffkd.models import students
-from diffkd.training import checkpoints, state
+from diffkd.training import state
 from diffkd.training.config import Training
+from diffkd.training.manifest import digest
 from diffkd.training.run_folder import RunFolder
 from diffkd.training.trainer import run_stage
 from tests import text_to_image
@@ -105,7 +106,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
     manifest = json.loads((path / "checkpoint.json").read_text())
     del manifest["digest"], manifest["state"]["ema_steps"]
     assert manifest["state"].keys() == {"ema_step", "watch", "meters", "scaler"} and manifest["schema"] == 2
-    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": checkpoints._digest(manifest)}))
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     parts, _, again = run_one(tmp_path / "parts")
     assert torch.equal(weights(whole), weights(parts)) and untimed(records) == untimed(again)
 
@@ -152,7 +153,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     file = path / "student.safetensors"
     manifest["files"]["student.safetensors"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     del manifest["digest"]
-    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": checkpoints._digest(manifest)}))
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     with pytest.raises(UserError, match=f"checkpoint of stage 0 does not fit .*{name}"):
         run_one(tmp_path / "run")
 
