@@ -102,7 +102,7 @@ class Checkpoints:
                 self._error = error
 
         # A daemon, so that a process can end at once: what the thread leaves behind is not a checkpoint.
-        self._writing = self.folder / _name(stage_index, update)
+        self._writing = self.folder / manifest.name_of(stage_index, update)
         self._writer = threading.Thread(target=write, name="diffkd-checkpoint", daemon=True)
         self._writer.start()
 
