@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from diffkd.training.config import Training
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
 import draw_steps  # noqa: E402
-from pages import commands, configs, links, navigation, python  # noqa: E402
+from pages import commands, configs, examples, links, navigation, python  # noqa: E402
 
 NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
 
@@ -98,10 +99,17 @@ def test_every_option_of_every_command_is_on_its_page():
     assert "130 interrupted" in page
 
 
+def test_examples_in_docstrings_are_blocks_of_code():
+    text = "Draws.\n\n>>> [(1, 2)][0]\n(1, 2)\n\nMore."
+    assert examples.fenced(text) == "Draws.\n\n```pycon\n>>> [(1, 2)][0]\n(1, 2)\n```\n\nMore."
+
+
 def test_every_public_name_is_on_the_page_of_python():
     page = python.page()
     homes = dict(re.findall(r'^::: (\S+)\n    options:\n      heading: "([\w.]+)"', page, re.MULTILINE))
-    assert {f"diffkd.{name}" for name in diffkd.__all__} <= {*homes.values()}
+    named = {name for name in diffkd.__all__ if not inspect.ismodule(getattr(diffkd, name))}
+    assert {f"diffkd.{name}" for name in named} <= {*homes.values()} and "distill" in named
+    assert all(f"## diffkd.{name} " in page for name in {*diffkd.__all__} - named)
     assert {"diffkd.samplers.ddim_step", "diffkd.schedules.from_diffusers"} <= {*homes.values()}
     assert {f"diffkd.metrics.{name}" for name in metrics.__all__} - {"diffkd.metrics.Evaluation"} <= {
         *homes.values()

@@ -37,7 +37,7 @@ def page() -> str:
 
 def names() -> Iterator[tuple[str, str]]:
     """The functions and classes at the top, each with where it is defined."""
-    for name in diffkd.__all__:
+    for name in diffkd._NAMES:
         yield f"diffkd.{name}", home_of(getattr(diffkd, name))
 
 
