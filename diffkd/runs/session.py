@@ -114,7 +114,7 @@ class Session:
                 nonlocal rate
                 rate = record.get("images_per_second", rate)
                 self.update = before + done
-                if record.get("update") == done and self.main:
+                if record.get("update") == done:
                     self.told.on_log(self.update, record)
                 if look is not None:
                     look(done)

@@ -7,19 +7,21 @@ import importlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from PIL import Image
 
 import diffkd
 from diffkd.errors import UserError
 from diffkd.io import naming, processes
-from diffkd.runs import distilled
-from tests.runs.conftest import STOPPED
+from diffkd.runs import config_files, distilled, session
+from tests.runs.conftest import QUIET, STOPPED
 from tests.runs.tiny import assert_same_runs, network, same
 
 METHOD = {key: value for key, value in STOPPED["method"].items() if key != "steps"}
@@ -191,6 +193,19 @@ def test_what_does_not_fit_is_refused_in_one_line(given, says, tmp_path, monkeyp
         diffkd.distill(**call)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_tells(main, tmp_path):
+    own = {"out": tmp_path / "run", "teacher": {"path": "x"}, "data": {"kind": "digits"}, "method": METHOD}
+    config, recorder = config_files.distill_of({**own, **REST}), Recorder()
+    process = SimpleNamespace(
+        is_main_process=main, num_processes=1, device=torch.device("cpu"), distributed_type=DistributedType.NO
+    )
+    images = SimpleNamespace(digest=lambda: "")
+    with session.open_run(config, process, images, QUIET, callbacks=[recorder]) as opened:
+        opened.told.on_log(1, {"stage": "4-steps", "update": 1})
+    assert [event[0] for event in recorder.seen] == (["start", "log", "end"] if main else [])
 
 
 def test_a_misspelt_method_of_a_callback_is_refused(tmp_path, tiny_teacher):

@@ -73,15 +73,6 @@ def test_a_run_that_broke_off_goes_on_in_its_log(here, cli, monkeypatch, unstopp
     assert yaml.safe_load(hyperparameters.read_text())["training.batch_size"] == 16
 
 
-def test_only_the_main_process_tracks(here, launched):
-    done = launched(
-        2, "distill", "distill.yaml", "out=run", "training.trackers=[tensorboard]", "method.updates=2",
-        "method.steps=[1]", "training.micro_batches=2",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len([*(here / "run/tensorboard").glob("events.*")]) == 1
-
-
 def test_one_that_is_not_installed(here, cli, monkeypatch):
     find_spec = trackers.importlib.util.find_spec
     monkeypatch.setattr(
