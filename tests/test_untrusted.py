@@ -585,6 +585,7 @@ def test_names_in_a_card(tmp_path, make_pipeline, measured, name):
     front = text.split("---\n")[1]
     assert yaml.safe_load(front) == {
         "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "distillation", "diffkd"],
     }
     assert "<script>" not in text and clean(text) and "evil" not in front
