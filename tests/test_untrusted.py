@@ -218,8 +218,8 @@ def test_nothing_that_could_be_a_pickle_is_downloaded(tmp_path, monkeypatch):
     for fetch in (loading.load, loading.open_stock, DINOv2):
         with pytest.raises(UserError, match="fetched nothing"):
             fetch("some/body")
-    # the last three are of tokenizers; templates of chats run in a sandbox
-    plain = (".json", ".safetensors", ".txt", ".model", ".jinja")
+    # three are of tokenizers; templates of chats run in a sandbox; of the card the license is read
+    plain = (".json", ".safetensors", ".txt", ".model", ".jinja", "README.md")
     assert asked and all(pattern.endswith(plain) for pattern in asked)
 
 

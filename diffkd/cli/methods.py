@@ -20,6 +20,7 @@ pairs: noises and the teacher's images of them, which a run draws first
 fake: a denoiser of the student's images, which learns all the while
 heads: a small discriminator on blocks of a network
 target: an average of the student
+first: the student as the stage before it left it
 weight: of each time in the loss, by a small network
 diffkd methods NAME says what one takes in memory and network calls, and its settings."""
 

@@ -29,8 +29,8 @@ class TCM(Method):
     needs: ClassVar[Needs] = Needs(
         real=True,
         after="a consistency student",
-        networks=("first with mode distillation",),
-        memory="weights of first, with mode distillation",
+        networks=("first with distillation",),
+        memory="weights of first, with distillation",
         calls="2 student, 1 first-stage student; substeps of the teacher (distillation)",
     )
 

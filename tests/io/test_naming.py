@@ -28,6 +28,7 @@ from diffkd.training.run_folder import RunFolder
 COMMANDS = (  # what no config and no library call reaches: their messages may name options
     "cli/", "runs/record_file.py", "runs/evaluate.py", "runs/evaluate_options.py", "runs/stats.py",
     "runs/repeat.py", "runs/measurement.py", "runs/fid.py", "runs/feature_training.py", "runs/fuse.py",
+    "runs/export.py", "runs/push.py", "models/exports/",
     "generation/sample.py", "generation/writer.py", "generation/folder_writer.py", "generation/npz_writer.py",
     "generation/labels.py", "metrics/evaluation/records.py", "io/environment.py", "io/naming.py",
 )  # fmt: skip
