@@ -16,6 +16,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time, time_at
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
+from diffkd.io.prefetch import to_device
 
 
 def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
@@ -59,14 +60,33 @@ def earlier(schedule: Schedule, t: Tensor, gap: float, k: float = 8.0, b: float 
     return time_at(schedule, (tau * (1 - gap * n)).clamp(min=0))
 
 
+def pair(
+    schedule: Schedule,
+    x0: Tensor,
+    t: Tensor,
+    s: Tensor,
+    rng: torch.Generator,
+    teacher: Denoiser | None = None,
+    sampler: str = "ddim",
+    substeps: int = 1,
+    **asked: Any,
+) -> tuple[Tensor, Tensor]:
+    """x_t and x_s of one trajectory, each (B, ...): noised data with one noise, or x_s where the teacher's
+    sampler goes from x_t. asked: of the teacher, conditioning and guidance."""
+    eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
+    alpha, sigma = schedule.at(t, like=x0)
+    x_t = alpha * x0 + sigma * eps
+    if teacher is not None:
+        return x_t, solve(teacher, x_t, t, s, sampler, substeps, **asked)
+    alpha, sigma = schedule.at(s, like=x0)
+    return x_t, alpha * x0 + sigma * eps
+
+
 @torch.no_grad()
 def solve(
     teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, sampler: str, substeps: int, **asked: Any
 ) -> Tensor:
-    """Where the teacher's sampler goes from x_t in equal sub-steps from t to s, both (B,): (B, C, H, W).
-
-    asked: conditioning and guidance.
-    """
+    """Where the teacher's sampler goes from x_t in equal sub-steps from t to s, both (B,): (B, C, H, W)."""
     fractions = torch.arange(substeps + 1, dtype=torch.float64, device=t.device)[:, None] / substeps
     path = t + fractions * (s - t)
     path[-1] = s

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from diffkd.core.consistency import check_mode, check_start, earlier, solve, start_of
+from diffkd.core.consistency import check_mode, check_start, earlier, pair, start_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
 from diffkd.core.times import TimeLaw, draw_times
 from diffkd.io.config import Positive
-from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -86,22 +85,15 @@ class Consistency(Method):
         # 1. a time t, and s before it, nearer and nearer as training goes on
         t = draw_times(self.times, schedule, len(x0), self.mean, self.std, rng, x0.device)
         s = earlier(schedule, t, self.gap(step.progress))
-        # 2. the noised data
-        eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
-        alpha, sigma = schedule.at(t, like=x0)
-        x_t = alpha * x0 + sigma * eps
-        # 3. x_s on the same trajectory: by the teacher, or with the same noise
-        if self.mode == "training":
-            alpha, sigma = schedule.at(s, like=x0)
-            x_s = alpha * x0 + sigma * eps
-        else:
-            x_s = solve(
-                nets["teacher"], x_t, t, s, self.sampler, self.substeps, guidance=self.guidance, **cond
-            )
-        # 4. what the student itself makes of x_s, without gradients
+        # 2. noised data, and x_s on the same trajectory: by the teacher, or with the same noise
+        teacher = nets["teacher"] if self.mode == "distillation" else None
+        x_t, x_s = pair(
+            schedule, x0, t, s, rng, teacher, self.sampler, self.substeps, guidance=self.guidance, **cond
+        )
+        # 3. what the student itself makes of x_s, without gradients
         with torch.no_grad():
             target = start_of(student, x_s, s, t, **cond)
-        # 5. L = d(f(x_t, t), target) / (t - s)
+        # 4. L = d(f(x_t, t), target) / (t - s)
         denoised = student(x_t, t, **cond)
         distance = pseudo_huber(denoised, target, self.huber * math.sqrt(x0[0].numel()))
         loss = distance / (flow_time(schedule, t) - flow_time(schedule, s)).to(distance.dtype)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from diffkd.core.consistency import check_mode, check_start, earlier, solve, start_of
+from diffkd.core.consistency import check_mode, check_start, earlier, pair, start_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
@@ -108,17 +108,11 @@ class TCM(Method):
         at_boundary = to_device(torch.rand(len(x0), generator=rng) < self.boundary, x0.device)
         t = torch.where(at_boundary, least, t)
         s = earlier(schedule, t, 1 - self.closest)
-        # 2. noised images at both: x_s with the noise of x_t, or where the teacher goes from there
-        eps = to_device(torch.randn(x0.shape, generator=rng), x0.device)
-        alpha, sigma = schedule.at(t, like=x0)
-        x_t = alpha * x0 + sigma * eps
-        if self.mode == "training":
-            alpha, sigma = schedule.at(s, like=x0)
-            x_s = alpha * x0 + sigma * eps
-        else:
-            x_s = solve(
-                nets["teacher"], x_t, t, s, self.sampler, self.substeps, guidance=self.guidance, **cond
-            )
+        # 2. noised data, and x_s on the same trajectory: by the teacher, or with the same noise
+        teacher = nets["teacher"] if self.mode == "distillation" else None
+        x_t, x_s = pair(
+            schedule, x0, t, s, rng, teacher, self.sampler, self.substeps, guidance=self.guidance, **cond
+        )
         # 3. the target, without gradients: the student's own above t', the first stage's below
         with torch.no_grad():
             own, before = (start_of(net, x_s, s, t, **cond) for net in (student, first))
