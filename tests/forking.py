@@ -26,26 +26,35 @@ IMPORTED = (  # what diffkd.cli imports when it needs it
     "generation.sample",
 )  # fmt: skip
 
+DIGITS = 5  # of a port, as the children read it
+
 
 def together(processes: int, work: Callable[[], object], seconds: float = 300) -> list[int]:
     """Exit statuses of so many processes that do this work, with the environment variables of torchrun.
 
     As under torchrun, the parent keeps the store in which they meet, so nobody else can take its port, and
-    when one fails the others are told to end. They are killed after `seconds`.
+    when one fails the others are told to end. They are killed after `seconds`. The store has a thread, whose
+    locks a fork would copy as they are just then: so it begins after the last fork, and a pipe has its port.
     """
     end = time.monotonic() + seconds
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, told = os.pipe()
     children = []
     for rank in range(processes):
         child = os.fork()
         if child == 0:
+            os.close(told)
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(int(os.read(port, DIGITS))),
             }  # fmt: skip
+            os.close(port)
             _end(work)
         children.append(child)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(told, f"{store.port:0{DIGITS}}".encode() * processes)
+    os.close(told)
+    os.close(port)
     statuses: dict[int, int] = {}
     while len(statuses) < processes:
         for child in set(children) - statuses.keys():
