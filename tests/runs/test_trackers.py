@@ -80,24 +80,11 @@ def test_one_that_is_not_installed(here, cli, monkeypatch):
         "find_spec",
         lambda name, *rest: None if name == "mlflow" else find_spec(name, *rest),
     )
-    more = "training.trackers=[mlflow]"
-    refuse(
-        cli,
-        here,
-        "distill",
-        "distill.yaml",
-        more,
-        says=["training.trackers has mlflow", "pip install mlflow (extra mlflow)"],
-    )
-    more = "training.trackers=[tensorbord]"
-    refuse(
-        cli,
-        here,
-        "distill",
-        "distill.yaml",
-        more,
-        says=["training.trackers.0 is 'tensorbord'", "'tensorboard'"],
-    )
+    for name, says in (
+        ("mlflow", ["training.trackers has mlflow", "pip install mlflow (extra mlflow)"]),
+        ("tensorbord", ["training.trackers.0 is 'tensorbord'", "'tensorboard'"]),
+    ):
+        refuse(cli, here, "distill", "distill.yaml", f"training.trackers=[{name}]", says=says)
 
 
 # the others, by stand-ins of accelerate's classes -----------------------------------------------------
