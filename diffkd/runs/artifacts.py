@@ -67,7 +67,7 @@ class RunArtifacts:
         if student.adapter is not None:
             learns = sum(p.numel() for p in adapters.own(student.network).values())
             whole = sum(p.numel() for p in student.network.parameters()) - learns
-            merged = f"; saved merged, as {lora_files.WHY_MERGED}" * stage.interval
+            merged = f" and an embedding; saved merged, as {lora_files.WHY_MERGED}" * stage.interval
             self.session.say(
                 f"student: an adapter of rank {student.adapter.rank} on {student.adapter.base}, "
                 f"{learns / 1e6:.3g} M parameters ({learns / whole:.1%} of those of its teacher){merged}"

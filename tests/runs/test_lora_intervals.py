@@ -55,7 +55,7 @@ def saved(tmp_path_factory):
 def drawn(denoiser, steps, **more):
     """What our own sampler draws, as it trained: the adapter on its base, told how long its steps are."""
     noise = torch.randn(1, *denoiser.shape, generator=torch.Generator().manual_seed(SEED))
-    cond = denoiser.conditioner.embed([PROMPT])
+    cond = denoiser.conditioner.embed([PROMPT], (32, 32))
     if denoiser.guidance_range is not None:
         cond |= denoiser.guided_by(denoiser.usual_guidance, 1)
     return samplers.sample(denoiser, noise, steps, **cond, **more)
@@ -65,7 +65,9 @@ def length(of):
     return {"interval": torch.tensor([of], dtype=torch.float64)}
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("xl", "flux")]
+SLOW = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("xl", "flux", "sana", "lumina2", "qwen_image")
+]
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", *SLOW])
@@ -82,7 +84,7 @@ def test_stock_draws_the_adapter_on_its_base(saved, kind):
         call = {"num_inference_steps": card["steps"], **card.get("call", {})}
         generator = torch.Generator().manual_seed(SEED)
         theirs = pipeline(PROMPT, generator=generator, output_type="latent", **call).images
-        theirs = packing.unpack(theirs, *student.shape[1:]) if kind == "flux" else theirs
+        theirs = packing.unpack(theirs, *student.shape[1:]) if kind in ("flux", "qwen_image") else theirs
         ours = drawn(student, steps, **length(1 / steps))
         size = ours.abs().max()
         assert (ours - theirs).abs().max() <= 1e-5 * max(1, size)
