@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffkd import methods
-from diffkd.core import adapters
+from diffkd.core import adapters, interval
 from diffkd.core.classifier import Classifier, Model
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import Interrupted
@@ -31,6 +31,7 @@ from diffkd.methods.dmd2 import DMD2
 from diffkd.methods.feature import Feature
 from diffkd.methods.logits import Logits
 from diffkd.methods.progressive import Progressive
+from diffkd.methods.shortcut import Shortcut
 from diffkd.models import students
 from diffkd.models.families import sd
 from diffkd.models.students.config import Lora
@@ -62,6 +63,7 @@ METHODS: dict[str, Method] = {
     "one": Progressive(steps=[4]), "two": TwoNetworks(), "feature": Feature(), "logits": Logits(),
     "sd": Progressive(steps=[4]), "xl": Progressive(steps=[4]),
     "lora": Progressive(steps=[4]), "lora-dmd2": DMD2(fake_updates=1),
+    "lora-shortcut": Shortcut(target_decay=0.5, share=0.5),
 }  # fmt: skip
 
 
@@ -86,6 +88,8 @@ def models_of(name: str) -> dict[str, Any]:
         teacher, pupil = Classifier(networks[0], 3), Classifier(networks[1], 3)
     else:
         pupil = students.narrow(teacher, [8, 8]) if name == "feature" else students.copy_of(teacher)
+    if name == "lora-shortcut":
+        interval.attach(pupil.network)
     nets = {"student": pupil.requires_grad_(True), "teacher": teacher.requires_grad_(False)}
     nets |= METHODS[name].networks(teacher, pupil)
     generator = torch.Generator().manual_seed(4)

@@ -99,16 +99,17 @@ def check_recomputed(network: nn.Module) -> None:
 
 @torch.no_grad()
 def folded(network: nn.Module, value: float) -> nn.Module:
-    """A copy of the network that takes this interval always and needs no embedding of it."""
-    made = copy.deepcopy(network)
+    """The network that takes this interval always and needs no embedding of it. It shares the weights of the
+    given one, but for the bias that the embedding becomes a part of."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    made = copy.deepcopy(network, shared)
     module = attached(made)
     assert module is not None
     for place, time in enumerate(_time_embeddings(made)):
         number = torch.tensor([value], dtype=torch.float64, device=time.linear_2.weight.device)
         constant = module(number, place)[0]
-        if time.linear_2.bias is None:
-            time.linear_2.bias = nn.Parameter(torch.zeros_like(constant))
-        time.linear_2.bias += constant
+        bias = time.linear_2.bias
+        time.linear_2.bias = nn.Parameter(constant if bias is None else (bias + constant).to(bias))
         hooks = time._forward_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Added)]:
             del hooks[key]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.precision import HALF
 from diffkd.core.schedules import Schedule, Time, read_prediction
 from diffkd.errors import UserError
 
@@ -23,7 +24,6 @@ Generators = torch.Generator | Sequence[torch.Generator]
 Times = Tensor | Sequence[float]
 Clip = float | None  # bound on x0
 Noise = Callable[[Tensor], Tensor]  # fresh noise for a state
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Sampler(Protocol):

@@ -20,6 +20,7 @@ from diffkd.models.source import ADAPTER, CARD, Source, find
 from diffkd.models.students import lora
 
 KOHYA = "kohya_lora_weights.safetensors"  # stock diffusers opens the other of the two
+WHY_MERGED = "the length of its steps goes into a bias, which no adapter holds"
 
 
 class Keys(NamedTuple):

@@ -15,6 +15,7 @@ from diffkd.io.text import log, quoted, reason
 from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
 
 CARD = "diffkd.json"
+MERGED = "merged_lora"  # of a card: how a student learned that is no adapter any more
 ADAPTER = "pytorch_lora_weights.safetensors"  # where stock pipelines look for one
 # of a repository: configs, tokenizers, the weights of components; at its root lie copies for other programs
 DOWNLOADED = [
@@ -207,6 +208,11 @@ def card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} has absent {quoted(absent)}, which is not components; repair or remove it")
     if "lora" in content and not _is_adapter(content["lora"]):
         raise UserError(f"{path} has lora {quoted(content['lora'])}, which describes no adapter; repair it")
+    merged = content.get(MERGED, {"rank": 1})
+    if not isinstance(merged, dict) or type(merged.get("rank")) is not int:
+        raise UserError(
+            f"{path} has {MERGED} {quoted(merged)}, which describes no adapter; repair or remove it"
+        )
     export = content.get("export", {})
     if not isinstance(export, dict) or not isinstance(export.get("kind", ""), str):
         raise UserError(f"{path} has export {quoted(export)}, which describes none; repair or remove it")

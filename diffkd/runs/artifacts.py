@@ -19,7 +19,7 @@ from diffkd.io.text import counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.image_stream import prompts_for
 from diffkd.metrics.evaluation.records import formatted
-from diffkd.models import loading, sizes
+from diffkd.models import loading, lora_files, sizes
 from diffkd.runs import announcement
 from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
@@ -61,14 +61,16 @@ class RunArtifacts:
 
         self.session.export(folder, write)
 
-    def announce_size(self, teacher: Denoiser, student: Denoiser) -> None:
-        """Where the student is smaller than its teacher, or larger, or an adapter on it."""
+    def announce_size(self, teacher: Denoiser, student: Denoiser, stage: Stage) -> None:
+        """Where the student is smaller than its teacher, or larger, or an adapter on it, and whether that is
+        to be merged."""
         if student.adapter is not None:
             learns = sum(p.numel() for p in adapters.own(student.network).values())
             whole = sum(p.numel() for p in student.network.parameters()) - learns
+            merged = f" and an embedding; saved merged, as {lora_files.WHY_MERGED}" * stage.interval
             self.session.say(
                 f"student: an adapter of rank {student.adapter.rank} on {student.adapter.base}, "
-                f"{learns / 1e6:.3g} M parameters ({learns / whole:.1%} of those of its teacher)"
+                f"{learns / 1e6:.3g} M parameters ({learns / whole:.1%} of those of its teacher){merged}"
             )
             return
         teacher_size, size = sizes.denoiser_size(teacher), sizes.denoiser_size(student)

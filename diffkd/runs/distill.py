@@ -28,6 +28,7 @@ from diffkd.runs.config import Distill, Train
 from diffkd.runs.latent_teacher.train import train as train_latent
 from diffkd.runs.method_config import method_name
 from diffkd.runs.opened import Opened
+from diffkd.runs.reports import model_card
 from diffkd.runs.session import ResumeOptions, Session, check_run, identity, open_run
 from diffkd.runs.spread import SpreadWatch
 from diffkd.runs.train import train, untrained_teacher
@@ -112,7 +113,7 @@ def distill(
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
                     own = made_by == plans.TEACHER
                     current = opened.teacher() if own else opened.student(place / made_by)
-                artifacts.announce_size(current, student)
+                artifacts.announce_size(current, student, stage)
                 artifacts.forecast([stage for _, stage in plan[index:]])
                 given = examples
                 if stage.pairs is not None:
@@ -127,7 +128,7 @@ def distill(
                         _as_drawn(student, one, main=session.main), place / one.name,
                         teacher=str(source.path), method=type(method).__name__,
                         config=config_files.resolved(config), stage=stage.name, classes=images.classes,
-                        class_counts=images.class_counts, **taught[index],
+                        class_counts=images.class_counts, **model_card.of_merged(student), **taught[index],
                     )  # fmt: skip
                 del student
             for one in stage.students:
@@ -251,11 +252,12 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
 
 def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
     """A trained student as its pipeline has it: of the stage's steps, whose length is folded in if it took it
-    as an input. main: whether this process has the whole of its weights."""
+    as an input, which makes an adapter a whole. main: whether this process has the whole of its weights."""
     network = student.network
     if stage.interval and main:
         assert stage.steps is not None
-        network = interval.folded(network, 1 / stage.steps)
+        student = students.merged(student)
+        network = interval.folded(student.network, 1 / stage.steps)
     drawn = students.with_network(student, network)
     drawn.steps = stage.steps
     return drawn

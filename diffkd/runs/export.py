@@ -14,8 +14,9 @@ from diffkd.io import progress
 from diffkd.io.files import new_folder
 from diffkd.io.places import check_writable
 from diffkd.io.text import format_bytes
-from diffkd.models import exports, loading
+from diffkd.models import exports, loading, lora_files
 from diffkd.models.exports import Student
+from diffkd.models.source import MERGED
 from diffkd.runs.reports import model_card
 
 OF_ADAPTERS = ("lora", "kohya")  # whose cards are those of their students
@@ -40,9 +41,11 @@ def export(student: str, to: str, out: Path | None, console: Console) -> Path:
     found = _opened(student, to)
     kind = exports.find(to)
     if not kind.fits(found):
-        there = exports.fitting(found)
+        there, why = exports.fitting(found), kind.TAKES
+        if to in OF_ADAPTERS and MERGED in found.card:
+            why = f"which holds an adapter alone, and it is saved merged, as {lora_files.WHY_MERGED}"
         raise UserError(
-            f"{student} cannot be exported --to {to}, {kind.TAKES}; for it there "
+            f"{student} cannot be exported --to {to}, {why}; for it there "
             + (f"{'is' if len(there) == 1 else 'are'} {', '.join(there)}" if there else "is none")
         )
     with new_folder(out) as temporary:

@@ -10,7 +10,8 @@ from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.files import new_folder
 from diffkd.io.places import check_writable
-from diffkd.models import loading
+from diffkd.models import loading, lora_files
+from diffkd.models.source import MERGED
 from diffkd.runs.reports import model_card
 
 DESCRIBED_ANEW = ("call", "lora")  # of a card; the call of a whole pipeline is another
@@ -23,6 +24,11 @@ def fuse(student: str, out: Path, console: Console) -> Path:
     if out.exists():
         raise UserError(f"--out {out} exists already; use another")
     folder = loading.folder_of(student)
+    if MERGED in loading.card(folder):
+        raise UserError(
+            f"{student} learned as an adapter and is saved merged, as {lora_files.WHY_MERGED}; use it as it "
+            "is, a whole pipeline"
+        )
     denoiser = loading.load(folder)
     if not denoiser.fused:
         raise UserError(f"{student} is no adapter, and is whole as it is; give a student of kind lora")

@@ -20,23 +20,31 @@ class Opened:
     """Opens models for one run, on its device and at the size of its data.
 
     Where students are adapters, all share the teacher's weights, which are in memory once. They are read
-    again after a stage in half precision, for which they were rounded.
+    again after a stage in half precision, for which they were rounded. One that is saved merged is a base of
+    its own, from which the stages behind it go on.
     """
 
     def __init__(
         self, config: Distill, source: Teacher, cached: Conditions | None, device: torch.device
     ) -> None:
         self.source, self.cached, self.device = source, cached, device
+        self.students = (config.out / "students").absolute()
         self.lora = config.student if isinstance(config.student, Lora) else None
         self._base: Denoiser | None = None
 
     def begin(self, teacher: Denoiser) -> Denoiser:
         """The teacher, which was opened before: made ready for this run."""
-        teacher = latents.fit(teacher.to(self.device), self.cached)
+        teacher = self._ready(teacher)
         if self.lora is not None:
-            self.lora.mark(teacher)
             self._base = teacher
         return teacher
+
+    def _ready(self, whole: Denoiser) -> Denoiser:
+        """Where students are adapters, the base of those that are made of it."""
+        whole = latents.fit(whole.to(self.device), self.cached)
+        if self.lora is not None:
+            self.lora.mark(whole)
+        return whole
 
     def teacher(self) -> Denoiser:
         if self._base is not None and self._base.dtype == torch.float32:
@@ -45,10 +53,11 @@ class Opened:
         return self.begin(self.source.load(self.device))
 
     def student(self, folder: Path) -> Denoiser:
-        """One that was made before, with its adapter, if it is one, beside the weights that it shares."""
-        if self.lora is None:
-            return latents.fit(loading.load(folder, device=self.device), self.cached)
-        settings, base = loading.load(folder), self.teacher()
+        """One that was made before, with its adapter, if it has one, beside the weights that it shares."""
+        said = loading.card(folder).get("lora")
+        if self.lora is None or said is None:
+            return self._ready(loading.load(folder, device=self.device))
+        settings, base = loading.load(folder), self._base_at(said["base"])
         assert base.adapter is not None
         weights = lora_files.read(folder, settings.network, base.adapter.rank)
         network = lora.with_weights(base.network, base.adapter, weights)
@@ -56,12 +65,17 @@ class Opened:
         made.name, made.adapter = settings.name, base.adapter
         return latents.fit(made, self.cached)
 
+    def _base_at(self, place: str) -> Denoiser:
+        """What adapters of this base share: a student of this run that is saved merged, or the teacher."""
+        if Path(place).absolute().parent == self.students:
+            return self._ready(loading.load(place))
+        return self.teacher()
+
     def as_exported(self, student: Denoiser) -> Denoiser:
         """A trained student with its adapter on weights that no training has rounded."""
-        if self.lora is None:
+        if student.adapter is None:
             return student
         network: Any = student.network
-        base = self.teacher()
-        assert base.adapter is not None
-        made = lora.with_weights(base.network, base.adapter, lora.weights_of(network))
+        base = self._base_at(student.adapter.base)
+        made = lora.rebased(network, base.network, student.adapter)
         return students.with_network(student, made.train(network.training))

@@ -166,14 +166,7 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
 
 def _check_adapter(stage: Stage, student: Denoiser) -> None:
     """Raises UserError where an adapter is to learn what it has no weights for."""
-    if student.adapter is None:
-        return
-    if stage.interval:
-        raise UserError(
-            f"stage {stage.name} tells its student the length of a step, which becomes a bias that an adapter"
-            " cannot hold; use student.kind copy, or another method"
-        )
-    if stage.guidance_range is not None and student.guidance_range is None:
+    if student.adapter is not None and stage.guidance_range is not None and student.guidance_range is None:
         raise UserError(
             f"stage {stage.name} gives its student the guidance weight as an input, whose embedding an "
             "adapter cannot hold; use student.kind copy, or bake one weight in"

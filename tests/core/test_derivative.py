@@ -1,12 +1,15 @@
 """Derivatives along a direction: closed forms, one against the other, what has none."""
 
+import copy
+
 import pytest
 import torch
 
-from diffkd.core import interval
+from diffkd.core import adapters, interval
 from diffkd.core.derivative import STEP, directional
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
+from tests.lora import adapted
 from tests.tiny import student
 
 
@@ -95,6 +98,36 @@ def test_no_gradients_and_full_precision_under_autocast():
     assert torch.equal(plain, directional(output, (x,), (v,), network=network))
     assert output(x).dtype == torch.bfloat16
     assert all(p.grad is None for p in made.parameters())
+
+
+def test_the_base_of_an_adapter_in_half_precision_is_float32_meanwhile():
+    """As a run in bfloat16 has it: rounded, and then rounded no further. Between a call and its gradients."""
+    pupil = adapted(student(3, "v_prediction", Schedule.cosine(64))).requires_grad_(True)
+    own = adapters.own(pupil.network)
+    for name, parameter in pupil.network.named_parameters():
+        if name not in own:
+            parameter.data = parameter.data.bfloat16()
+    x, v = torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    t, labels = torch.tensor([0.4, 0.8]).double(), torch.tensor([0, 2])
+
+    def derivative(made, how):
+        def output(x, t):
+            return made.output(x, t, class_labels=labels)
+
+        return directional(output, (x, t), (v, torch.ones_like(t)), how, network=made.network)
+
+    whole = copy.deepcopy(pupil)
+    for parameter in whole.network.parameters():
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pupil.output(x, t, class_labels=labels).float().square().mean()
+        for how in ("jvp", "difference"):
+            found = derivative(pupil, how)
+            assert found.dtype == torch.float32 and torch.equal(found, derivative(whole, how))
+    dtypes = {name: parameter.dtype for name, parameter in pupil.network.named_parameters()}
+    assert all((dtype == torch.float32) == (name in own) for name, dtype in dtypes.items())
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in own.values())
 
 
 def test_a_part_without_a_derivative_is_named_with_the_remedy():

@@ -11,10 +11,10 @@ from tests.methods.conformance import check_losses, check_resumes, nets_of
 from tests.parallel import method_of
 from tests.tiny import student
 
-METHODS = ["progressive", "dmd2", "consistency"]
+METHODS = ["progressive", "dmd2", "consistency", "shortcut", "meanflow", "imm"]
 ALSO = [
     "dmd2-ddim", "dmd2-gan", "adversarial", "f_distill", "sid", "lcm", "scm", "tcm", "feature", "output",
-    "reflow", "regression",
+    "reflow", "regression", "shortcut-target", "meanflow-jvp",
 ]  # fmt: skip
 
 
@@ -41,15 +41,18 @@ def test_a_method_keeps_the_contract(name):
     check_losses(method_of(name))
 
 
-@pytest.mark.parametrize("name", by_default(["dmd2-ddim"]))
+@pytest.mark.parametrize("name", by_default(["dmd2-ddim", "shortcut-target"]))
 def test_a_resumed_run_has_the_same_bits_and_checkpoints_hold_adapters_alone(name, tmp_path):
+    """And the embedding of a step's length, of a method that has one."""
     check_resumes(method_of(name), tmp_path)
     (checkpoint, *_) = sorted((tmp_path / "parts" / "checkpoints").iterdir())
     nets = nets_of(method_of(name))
     for file in checkpoint.glob("*.safetensors"):
         network = file.stem.removesuffix("-optimizer").removesuffix("-ema").replace("ema", "student")
         if network in nets and adapters.own(nets[network]):
-            assert all(adapters.DOWN in key or adapters.UP in key for key in load_file(file)), file.name
+            own = {key.partition("/")[0].removeprefix("network.") for key in load_file(file)}
+            network = getattr(nets[network], "network", nets[network])
+            assert own == {*adapters.own(network)}, file.name
 
 
 def test_distribution_matching_has_one_base_in_memory():

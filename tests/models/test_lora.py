@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from diffkd.core import adapters
+from diffkd.core import adapters, interval
 from diffkd.core.averages import follow
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
@@ -37,9 +37,9 @@ def inputs(dtype=torch.float32):
     return x, torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), {"class_labels": torch.arange(3)}
 
 
-def call(denoiser):
+def call(denoiser, **more):
     x, t, cond = inputs(denoiser.dtype)
-    return denoiser(x, t, **cond)
+    return denoiser(x, t, **cond, **more)
 
 
 def test_a_new_adapter_is_the_teacher_to_the_bit_and_its_weights_alone_learn():
@@ -68,6 +68,42 @@ def test_the_base_is_in_memory_once():
         parameter.data.zero_()
     follow(target, pupil, 0.0)
     assert torch.equal(call(target), theirs) and torch.equal(call(whole), before)
+
+
+def test_the_length_of_a_step_learns_whole_beside_the_adapter():
+    """Its embedding is 0 at first, each copy has one of its own, and folded it leaves the base as it was."""
+    whole = teacher()
+    pupil = Lora(kind="lora", rank=4).build(whole, 0).requires_grad_(True)
+    interval.attach(pupil.network)
+    half = {"interval": torch.full((3,), 0.5, dtype=torch.float64)}
+    before = call(whole)
+    assert torch.equal(call(pupil, **half), before)
+    learn = {name for name, p in pupil.network.named_parameters() if p.requires_grad}
+    added = {name for name in learn if not adapters.is_factor(name)}
+    assert learn == {*adapters.own(pupil.network)}
+    assert added == {f"{interval.NAME}.{one}" for one in ("first.weight", "first.bias", "second.weight",
+                                                         "second.bias")}  # fmt: skip
+    target = students.copy_of(pupil).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.own(pupil.network).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    pupil.requires_grad_(False)
+    given, without = call(pupil, **half), call(pupil)
+    assert (given - without).abs().max() > 0.01 and torch.equal(call(target, **half), before)
+    follow(target, pupil, 0.0)
+    assert torch.equal(call(target, **half), given)
+    # on another base of the same numbers, and as a stock network
+    again = teacher()
+    moved = students.with_network(pupil, lora.rebased(pupil.network, again.network, pupil.adapter))
+    assert torch.equal(call(moved.requires_grad_(False), **half), given)
+    made = interval.folded(students.merged(pupil).network, 0.5)
+    assert made.state_dict().keys() == whole.network.state_dict().keys()
+    assert (call(students.with_network(pupil, made)) - given).abs().max() <= 1e-6 * given.abs().max()
+    assert torch.equal(call(whole), before) and torch.equal(call(pupil, **half), given)
+    shared = {p.data_ptr() for p in whole.network.parameters()}
+    changed = {name for name, p in made.named_parameters() if p.data_ptr() not in shared}
+    layers = {f"{name}.weight" for name in lora.layers(whole.network, pupil.adapter.targets)}
+    assert changed == layers | {"time_embedding.linear_2.bias"}
 
 
 def test_merged_equals_unmerged():

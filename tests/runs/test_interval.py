@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffkd
-from diffkd.core import interval
+from diffkd.core import adapters, interval
 from diffkd.runs import session
 from diffkd.runs.artifacts import RunArtifacts
 from tests.runs.tiny import UNMEASURED, assert_same_runs, network, records, same, signal_at, write
@@ -26,6 +26,7 @@ CONFIG = {
     "evaluation": {"samples": 8, "teacher_steps": [8]},
 }  # fmt: skip
 BIAS = "time_embedding.linear_2.bias"
+LORA = "student={kind: lora, rank: 2}"
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def here(tmp_path, monkeypatch, make_pipeline):
     return tmp_path
 
 
-def test_one_training_leaves_a_stock_student_of_each_step_count(here, cli, monkeypatch):
+@pytest.mark.parametrize("changes", [(), (LORA,)], ids=["copy", "lora"])
+def test_one_training_leaves_a_stock_student_of_each_step_count(here, cli, monkeypatch, changes):
+    """Also as an adapter, which is merged with its base; the next stage's is on what this makes."""
     trained, starts = [], []
     run_stage = session.run_stage
 
@@ -45,7 +48,8 @@ def test_one_training_leaves_a_stock_student_of_each_step_count(here, cli, monke
         trained.append(copy.deepcopy(nets["student"]))
 
     monkeypatch.setattr(session, "run_stage", watched)
-    code, out, err = cli("distill", "run.yaml")
+    code, out, err = cli("distill", "run.yaml", *changes)
+    assert out.count("saved merged, as the length of its steps goes into a bias") == len(changes)
     assert (code, err) == (0, "") and "students: 4-steps and 2-steps (meanflow, 6), 1-steps" in out
     students = here / "run/students"
     assert sorted(folder.name for folder in students.iterdir()) == ["1-steps", "2-steps", "4-steps"]
@@ -76,13 +80,25 @@ def test_one_training_leaves_a_stock_student_of_each_step_count(here, cli, monke
         assert (torch.from_numpy(drawn) * 255).round().to(torch.uint8).equal(ours.cpu())
 
     # the chain goes on from the last of them
-    assert same(starts[1], two)
+    weights = {key: value for key, value in starts[1].items() if not adapters.is_factor(key)}
+    assert same({key.replace(".base_layer.", "."): value for key, value in weights.items()}, two)
+    assert (len(weights) < len(starts[1])) == bool(changes)
+    card = json.loads((students / "1-steps/diffkd.json").read_text())
+    assert card.get("lora", {}).get("base") == (str(students / "2-steps") if changes else None)
 
 
-@pytest.mark.parametrize("where", ["training", "export"])
-def test_a_stopped_run_ends_with_the_same_bits(here, cli, monkeypatch, where):
-    """In an update, and between the exports of two students of one stage."""
-    shorter = [f"{key}={json.dumps(value)}" for key, value in UNMEASURED.items()]
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("training", ()),
+        ("export", ()),
+        ("training", (LORA,)),
+        ("export", (LORA, "training.precision=bf16")),
+    ],
+)
+def test_a_stopped_run_ends_with_the_same_bits(here, cli, monkeypatch, where, changes):
+    """In an update, and between the exports of two students of one stage; with a base that was rounded."""
+    shorter = [*changes, *(f"{key}={json.dumps(value)}" for key, value in UNMEASURED.items())]
     assert cli("distill", "run.yaml", "out=whole", *shorter).code == 0
     with monkeypatch.context() as patch:
         if where == "training":

@@ -205,13 +205,17 @@ REFUSED = [
         "student.targets=[to_x]",
         "has to_x, which no layer of a UNet2DModel is called or ends in; there",
     ),
-    ("method={name: shortcut}", "becomes a bias that an adapter cannot hold"),
 ]
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED)
 def test_what_an_adapter_cannot_be_is_refused(here, cli, override, message):
     assert re.search(message, refuse(cli, here, "distill", "run.yaml", override))
+
+
+def test_a_weight_that_becomes_an_input_is_refused(work, cli, tmp_path):
+    asked = (work / "run.yaml", "method={name: guidance}", f"out={tmp_path / 'run'}")
+    refuse(cli, tmp_path, "distill", *asked, says="an input, whose embedding an adapter cannot hold")
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -100,6 +100,7 @@ def log(folder):
         sample("xl", ["fsdp-2x2"], 8),
         slow("lora", ["2x2"], 8),
         slow("lora-dmd2", ["2x2"], 8),
+        slow("lora-shortcut", ["2x2"], 8),
         *(slow(method, ["2x2", "fsdp-2x2"], 8) for method in SEVERAL),
         exhaustive("one", list(LAYOUTS), 16),
         exhaustive("two", [name for name in LAYOUTS if "zero" not in name], 16),

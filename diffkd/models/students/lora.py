@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.core import adapters
+from diffkd.core import adapters, interval
 from diffkd.core.adapters import DOWN, UP, Adapter
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
@@ -123,7 +123,8 @@ def _inject(network: nn.Module, adapter: Adapter, seed: int) -> None:
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """A and B of each layer: LAYER.lora_A.weight (rank, in, ...), LAYER.lora_B.weight (out, rank, ...)."""
-    return {name.replace(f".{NAME}.", "."): p.detach() for name, p in adapters.own(network).items()}
+    named = {name: p.detach() for name, p in network.named_parameters() if adapters.is_factor(name)}
+    return {name.replace(f".{NAME}.", "."): p for name, p in named.items()}
 
 
 @torch.no_grad()
@@ -136,8 +137,21 @@ def with_weights(base: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor
 
 
 @torch.no_grad()
+def rebased(network: nn.Module, base: nn.Module, adapter: Adapter) -> nn.Module:
+    """A network that shares this base, with all that learned in the given one."""
+    made = copied(base, adapter)
+    if interval.attached(network) is not None:
+        interval.attach(made)
+    learned = adapters.own(network)
+    for name, parameter in adapters.own(made).items():
+        parameter.copy_(learned[name])
+    return made
+
+
+@torch.no_grad()
 def merged(network: nn.Module) -> nn.Module:
-    """The network of the stock class whose weights are W + BA; those of other layers are shared."""
+    """The network of the stock class whose weights are W + BA; those of other layers are shared. An embedding
+    of its steps' length stays."""
     made = _sharing(network)
     weights = weights_of(made)
     for name in sorted({key.rpartition(DOWN)[0] for key in weights if DOWN in key}):

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.core import adapters, guidance_kinds
+from diffkd.core import adapters, guidance_kinds, interval
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.io.text import counted
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, lora_files, sizes, students
 from diffkd.models.loading import CARD
+from diffkd.models.source import MERGED
 from diffkd.runs.reports import card_calls, card_head, markdown, teacher_sampling
 
 PIPELINE_FACTS = (
@@ -60,6 +61,16 @@ def _adapter(denoiser: Denoiser) -> dict[str, Any]:
     return {**lora_files.facts(denoiser.adapter), "parameters": weights, **scheduler}
 
 
+def of_merged(trained: Denoiser) -> dict[str, Any]:
+    """What the card of a student says beside, where what was trained is an adapter that is saved merged, else
+    {}. parameters: that learned."""
+    if trained.adapter is None or interval.attached(trained.network) is None:
+        return {}
+    learned = sum(p.numel() for p in adapters.own(trained.network).values())
+    rank, targets = trained.adapter.rank, [*trained.adapter.targets]
+    return {MERGED: {"rank": rank, "targets": targets, "parameters": learned}}
+
+
 def _draws_other_noise(denoiser: Denoiser) -> bool:
     several = denoiser.sampler == "renoise" and (denoiser.steps or 1) > 1
     return several and loading.has_global_noise(denoiser)
@@ -89,6 +100,12 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     if steps and stock:
         advice = f"Use `num_inference_steps={steps}`" if not program else f"Take {counted(steps, 'step')}"
         lines += [f"{advice}: it was trained for these {steps} steps and no others.", ""]
+    if (merged := card.get(MERGED)) is not None:
+        lines += [
+            f"It learned as an adapter (LoRA) of rank {merged['rank']} and is saved merged, as "
+            f"{lora_files.WHY_MERGED}.",
+            "",
+        ]
     baked = card.get("guidance_baked_in", 1.0)
     if baked != 1.0:
         lines += [f"Guidance of weight {baked:g} is baked in: it is drawn without any.", ""]
