@@ -113,6 +113,7 @@ def test_the_files_of_a_new_method_are_in_the_house_style(copied, tmp_path, name
         (["lambda"], "is not a name"),
         (["a" * 41], "is not a name"),
         (["base"], "'base' is taken by diffkd itself; use another name"),
+        (["settings"], "'settings' is taken by diffkd itself"),
         (["find"], "is taken"),
         (["loss"], "is taken"),  # its class would be called Loss
         (["tensor"], "is taken"),
