@@ -132,7 +132,7 @@ def _needs_in_full(kind: type[Method]) -> list[str]:
     source = _source(**vars(needs)) + (f", after a {needs.after} student" if needs.after else "")
     labels = ("labels or prompts" if kind.kind is Denoiser else "labels") if needs.labels else "none"
     null = ", and an input that means none" * needs.unconditional
-    null += "; with guidance one that means none" * ("guidance" in settings)
+    null += "; with guidance labels or prompts, and one that means none" * ("guidance" in settings)
     memory = needs.memory or (f"a student's for each of {networks}" if networks else "none")
     lines = [
         f"learns from: {source}",

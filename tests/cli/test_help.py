@@ -220,7 +220,9 @@ def test_a_method_in_full(cli, name):
     assert re.search(r"^learns from: ((noised )?images|pairs|its teacher alone)", out, re.MULTILINE)
     assert re.search(r"^inputs beside the image: (none|labels)", out, re.MULTILINE)
     assert ("an input that means none" in out) == kind.needs.unconditional
-    assert ("with guidance one that means none" in out) == ("guidance" in kind.model_fields)
+    assert ("; with guidance labels or prompts, and one that means none" in out) == (
+        "guidance" in kind.model_fields
+    )
     listed = ", ".join(kind.needs.networks) or "none"
     assert re.search(rf"^networks beside teacher and student: {listed}$", out, re.MULTILINE)
     assert re.search(r"^memory over teacher and student: \S", out, re.MULTILINE)
