@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import diffusers
 import torch
@@ -22,14 +21,11 @@ from memory.networks import SD15, SDXL, Layout
 from memory.passes import Pass, size_of
 from memory.updates import OTHERS, Graphs, Networks
 
+from diffkd import methods
 from diffkd.models.sizes import Size
 
 LAYOUTS = {"sd15": SD15, "sdxl": SDXL}
-METHODS = sorted(
-    path.stem
-    for path in (Path(__file__).parents[1] / "diffkd/methods").glob("[a-z]*.py")
-    if path.stem not in ("base", *OTHERS)
-)
+METHODS = [name for name in methods.names() if name not in OTHERS]
 CARDS = (24, 48, 80)  # GiB
 USED = 0.9  # share of a card that tensors may take
 GB = 1e9

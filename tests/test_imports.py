@@ -69,7 +69,8 @@ def backward(source: str, module: str, modules: set[str] = MODULES) -> list[str]
         if not other.startswith("diffkd.") or other == module:
             continue
         here, there = room(module), room(other)
-        another_method = here == there == "methods" and other not in ("diffkd.methods", "diffkd.methods.base")
+        shared = {"diffkd.methods", "diffkd.methods.base", "diffkd.methods.settings"}
+        another_method = here == there == "methods" and other not in shared
         if (
             ROOMS.index(there) > ROOMS.index(here)
             or another_method

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-CONTRACT = "base"  # the one file among the methods that is none
+NO_METHODS = ("base", "settings")  # files among the methods that are none
 SAMPLERS = ("ddim", "heun", "dpmpp_2m", "ancestral", "renoise")
 TOOLS = ("pytorch-fid", "clean-fid", "torch-fidelity", "edm", "adm")
 FEATURES = ("inception", "digits", "shapes", "dinov2", "clip")
@@ -26,7 +26,7 @@ METRICS = (
 def method_names() -> list[str]:
     """Of the built-in methods, by their files."""
     folder = Path(__file__).parents[1] / "methods"
-    return sorted(file.stem for file in folder.glob("[a-z]*.py") if file.stem != CONTRACT)
+    return sorted(file.stem for file in folder.glob("[a-z]*.py") if file.stem not in NO_METHODS)
 
 
 VALUES: dict[str, tuple[str, ...]] = {  # of config keys, without the numbers that index lists

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkd.core import samplers
+from diffkd.core import flow, samplers
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.derivative import STEP, Derivative, directional
 from diffkd.core.flow import flow_time, time_at
-from diffkd.core.schedules import Schedule
+from diffkd.core.schedules import Schedule, read_prediction
 from diffkd.errors import UserError
 from diffkd.io.prefetch import to_device
+
+NEAREST = 1e-3  # to the data, in t, that a difference goes
 
 
 def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
@@ -98,3 +101,42 @@ def start_of(denoiser: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, **cond: Tens
     inside = s > 0
     found = denoiser(x_s, torch.where(inside, s, t), **cond)
     return torch.where(inside.reshape(-1, *[1] * (x_s.ndim - 1)), found, x_s)
+
+
+def tangent(
+    student: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    output: Tensor,
+    velocity: Tensor,
+    share: float = 1.0,
+    how: Derivative = "jvp",
+    step: float = STEP,
+    **cond: Any,
+) -> Tensor:
+    """g = cos(a) df/da along dx/da = velocity, not normalised: (B, C, H, W), without gradients.
+
+    Lu & Song 2024, algorithm 1, for f = cos(a) x - sin(a) F, F = v:
+
+        g = -cos² (F - dx/da) - r cos sin (x + dF/da)
+
+    output: F at x_t, without gradients. share: r, of the part that can be unstable. step: of a difference, in
+    t, which goes neither above 1 nor to 0. The derivative is taken in t, in which everything is finite:
+    dF/da = (dF/dt) / (da/dt).
+    """
+    schedule = student.schedule
+    cos, sin = schedule.at(t, like=x_t)
+    d_cos, d_sin = flow.rates(schedule, t, like=x_t)
+    da_dt = cos * d_sin - sin * d_cos
+
+    def output_at(x: Tensor, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """F as a function of everything that changes with the angle."""
+        raw = student.output(x, t, **cond).to(x.dtype)
+        x0, eps = read_prediction(student.prediction, x, raw, cos, sin)
+        value: Tensor = cos * eps - sin * x0
+        return value
+
+    along = (da_dt * velocity, torch.ones_like(t), d_cos, d_sin)
+    span = (t - NEAREST).clamp(0, step), (1 - t).clamp(max=step)
+    derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network, step=span)
+    return -cos * cos * (output - velocity) - share * cos * sin * (x_t + derivative / da_dt)

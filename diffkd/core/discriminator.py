@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from diffkd.core.activations import capture_activations
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
+from diffkd.io.prefetch import to_device
 
 WIDTH = 256  # of a head, at most
 SMALLEST = 4  # a head halves a feature map while it is larger
@@ -95,6 +97,14 @@ def seen(
         denoised = denoiser(x_t, t, guidance=guidance, **cond)
     # the first half of a guided batch is conditional
     return denoised, [found[name][: len(x_t)].to(x_t.dtype) for name in blocks]
+
+
+def nudged(schedule: Schedule, x_t: Tensor, t: Tensor, noise: float, rng: torch.Generator) -> Tensor:
+    """x_t as it is where the images have a noise of this deviation on them, for `finite_r1`: (B, C, H, W)."""
+    change = noise * torch.randn(x_t.shape, generator=rng, dtype=x_t.dtype)
+    alpha, _ = schedule.at(t, like=x_t)
+    moved: Tensor = x_t + alpha * to_device(change, x_t.device)
+    return moved
 
 
 def _head(channels: int, size: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.core.losses import squared_error, weight
-from diffkd.core.noise import add_noise, grid_times
+from diffkd.core.noise import grid_times
 from diffkd.core.schedules import Schedule
 from diffkd.io.prefetch import to_device
 
@@ -132,12 +132,6 @@ def denoising_error(denoiser: Denoiser, denoised: Tensor, x0: Tensor, t: Tensor)
     schedule = denoiser.schedule
     of_output = weight(denoiser.weighting, schedule.snr(t), width=schedule.width)
     return of_output.to(denoised.dtype) * squared_error(denoised, x0)
-
-
-def fake_loss(fake: Denoiser, x: Tensor, t: Tensor, rng: torch.Generator, **cond: Tensor) -> Tensor:
-    """How the fake network learns the student's images: their denoising error at t."""
-    x = x.detach()
-    return denoising_error(fake, fake(add_noise(fake.schedule, x, t, rng), t, **cond), x, t)
 
 
 def error_size(x: Tensor, denoised: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from diffkd.errors import UserError
 from diffkd.io import plugins
 from diffkd.methods.base import Method
 
-CONTRACT = "base"  # the one file here that does not define a method
+SHARED = ("base", "settings")  # the files here that define no method
 
 
 def find(name: str) -> type[Method]:
@@ -41,7 +41,7 @@ def name_of(kind: type[Method]) -> str:
 
 def names() -> list[str]:
     """The names of the built-in methods, which are those of their files."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != CONTRACT)
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser, StockSampler
-from diffkd.core.discriminator import Heads, accuracy, block_shapes, finite_r1, hinge, minus_logit, seen
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.discriminator import (
+    Heads,
+    accuracy,
+    block_shapes,
+    finite_r1,
+    hinge,
+    minus_logit,
+    nudged,
+    seen,
+)
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
 from diffkd.core.scores import check_drawn, check_start, draw
 from diffkd.core.times import draw_times
 from diffkd.io.config import Beta
-from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 
 
@@ -32,13 +41,14 @@ class Adversarial(Method):
         real=True,
         networks=("heads",),
         memory="little for heads; the teacher's activations",
-        calls="1 student, 1 teacher with gradients; critic_updates times 1 student, 2 teacher (3 with r1)",
+        in_short="activations",
+        calls="1 student, 1 teacher with gradients; then critic_updates times 2 teacher (3 with r1), all but "
+        "the first with 1 student more",
+        passes={"student": 1, "teacher": 3},
     )
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
-    drawn: StockSampler = Field(
-        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
-    )
+    drawn: settings.Drawn = "renoise"
     teacher: str = Field(
         "original",
         description="whose features the heads see: the run's teacher's, or previous, or a student's",
@@ -59,19 +69,15 @@ class Adversarial(Method):
         description="of log(sigma / alpha) at which images are told apart; higher is more noise",
     )
     noise_std: float = Field(1.0, ge=0, description="its standard deviation")
-    r1: float = Field(
-        0.0, ge=0, description="weight of the finite-noise R1 penalty on real images; 100 to 1000"
-    )
-    r1_noise: float = Field(0.1, gt=0, description="standard deviation of that noise")
+    r1: settings.R1 = 0.0
+    r1_noise: settings.R1Noise = 0.1
     distance: float = Field(
         0.0,
         ge=0,
         description="weight of the distance to the teacher's prediction, 0 for none (LADD); ADD has 2.5",
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of that prediction; 1 is unguided")
-    simulate: bool = Field(
-        True, description="whether later steps start from the student's own images, or from noised data"
-    )
+    simulate: settings.Simulate = True
 
     @model_validator(mode="after")
     def _fits_together(self) -> Adversarial:
@@ -138,10 +144,9 @@ class Adversarial(Method):
             loss = hinge(logits, told)
             # 4. and are to change little where the data does
             if self.r1:
-                change = self.r1_noise * torch.randn(x0.shape, generator=rng, dtype=x0.dtype)
-                alpha, _ = schedule.at(t, like=x0)
                 with torch.no_grad():
-                    _, moved = seen(teacher, heads, x_t + alpha * to_device(change, x0.device), t, **cond)
+                    moved_t = nudged(schedule, x_t, t, self.r1_noise, rng)
+                    _, moved = seen(teacher, heads, moved_t, t, **cond)
                 loss = loss + self.r1 * finite_r1(logits, heads(moved))
             metrics = {"t": t, "loss": loss.detach(), "accuracy": accuracy(logits, told)}
             yield Loss("heads", loss.mean(), metrics)

@@ -5,27 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from diffkd.core.denoiser import Denoiser, StockSampler
 from diffkd.io.config import Strict
 from diffkd.io.prefetch import to_device
-
-
-def _ascending(given: tuple[float, float]) -> tuple[float, float]:
-    if given[0] >= given[1]:
-        raise ValueError(f"{[*given]} is no range of weights; give the least, then a larger one")
-    return given
-
-
-# least and largest of a guidance weight that is an input
-Range = Annotated[
-    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], AfterValidator(_ascending)
-]
 
 
 @dataclass(frozen=True)
@@ -56,18 +43,26 @@ class Needs:
 
     data: whether it learns from images, and not from their labels alone. real: whether these must be the
     data's own, and not what the teacher draws, by default. pairs: whether it learns from noises and what the
-    teacher makes of them. after: what it starts from, where that is no teacher. networks: more that it trains
-    or keeps. memory: what these and their activations take, in words; "" for no more than
-    teacher and student. calls: of networks in one update without guidance, such as "1 student, 2 teacher".
+    teacher makes of them. labels: whether it cannot do without labels (of denoisers, or prompts);
+    unconditional: nor without the input that means none. after: which kind of student it starts from, where
+    that is no teacher. networks: more that it trains or keeps, each with its condition, if any, by "with" or
+    "where". memory: what these and their activations take, in words; "" for no more than teacher and student.
+    in_short: the same in a word or two. calls: of networks in one update of a student of one step, without
+    guidance, such as "1 student, 2 teacher". passes: the same by numbers, of a batch through each network, at
+    the default settings.
     """
 
     data: bool = True
     real: bool = False
     pairs: bool = False
+    labels: bool = False
+    unconditional: bool = False
     after: str = ""
     networks: tuple[str, ...] = ()
     memory: str = ""
+    in_short: str = ""
     calls: str = ""
+    passes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

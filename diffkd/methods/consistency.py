@@ -1,4 +1,4 @@
-"""Consistency models: the student predicts at t what it predicts at an earlier s of the same trajectory."""
+"""Consistency models (Song et al. 2023; Geng et al. 2024): f at t is what it is earlier on a trajectory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Consistency(Method):
     """Consistency distillation and training, with the curriculum of easy consistency tuning (ECT)."""
 
     reference: ClassVar[str] = "Song et al. 2023 and Geng et al. 2024, https://arxiv.org/abs/2406.14548"
-    needs: ClassVar[Needs] = Needs(calls="2 student, substeps of the teacher (distillation)")
+    needs: ClassVar[Needs] = Needs(
+        calls="2 student, substeps of the teacher (distillation)", passes={"student": 2, "teacher": 1}
+    )
 
     mode: Literal["distillation", "training"] = Field(
         "distillation",

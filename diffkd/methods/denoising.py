@@ -20,7 +20,7 @@ class Denoising(Method):
     """The denoising loss on data; trains a teacher from scratch, or continues one."""
 
     reference: ClassVar[str] = "Ho et al. 2020, https://arxiv.org/abs/2006.11239"
-    needs: ClassVar[Needs] = Needs(real=True, calls="1 student, no teacher")
+    needs: ClassVar[Needs] = Needs(real=True, calls="1 student, no teacher", passes={"student": 1})
 
     updates: int = Field(1500, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")

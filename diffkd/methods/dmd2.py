@@ -9,27 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser, StockSampler
-from diffkd.core.discriminator import (
-    Heads,
-    accuracy,
-    block_shapes,
-    logistic,
-    middle,
-    non_saturating,
-    seen,
-)
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.discriminator import Heads, block_shapes, middle, non_saturating, seen
+from diffkd.core.fake import fake_losses
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import (
-    check_drawn,
-    check_start,
-    denoising_error,
-    descent,
-    draw,
-    error_size,
-    noise_times,
-)
+from diffkd.core.scores import check_drawn, check_start, descent, draw, error_size, noise_times
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -44,49 +30,42 @@ class DMD2(Method):
     needs: ClassVar[Needs] = Needs(
         data=False,
         networks=("fake", "heads with gan"),
-        memory="a student's for fake; little for heads",
-        calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 student and 1 fake",
+        memory="a student's for fake, with gan its activations; little for heads",
+        in_short="a student's, (activations)",
+        calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 fake (2 with gan, 3 with r1), all but "
+        "the first with 1 student more",
+        passes={"student": 5, "teacher": 1, "fake": 6},
     )
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
-    drawn: StockSampler = Field(
-        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
-    )
+    drawn: settings.Drawn = "renoise"
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
-    teacher: str = Field(
-        "original",
-        description="whose distribution is matched: the run's teacher's, or previous, or a student's",
-    )
+    teacher: settings.Matched = "original"
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(2e-4, gt=0, description="the student's; falls linearly to zero")
     warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
     fake_updates: int = Field(5, ge=1, description="updates of the fake network for one of the student")
-    fake_learning_rate: float | None = Field(
-        None, gt=0, description="of the fake network; default the student's"
-    )
-    simulate: bool = Field(
-        True, description="whether later steps start from the student's own images, or from noised data"
-    )
+    fake_learning_rate: settings.FakeRate = None
+    simulate: settings.Simulate = True
     t_min: float = Field(0.02, gt=0, le=1, description="least noise at which the two are compared")
     t_max: float = Field(0.98, gt=0, le=1, description="most noise at which they are compared")
     gan: float = Field(0.0, ge=0, description="weight of the adversarial loss in the student's; 0 has none")
-    gan_fake: float = Field(
-        0.01, ge=0, description="weight of the discriminator's loss in the fake network's"
-    )
-    gan_learning_rate: float | None = Field(
-        None, gt=0, description="of its heads; default the fake network's"
-    )
-    blocks: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="the fake network's modules that have a head; default the middle block",
-    )
+    gan_fake: settings.FakeGan = 0.01
+    gan_learning_rate: settings.HeadsRate = None
+    blocks: settings.FakeBlocks = None
+    r1: settings.R1 = 0.0
+    r1_noise: settings.R1Noise = 0.1
 
     @model_validator(mode="after")
     def _fits_together(self) -> DMD2:
         check_drawn(self.drawn, self.simulate)
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}; exchange them")
+        if self.r1 and not self.gan:
+            raise ValueError(
+                f"r1 {self.r1:g} is a penalty on the discriminator, which gan: 0 does not have; leave it "
+                "out, or give gan a weight"
+            )
         return self
 
     def learns_from_data(self) -> bool:
@@ -150,22 +129,9 @@ class DMD2(Method):
             loss = loss + self.gan * non_saturating(heads(features))
         gap = squared_error(drawn, real).sqrt()
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach()})
-        for k in range(self.fake_updates):
-            # 4. the fake network learns the student's images at every noise level
-            if k:
-                with torch.no_grad():
-                    x = images()
-            x = x.detach()
-            t = noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
-            denoised, features = seen(fake, heads, add_noise(schedule, x, t, rng), t, **cond)
-            loss = error = denoising_error(fake, denoised, x, t)
-            if heads is not None:
-                # 5. and to tell them from the data; then the heads do
-                _, others = seen(fake, heads, add_noise(schedule, x0, t, rng), t, **cond)
-                loss = error + self.gan_fake * logistic(heads(others), heads(features))
-            yield Loss("fake", loss.mean(), {"t": t, "loss": error.detach()})
-            if heads is not None:
-                logits, told = (heads([f.detach() for f in found]) for found in (others, features))
-                yield Loss(
-                    "heads", logistic(logits, told).mean(), {"t": t, "accuracy": accuracy(logits, told)}
-                )
+        # 4. the fake network learns the student's images, the heads to tell them from the data
+        for learned in fake_losses(
+            fake, heads, x, images, x0, self.fake_updates, rng,
+            gan=self.gan_fake, r1=self.r1, r1_noise=self.r1_noise, **cond,
+        ):  # fmt: skip
+            yield Loss(*learned)

@@ -1,4 +1,4 @@
-"""Feature distillation: a smaller student learns from the data, its teacher's outputs and its features."""
+"""Feature distillation (Kim et al. 2023): a small student learns data, its teacher's outputs and features."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class Feature(Method):
         real=True,
         networks=("projectors where widths differ",),
         memory="little for projectors; features of both",
+        in_short="features",
         calls="1 student, 1 teacher",
+        passes={"student": 1, "teacher": 1},
     )
     hooks: ClassVar[bool] = True
 

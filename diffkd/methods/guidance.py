@@ -11,16 +11,21 @@ from pydantic import Field
 from diffkd.core.denoiser import GUIDANCE, Denoiser
 from diffkd.core.losses import Weighting, squared_error, weight_at
 from diffkd.core.noise import add_noise, grid_times
-from diffkd.methods.base import Batch, Loss, Method, Needs, Range, Stage, Step
+from diffkd.methods import settings
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
 class Guidance(Method):
     """One call in place of a guided teacher's two, for every weight of a range: what comes before halving."""
 
     reference: ClassVar[str] = "Meng et al. 2023, https://arxiv.org/abs/2210.03142"
-    needs: ClassVar[Needs] = Needs(calls="1 student, 2 teacher")
+    needs: ClassVar[Needs] = Needs(
+        labels=True, unconditional=True, calls="1 student, 2 teacher", passes={"student": 1, "teacher": 2}
+    )
 
-    range: Range = Field((1.0, 14.0), description="least and largest weight that the student learns to take")
+    range: settings.Range = Field(
+        (1.0, 14.0), description="least and largest weight that the student learns to take"
+    )
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-4, gt=0, description="after the warm-up; falls linearly to zero")
     warmup: int = Field(50, ge=0, description="updates over which the learning rate rises")

@@ -12,40 +12,12 @@ from torch import Tensor
 from diffkd.core import flow, samplers
 from diffkd.core.consistency import check_mode
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.moments import discrepancy, of_one_group
 from diffkd.core.noise import steps_of_grids
 from diffkd.core.schedules import Schedule
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
-
-
-def discrepancy(y: Tensor, target: Tensor, scale: Tensor, together: Tensor) -> Tensor:
-    """Each particle's share in the squared MMD of its group, with the kernel exp(-scale |a - b| / D): (B,).
-
-    y, target: (B, ...) of D values each. scale: (B,), the same within a group. together: whether two are of
-    one group: (B, B), or (B / M, M, M) for the blocks of M that follow each other, where no group is in two.
-    The mean over a group of M is sum_jk [k(y_j, y_k) + k(x_j, x_k) - 2 k(y_j, x_k)] / M², x the target, with
-    its terms of j = k (Zhou, Ermon & Song 2025, equation 67).
-    """
-    y, target = (x.reshape(*together.shape[:-1], -1) for x in (y, target))
-    rate = -scale.reshape(together.shape[:-1])[..., None] / y.shape[-1]
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (rate * torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")).exp()
-
-    terms = kernel(y, y) + kernel(target, target) - kernel(y, target) - kernel(target, y)
-    return (torch.where(together, terms, 0.0).sum(-1) / together.sum(-1)).flatten()
-
-
-def of_one_group(group: Tensor, size: int, cond: Mapping[str, Tensor]) -> Tensor:
-    """Whether two examples are of one group and have the same conditioning, without which their distributions
-    are not one: by blocks of a group, where all are whole, and not for all pairs of a batch."""
-    blocks = group.reshape(-1, size if len(group) % size == 0 else len(group))
-    alike = blocks[:, :, None] == blocks[:, None]
-    for value in cond.values():
-        values = value.reshape(*blocks.shape, -1).float()
-        alike &= torch.cdist(values, values, p=0) == 0
-    return alike
 
 
 def moved(student: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, **cond: Tensor) -> Tensor:
@@ -72,7 +44,9 @@ class IMM(Method):
     """A step of any length gives the distribution that a shorter one gives, by the moments of groups."""
 
     reference: ClassVar[str] = "Zhou, Ermon & Song 2025, https://arxiv.org/abs/2503.07565"
-    needs: ClassVar[Needs] = Needs(real=True, calls="2 student, 1 teacher (distillation)")
+    needs: ClassVar[Needs] = Needs(
+        real=True, calls="2 student, 1 teacher (distillation)", passes={"student": 2}
+    )
 
     mode: Literal["distillation", "training"] = Field(
         "training",

@@ -1,4 +1,4 @@
-"""Latent consistency distillation: consistency along a guided teacher, in strides over its table of times."""
+"""LCM (Luo et al. 2023): consistency along a guided teacher, in strides over its table of times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from diffkd.core.losses import pseudo_huber, squared_error
 from diffkd.core.noise import add_noise, grid_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
-from diffkd.methods.base import Batch, Loss, Method, Needs, Range, Stage, Step
+from diffkd.methods import settings
+from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 from diffkd.models.students.copies import copy_of
 
 
@@ -26,7 +27,11 @@ class LCM(Method):
 
     reference: ClassVar[str] = "Luo et al. 2023, https://arxiv.org/abs/2310.04378"
     needs: ClassVar[Needs] = Needs(
-        networks=("target",), memory="weights of target", calls="1 student, 1 target, 1 teacher"
+        networks=("target",),
+        memory="weights of target",
+        in_short="weights",
+        calls="1 student, 1 target, 1 teacher",
+        passes={"student": 1, "teacher": 1, "target": 1},
     )
 
     teacher: str = Field(
@@ -36,7 +41,7 @@ class LCM(Method):
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
     skip: int = Field(20, ge=1, description="entries of the teacher's table from t to s, k in the paper")
-    guidance: Annotated[float, Field(ge=0)] | Range = Field(
+    guidance: Annotated[float, Field(ge=0)] | settings.Range = Field(
         1.0,
         description="guidance weight baked in, 1 for none; or least and largest of one that is an input of "
         "the student, such as [3, 15]",

@@ -1,4 +1,4 @@
-"""Knowledge distillation of a classifier: hard labels and softened teacher outputs."""
+"""Knowledge distillation of a classifier (Hinton et al. 2015): hard labels and softened teacher outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Logits(Method):
     """(1 - alpha) CE with the labels + alpha T^2 KL with the teacher; alpha = 0 is training by labels."""
 
     reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
-    needs: ClassVar[Needs] = Needs(real=True, calls="1 student, 1 teacher")
+    needs: ClassVar[Needs] = Needs(
+        real=True, labels=True, calls="1 student, 1 teacher", passes={"student": 1, "teacher": 1}
+    )
     kind: ClassVar[type[Any]] = Classifier
 
     alpha: float = Field(

@@ -12,53 +12,16 @@ from torch import Tensor
 from diffkd.core import flow
 from diffkd.core.consistency import check_mode
 from diffkd.core.denoiser import Denoiser, Predicted
-from diffkd.core.derivative import STEP, Derivative, directional
+from diffkd.core.derivative import Derivative
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import steps_of_grids
-from diffkd.core.schedules import read_prediction
 from diffkd.core.times import draw_times
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
-SHORTEST = 1e-3  # half the span of a difference, against rounding
 SMALL = 1e-3  # mean squared error below which the adaptive weight is constant
 Law = tuple[float, Annotated[float, Field(gt=0)]]
-
-
-def target(
-    student: Denoiser,
-    x_t: Tensor,
-    t: Tensor,
-    r: Tensor,
-    predicted: Predicted,
-    derivative: Derivative = "jvp",
-    step: float = STEP,
-    **cond: Any,
-) -> Tensor:
-    """The average velocity from t to r by the MeanFlow identity: v - (tau_t - tau_r) du/dtau of the student.
-
-    x_t: (B, C, H, W); t, r: (B,), r <= t. predicted: x0 and eps of x_t, by the data or by a teacher, along
-    which the state moves. step: of a difference, which goes neither above t = 1 nor below r. Returns
-    (B, C, H, W), without gradients. Geng et al. 2025, equations 6, 8 and 10, with the flow's time tau and
-    velocity eps - x0 of any schedule (`core.flow`). The derivative is taken in t, in which everything is
-    finite: du/dtau = (du/dt) / (dtau/dt).
-    """
-    alpha, sigma = student.schedule.at(t, like=x_t)
-    d_alpha, d_sigma = flow.rates(student.schedule, t, like=x_t)
-
-    def u(x: Tensor, time: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        output = student.output(x, time, interval=time - r, **cond).to(x.dtype)
-        return flow.velocity(Predicted(*read_prediction(student.prediction, x, output, alpha, sigma)))
-
-    moving = d_alpha * predicted.x0 + d_sigma * predicted.eps
-    tangents = (moving, torch.ones_like(t), d_alpha, d_sigma)
-    behind = (t - r).clamp(SHORTEST, step)
-    span = behind, torch.minimum(behind, 1 - t)
-    du_dt = directional(u, (x_t, t, alpha, sigma), tangents, derivative, network=student.network, step=span)
-    dtau_dt = (d_sigma * alpha - d_alpha * sigma) / (alpha + sigma) ** 2
-    length = flow.flow_time(student.schedule, t) - flow.flow_time(student.schedule, r)
-    return flow.velocity(predicted) - length.to(dtau_dt).reshape(dtau_dt.shape) / dtau_dt * du_dt
 
 
 class MeanFlow(Method):
@@ -67,7 +30,10 @@ class MeanFlow(Method):
     reference: ClassVar[str] = "Geng et al. 2025, https://arxiv.org/abs/2505.13447"
     needs: ClassVar[Needs] = Needs(
         memory="with jvp its attention, which grows with the square of the tokens",
-        calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)",
+        in_short="(attention)",
+        calls="1 student, 1 derivative of it (about 2) for three quarters of the batch, 1 teacher "
+        "(distillation)",
+        passes={"student": 2.5, "teacher": 1},
     )
 
     mode: Literal["distillation", "training"] = Field(
@@ -141,7 +107,9 @@ class MeanFlow(Method):
         if k:
             first = {key: value[:k] for key, value in cond.items()}
             part = Predicted(predicted.x0[:k], predicted.eps[:k])
-            averaged = target(student, x_t[:k], t[:k], r[:k], part, self.derivative, self.step, **first)
+            averaged = flow.average_velocity(
+                student, x_t[:k], t[:k], r[:k], part, self.derivative, self.step, **first
+            )
             u_target = torch.cat([averaged, u_target[k:]])
         # 5. the squared error, less of it where it is large
         error = squared_error(u, u_target)

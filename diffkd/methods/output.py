@@ -1,4 +1,4 @@
-"""Output matching: a smaller student learns its teacher's outputs, at the teacher's own step count."""
+"""Output matching (Hinton et al. 2015): a smaller student learns its teacher's outputs, at its step count."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Output(Method):
     """Output matching alone: knowledge distillation of a denoiser as a regression onto its teacher."""
 
     reference: ClassVar[str] = "Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531"
-    needs: ClassVar[Needs] = Needs(calls="1 student, 1 teacher")
+    needs: ClassVar[Needs] = Needs(calls="1 student, 1 teacher", passes={"student": 1, "teacher": 1})
 
     updates: int = Field(2000, ge=1, description="updates in all")
     learning_rate: float = Field(1e-3, gt=0, description="after the warm-up; falls linearly to zero")

@@ -57,7 +57,10 @@ class Progressive(Method):
     """Progressive distillation: each stage's student takes one step where its teacher took several."""
 
     reference: ClassVar[str] = "Salimans & Ho 2022, https://arxiv.org/abs/2202.00512"
-    needs: ClassVar[Needs] = Needs(calls="1 student, substeps of the teacher, 2 where steps are halved")
+    needs: ClassVar[Needs] = Needs(
+        calls="1 student, substeps of the teacher, 2 where steps are halved",
+        passes={"student": 1, "teacher": 2},
+    )
 
     steps: list[Annotated[int, Field(le=MOST_STEPS)]] = Field(
         [32, 16, 8, 4, 2, 1], min_length=1, description="step counts of the students, in order"

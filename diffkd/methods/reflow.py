@@ -37,7 +37,7 @@ class Reflow(Method):
     """The teacher's flow made straight, then its one step, or few, from pairs of its own."""
 
     reference: ClassVar[str] = "Liu et al. 2022, https://arxiv.org/abs/2209.03003"
-    needs: ClassVar[Needs] = Needs(data=False, pairs=True, calls="1 student")
+    needs: ClassVar[Needs] = Needs(data=False, pairs=True, calls="1 student", passes={"student": 1})
 
     steps: list[Positive] = Field(
         [8, 4, 2, 1],

@@ -31,7 +31,7 @@ class Regression(Method):
     """Regression onto pairs: the teacher's sampler as one step."""
 
     reference: ClassVar[str] = "Luhman & Luhman 2021, https://arxiv.org/abs/2101.02388"
-    needs: ClassVar[Needs] = Needs(data=False, pairs=True, calls="1 student")
+    needs: ClassVar[Needs] = Needs(data=False, pairs=True, calls="1 student", passes={"student": 1})
 
     pairs: Positive = Field(50_000, description="noises that the teacher makes images of, to learn from")
     pair_steps: Positive = Field(64, description="the teacher's steps for these images")

@@ -1,4 +1,4 @@
-"""Continuous-time consistency models: the derivative of f along its trajectory is taken to zero."""
+"""sCM (Lu & Song 2024): continuous-time consistency: the derivative of f along a trajectory goes to zero."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core import flow
-from diffkd.core.consistency import check_mode, check_start
+from diffkd.core.consistency import check_mode, check_start, tangent
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.derivative import STEP, Derivative, directional
+from diffkd.core.derivative import Derivative
 from diffkd.core.losses import squared_error
-from diffkd.core.schedules import read_prediction
 from diffkd.core.times import TimeLaw, draw_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
@@ -23,7 +21,6 @@ from diffkd.io.prefetch import to_device
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 WAVES = 8
-NEAREST = 1e-3  # to the data, in t, that a difference goes
 
 
 class TimeWeight(nn.Module):
@@ -48,8 +45,10 @@ class SCM(Method):
     reference: ClassVar[str] = "Lu & Song 2024, https://arxiv.org/abs/2410.11081"
     needs: ClassVar[Needs] = Needs(
         networks=("weight",),
-        memory="little for weight; a jvp's attention, which grows with the square of the tokens",
+        memory="little for weight; with jvp its attention, which grows with the square of the tokens",
+        in_short="little, (attention)",
         calls="1 student, 1 derivative of it (about 2), 1 teacher (distillation)",
+        passes={"student": 3, "teacher": 1},
     )
 
     mode: Literal["distillation", "training"] = Field(
@@ -142,42 +141,3 @@ class SCM(Method):
         # 5. the same, for w
         if "weight" in nets:
             yield Loss("weight", (w.exp() * error.detach() - w).mean())
-
-
-def tangent(
-    student: Denoiser,
-    x_t: Tensor,
-    t: Tensor,
-    output: Tensor,
-    velocity: Tensor,
-    share: float = 1.0,
-    how: Derivative = "jvp",
-    step: float = STEP,
-    **cond: Any,
-) -> Tensor:
-    """g = cos(a) df/da along dx/da = velocity, not normalised: (B, C, H, W), without gradients.
-
-    Lu & Song 2024, algorithm 1, for f = cos(a) x - sin(a) F, F = v:
-
-        g = -cos² (F - dx/da) - r cos sin (x + dF/da)
-
-    output: F at x_t, without gradients. share: r, of the part that can be unstable. step: of a difference, in
-    t, which goes neither above 1 nor to 0. The derivative is taken in t, in which everything is finite:
-    dF/da = (dF/dt) / (da/dt).
-    """
-    schedule = student.schedule
-    cos, sin = schedule.at(t, like=x_t)
-    d_cos, d_sin = flow.rates(schedule, t, like=x_t)
-    da_dt = cos * d_sin - sin * d_cos
-
-    def output_at(x: Tensor, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """F as a function of everything that changes with the angle."""
-        raw = student.output(x, t, **cond).to(x.dtype)
-        x0, eps = read_prediction(student.prediction, x, raw, cos, sin)
-        value: Tensor = cos * eps - sin * x0
-        return value
-
-    along = (da_dt * velocity, torch.ones_like(t), d_cos, d_sin)
-    span = (t - NEAREST).clamp(0, step), (1 - t).clamp(max=step)
-    derivative = directional(output_at, (x_t, t, cos, sin), along, how, network=student.network, step=span)
-    return -cos * cos * (output - velocity) - share * cos * sin * (x_t + derivative / da_dt)

@@ -42,8 +42,10 @@ class Shortcut(Method):
     reference: ClassVar[str] = "Frans et al. 2024, https://arxiv.org/abs/2410.12557"
     needs: ClassVar[Needs] = Needs(
         networks=("target with target_decay",),
-        memory="weights of target",
+        memory="weights of target, with target_decay",
+        in_short="(weights)",
         calls="1 student, 2 of it (or of target) for a quarter of the batch, 1 teacher for the rest",
+        passes={"student": 1.5, "teacher": 0.75},
     )
 
     mode: Literal["distillation", "training"] = Field(

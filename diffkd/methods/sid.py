@@ -9,17 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffkd.core.denoiser import Denoiser, StockSampler
+from diffkd.core.denoiser import Denoiser
+from diffkd.core.fake import fake_losses
 from diffkd.core.losses import squared_error
 from diffkd.core.noise import add_noise
-from diffkd.core.scores import (
-    check_start,
-    denoising_error,
-    draw,
-    error_size,
-    noise_times,
-    score_identity,
-)
+from diffkd.core.scores import check_start, draw, error_size, noise_times, score_identity
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Optimization, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -35,8 +30,10 @@ class SiD(Method):
         data=False,
         networks=("fake",),
         memory="a student's for fake; the activations of teacher and fake",
-        calls="1 student, 1 teacher and 1 fake, all with gradients; then fake_updates times 1 student and 1 "
-        "fake",
+        in_short="a student's, activations",
+        calls="1 student, 1 teacher and 1 fake, all with gradients; then fake_updates times 1 fake, all but "
+        "the first with 1 student more",
+        passes={"student": 1, "teacher": 1, "fake": 2},
     )
 
     alpha: float = Field(
@@ -46,21 +43,14 @@ class SiD(Method):
         description="1/2 is the Fisher divergence's own gradient; the paper's are 1 and 1.2",
     )
     steps: int = Field(1, ge=1, description="sampling steps of the student")
-    drawn: StockSampler = Field(
-        "renoise", description="the student's sampler; ddim, as after progressive, learns through all steps"
-    )
+    drawn: settings.Drawn = "renoise"
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher; 1 is unguided")
-    teacher: str = Field(
-        "original",
-        description="whose distribution is matched: the run's teacher's, or previous, or a student's",
-    )
+    teacher: settings.Matched = "original"
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(2e-4, gt=0, description="the student's; falls linearly to zero")
     warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
     fake_updates: int = Field(1, ge=1, description="updates of the fake network for one of the student")
-    fake_learning_rate: float | None = Field(
-        None, gt=0, description="of the fake network; default the student's"
-    )
+    fake_learning_rate: settings.FakeRate = None
     t_min: float = Field(0.02, gt=0, le=1, description="least noise at which the two are compared")
     t_max: float = Field(0.97, gt=0, le=1, description="most noise at which they are compared")
 
@@ -106,12 +96,6 @@ class SiD(Method):
         loss = score_identity(x, real, drawn, self.alpha, error_size(x, real))
         gap = squared_error(drawn, real).sqrt()
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach()})
-        for k in range(self.fake_updates):
-            # 4. the fake network learns the student's images at every noise level
-            if k:
-                with torch.no_grad():
-                    x = images()
-            x = x.detach()
-            t = noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
-            error = denoising_error(fake, fake(add_noise(schedule, x, t, rng), t, **cond), x, t)
-            yield Loss("fake", error.mean(), {"t": t, "loss": error.detach()})
+        # 4. the fake network learns the student's images at every noise level
+        for learned in fake_losses(fake, None, x, images, batch.x0, self.fake_updates, rng, **cond):
+            yield Loss(*learned)

@@ -1,4 +1,4 @@
-"""Truncated consistency models: a second stage for the noisy times alone, its boundary the first stage."""
+"""TCM (Lee et al. 2024): consistency of the noisy times alone, a second stage whose boundary is the first."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ class TCM(Method):
     reference: ClassVar[str] = "Lee et al. 2024, https://arxiv.org/abs/2410.14895"
     needs: ClassVar[Needs] = Needs(
         real=True,
-        after="a consistency student",
+        after="consistency",
         networks=("first with distillation",),
         memory="weights of first, with distillation",
+        in_short="(weights)",
         calls="2 student, 1 first-stage student; substeps of the teacher (distillation)",
+        passes={"student": 2, "teacher": 1},
     )
 
     mode: Literal["distillation", "training"] = Field(

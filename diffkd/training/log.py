@@ -74,8 +74,8 @@ class TrainingLog:
         np.add.at(sums[1], bins, 1)
 
     def read(self, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-        """The means of the interval over all processes, its speed, and this process's CPU time of all its
-        threads; starts a new interval."""
+        """The means of the interval over all processes, the gradient norms of other networks over the
+        student's, its speed, and this process's CPU time of all its threads; starts a new interval."""
         self._add_up()
         record: dict[str, Any] = {}
         for key, value in self.sums.items():
@@ -88,6 +88,9 @@ class TrainingLog:
                 record.setdefault(whole, float(total.sum() / count.sum()))
             else:
                 record[key] = means[0]
+        for key in [key for key in record if key.endswith("_grad_norm")]:
+            if record.get("grad_norm"):  # none where every update of the student was skipped
+                record[key.replace("_norm", "_ratio")] = record[key] / record["grad_norm"]
         seconds = time.perf_counter() - self.started
         record["images_per_second"] = self.updates * batch_size / max(seconds, 1e-9)
         record["cpu_seconds_per_update"] = (time.process_time() - self.cpu_started) / max(self.updates, 1)

@@ -180,25 +180,34 @@ def test_completion_imports_no_torch():
     assert ran.stdout.splitlines()[-1] == "HEAVY []", ran.stderr
 
 
-def test_methods_are_a_table(cli):
+def test_methods_are_two_tables(cli):
+    """What each does, with its paper, and what it needs; in 120 columns."""
     code, out, err = cli("methods")
-    table, _, legend = out.partition("\n\n")
-    head, *rows = [re.split(r" {2,}", line) for line in table.splitlines()]
-    assert (code, err, [row[0] for row in rows]) == (0, "", methods.names())
-    assert head == ["method", "paper", "learns from", "more networks", "what it does"]
-    sources = {row[0]: row[2] for row in rows}
-    assert (sources["dmd2"], sources["regression"]) == ("its teacher alone", "pairs")
-    assert (sources["progressive"], sources["denoising"]) == ("noised images", "images")
-    assert sources["tcm"] == "images, after a consistency student"
-    for name, paper, source, networks, phrase in rows:
+    does, table, legend = out.split("\n\n")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 120
+    head, *phrases = [re.split(r" {2,}", line, maxsplit=1) for line in does.splitlines()]
+    assert head == ["method", "what it does"] and [name for name, _ in phrases] == methods.names()
+    for name, phrase in phrases:
         kind = methods.find(name)
-        assert kind.reference.startswith(f"{paper}, http")
-        assert ("images" in source) == kind.needs.data and (source == "pairs") == kind.needs.pairs
-        assert networks == (", ".join(kind.needs.networks) or "none")
-        told = {line.partition(":")[0] for line in legend.splitlines()} | {"none", "projectors"}
-        assert {part.partition(" ")[0] for part in networks.split(", ")} <= told
         assert phrase == (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-    assert len({line.index(row[4]) for line, row in zip(table.splitlines()[1:], rows, strict=True)}) == 1
+        author, year = re.match(r"(\w+).*?(\d{4})", kind.reference).groups()
+        assert re.search(rf"\(.*\b{author}\b.*{year}.*\)", phrase), (name, author, year)
+    head, *rows = [re.split(r" {2,}", line) for line in table.splitlines()]
+    assert head == ["method", "learns from", "more networks", "memory", "calls"]
+    assert [row[0] for row in rows] == methods.names()
+    cells = {row[0]: row[1:] for row in rows}
+    student = "a student's, (activations)"
+    assert cells["dmd2"] == ["its teacher alone", "fake, (heads)", student, "5 student, 1 teacher, 6 fake"]
+    assert cells["progressive"] == ["noised images", "none", "none", "1 student, 2 teacher"]
+    assert cells["tcm"][:3] == ["images, after consistency", "(first)", "(weights)"]
+    assert [cells[name][0] for name in ("regression", "guidance")] == ["pairs", "noised images, labels"]
+    told = {line.partition(":")[0] for line in legend.splitlines()} | {"none"}
+    for name, source, networks, memory, calls in rows:
+        needs = methods.find(name).needs
+        assert ("images" in source) == needs.data and (source == "pairs") == needs.pairs
+        assert set(re.findall(r"\w+", networks)) <= told
+        assert (memory == "none") == (not needs.memory) and (networks != "none") <= bool(needs.memory)
+        assert calls == ", ".join(f"{count:g} {network}" for network, count in needs.passes.items())
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -209,6 +218,11 @@ def test_a_method_in_full(cli, name):
     for key, field in kind.model_fields.items():
         assert re.search(rf"^  {key}: \S.*{re.escape(field.description or '')}$", out, re.MULTILINE)
     assert re.search(r"^learns from: ((noised )?images|pairs|its teacher alone)", out, re.MULTILINE)
+    assert re.search(r"^inputs beside the image: (none|labels)", out, re.MULTILINE)
+    assert ("an input that means none" in out) == kind.needs.unconditional
+    assert ("; with guidance labels or prompts, and one that means none" in out) == (
+        "guidance" in kind.model_fields
+    )
     listed = ", ".join(kind.needs.networks) or "none"
     assert re.search(rf"^networks beside teacher and student: {listed}$", out, re.MULTILINE)
     assert re.search(r"^memory over teacher and student: \S", out, re.MULTILINE)

@@ -116,17 +116,17 @@ def called_with_guidance(network: Any, x_t: torch.Tensor, time: torch.Tensor, co
 
 
 def losses_of(
-    method: Method, nets: dict[str, Any], stage: Stage, seed: int, update: int = 0
+    method: Method, nets: dict[str, Any], stage: Stage, seed: int, update: int = 0, count: int = 6
 ) -> Iterator[Loss]:
-    """Those of one update on six random images, which are NaN where the method needs none."""
+    """Those of one update on a few random images, which are NaN where the method needs none."""
     rng = torch.Generator().manual_seed(seed)
-    x0 = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1
+    x0 = torch.rand(count, 1, 8, 8, generator=rng) * 2 - 1
     noise = None if stage.pairs is None else torch.randn(x0.shape, generator=rng)
     if noise is None and not method.learns_from_data():
         x0 = torch.full_like(x0, torch.nan)
-    cond = {"class_labels": torch.arange(6) % 3}
+    cond = {"class_labels": torch.arange(count) % 3}
     if stage.guidance_range is not None:
-        cond[GUIDANCE] = torch.linspace(*stage.guidance_range, 6)
+        cond[GUIDANCE] = torch.linspace(*stage.guidance_range, count)
     batch = Batch(x0, cond, noise)
     return method.losses(nets, batch, Step(stage, update), rng)
 

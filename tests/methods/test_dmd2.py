@@ -161,16 +161,20 @@ def test_a_tiny_network_guided_within_an_interval_by_hand():
 # the discriminator
 
 
+HEADS = BestHeads(*(nets_of()[name].network for name in ("teacher", "fake")))
+
+
+def logits(x, t, eps):
+    time = (64 * t - 1).reshape(-1, 1, 1, 1).expand(x.shape)
+    return HEADS([torch.cat([noised(x, t, eps), time], 1)])
+
+
 def test_the_discriminator_adds_its_losses():
-    nets = {**nets_of(), "heads": BestHeads(*(nets_of()[name].network for name in ("teacher", "fake")))}
+    nets = {**nets_of(), "heads": HEADS}
     method = DMD2(gan=0.5, gan_fake=0.25, fake_updates=1)
     found, plain = losses_of(method, nets), losses_of(DMD2(fake_updates=1), nets | {"heads": None})
     assert [loss.network for loss in found] == ["student", "fake", "heads"]
-    draws, heads = Draws(), nets["heads"]
-
-    def logits(x, t, eps):
-        return heads([torch.cat([noised(x, t, eps), (64 * t - 1).reshape(-1, 1, 1, 1).expand(x.shape)], 1)])
-
+    draws = Draws()
     x = STUDENT[0] + STUDENT[1] * draws.student_noise()
     t = draws.times(2, 62)
     added = non_saturating(logits(x, t, draws.noise())).mean()
@@ -183,6 +187,39 @@ def test_the_discriminator_adds_its_losses():
     assert found[2].value.item() == pytest.approx(told.mean().item(), rel=1e-6)
     right = ((real > 0).double() + (drawn < 0).double())[:, 0] / 2
     assert found[2].metrics["accuracy"].tolist() == right.tolist()
+
+
+def test_the_penalty_on_the_heads_by_hand():
+    """How their logits of real images change with a noise on these, at the same level and noise of x_t."""
+    nets, settings = {**nets_of(), "heads": HEADS}, {"gan": 0.5, "gan_fake": 0.25, "fake_updates": 1}
+    found, plain = (losses_of(DMD2(**settings, **more), nets) for more in ({"r1": 10, "r1_noise": 0.2}, {}))
+    assert [loss.network for loss in found] == ["student", "fake", "heads"]
+    assert [loss.value.item() for loss in found[:2]] == [loss.value.item() for loss in plain[:2]]
+    draws, x0 = Draws(), batch_of().x0
+    draws.student_noise(), draws.times(2, 62), draws.noise()
+    t, _ = draws.times(1, 64), draws.noise()
+    eps = draws.noise()
+    moved = logits(x0 + 0.2 * draws.noise(torch.float64), t, eps)
+    penalty = 10 * (logits(x0, t, eps) - moved).square().mean()
+    assert penalty > 0.1
+    assert (found[2].value - plain[2].value).item() == pytest.approx(penalty.item(), rel=1e-6)
+
+
+def test_the_penalty_compares_features_of_one_network():
+    """The fake network learns before the heads do: of what it then makes of moved images nothing is seen."""
+    teacher = student(None, "v_prediction", COSINE)
+    batch, values = Batch(torch.randn(4, 1, 8, 8), {}), []
+    for more in ({"r1": 1e3, "r1_noise": 1e-9}, {}):
+        method = DMD2(gan=0.5, fake_updates=1, **more)
+        nets = {"teacher": teacher, "student": student(None, "v_prediction", COSINE, seed=1)}
+        nets |= method.networks(teacher, nets["student"])
+        rng = torch.Generator().manual_seed(0)
+        losses = method.losses(nets, batch, Step(method.stages(teacher)[0], 0), rng)
+        assert [next(losses).network, next(losses).network] == ["student", "fake"]
+        for parameter in nets["fake"].parameters():
+            parameter.data *= 1.5
+        values.append(next(losses).value.item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
 def test_it_sets_hooks_only_for_a_discriminator():
@@ -232,6 +269,8 @@ def test_what_does_not_fit_is_refused():
         DMD2(guidance=2).stages(gaussian(COSINE))
     with pytest.raises(ValidationError, match=r"t_min 0\.9 is above t_max 0\.5; exchange them"):
         DMD2(t_min=0.9, t_max=0.5)
+    with pytest.raises(ValidationError, match="r1 10 is a penalty .* gan: 0 does not have; leave it out"):
+        DMD2(r1=10)
     for method in (DMD2, FDistill, Adversarial):
         with pytest.raises(ValidationError, match="simulate: false starts .* leave one of the two out"):
             method(steps=2, drawn="ddim", simulate=False)

@@ -64,8 +64,9 @@ def test_one_update_by_hand():
 
 def test_by_the_reverse_kl_it_is_dmd2():
     nets = with_heads(nets_of())
-    found = losses_of(FDistill(divergence="reverse_kl", gan=0.1, fake_updates=2), nets)
-    same = losses_of(DMD2(gan=0.1, fake_updates=2), nets)
+    settings = {"gan": 0.1, "fake_updates": 2, "r1": 3.0}
+    found = losses_of(FDistill(divergence="reverse_kl", **settings), nets)
+    same = losses_of(DMD2(**settings), nets)
     assert [loss.network for loss in found] == [loss.network for loss in same]
     for ours, theirs in zip(found, same, strict=True):
         assert ours.value.item() == pytest.approx(theirs.value.item(), rel=1e-9)

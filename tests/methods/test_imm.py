@@ -11,10 +11,11 @@ from torch import nn
 
 from diffkd.core import samplers
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.moments import discrepancy, of_one_group
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
-from diffkd.methods.imm import IMM, discrepancy, moved, of_one_group, time_weight
+from diffkd.methods.imm import IMM, moved, time_weight
 from tests.gaussian import flow as exact_flow
 from tests.gaussian import flow_map, gaussian
 from tests.methods.flow_maps import fit, moments

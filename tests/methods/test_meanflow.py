@@ -9,10 +9,11 @@ from torch import nn
 from diffkd.core import flow
 from diffkd.core.denoiser import Denoiser, Predicted
 from diffkd.core.derivative import STEP
+from diffkd.core.flow import average_velocity
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
-from diffkd.methods.meanflow import MeanFlow, target
+from diffkd.methods.meanflow import MeanFlow
 from tests.gaussian import flow_map, gaussian
 from tests.methods.flow_maps import trained
 
@@ -51,13 +52,13 @@ def test_the_target_of_the_exact_student_is_itself(schedule, how, error):
     x_t, t, r = x_t[inside], t[inside], r[inside]
     student = flow_map(schedule)
     predicted = gaussian(schedule).predict(x_t, t)
-    found = target(student, x_t, t, r, predicted, how)
+    found = average_velocity(student, x_t, t, r, predicted, how)
     expected = velocity_of(student, x_t, t, r)
     far = (t - r > 0.02) & (r > 0.01)  # closer, the closed form divides rounding by a small length
     assert far.sum() > 40 and (found - expected)[far].abs().max() < error * expected.abs().max()
     # and of none other
     off = flow_map(schedule, off=0.1)
-    gap = target(off, x_t, t, r, predicted, how) - velocity_of(off, x_t, t, r)
+    gap = average_velocity(off, x_t, t, r, predicted, how) - velocity_of(off, x_t, t, r)
     assert (gap[far] + 0.1).abs().max() < 0.01
 
 
@@ -69,8 +70,8 @@ def test_the_target_is_linear_in_the_velocity():
     shift = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x0 = gaussian(COSINE).predict(x_t, t).x0
     parts = [Predicted(x, (x_t - alpha * x) / sigma) for x in (x0 + shift, x0 - shift)]
-    mean = sum(target(student, x_t, t, r, part) for part in parts) / 2
-    whole = target(student, x_t, t, r, Predicted(x0, (x_t - alpha * x0) / sigma))
+    mean = sum(average_velocity(student, x_t, t, r, part) for part in parts) / 2
+    whole = average_velocity(student, x_t, t, r, Predicted(x0, (x_t - alpha * x0) / sigma))
     assert torch.allclose(mean, whole, atol=1e-6)
 
 
@@ -91,7 +92,7 @@ def test_the_target_is_the_total_derivative(prediction):
     h = 3e-4  # large beside the rounding of the time to float32
     du = (u(h) - u(-h)) / (2 * h)
     length = (tau - flow.flow_time(COSINE, r)).reshape(-1, 1, 1, 1)
-    found = target(student, x_t, t, r, predicted)
+    found = average_velocity(student, x_t, t, r, predicted)
     assert torch.allclose(found, v - length * du, rtol=5e-3, atol=5e-3)
 
 
@@ -172,11 +173,12 @@ def test_at_pure_noise_everything_is_finite():
     x_t = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, r = torch.ones(2).double(), torch.tensor([0.0, 0.5]).double()
     predicted = gaussian(COSINE, "v_prediction").predict(x_t, t)
-    found = target(student, x_t, t, r, predicted)
-    near = target(student, x_t, t - 1e-4, r, gaussian(COSINE, "v_prediction").predict(x_t, t - 1e-4))
+    found = average_velocity(student, x_t, t, r, predicted)
+    before = gaussian(COSINE, "v_prediction").predict(x_t, t - 1e-4)
+    near = average_velocity(student, x_t, t - 1e-4, r, before)
     assert found.isfinite().all() and (found - near).abs().max() < 0.02 * found.abs().max()
     # a difference has no room ahead there
-    behind = target(student, x_t, t, r, predicted, "difference", 1e-3)
+    behind = average_velocity(student, x_t, t, r, predicted, "difference", 1e-3)
     assert (found - behind).abs().max() < 0.02 * found.abs().max()
 
 

@@ -67,7 +67,7 @@ def test_the_files_of_a_new_method_pass_at_once(extended):
     tests = ["tests/methods/test_conformance.py", "tests/methods/test_own_idea.py", "-k", "own_idea"]
     done = run(folder, "pytest", "-q", "-p", "no:cacheprovider", *tests, "-m", "not slow")
     assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"^5 passed", done.stdout.splitlines()[-1]), done.stdout
+    assert re.search(r"^6 passed", done.stdout.splitlines()[-1]), done.stdout
 
 
 @pytest.mark.slow
@@ -113,6 +113,7 @@ def test_the_files_of_a_new_method_are_in_the_house_style(copied, tmp_path, name
         (["lambda"], "is not a name"),
         (["a" * 41], "is not a name"),
         (["base"], "'base' is taken by diffkd itself; use another name"),
+        (["settings"], "'settings' is taken by diffkd itself"),
         (["find"], "is taken"),
         (["loss"], "is taken"),  # its class would be called Loss
         (["tensor"], "is taken"),

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from diffkd.core.consistency import tangent
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.methods.base import Batch, Step
-from diffkd.methods.scm import SCM, TimeWeight, tangent
+from diffkd.methods.scm import SCM, TimeWeight
 from tests.gaussian import gaussian
 from tests.trajectories import at_noise, data, exact, family, train
 

@@ -11,7 +11,7 @@ from diffkd.methods.shortcut import Shortcut
 from diffkd.methods.tcm import TCM
 
 VARIANTS: dict[str, Method] = {
-    "dmd2-gan": DMD2(steps=2, fake_updates=2, gan=0.1, gan_fake=0.1, guidance=1.5),
+    "dmd2-gan": DMD2(steps=2, fake_updates=2, gan=0.1, gan_fake=0.1, r1=1.0, guidance=1.5),
     "dmd2-ddim": DMD2(steps=2, fake_updates=1, drawn="ddim"),
     "adversarial-r1": Adversarial(steps=2, critic_updates=2, r1=1.0, distance=1.0),
     "scm-jvp": SCM(derivative="jvp", tangent_warmup=0),

@@ -377,18 +377,23 @@ def test_curves_are_the_log(run: Path) -> None:
 
 
 def test_networks_beside_the_student_and_the_spread(run: Path) -> None:
-    """Their losses, which may be negative; all gradient norms in one plot; the spread, of events."""
+    """Their losses, which may be negative; all gradient norms in one plot, their ratios in another; how often
+    a discriminator is right; the spread, of events."""
     log = logged("2-steps", 0, [0.4, 0.3], 20) + logged("1-steps", 1, [0.9, 0.8], 20)
     for i, line in enumerate(log):
         line |= {"grad_norm": 10.0**-i, "fake_grad_norm": 1.0, "fake_loss": 0.5 - 0.3 * i}
+        line |= {"fake_grad_ratio": 10.0**i, "heads_accuracy": (0.5, 0.75, 1.0, 0.25)[i]}
     looks: Log = [
         {"event": "spread", "stage": "1-steps", "stage_index": 1, "update": u, "spread": v}
         for u, v in ((5, 1.0), (10, 0.5), (20, 0.0))
     ]
     put_log(run, log[:3] + looks + log[3:])
     result = page(run)
-    titles = ["Loss", "Gap", "Losses of the other networks", "Gradient norms", "Spread"]
-    assert result.texts["h3"][-5:] == titles
+    titles = [
+        "Loss", "Gap", "Losses of the other networks", "Gradient norms", "Ratios of gradient norms",
+        "Accuracy of the discriminator", "Spread",
+    ]  # fmt: skip
+    assert result.texts["h3"][-7:] == titles
     fake = [y for line in result.curves("Losses of the other networks", "student") for _, y in line]
     assert [(y - fake[0]) / (fake[1] - fake[0]) for y in fake] == pytest.approx([0, 1, 2, 3], abs=1e-3)
     norms = result.curves("Gradient norms", "student")
@@ -398,6 +403,11 @@ def test_networks_beside_the_student_and_the_spread(run: Path) -> None:
     )
     assert len({round(y, 3) for line in norms[2:4] for _, y in line}) == 1
     assert {"student", "fake"} <= set(result.texts["text"])
+    for title, shares in (("Ratios of gradient norms", [0, 1, 2, 3]), (titles[-2], [0, 1, 2, -1])):
+        heights = [y for line in result.curves(title, "student") for _, y in line]
+        assert [(y - heights[0]) / (heights[1] - heights[0]) for y in heights] == pytest.approx(
+            shares, abs=1e-3
+        ), title
     (spread,) = (line for line in result.curves("Spread", "student") if line)
     assert [(y - spread[0][1]) / (spread[2][1] - spread[0][1]) for _, y in spread] == pytest.approx(
         [0, 0.5, 1], abs=1e-3

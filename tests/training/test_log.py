@@ -42,6 +42,21 @@ def test_a_model_without_noise_levels_logs_plain_means():
     assert not [key for key in record if key.endswith("_by_noise")]
 
 
+def test_gradient_norms_are_compared_with_the_students():
+    """Ratios of means; none where the student's gradient is 0, as dmd2's first is, or was never taken."""
+    meter = TrainingLog(torch.device("cpu"))
+
+    def record(**norms):
+        for network, norm in norms.items():
+            meter.add([Loss(network, torch.tensor(1.0))], torch.tensor(norm))
+        return meter.read(Accelerator(), 8)
+
+    meter.add([Loss("fake", torch.tensor(1.0))], torch.tensor(9.0))
+    found = record(student=2.0, fake=3.0, heads=1.0)
+    assert (found["fake_grad_ratio"], found["heads_grad_ratio"]) == (3.0, 0.5)
+    assert not [key for key in (*record(student=0.0, fake=3.0), *record(fake=3.0)) if "ratio" in key]
+
+
 def test_an_update_costs_its_share_of_the_interval(monkeypatch):
     """By the process's own time, in which others on the machine do not count. Fake updates are a part."""
     monkeypatch.setattr(log.time, "process_time", iter([10.0, 16.0, 16.0, 17.0, 17.0]).__next__)

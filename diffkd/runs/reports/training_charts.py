@@ -43,23 +43,38 @@ def _card(title: str, what: str, content: str) -> str:
 
 
 def _of_networks(stages: Stages) -> list[str]:
-    """Where other networks than the student learn too: all their losses, and all gradient norms."""
+    """Where other networks than the student learn too: all their losses, all gradient norms and their ratios
+    to the student's, and how often a discriminator is right."""
     keys = dict.fromkeys(key for records in stages.values() for record in records for key in record)
     norms = [key for key in keys if key.endswith("_grad_norm") and key.replace("grad_norm", "loss") in keys]
     names = [key.removesuffix("_grad_norm") for key in norms]
     if not names:
         return []
     cards = []
-    for title, what, wanted in (
-        ("Losses of the other networks", "Each of its own kind.", {n: f"{n}_loss" for n in names}),
+    for title, what, wanted, scale in (
+        ("Losses of the other networks", "Each of its own kind.", {n: f"{n}_loss" for n in names}, "log"),
         (
             "Gradient norms",
-            "Before they are clipped; far apart, one network runs ahead of another.",
+            "Before they are clipped.",
             {"student": "grad_norm", **dict(zip(names, norms, strict=True))},
+            "log",
+        ),
+        (
+            "Ratios of gradient norms",
+            "Each over the student’s. Where one leaves its level, that network runs ahead or falls behind.",
+            {n: f"{n}_grad_ratio" for n in names},
+            "log",
+        ),
+        (
+            "Accuracy of the discriminator",
+            "Share of images that it tells right, real and drawn: at 1 it has won, at 0.5 it guesses.",
+            {key.removesuffix("_accuracy"): key for key in keys if key.endswith("_accuracy")},
+            "linear",
         ),
     ):
         values = [r[key] for key in wanted.values() for rs in stages.values() for r in rs if key in r]
-        scale = "log" if all(is_finite(v) and v > 0 for v in values) else "linear"
+        if not all(is_finite(v) and v > 0 for v in values):
+            scale = "linear"
         curves = {
             name: [_shares(rs, key, _updates(rs), scale) for rs in stages.values()]
             for name, key in wanted.items()
