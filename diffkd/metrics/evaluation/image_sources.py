@@ -39,8 +39,10 @@ class Source(Protocol):
     name: str
     labels: Tensor | None
     classes: Sequence[str]
-    size: tuple[int, int] | None
     notes: Sequence[str]
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
 
     def __len__(self) -> int: ...
 
