@@ -80,6 +80,7 @@ KINDS: dict[
     "16-bit": ("png", (64, 64), 1, {}),
     "299": ("png", (299, 299), 3, {}),
     "400x300": ("png", (300, 400), 3, {}),
+    "mixed": ("png", (64, 64), 3, {}),  # three sizes in turn, which the tools take one by one
 }
 
 
@@ -88,6 +89,8 @@ def write(kind: str, folder: Path, count: int, seed: int) -> list[Path]:
     folder.mkdir(parents=True)
     paths = []
     for i, picture in enumerate(pictures(count, height, width, channels, seed)):
+        if kind == "mixed":
+            picture = picture[: height - 16 * (i % 3), : width - 8 * (i % 2)]
         array = picture[..., 0] if channels == 1 else picture
         paths.append(folder / f"{i:04d}.{suffix}")
         if kind == "16-bit":
@@ -126,7 +129,8 @@ def pytorch_fid(weights: Path) -> tuple[Features, Distance]:
         return float(fid_score.calculate_frechet_distance(*moments(x), *moments(y)))
 
     def features(files: list[Path]) -> np.ndarray:
-        found: np.ndarray = fid_score.get_activations(files, network, min(16, len(files)), num_workers=0)
+        together = 1 if len({Image.open(path).size for path in files}) > 1 else min(16, len(files))
+        found: np.ndarray = fid_score.get_activations(files, network, together, num_workers=0)
         return found
 
     return features, distance
@@ -234,7 +238,7 @@ def compare(
     rows = []
     for mode, open_peer in PEERS.items():
         tool, first = open_peer.__name__.replace("_", "-"), mode == "tf1" and more
-        if presets and tool not in TOOLS:
+        if (presets and tool not in TOOLS) or (kind == "mixed" and not presets):
             continue
         how = {"protocol": tool} if presets else {"features": "inception", "feature_resize": mode}
         ours: Any = diffkd.evaluate(

@@ -121,7 +121,9 @@ class Denoiser(nn.Module):
         self.taught_kind: dict[str, Any] = {}  # the kind of the guidance that is baked in, as its card has it
         self.example = dict(example or {})
         self.name = "the model"
+        self.label_dropout: float | None = None  # share of labels or prompts that its training left out
         self._null: tuple[str, ...] = ()
+        self._negative = False  # whether that is the encoding of a prompt, which it knows in any case
         self.opened_with: dict[str, str] = {}  # options of `loading.load`, without which it is another model
 
     @property
@@ -282,9 +284,10 @@ class Denoiser(nn.Module):
         for part in self.around.values():
             part.close()
 
-    def set_null(self, null: Cond) -> None:
-        """null: what the conditioner makes of no prompt, each (1, ...)."""
-        self._null = tuple(null)
+    def set_null(self, null: Cond, *, negative: bool = False) -> None:
+        """null: what the conditioner makes of no prompt, or where negative is set of a negative one, each
+        (1, ...)."""
+        self._null, self._negative = tuple(null), negative
         for key, value in null.items():
             self.register_buffer(f"null_{key}", value.detach().to(self.device), persistent=False)
 
@@ -304,9 +307,17 @@ class Denoiser(nn.Module):
         return x, torch.ones(1, dtype=torch.float64, device=self.device), cond
 
     def check_guidance(self) -> None:
-        """Raises UserError where the model has nothing that means "no condition", nor a worse model."""
-        there = self.conditioner is not None or self._null or self.null_label is not None
-        if not there and self.worse is None:
+        """Raises UserError where the model has nothing that means "no condition", or is known not to have
+        learnt it, and has no worse model. label_dropout None, as of models made elsewhere, is not known."""
+        if self.worse is not None:
+            return
+        if self.label_dropout == 0 and not self._negative:
+            raise UserError(
+                f"{self.name} was trained without leaving out {'labels' if self.num_classes else 'prompts'} "
+                "(label_dropout 0 in its diffkd.json), so guidance has nothing to lead away from; use "
+                f"{called('guidance')} 1, or train the teacher with denoising.label_dropout 0.1"
+            )
+        if self.conditioner is None and not self._null and self.null_label is None:
             raise UserError(
                 "guidance needs a label that means no class, and this model has none; "
                 f"use {called('guidance')} 1, or name it as {called('null_label')} where the model was "

@@ -97,7 +97,7 @@ class BucketedImages(Images):
         captions = PackedStrings(caption for part in ordered for caption in part.captions)
         return BucketedImages(
             first.name, first.pixels, torch.cat(labels) if labels else None, first.classes, first.flip,
-            captions, ordered, sizes,
+            captions, parts=ordered, sizes=sizes,
         )  # fmt: skip
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,6 @@ from pydantic import Field
 from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
 from diffkd.data.listing import ClassOrder, Listing, list_folder
-from diffkd.data.packed import PackedStrings
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
 from diffkd.io.naming import called
@@ -47,16 +47,16 @@ class Folder(ResizedDataset):
         """The images, decoded when they are asked for; their fingerprint is of the files' names and sizes.
         kept: a folder that may have what an earlier run found out of them."""
         root, found = self._listed()
-        names = PackedStrings(str(path.relative_to(root)) for path in found.paths)
+        names = found.paths.names
         files = hashlib.sha256()
         for name in names:
-            files.update(f"{name}\0{_size(root / name)}\0".encode(errors="surrogateescape"))
+            files.update(f"{name}\0{_size(f'{root}/{name}')}\0".encode(errors="surrogateescape"))
         labels = None if found.labels is None else torch.tensor(found.labels)
-        captions = PackedStrings(found.captions)
+        classes, captions = found.classes, found.captions
         return self.on_demand(
             len(names), lambda i: open_image(root / names[i]), lambda i: str(root / names[i]),
             files.hexdigest(),
-            lambda pixels: Images(str(self.path), pixels, labels, found.classes, self.flip, captions), kept,
+            lambda pixels: Images(str(self.path), pixels, labels, classes, self.flip, captions), kept,
         )  # fmt: skip
 
     def _listed(self) -> tuple[Path, Listing]:
@@ -65,8 +65,8 @@ class Folder(ResizedDataset):
         if not os.path.isdir(root):
             raise UserError(f"{called('data.path')} {root} is not a folder; give a folder of images")
         found = list_folder(root, self.class_order or "name", labelled=self.labelled)
-        if found.loose and len(found.loose) < len(found.paths) and found.labels is None:
-            inside = next(path for path in found.paths if path.parent != root).relative_to(root).parts[0]
+        if 0 < found.loose < len(found.paths) and found.labels is None:
+            inside = next(name for name in found.paths.names if "/" in name).partition("/")[0]
             raise UserError(
                 f"{root} holds both images and class folders ({inside}, ...); keep one of the two, or give "
                 "labels in a metadata.jsonl"
@@ -76,15 +76,15 @@ class Folder(ResizedDataset):
         return root, found
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     """In bytes; -1 for a link that leads nowhere."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return -1
 
 
-def passed_over(root: Path, files: list[Path]) -> str:
+def passed_over(root: Path, files: Sequence[Path]) -> str:
     """The line about files that are not read as images."""
     some = ", ".join(str(path.relative_to(root)) for path in files[:3]) + ", ..." * (len(files) > 3)
     count = f"{len(files)} file{'s' * (len(files) > 1)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,10 @@ from diffkd.data.images import Images
 from diffkd.data.listing import CAPTIONS
 from diffkd.data.packed import PackedStrings
 from diffkd.data.resized import ResizedDataset
-from diffkd.data.tables import open_rows
+from diffkd.data.streams import Listed, Streamed
+from diffkd.data.tables import open_rows, undecoded
 from diffkd.errors import UserError
-from diffkd.io.naming import option
+from diffkd.io.naming import called, option
 from diffkd.io.text import from_json, reason, without_surrogates
 
 TOGETHER = 1000  # rows of captions that are read at once
@@ -45,13 +45,22 @@ class HubDataset(ResizedDataset):
         description="column of captions; default the one that is called text, caption or txt, or these keys "
         "of a column json; json.prompt is another key",
     )
+    streaming: bool = Field(
+        False,
+        description="for models of latents: read as it comes, encoded once, and never written to the disk",
+    )
 
     def load(self) -> Images:
         """The images decoded, in memory."""
+        if self.streaming:
+            raise UserError(
+                f"{called('data.streaming')} is for the images of a model of latents, of which each is "
+                "encoded once; these are all held as pixels: leave it out"
+            )
         rows, image = self._opened()
         labels, classes = self._labels(rows)
         captions = self._captions(rows)
-        encoded = _encoded(rows, image)
+        encoded = undecoded(rows, image)
         pixels, readable = self.decode_all(
             self.path, len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]"
         )
@@ -64,9 +73,11 @@ class HubDataset(ResizedDataset):
     def open(self, kept: Path | None = None) -> Images:
         """The images, decoded when they are asked for. Their fingerprint is the one that `datasets` gives.
         kept: as in `Folder.open`."""
+        if self.streaming:
+            return self._streamed(kept)
         rows, image = self._opened()
         labels, classes = self._labels(rows)
-        encoded = _encoded(rows, image)
+        encoded = undecoded(rows, image)
         captions = self._captions(rows)
         return self.on_demand(
             len(rows), lambda i: _open(encoded[i][image]), lambda i: f"{self.path}[{i}]",
@@ -74,26 +85,70 @@ class HubDataset(ResizedDataset):
             lambda pixels: Images(self.path, pixels, labels, classes, self.flip, captions), kept,
         )  # fmt: skip
 
+    def _streamed(self, kept: Path | None) -> Images:
+        """`open`, of rows that are not written to the disk: all else of them was kept, or takes a pass."""
+        if self.buckets is not None:
+            raise UserError(
+                f"{called('data.buckets')} goes by the sizes of all images before the first is encoded, and "
+                f"{called('data.streaming')} gives each but once; leave out one of the two"
+            )
+        stream = Streamed(self.path, self.subset, self.split)
+        key = f"{stream.fingerprint} {self.image} {self.label} {self.text} {self.labelled}"
+        listed = Listed.kept_in(kept, key) or self._listed(stream, key)
+        stream.image = listed.image
+        return self.on_demand(
+            listed.count, lambda i: _open(stream.held(i)), lambda i: f"{self.path}[{i}]",
+            f"{stream.fingerprint} {listed.image}",
+            lambda pixels: Images(
+                self.path, pixels, listed.labels, listed.classes, self.flip, listed.captions, listed
+            ),
+            None, stream.fetch,
+        )  # fmt: skip
+
+    def _listed(self, stream: Streamed, key: str) -> Listed:
+        """By a pass over the columns of labels and captions, or over a smaller one than the images'."""
+        image = self._image_column(stream.features)
+        chosen = {self._label_column(stream.features), self._caption_column(stream.features)[0]}
+        columns = [name for name in stream.features if name in chosen]
+        rows = stream.table(columns) if columns else None
+        other = next((name for name in stream.features if name != image), image)
+        count = stream.count(other) if rows is None else len(rows)
+        if not count:
+            raise self._empty()
+        labels, classes = (None, []) if rows is None else self._labels(rows)
+        captions = PackedStrings(()) if rows is None else self._captions(rows)
+        return Listed(key, count, image, labels, classes, captions)
+
     def _opened(self) -> tuple[Any, str]:
         """The rows, and the column of their images."""
         rows = open_rows(self.path, self.subset, self.split)
+        image = self._image_column(rows.features)
+        if not len(rows):
+            raise self._empty()
+        return rows, image
+
+    def _empty(self) -> UserError:
+        return UserError(f"dataset {self.path} (split {self.split}) holds no images")
+
+    def _image_column(self, features: Any) -> str:
         image = self.image
-        if image is None or image not in rows.features or not _holds_files(rows.features[image]):
-            image = self._column(rows.features, image, "image column", "Image")
+        if image is None or image not in features or not _holds_files(features[image]):
+            image = self._column(features, image, "image column", "Image")
         if image is None:
             raise UserError(
-                f"dataset {self.path} has no image column; it has {', '.join(rows.features)}"
+                f"dataset {self.path} has no image column; it has {', '.join(features)}"
                 f"{option('; name one of encoded images by {}', 'data.image')}"
             )
-        if not len(rows):
-            raise UserError(f"dataset {self.path} (split {self.split}) holds no images")
-        return rows, image
+        return image
+
+    def _label_column(self, features: Any) -> str | None:
+        if not self.labelled:
+            return None
+        return self._column(features, self.label, "column", "ClassLabel", "Value")
 
     def _labels(self, rows: Any) -> tuple[Tensor | None, list[str]]:
         """Of every row, (N,) int64, and the names of the classes; None without a column of them."""
-        name = None
-        if self.labelled:
-            name = self._column(rows.features, self.label, "column", "ClassLabel", "Value")
+        name = self._label_column(rows.features)
         if name is None:
             return None, []
         column = rows.select_columns([name]).with_format("arrow")[:][name]
@@ -158,22 +213,19 @@ def _holds_files(feature: Any) -> bool:
     return getattr(held, "dtype", None) in ("binary", "large_binary")
 
 
-def _encoded(rows: Any, image: str) -> Any:
-    """The rows with their images as encoded files, to be decoded like those of a folder."""
-    chosen, feature = rows.select_columns([image]), copy.copy(rows.features[image])
-    if not hasattr(feature, "decode"):
-        return chosen
-    feature.decode = False
-    return chosen.cast_column(image, feature)
-
-
 def _open(encoded: Any) -> Image.Image:
-    """The image of a row, which holds its bytes or the path of a file."""
+    """The image of a row, which holds its bytes or the path of a file, of one that is streamed on the hub."""
     if isinstance(encoded, bytes):
         return open_image(io.BytesIO(encoded))
     if encoded is None or (encoded["bytes"] is None and not encoded.get("path")):
         raise ValueError("the row has no image")
-    return open_image(Path(encoded["path"]) if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+    content, path = encoded["bytes"], encoded.get("path")
+    if content is None and str(path).rpartition("::")[2].startswith("hf://"):
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    return open_image(Path(path) if content is None else io.BytesIO(content))
 
 
 def _texts(rows: Any, column: str, key: str | None) -> Iterator[str]:

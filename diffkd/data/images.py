@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffkd.data.on_demand import OnDemand
 from diffkd.data.packed import PackedStrings
+from diffkd.data.streams import Listed
 
 DIGESTED = 20_000
 
@@ -36,7 +37,7 @@ class Examples(Protocol):
 class Images:
     """pixels: (N, C, H, W) uint8, or what reads them when they are asked for. labels: (N,) int64
     or None. classes: their names. flip: mirror half of the images of a batch, at random. captions: one for
-    each image, or none."""
+    each image, or none. listed: what was found of those that are streamed."""
 
     name: str
     pixels: np.ndarray | OnDemand
@@ -44,6 +45,7 @@ class Images:
     classes: list[str] = field(default_factory=list)
     flip: bool = False
     captions: Sequence[str] = field(default_factory=list)
+    listed: Listed | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)

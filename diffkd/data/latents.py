@@ -155,9 +155,12 @@ class LatentCache(Conditions):
         missing = self.latents.missing()
         super().fill(rank, world, barrier, on_items)
         if rank == 0:
+            if self.images.listed is not None:
+                self.images.listed.keep(self.folder)
             self.latents.begin()
         barrier()
-        for number in missing[rank::world]:
+        first, last = (len(missing) * part // world for part in (rank, rank + 1))
+        for number in missing[first:last]:  # in a row: one process streams nothing twice
             self.encode(number, on_items)
         self.codec.close()
         barrier()

@@ -6,33 +6,36 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.decoding import SUFFIXES
+from diffkd.data.packed import PackedPaths, PackedStrings
 from diffkd.errors import UserError
 from diffkd.io.text import from_json, log, quoted, reason, without_surrogates
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's imagefolder names them
 CAPTIONS = ("text", "caption")  # their keys for a caption; the first that is there
 MAX_CLASSES = 100_000  # of labels that are numbers
+PARTED = "\0"  # in place of / while names are sorted: a folder comes before files that begin with its name
 ClassOrder = Literal["name", "number"]
 
 
 @dataclass(frozen=True)
 class Listing:
     """paths: the image files, sorted. labels: of each, by metadata or else by subfolder; None where some have
-    none. classes: their names. captions: of each, "" for none; [] where no image has one. loose: images that
-    lie in the folder itself. passed_over: files that are no images by their suffix."""
+    none. classes: their names. captions: of each, "" for none; empty where no image has one. loose: how many
+    images lie in the folder itself. passed_over: files that are no images by their suffix."""
 
-    paths: list[Path]
-    labels: list[int] | None = None
-    classes: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    loose: list[Path] = field(default_factory=list)
-    passed_over: list[Path] = field(default_factory=list)
+    paths: PackedPaths
+    labels: list[int] | None
+    classes: list[str]
+    captions: PackedStrings
+    loose: int
+    passed_over: PackedPaths
 
 
 def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool = True) -> Listing:
@@ -41,15 +44,24 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
     Hidden files and folders (.name) are not data. Links to folders are followed, each folder once in a class.
     Raises UserError for a folder or a metadata file that cannot be read, and for one without images.
     """
-    files = list(_files(root))
-    metadata = [path for path in files if path.name in METADATA]
-    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
-    if not paths:
+    metadata, images, others = list[Path](), list[str](), list[str]()
+    for folder, names in _folders(root):
+        before = f"{folder}/".replace("/", PARTED) if folder else ""
+        metadata += [root / folder / name for name in names if name in METADATA]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in SUFFIXES:
+                images.append(before + name)
+            elif name not in METADATA:
+                others.append(before + name)
+    if not images:
         raise UserError(
             f"{root} holds no images ({', '.join(SUFFIXES)}), neither in itself nor in subfolders"
         )
+    images.sort()
+    others.sort()
+    paths = _packed(root, images)
     about = _metadata(metadata, paths)
-    loose = [path for path in paths if path.parent == root]
+    loose = sum(PARTED not in name for name in images)
     labels: list[int] | None = None
     classes: list[str] = []
     if not labelled:
@@ -57,24 +69,47 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
     elif any("label" in row for row in about.values()):
         labels, classes = _numbered(paths, about, class_order)
     elif not loose:
-        of_path = [path.relative_to(root).parts[0] for path in paths]
-        classes = sorted_classes(set(of_path), class_order, root)
+        classes = sorted_classes({name.partition(PARTED)[0] for name in images}, class_order, root)
         number = {name: i for i, name in enumerate(classes)}
-        labels = [number[name] for name in of_path]
+        labels = [number[name.partition(PARTED)[0]] for name in images]
     key = next((key for key in CAPTIONS if any(key in row for row in about.values())), None)
-    said = (str(about.get(path, {}).get(key) or "") for path in paths) if key else ()
-    captions = [without_surrogates(text) for text in said]
-    there = {*files} if key is None else set[Path]()
-    beside = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt") in there}
-    if beside:
-        captions = [_caption(beside[path]) if path in beside else "" for path in paths]
-    passed_over = sorted(set(files).difference(paths, metadata, beside.values()))
-    return Listing(paths, labels, classes, captions, loose, passed_over)
+    if key is not None:
+        said = (str(about.get(str(path), {}).get(key) or "") for path in paths)
+        captions = PackedStrings(without_surrogates(text) for text in said)
+    else:
+        captions, used = _texts(root, images, others)
+        others = [name for name, is_text in zip(others, used, strict=True) if not is_text]
+    return Listing(paths, labels, classes, captions, loose, _packed(root, others))
 
 
-def _caption(path: Path) -> str:
+def _packed(root: Path, names: Iterable[str]) -> PackedPaths:
+    return PackedPaths(root, PackedStrings(name.replace(PARTED, "/") for name in names))
+
+
+def _texts(root: Path, images: Sequence[str], others: Sequence[str]) -> tuple[PackedStrings, bytearray]:
+    """The captions of images by text files of their names, and which of the others these are."""
+    used = bytearray(len(others))
+
+    def caption(image: str) -> str:
+        name = f"{os.path.splitext(image)[0]}.txt"
+        place = bisect_left(others, name)
+        if place == len(others) or others[place] != name:
+            return ""
+        used[place] = True
+        return _caption(
+            f"{root}/{name.replace(PARTED, '/')}"
+        )  # no Path, whose parts Python keeps for a while
+
+    if not any(name.endswith(".txt") for name in others):
+        return PackedStrings(()), used
+    captions = PackedStrings(map(caption, images))
+    return captions if any(used) else PackedStrings(()), used
+
+
+def _caption(path: str) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        with open(path, encoding="utf-8-sig") as file:
+            return " ".join(file.read().split())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a caption ({reason(error)}); repair or remove it"
@@ -93,36 +128,38 @@ def sorted_classes(names: set[str], order: ClassOrder, where: object) -> list[st
     return sorted(names, key=lambda name: (int(name), name))
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """The visible files below a folder."""
-    for entry in _entries(root):
-        if _is_folder(entry):
-            yield from _below(Path(entry.path), {_identity(root)})
-        elif _is_file(entry):
-            yield Path(entry.path)
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each visible folder, as its path from the root, "" for that itself, and the names of its visible files.
+    Nothing else of them is held: there may be a million in one folder."""
+    names, inside = _entries(root)
+    yield "", names
+    for first in inside:
+        seen, waiting = {_identity(root)}, [first]  # links may lead around in a circle
+        while waiting:
+            folder = waiting.pop()
+            if (identity := _identity(root / folder)) in seen:
+                continue
+            seen.add(identity)
+            names, within = _entries(root / folder)
+            waiting += [f"{folder}/{name}" for name in within]
+            yield folder, names
 
 
-def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """seen: folders not to be read again: links may lead around in a circle."""
-    waiting = [folder]
-    while waiting:
-        folder = waiting.pop()
-        if _identity(folder) in seen:
-            continue
-        seen.add(_identity(folder))
-        for entry in _entries(folder):
-            if _is_folder(entry):
-                waiting.append(Path(entry.path))
-            elif _is_file(entry):
-                yield Path(entry.path)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's visible files and folders, the latter sorted."""
+    files, folders = list[str](), list[str]()
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                elif _is_file(entry):
+                    files.append(entry.name)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read ({reason(error)}); make it readable") from error
+    return files, sorted(folders)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -142,15 +179,16 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or entry.is_file()
 
 
-def _metadata(files: list[Path], paths: list[Path]) -> dict[Path, dict[str, Any]]:
+def _metadata(files: list[Path], paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """What metadata files say of each image: {path: row}. They name images relative to themselves."""
-    known, about, absent = set(paths), dict[Path, dict[str, Any]](), list[str]()
+    known = {str(path) for path in paths} if files else set[str]()
+    about, absent = dict[str, dict[str, Any]](), list[str]()
     for file in sorted(files):
         for line, row in _rows(file):
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
                 raise UserError(f"{file}, line {line}: it has no file_name; every row names an image by it")
-            path = file.parent / name
+            path = str(file.parent / name)
             if path not in known:
                 absent.append(name)
             elif path in about:
@@ -201,10 +239,10 @@ def _is_number(text: str) -> bool:
 
 
 def _numbered(
-    paths: list[Path], about: dict[Path, dict[str, Any]], order: ClassOrder
+    paths: Sequence[Path], about: dict[str, dict[str, Any]], order: ClassOrder
 ) -> tuple[list[int], list[str]]:
     """Labels and class names from metadata: numbers as they are, or names, which are numbered in order."""
-    given: list[Any] = [about.get(path, {}).get("label") for path in paths]
+    given: list[Any] = [about.get(str(path), {}).get("label") for path in paths]
     names = isinstance(given[0], str)
     for path, label in zip(paths, given, strict=True):
         fits = isinstance(label, str) and label if names else type(label) is int and 0 <= label < MAX_CLASSES

@@ -27,7 +27,8 @@ class OnDemand:
 
     files: the number of each image's file, (N,). each: (C, H, W). open_one, name_of: open and name the file
     of a number. to_pixels: makes an opened image, given its name, (C, H, W) uint8. fingerprint: what tells
-    these images from others without reading them.
+    these images from others without reading them. fetch: called with the numbers of files before these are
+    opened, where they have to be brought first.
     """
 
     files: np.ndarray
@@ -36,6 +37,7 @@ class OnDemand:
     name_of: Callable[[int], str]
     to_pixels: Callable[[Image.Image, str], np.ndarray]
     fingerprint: str
+    fetch: Callable[[list[int]], None] | None = None
 
     dtype = np.dtype(np.uint8)
 
@@ -63,6 +65,8 @@ class OnDemand:
         files = self.files[rows]
         pixels, readable = np.zeros((len(files), *self.each), np.uint8), np.ones(len(files), bool)
         sizes = np.full((len(files), 2), self.each[1:])
+        if self.fetch is not None:
+            self.fetch(files.tolist())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for place, found in enumerate(pool.map(self._decoded, files.tolist())):
                 if isinstance(found, str):

@@ -116,17 +116,19 @@ class ResizedDataset(Strict):
         fingerprint: str,
         made_of: Callable[[OnDemand], Images],
         kept: Path | None,
+        fetch: Callable[[list[int]], None] | None = None,
     ) -> Images:
         """`count` images, decoded when they are asked for, in buckets where the config has them.
 
         open_one, name_of: open and name the image of an index. fingerprint: of the files. made_of: adds to
         the pixels all else that is known of the images. kept: where their sizes may be, of an earlier run.
+        fetch: as `OnDemand` has it.
         """
 
         def of(shape: Shape | None) -> OnDemand:
             each = (self.channels, *(shape or (self.size, self.size)))
             to_pixels, made = partial(self.to_pixels, shape=shape), f"{fingerprint} {self.upscale} {shape}"
-            return OnDemand(np.arange(count), each, open_one, name_of, to_pixels, made)
+            return OnDemand(np.arange(count), each, open_one, name_of, to_pixels, made, fetch)
 
         if self.buckets is None:
             return made_of(of(None))

@@ -1,11 +1,12 @@
 """Rows of a Hugging Face dataset: from the hub, of a saved one, or of files that `datasets` reads.
 
 Rows lie in Arrow files that are mapped: those of files are written once to the cache of `datasets`, one after
-the other, and any row is then found by its index.
+the other, and any row is then found by its index. `streams` reads rows that are not to lie there.
 """
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import pkgutil
@@ -20,6 +21,7 @@ from diffkd.errors import UserError
 from diffkd.io.places import expanded
 from diffkd.io.text import quoted, reason
 
+SPLITS = "dataset_dict.json"  # in a folder that save_to_disk wrote of several splits
 READERS = {
     ".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json",
     ".csv": "csv",
@@ -32,25 +34,47 @@ def open_rows(path: str, subset: str | None, split: str) -> Any:
     path: a name on the hub; a folder that save_to_disk wrote; a folder, a file, or a pattern (*, **) of files
     that READERS has. Raises UserError for what cannot be read.
     """
+    place = expanded(path)
+    with reading(path, split) as datasets:
+        if is_saved(path):
+            found = datasets.load_from_disk(str(place))
+            if not os.path.isfile(place / SPLITS):
+                return found
+            if split not in found:
+                raise ValueError(f"it has {', '.join(found)}")
+            return found[split]
+        builder = builder_of(datasets, path, subset)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def is_saved(path: str) -> bool:
+    """Whether it is a folder that save_to_disk wrote."""
+    return any(os.path.isfile(expanded(path) / name) for name in (SPLITS, "state.json"))
+
+
+def undecoded(rows: Any, image: str) -> Any:
+    """Rows, streamed or not, with nothing but their images as encoded files, to be decoded like those of a
+    folder."""
+    chosen, feature = rows.select_columns([image]), copy.copy(rows.features[image])
+    if not hasattr(feature, "decode"):
+        return chosen
+    feature.decode = False
+    return chosen.cast_column(image, feature)
+
+
+@contextmanager
+def reading(path: str, split: str) -> Iterator[Any]:
+    """The module `datasets`, quiet without a terminal; what it raises is a UserError of one line."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
             "data kind datasets needs the datasets package; install it with pip install datasets"
         ) from error
-    place = expanded(path)
     try:
-        if os.path.isfile(place / "dataset_dict.json"):
-            splits = datasets.load_from_disk(str(place))
-            if split not in splits:
-                raise ValueError(f"it has {', '.join(splits)}")
-            return splits[split]
-        if os.path.isfile(place / "state.json"):
-            return datasets.load_from_disk(str(place))
         with _quiet_without_terminal(datasets):
-            builder = _builder(datasets, path, place, subset)
-            builder.download_and_prepare()
-            return builder.as_dataset(split=split)
+            yield datasets
     except UserError:
         raise
     except (OSError, ValueError, LookupError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
@@ -60,10 +84,11 @@ def open_rows(path: str, subset: str | None, split: str) -> Any:
         raise UserError(f"dataset {path} (split {split}) cannot be read: {reason(cause)}") from error
 
 
-def _builder(datasets: Any, path: str, place: Path, subset: str | None) -> Any:
-    """What prepares the rows; of tar files by a reader that unpickles nothing."""
+def builder_of(datasets: Any, path: str, subset: str | None) -> Any:
+    """What prepares or streams the rows; of tar files by a reader that unpickles nothing."""
     from diffkd.data.web_shards import WebShards
 
+    place = expanded(path)
     if os.path.isdir(place):
         made = datasets.load_dataset_builder(str(place.absolute()), subset)
     elif glob.has_magic(path) or os.path.exists(place):

@@ -75,6 +75,8 @@ class ImageGenerator:
         self.options, self.mode = options, mode
         self.labels = labels_for(denoiser, n, labels)
         check_prompts(denoiser, prompts, negative, options.get("guidance", 1.0))
+        if options.get("guidance", 1.0) != 1.0 and denoiser.guidance_range is None and not negative:
+            denoiser.check_guidance()
         self.embeddings: PromptEmbeddings | None = None
         if denoiser.codec is not None:
             denoiser.codec.to(denoiser.device)
@@ -139,7 +141,8 @@ class ImageGenerator:
         if self.runner is None:
             guided = self.options.get("guidance", 1.0) != 1.0 and self.denoiser.worse is None
             if self.embeddings is not None and guided:
-                self.denoiser.set_null(self.embeddings.conditioner.null(self.negative))
+                null = self.embeddings.conditioner.null(self.negative)
+                self.denoiser.set_null(null, negative=bool(self.negative))
             fits = cuda_graphs.largest_fitting(self._prepare, self.batch_size)
             if fits < self.batch_size:
                 self.runner = None  # prepared for another size

@@ -18,7 +18,7 @@ from diffkd.models.source import Source
 
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny")  # by most pipelines
 OF_FRAMES = "AutoencoderKLQwenImage"  # of videos, of which an image is the one frame
-LARGEST_WHOLE = 2048  # pixels a side of an image that is decoded in one piece
+LARGEST_WHOLE = 2048  # pixels a side of an image that is encoded or decoded in one piece
 AT_ONCE = 1024**2  # pixels that are encoded or decoded in one call
 
 
@@ -175,6 +175,7 @@ class Autoencoder:
         """Images (B, C, H, W) in [-1, 1] -> mean and standard deviation of their latents, scaled."""
         images = images.to(self.device, torch.float32)
         images = (images + 1) / 2 if self.unit else images
+        self._tile(max(images.shape[-2:]))
         parts = [self._encode(some) for some in images.split(at_once(images))]
         mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
         if self.statistics is None:
@@ -201,9 +202,14 @@ class Autoencoder:
         else:
             mean, std = (values.to(x0) for values in self.statistics)
             latents = x0 * std / self.scaling + mean
-        if max(x0.shape[-2:]) * self.factor > LARGEST_WHOLE and hasattr(self.network, "use_tiling"):
-            self.network.enable_tiling()
+        self._tile(max(x0.shape[-2:]) * self.factor)
         return torch.cat([self._decode(some) for some in latents.split(at_once(latents, self.factor))])
+
+    def _tile(self, side: int) -> None:
+        """Images of more than LARGEST_WHOLE pixels a side go through in tiles, as stock has them; all others
+        whole, whatever went through before."""
+        if hasattr(self.network, "use_tiling"):
+            (self.network.enable_tiling if side > LARGEST_WHOLE else self.network.disable_tiling)()
 
     def _decode(self, latents: Tensor) -> Tensor:
         """As the network takes them -> its images."""

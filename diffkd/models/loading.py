@@ -69,6 +69,7 @@ def load(
     denoiser.opened_with = {key: value for key, value in options.items() if value is not None}
     denoiser.guidance_baked_in = float(found.card.get("guidance_baked_in", 1.0))
     denoiser.taught_kind = found.card.get("guidance_kind", {})
+    denoiser.label_dropout = found.card.get("label_dropout")
     denoiser = denoiser.to(device=device, dtype=dtype).eval()
     if dtype is not None and is_quantized(denoiser.network):
         cast(denoiser.network, dtype)

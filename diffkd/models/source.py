@@ -183,6 +183,11 @@ def card(folder: Path) -> dict[str, Any]:
     guidance = content.get("guidance_baked_in", 1.0)
     if type(guidance) not in (int, float) or not 0 <= guidance <= MAX_NUMBER:
         raise UserError(f"{path} has guidance_baked_in {quoted(guidance)}, which is not a weight; repair it")
+    share = content.get("label_dropout", 1.0)
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise UserError(
+            f"{path} has label_dropout {quoted(share)}, which is not a share from 0 to 1; repair it"
+        )
     weights = content.get("guidance_range", [1.0, 1.0])
     if not (
         isinstance(weights, list)

@@ -57,6 +57,8 @@ class RunArtifacts:
         def write(place: Path) -> None:
             loading.save(denoiser, place)
             origin = {} if self.teacher is None else card_head.origin(str(self.teacher.path))
+            prompts = prompts_for(denoiser, self.images.captions, max(1, self.settings.pictures))
+            origin |= card_head.prompt_to_try(prompts or [])
             model_card.write(place, model_card.describe(denoiser, **origin, **card))
 
         self.session.export(folder, write)

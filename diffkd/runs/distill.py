@@ -242,6 +242,7 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
     if stage.prediction is not None:
         student.prediction = stage.prediction
     student.steps, student.sampler, student.clip = stage.steps, stage.drawn, None  # targets are not clipped
+    student.label_dropout = plans.label_dropout(method, student)
     if stage.interval:
         interval.attach(student.network)
     if stage.guidance_range is not None and student.guidance_range is None:

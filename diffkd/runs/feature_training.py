@@ -61,6 +61,7 @@ def train(
     if processes.world > 1:
         raise UserError("diffkd features trains in one process; start it without the launcher")
     source = thinned(source, min(len(source), MOST))
+    assert source.size is not None  # it is not as other tools decode it
     labels, classes = (None, list[str]()) if views else _classes(source)
     images = _images(source, size or side_for(*source.size), console)
     what = "views of images" if labels is None else f"{len(classes)} classes"

@@ -13,6 +13,7 @@ from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
+from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation.image_stream import guided_by
 from diffkd.models import guidance_input, students
 from diffkd.runs import pairs
@@ -36,6 +37,8 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             plan.append((method, stage))
             own = _find(teachers, stage)  # which it learns from
             _check_teacher(stage, own, run=own is teacher)
+            if _guides(stage) and own.guidance_range is None:
+                own.check_guidance()
             if stage.pairs is not None:
                 pairs.check(f"pairs of stage {stage.name}", stage.pairs, own)
             _check_adapter(stage, student)
@@ -46,6 +49,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
                 start.steps, start.sampler = one.steps, one.drawn
                 start.worse = teacher.worse  # so that methods find what the run's teacher can be guided by
                 start.guidance_range = stage.guidance_range or start.guidance_range
+                start.label_dropout = label_dropout(method, start)
                 teachers["previous"] = teachers[one.name] = start
                 if one.steps is not None:
                     start.schedule.check_steps(one.steps, one.drawn)
@@ -138,6 +142,12 @@ def with_range(denoiser: Denoiser, guidance_range: tuple[float, float]) -> Denoi
     taking = students.with_network(denoiser, denoiser.network)
     taking.guidance_range = guidance_range
     return taking
+
+
+def label_dropout(method: Method, student: Denoiser) -> float | None:
+    """What a student has after a method: where its teacher had none, the data's own loss teaches it."""
+    before = student.label_dropout
+    return method.label_dropout if before == 0 and isinstance(method, Denoising) else before
 
 
 def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:

@@ -137,7 +137,8 @@ def _computed(
         )  # fmt: skip
     statistics = found[name].statistics
     statistics.protocol = {
-        "features": described, "samples": len(source), "name": source.name, "size": list(source.size),
+        "features": described, "samples": len(source), "name": source.name,
+        "size": None if source.size is None else [*source.size],
         "spec": spec.model_dump(mode="json"), "sha256": pixels.sha256,
         "versions": versions(), "commit": commit(),
     }  # fmt: skip

@@ -60,7 +60,9 @@ def untrained_teacher(config: Train, images: Images) -> Denoiser:
         torch.manual_seed(derived_seed(config.seed))
         network = config.model.build(images.shape, total)
     schedule = config.schedule.build()
-    return Denoiser(
+    made = Denoiser(
         network, schedule, config.prediction, num_classes=classes, null_label=null_label,
         call=Preconditioned(schedule) if isinstance(schedule, EDMSchedule) else plain,
     )  # fmt: skip
+    made.label_dropout = None if classes is None else config.denoising.label_dropout
+    return made

@@ -40,7 +40,7 @@ def test_hidden_files_are_not_data(tmp_path, image_folder, hidden):
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(b"\0\5\x16\7")  # not an image, whatever its suffix
     assert both(root) == 6 and folder(root).classes == ["a", "b"]
-    assert list_folder(root).passed_over == []
+    assert not list_folder(root).passed_over
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path, image_folder):
@@ -60,6 +60,23 @@ def test_linked_class_folders_and_files_are_followed(tmp_path, image_folder):
     assert images.classes == ["0", "1", "2"] and images.class_counts == [3, 3, 1]
     assert np.array_equal(images.pixels[:3], folder(real / "y").pixels)
     assert FolderSource(root, None).labels.tolist() == images.labels.tolist()
+
+
+def test_images_are_in_the_order_of_their_paths(tmp_path):
+    """Part by part: what is in a folder before files that begin with its name. With a text beside some."""
+    names = ["a.png", "a/b.png", "a/b/c.png", "a b/c.png", "A/z.PNG", "a/b.c.png", "a-b.png", "é/\udcff.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b").touch()
+    for name in ("a/b.txt", "a b/c.txt", "a/b/d.txt"):
+        (tmp_path / name).write_text(f"of {name}")
+    found = list_folder(tmp_path)
+    paths = sorted(tmp_path / name for name in names)
+    assert list(found.paths) == paths and found.paths[2:5] == paths[2:5] and found.paths[-1] == paths[-1]
+    said = {"a/b.png": "of a/b.txt", "a b/c.png": "of a b/c.txt"}
+    assert list(found.captions) == [said.get(str(path.relative_to(tmp_path)), "") for path in paths]
+    assert list(found.passed_over) == [tmp_path / "a/b/d.txt", tmp_path / "b"] and found.loose == 2
 
 
 def test_links_around_in_a_circle(tmp_path, image_folder):
@@ -210,7 +227,7 @@ def test_captions_by_text_files_of_the_same_name(tmp_path, caplog):
         if text is not None:
             (tmp_path / name).with_suffix(".txt").write_text(text, encoding="utf-8")
     found = list_folder(tmp_path)
-    assert found.captions == ["a red ring", "", "a star"] and found.passed_over == []
+    assert [*found.captions] == ["a red ring", "", "a star"] and not found.passed_over
 
 
 def test_captions_that_are_no_text_in_utf_8(tmp_path):
@@ -221,7 +238,7 @@ def test_captions_that_are_no_text_in_utf_8(tmp_path):
         r'{"file_name": "a.png", "text": "a \ud83d\ude00"}', r'{"file_name": "b.png", "text": "b \ud83d c"}'
     ]  # fmt: skip
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    captions = list_folder(tmp_path, "name").captions
+    captions = [*list_folder(tmp_path, "name").captions]
     assert captions == ["a \U0001f600", "b \ufffd c"] and all(one.encode() for one in captions)
 
 

@@ -198,6 +198,21 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
     assert torch.equal(images.uint8(slice(count - 1, count)), images.uint8(torch.tensor([0])))
 
 
+def test_while_a_folder_is_listed_of_each_image_its_name_is_held(tmp_path):
+    """And its label, and in the end a caption: no path, and nothing of what the system says of a file."""
+    count = 3_000
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    for i in range(count):
+        (tmp_path / "images" / ("a" if i % 3 else "b") / f"{i:012d}.png").touch()
+    held, most = peak(lambda: opened(tmp_path / "images"))
+    assert 20 * count < held < 50 * count and most < 180 * count
+    for path in (tmp_path / "images").glob("*/*"):
+        path.with_suffix(".txt").write_text(f"caption {path.stem}")
+    held, most = peak(lambda: opened(tmp_path / "images"))
+    assert 40 * count < held < 80 * count and most < 320 * count
+
+
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Of a row there are its caption and its label; the images stay on the disk."""
     count = 20_000

@@ -86,6 +86,13 @@ def test_what_is_refused():
         LCM(guidance=(15, 3))
     with pytest.raises(UserError, match="means no class"):
         LCM(guidance=(3, 15)).stages(student(4, "v_prediction", COSINE))
+    start.null_label = 3
+    for share in (0.1, None):  # None: it is not known
+        start.label_dropout = share
+        assert Guidance().stages(start) and LCM(guidance=(3, 15), skip=2).stages(start)
+    start.label_dropout = 0
+    with pytest.raises(UserError, match="without leaving out labels .label_dropout 0 in its diffkd.json"):
+        Guidance().stages(start)
 
 
 def test_lcm_bakes_one_in_or_takes_it_as_an_input():

@@ -145,6 +145,18 @@ CHAINS: dict[str, tuple[Callable[[np.ndarray], Tensor], Callable[[np.ndarray], A
 }
 
 
+def mixed(folder: Path, count: int, seed: int) -> Path:
+    """PNG of three sizes: some alone, some in rows of one size that go through the network together."""
+    rng, folder = np.random.default_rng(seed), folder / f"mixed-{seed}"
+    folder.mkdir()
+    for i in range(count):
+        width, height = ((WIDTH, HIGH), (HIGH, WIDTH), (15, 41))[(i // 4 if i < 12 else i) % 3]
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8) // (seed + 1)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:03d}.png")
+    return folder
+
+
 def by_hand(tool: str, sets: tuple[Path, Path]) -> float:
     entrance, statistics = CHAINS[tool]
     found = (torch.cat([body(entrance(image)) for image in files(folder)]).numpy() for folder in sets)
@@ -164,6 +176,23 @@ def test_a_preset_gives_the_number_of_its_tool(cli, sets, small, tmp_path, tool)
     assert record["fid"] == value and record["protocol"]["metrics"]["fid"] == {"as": tool}
     repeated = cli("evaluate", "--repeat", tmp_path / "r.json")
     assert repeated.code == 0 and "the same to the last digit" in repeated.stdout
+
+
+@pytest.mark.parametrize("tool", ["clean-fid", "pytorch-fid", "torch-fidelity"])
+def test_images_of_several_sizes_are_resized_each_on_its_own(cli, small, tmp_path, tool):
+    """In batches that cut rows of one size, as statistics and beside images of one size."""
+    many = mixed(tmp_path, 31, 0), mixed(tmp_path, 40, 1)
+    expected = by_hand(tool, many)
+    code, out, err = cli("fid", *many, "--preset", tool, "--batch-size", 5)
+    assert code == 0, err
+    assert float(out.removeprefix("FID: ")) == pytest.approx(expected, rel=1e-5)
+    assert all(f"{folder} holds images of 3 sizes, each resized on its own" in err for folder in many)
+    assert "a part of the distance may be" not in err
+    assert cli("stats", many[1], "--preset", tool, "--out", tmp_path / "real.npz").code == 0
+    assert cli("evaluate", many[0], "--reference", tmp_path / "real.npz", "--protocol", tool,
+               "--out", tmp_path / "r.json").code == 0  # fmt: skip
+    assert json.loads((tmp_path / "r.json").read_text())["fid"] == pytest.approx(expected, rel=1e-5)
+    refuse(cli, tmp_path, "fid", *many, says=["different sizes", "--resize"])
 
 
 def test_presets_differ(sets, small):

@@ -1,5 +1,7 @@
 """Saving and loading: what a denoiser keeps on its way through a stock pipeline and its card."""
 
+import json
+
 import pytest
 import torch
 
@@ -34,6 +36,16 @@ def test_the_null_label_is_no_class(tmp_path):
     model_card.write(tmp_path, model_card.describe(denoiser))
     again = diffkd.load(tmp_path)
     assert again.num_classes == 5 and again.null_label == 5 and again.network.config.num_class_embeds == 6
+    assert again.label_dropout is None  # it is not known whether it learnt that label
+    again.check_guidance()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "0.1", None, True])
+def test_a_card_of_no_share(tmp_path, share):
+    loading.save(student(None, "v_prediction", COSINE), tmp_path)
+    (tmp_path / "diffkd.json").write_text(json.dumps({"label_dropout": share}))
+    with pytest.raises(UserError, match="label_dropout .*, which is not a share from 0 to 1; repair it"):
+        diffkd.load(tmp_path)
 
 
 def test_dtype_and_device(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import diffusers
 import numpy as np
@@ -20,11 +21,20 @@ from tests.edits import changed
 PROMPTS = ["a small red ring above a large blue square", "two stars", ""]
 
 
-@pytest.fixture(scope="module", params=["sd", "xl"])
+# of 2.1 the UNet's own: linear projections, another number of heads for each resolution
+LAYOUTS = {
+    "sd": {},
+    "sd21": {"use_linear_projection": True, "attention_head_dim": [2, 4]},
+    "xl": {"xl": True},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def stock(request, tmp_path_factory):
     """A stock pipeline and the folder that it was saved to."""
     work = tmp_path_factory.mktemp(request.param)
-    made = text_to_image.pipeline(work / "parts", xl=request.param == "xl")
+    prediction = "v_prediction" if request.param == "sd21" else "epsilon"
+    made = text_to_image.pipeline(work / "parts", prediction=prediction, **LAYOUTS[request.param])
     made.save_pretrained(work / "teacher", safe_serialization=True)
     return made, work / "teacher"
 
@@ -156,6 +166,47 @@ def test_a_student_opens_in_stock_at_default_arguments(stock, tmp_path, sampler,
         assert np.abs(shades - images).max() < 1e-5
 
 
+def test_a_student_opens_in_bfloat16_at_default_arguments(stock, tmp_path):
+    """Its guidance embedding of zeros is there: the plain network unguided, to the bit."""
+    student = loading.load(stock[1])
+    student.steps, student.clip = 2, None
+    loading.save(student, tmp_path / "student")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
+    pipeline.to(torch.bfloat16).set_progress_bar_config(disable=True)
+    first = {"num_inference_steps": 2, "latents": latents(3).bfloat16(), "output_type": "latent"}
+    theirs = pipeline(PROMPTS, negative_prompt=["ugly"] * 3, **first).images
+    assert theirs.dtype == torch.bfloat16 and pipeline.unet.config.time_cond_proj_dim is not None
+    guidance_input.detach(pipeline.unet)
+    assert torch.equal(theirs, pipeline(PROMPTS, guidance_scale=1.0, **first).images)
+    assert (theirs - pipeline(PROMPTS, **first).images).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_scheduler_that_clips_clips_where_its_pipeline_lets_it(tmp_path, xl):
+    """SDXL's does; the constructor of Stable Diffusion's turns that off, and says so."""
+    noise = text_to_image.scheduler("v_prediction").config
+    made = text_to_image.pipeline(tmp_path / "parts", xl=xl, noise=diffusers.DDIMScheduler.from_config(
+        noise, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    ))  # fmt: skip
+    made.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    changed(tmp_path / "teacher", "scheduler/scheduler_config.json", clip_sample=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        clipping = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "teacher", safety_checker=None)
+    clipping.set_progress_bar_config(disable=True)
+    options = {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "latents": latents(3),
+        "output_type": "latent",
+    }
+    theirs, plain = (one(PROMPTS, **options).images for one in (clipping, made))
+    denoiser = loading.load(tmp_path / "teacher")
+    ours = samplers.sample(denoiser, latents(3), 4, **conditioned(denoiser, PROMPTS))
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+    assert ((theirs - plain).abs().max() > 0.3) == xl and (denoiser.clip is not None) == xl
+
+
 def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
     """No guidance embedding; every other component byte by byte."""
     _, folder = stock
@@ -226,6 +277,30 @@ def test_the_codec_takes_as_many_images_at_once_as_fit_into_memory(tmp_path, mon
     assert seen[6:] == [1] * 5
 
 
+def test_large_images_go_through_in_tiles_and_all_others_whole(tmp_path, monkeypatch):
+    """As stock's tiles, encoded and decoded; after a large one a smaller one is whole again."""
+    pipeline = text_to_image.pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "model", safe_serialization=True)
+    codec, vae = loading.load(tmp_path / "model").codec, pipeline.vae
+    monkeypatch.setattr(codecs, "LARGEST_WHOLE", 64)
+    rng = torch.Generator().manual_seed(0)
+    for height, width, tiled in ((64, 96, True), (48, 64, False), (64, 96, True)):  # stock's tiles are of 32
+        images = torch.rand(2, 3, height, width, generator=rng) * 2 - 1
+        found = {}
+        for how in (vae.disable_tiling, vae.enable_tiling):
+            how()
+            with torch.no_grad():
+                of = vae.encode(images).latent_dist
+                found[vae.use_tiling] = of.mean, of.std, vae.decode(of.mean).sample
+        mean, std, decoded = found[tiled]
+        scale = vae.config.scaling_factor
+        ours = codec.moments(images)
+        assert torch.allclose(ours[0], mean * scale, atol=1e-6)
+        assert torch.allclose(ours[1], std * scale, atol=1e-6)
+        assert torch.allclose(codec.decode(mean * scale), decoded, atol=1e-5)
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(*found.values(), strict=True))
+
+
 @pytest.mark.parametrize("xl", [False, True])
 def test_latents_are_normalised_where_the_pipeline_does_it(tmp_path, xl):
     """Only SDXL's goes by the means of an autoencoder's config. Latents of one are none of the other's."""
@@ -294,6 +369,16 @@ def test_what_is_refused(stock, tmp_path, path, values, says):
     changed(folder, path, **values)
     with pytest.raises(UserError, match=says):
         loading.load(folder)
+
+
+def test_an_autoencoder_of_another_model_is_refused(tmp_path):
+    made = text_to_image.pipeline(tmp_path / "parts")
+    made.register_modules(vae=diffusers.AutoencoderKL.from_config(made.vae.config, latent_channels=8))
+    made.save_pretrained(tmp_path / "model", safe_serialization=True)
+    with pytest.raises(
+        UserError, match="autoencoder of 8 channels, and its network takes 4; are they of one"
+    ):
+        loading.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("channels", "says"), [(9, "an inpainting pipeline"), (8, "an image-editing")])

@@ -270,6 +270,21 @@ def test_the_relation_to_its_base(card, relation):
     assert front["tags"][:3] == ["diffusion", "distillation", "diffkd"] and "license" not in front
 
 
+def test_the_prompt_to_try():
+    """One of the run's own, as a line; what a card from anywhere has in its place is passed over."""
+
+    def widget(card):
+        front = card_head.lines({"prompts": True, **card})[1:-2]
+        return yaml.safe_load("\n".join(front))["widget"][0]["text"]
+
+    unfit = ["", "a" * 301, "a\ud800ring", "a \x07ring"]
+    found = card_head.prompt_to_try([*unfit, " a small: 'red'\n  #ring", "a star"])
+    assert found == {"prompt": "a small: 'red' #ring"} and widget(found) == "a small: 'red' #ring"
+    assert card_head.prompt_to_try(unfit) == {}
+    for prompt in [*unfit, "a ring\n---\nlicense: mit", 3, None, ["a ring"]]:
+        assert widget({"prompt": prompt}) == widget({}) == card_head.WIDGET
+
+
 @pytest.mark.parametrize(
     "text", ["", "---\n[", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'x y; z'\n---\n"]
 )

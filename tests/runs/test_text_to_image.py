@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffkd
+from diffkd import methods
 from diffkd.core import samplers
 from diffkd.data import shards
 from diffkd.data.resized import ResizedDataset
@@ -27,6 +28,7 @@ from diffkd.metrics.evaluation import image_sources
 from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
+from tests.edits import changed
 from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
@@ -73,6 +75,8 @@ def test_a_run_from_captions_to_students(cli, here):
     assert np.abs(ours.numpy().astype(int) - np.rint(theirs * 255)).max() <= 1
     card = (folder / "README.md").read_text()
     assert "pipeline(" in card and "batch_size" not in card and "num_inference_steps=2" in card
+    (tried,) = yaml.safe_load(card.split("---")[1])["widget"]  # a caption of its pictures
+    assert tried["text"] in CAPTIONS
 
 
 SEVERAL: dict[str, Any] = {"steps": [2, 1]}
@@ -81,27 +85,44 @@ METHODS: dict[str, dict[str, Any]] = {
     "consistency": SEVERAL,
     "dmd2": {"steps": 2, "fake_updates": 1, "gan": 1e-3},
     "f_distill": {"steps": 2, "fake_updates": 1},
+    "feature": {},
     "imm": {**SEVERAL, "group": 2},
     "lcm": SEVERAL,
     "meanflow": SEVERAL,
+    "output": {},
+    "progressive": {"steps": [2]},
     "reflow": {"steps": [2], "pairs": 6, "pair_steps": 2},
     "regression": {"pairs": 6, "pair_steps": 2},
     "scm": SEVERAL,
     "shortcut": SEVERAL,
     "sid": {"steps": 2, "fake_updates": 1},
+    "tcm": SEVERAL,
 }
+UNFIT = {  # and why
+    "denoising": "trains a teacher",
+    "guidance": "makes a student of no steps: its own tests are below",
+    "logits": "is of classifiers",
+}
+OF_NO_STEPS = ("feature", "output")  # whose spread nobody watches
 BY_DEFAULT = ("dmd2", "consistency", "regression")
+
+
+def test_every_method_is_named_above():
+    assert {*methods.names()} == {*METHODS, *UNFIT}
 
 
 @pytest.mark.parametrize(
     "method", [m if m in BY_DEFAULT else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
 def test_methods_know_no_family(cli, here, method):
-    given = f"method={json.dumps({'name': method, 'updates': 2, **METHODS[method]})}"
-    outcome = cli("distill", "run.yaml", given, "pictures=0", "spread_every=1")
+    chain = [
+        {"name": name, "updates": 2, **METHODS[name]}
+        for name in (["consistency"] if method == "tcm" else []) + [method]
+    ]
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(chain)}", "pictures=0", "spread_every=1")
     assert outcome.code == 0, outcome.stderr
     losses = [json.loads(line) for line in (here / "run" / "log.jsonl").read_text().splitlines()]
-    assert any("spread" in line for line in losses)
+    assert any("spread" in line for line in losses) == (method not in OF_NO_STEPS)
     assert all(network(folder) for folder in (here / "run" / "students").iterdir())
 
 
@@ -136,6 +157,20 @@ def test_a_cache_is_shared_by_runs(cli, here):
     before = {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
     assert cli("distill", "run.yaml", "out=other", "cache=cache", "pictures=0", "method.steps=[2]").code == 0
     assert before == {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*.safetensors")}
+
+
+def test_what_other_encoders_made_is_made_again_and_a_line_says_so(cli, here):
+    """Beside it; latents are of the autoencoder alone."""
+    for _ in range(2):
+        outcome = cli("cache", "run.yaml", "cache=cache")
+        assert outcome.code == 0 and "of other encoders" not in outcome.stderr
+    shutil.copytree(here / "teacher", here / "other")
+    changed(here / "other", "text_encoder/config.json", hidden_act="gelu")
+    outcome = cli("cache", "run.yaml", "cache=cache", "teacher.path=other")
+    line = "cache holds embeddings of other encoders or data; these are computed anew, beside them"
+    assert outcome.code == 0 and line in outcome.stderr and "holds latents" not in outcome.stderr
+    kept = [len([*(here / "cache" / what).iterdir()]) for what in ("embeddings", "latents")]
+    assert kept == [2, 1]
 
 
 def test_images_are_decoded_as_they_are_encoded(cli, here, monkeypatch):

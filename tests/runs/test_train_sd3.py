@@ -163,6 +163,7 @@ def test_it_learns_a_flow_unless_it_is_told_otherwise():
         (("data.side=34",), ["34x34", "divide by 4"]),
         (("model.transformer.patch=3",), ["patch 3 does not divide", "use 1, 2, 4, 8"]),
         (("schedule.shift=0",), ["schedule.shift is 0", "greater than 0"]),
+        (("denoising.label_dropout=0",), ["label_dropout 0", "guidance 3", "use 0.1, or guidance 1"]),
         (("prediction=v_prediction",), ["prediction is 'v_prediction'", "flow"]),
     ],
 )

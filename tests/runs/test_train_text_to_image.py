@@ -18,6 +18,7 @@ from diffkd.data.shapes import Shapes
 from diffkd.methods.base import Batch, Step
 from diffkd.models.new.prompts import NewTextEncoder, Tokens, learn_tokenizer
 from diffkd.runs.latent_teacher.autoencoding import Autoencoding
+from tests.refusals import refuse
 from tests.runs.tiny import log, records, signal_at
 
 CONFIG = {
@@ -65,6 +66,7 @@ def test_a_teacher_is_trained_and_distilled(cli, here):
         generator=[torch.Generator().manual_seed(i) for i in range(2)],
     ).images  # fmt: skip
     teacher = diffkd.load(here / "teacher" / "teacher")
+    assert teacher.label_dropout == 0.1  # so that it may be guided
     (ours,) = diffkd.generate(teacher, 2, prompts=prompts, steps=4, guidance=3.0)
     assert np.abs(ours.numpy().astype(int) - np.rint(theirs * 255)).max() <= 1
     # its latents have about unit spread
@@ -83,6 +85,35 @@ def test_a_teacher_is_trained_and_distilled(cli, here):
     assert outcome.code == 0, outcome.stderr
     assert [(r["model"], r["nfe"]) for r in records(here / "run")] == [("teacher", 8), ("2-steps", 2)]
     assert all("prompt_accuracy" in record for record in records(here / "run"))
+
+
+def test_a_teacher_that_never_learnt_no_prompt_is_not_guided(cli, here):
+    """Whoever asks for that; against a prompt that it may know, or once a student has learnt it, it is."""
+    short = ("evaluation=null", "pictures=0", "autoencoding.updates=1", "denoising.updates=1")
+    assert cli("train", "teacher.yaml", *short, "denoising.label_dropout=0", "guidance=1").code == 0
+    assert json.loads((here / "teacher/teacher/diffkd.json").read_text())["label_dropout"] == 0
+    content = {
+        "out": "run", "teacher": {"path": "teacher/teacher"}, "data": CONFIG["data"], "evaluation": None,
+        "pictures": 0, "training": CONFIG["training"], "method": {"name": "guidance"},
+    }  # fmt: skip
+    (here / "run.yaml").write_text(yaml.safe_dump(content))
+    guidance = {"name": "guidance", "range": [1, 5], "updates": 1}
+    says = ["teacher/teacher was trained without leaving out prompts", "label_dropout 0", "guidance 1, or"]
+    for method in (
+        guidance,
+        {"name": "lcm", "guidance": [3, 5], "steps": [2]},
+        {"name": "lcm", "guidance": 3.0, "steps": [2]},
+        {"name": "progressive", "guidance": 3.0, "steps": [2]},
+    ):
+        refuse(cli, here, "distill", "run.yaml", f"method={json.dumps(method)}", says=says)
+    draw = ("sample", "teacher/teacher", "-w", 3, "--steps", 2, "--prompt", "a star", "--out")
+    refuse(cli, here, *draw, here / "guided", says=says)
+    assert cli(*draw, here / "led-away", "--negative", "a ring").code == 0
+    chain = [{"name": "denoising", "updates": 1, "label_dropout": 0.3}, guidance]
+    outcome = cli("distill", "run.yaml", f"method={json.dumps(chain)}")
+    assert outcome.code == 0, outcome.stderr
+    for student in (here / "run/students").iterdir():
+        assert json.loads((student / "diffkd.json").read_text())["label_dropout"] == 0.3
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "denoising"])
@@ -146,6 +177,7 @@ def test_the_autoencoders_loss_by_hand():
         (("model.unet.attention=[true]",), ["attention [True]", "each of channels [8, 16]"]),
         (("model.unet.attention=[false,false]",), ["attention [False, False]", "true at least once"]),
         (("model.text.wide=3",), ["model.text.wide", "width"]),
+        (("denoising.label_dropout=0",), ["label_dropout 0", "guidance 3", "use 0.1, or guidance 1"]),
     ],
 )
 def test_what_is_refused(cli, here, changes, says):

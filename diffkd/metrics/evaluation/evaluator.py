@@ -86,10 +86,10 @@ class Evaluator:
             stored = set(self.networks)
         known = {} if keeper is None else keeper.known
         collection = Collection(self.metrics, self.networks, stream.count, device, stored, known)
-        pixels, size = Pixels(stream.count), None
+        pixels, sizes = Pixels(stream.count), set[tuple[int, int]]()
         timer = Timer(device)
         for first, images, by_teacher in self._pairs(stream, teacher, timer):
-            size = images.shape[2], images.shape[1]
+            sizes.add((images.shape[2], images.shape[1]))
             if stream.there:
                 pixels.update(first, images)
             if teacher is not None and by_teacher is not None:
@@ -106,7 +106,8 @@ class Evaluator:
         made: dict[str, Any] = {k: stream.protocol[k] for k in ("steps", "nfe") if k in stream.protocol}
         values, told = self._values(collection, stream) if self.processes.main else ({}, [])
         found = notes(
-            self.reference, self.descriptions[MAIN], values, stream.count, size,
+            self.reference, self.descriptions[MAIN], values, stream.count,
+            sizes.pop() if len(sizes) == 1 else None,
             pixels if stream.there else None,
         )  # fmt: skip
         return {

@@ -27,7 +27,8 @@ SHAPES = 2000  # held-out pictures that the name alone means
 
 
 class ImageFolder(Strict):
-    """A folder of images as they are: any one size, subfolders included, in the order of their names."""
+    """A folder of images as they are: any one size, or as other tools decode them any sizes; subfolders
+    included, in the order of their names."""
 
     kind: Literal["images"] = "images"
     path: Path = Field(description="the folder")

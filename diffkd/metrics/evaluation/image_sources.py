@@ -7,6 +7,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -31,15 +32,17 @@ SUBSET_SEED = 0
 class Source(Protocol):
     """Images 0 to len - 1 in a fixed order, uint8 (H, W, C), with class labels (N,) where there are any.
 
-    classes: their names, where they are known. size: width and height. notes: what a reader of the numbers
-    must know of how the images were found.
+    classes: their names, where they are known. size: width and height, None where images have their own.
+    notes: what a reader of the numbers must know of how the images were found.
     """
 
     name: str
     labels: Tensor | None
     classes: Sequence[str]
-    size: tuple[int, int]
     notes: Sequence[str]
+
+    @property
+    def size(self) -> tuple[int, int] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -47,7 +50,7 @@ class Source(Protocol):
         """sha256 of all that the images are made of; read in a fraction of the time that features take."""
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Images start to stop - 1, (B, H, W, C) uint8."""
+        """Images start to stop - 1, (B, H, W, C) uint8, which are of one size."""
 
 
 class DataSource:
@@ -123,12 +126,12 @@ def labels_in(arrays: dict[str, np.ndarray], count: int, path: Path) -> Tensor |
 
 class FolderSource:
     """A folder of images, always read as RGB, turned upright or, on request, as `decoding.plain` leaves them.
-    All of one size, or resized to one."""
+    All of one size, or resized to one; as they are stored they may have sizes of their own."""
 
     def __init__(self, root: Path, resize: int | None, *, as_stored: bool = False) -> None:
         self.name, self.resize, self.as_stored = str(root), resize, as_stored
         found = list_folder(root)
-        self.paths = found.paths
+        self.paths: Sequence[Path] = found.paths
         self.labels = None if found.labels is None else torch.tensor(found.labels)
         self.classes: Sequence[str] = found.classes
         self.notes: Sequence[str] = [passed_over(root, found.passed_over)] if found.passed_over else []
@@ -136,8 +139,11 @@ class FolderSource:
         sizes: dict[tuple[int, int], Path] = {}
         for path, size in zip(self.paths, self.pool.map(self._size, self.paths), strict=True):
             sizes.setdefault(size, path)
-        self.size = next(iter(sizes)) if resize is None else (resize, resize)
-        if len(sizes) > 1 and resize is None:
+        self.size: tuple[int, int] | None = next(iter(sizes)) if resize is None else (resize, resize)
+        if len(sizes) > 1 and resize is None and as_stored:
+            self.size = None
+            self.notes = [*self.notes, f"{root} holds images of {len(sizes)} sizes, each resized on its own"]
+        elif len(sizes) > 1 and resize is None:
             (one, path), (two, other) = list(sizes.items())[:2]
             raise UserError(
                 f"{root} holds images of different sizes ({path.name} is {one[0]}x{one[1]}, {other.name} "
@@ -153,7 +159,14 @@ class FolderSource:
         return hashlib.sha256(f"{how} {' '.join(digests)}".encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(np.stack(list(self.pool.map(self._one, self.paths[start:stop]))))
+        (images,) = self.runs(start, stop)
+        return images
+
+    def runs(self, start: int, stop: int) -> list[Tensor]:
+        """The same, in a tensor for each run of images of one size."""
+        images = self.pool.map(self._one, self.paths[start:stop])
+        runs = groupby(images, key=lambda image: image.shape)
+        return [torch.from_numpy(np.stack([*run])) for _, run in runs]
 
     def _one(self, path: Path) -> np.ndarray:
         try:
@@ -163,7 +176,8 @@ class FolderSource:
             raise _unreadable(path, error) from error
         if self.resize is not None:
             return np.asarray(fitted(image, self.resize, self.resize))
-        if image.size != self.size:  # rotated by EXIF data that stands behind the pixels
+        # one may be rotated by EXIF data that stands behind the pixels
+        if self.size is not None and image.size != self.size:
             raise UserError(
                 f"image {path} is {image.width}x{image.height} and others are "
                 f"{self.size[0]}x{self.size[1]}; say {called('evaluation.reference.resize')} to bring them "
@@ -232,13 +246,25 @@ def thinned(source: Source, count: int) -> Source:
 def batches(
     source: Source, count: int, size: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first, (B, H, W, C) uint8) of each batch of this process; the next one is read ahead."""
+    """(index of the first, (B, H, W, C) uint8) of each batch of this process; the next one is read ahead.
+    size: of a batch, which images of several sizes make several of."""
+
+    def read(start: int, stop: int) -> list[Tensor]:
+        if isinstance(source, FolderSource) and source.size is None:
+            return source.runs(start, stop)
+        return [source.read(start, stop)]
+
+    def numbered(first: int, runs: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        for run in runs:
+            yield first, run
+            first += len(run)
+
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[int, Future[Tensor]]] = deque()
+        waiting: deque[tuple[int, Future[list[Tensor]]]] = deque()
         for start in range(rank * size, count, world * size):
-            waiting.append((start, reader.submit(source.read, start, min(start + size, count))))
+            waiting.append((start, reader.submit(read, start, min(start + size, count))))
             if len(waiting) > 1:
                 first, batch = waiting.popleft()
-                yield first, batch.result()
+                yield from numbered(first, batch.result())
         for first, batch in waiting:
-            yield first, batch.result()
+            yield from numbered(first, batch.result())

@@ -42,6 +42,7 @@ def with_network(denoiser: Denoiser, network: nn.Module, prediction: str | None 
         conditioner=denoiser.conditioner,
     )
     changed.set_null(denoiser.null)
+    changed.label_dropout = denoiser.label_dropout
     changed.taught_kind, changed.adapter = denoiser.taught_kind, denoiser.adapter
     return changed.train(network.training)
 

@@ -30,6 +30,15 @@ class TrainLatent(TeacherRun):
     autoencoding: Autoencoding = Field(Autoencoding(), description="how the autoencoder learns")
     guidance: float = Field(1.0, ge=0, description="guidance weight that it is measured with")
 
+    @model_validator(mode="after")
+    def _learns_what_guides_it(self) -> TrainLatent:
+        if self.denoising.label_dropout == 0 and self.guidance != 1:
+            raise ValueError(
+                "denoising.label_dropout 0 teaches it nothing without label or prompt, which guidance "
+                f"{self.guidance:g} leads away from; use 0.1, or guidance 1"
+            )
+        return self
+
 
 class TrainTextToImage(TrainLatent):
     """A StableDiffusionPipeline, from captioned images."""

@@ -16,6 +16,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.noise import derived_seed
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
+from diffkd.metrics.evaluation.image_stream import prompts_for
 from diffkd.models import loading
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.new import NewPipeline
@@ -23,7 +24,7 @@ from diffkd.models.source import Source
 from diffkd.runs import announcement, latents
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.latent_teacher.config import TrainLatent
-from diffkd.runs.reports import model_card
+from diffkd.runs.reports import card_head, model_card
 from diffkd.runs.session import ResumeOptions, Session, open_run
 from diffkd.training import launch
 
@@ -134,7 +135,10 @@ def _export(
         _new(config).save(denoiser, codec, conditioner, images, place)
         made = loading.load(place)
         classes = {"classes": images.classes, "class_counts": images.class_counts}
-        named = {} if made.num_classes is None else classes
+        named: dict[str, Any] = {} if made.num_classes is None else classes
+        made.label_dropout = config.denoising.label_dropout
+        prompts = prompts_for(made, images.captions, max(1, config.pictures))
+        named |= card_head.prompt_to_try(prompts or [])
         model_card.write(place, model_card.describe(made, data=images.name, **named))
 
     session.export(folder, write)

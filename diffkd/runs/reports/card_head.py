@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE = re.compile(r"[\w.+-]{1,64}")
 LINK = re.compile(r"https?://[\w./%~#-]{1,200}")
 LICENSED = {"license": LICENSE, "license_name": LICENSE, "license_link": LINK}
-WIDGET = "a lighthouse at dusk, a red boat in front of it"  # a prompt to try it with
+WIDGET = "a lighthouse at dusk, a red boat in front of it"  # a prompt to try it with, where none is known
+LONGEST = 300  # characters of a prompt to try
 
 
 def origin(path: str) -> dict[str, Any]:
@@ -35,6 +36,17 @@ def origin(path: str) -> dict[str, Any]:
         return {}
     found = {"base_model": base} if isinstance(base, str) and HUB_ID.fullmatch(base) else {}
     return {**found, **_license(folder)}
+
+
+def prompt_to_try(prompts: Sequence[str]) -> dict[str, str]:
+    """What a model's diffkd.json has of the prompts that it is drawn with: as `prompt` the first of them that
+    is printable and not too long, as one line; {} where none is."""
+    lines = (" ".join(prompt.split()) for prompt in prompts)
+    return next(({"prompt": line} for line in lines if _is_prompt(line)), {})
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
 
 
 def _license(folder: Path) -> dict[str, str]:
@@ -63,7 +75,8 @@ def lines(card: Mapping[str, Any]) -> list[str]:
             "adapter" if adapter else "quantized" if kind == "int8" else "finetune"
         )
     if card.get("prompts"):
-        fields |= {"pipeline_tag": "text-to-image", "widget": [{"text": WIDGET}]}
+        prompt = card["prompt"] if _is_prompt(card.get("prompt")) else WIDGET
+        fields |= {"pipeline_tag": "text-to-image", "widget": [{"text": prompt}]}
     elif not card.get("num_classes"):
         fields["pipeline_tag"] = "unconditional-image-generation"
     data = ModelCardData(library_name=_library(card, kind), tags=tags, **fields)

@@ -45,6 +45,7 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
         **({"global_noise": True} if _draws_other_noise(denoiser) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
+        **({} if denoiser.label_dropout is None else {"label_dropout": denoiser.label_dropout}),
         **({} if denoiser.shape is None else sizes.denoiser_size(merged)._asdict()),
         **({} if merged is denoiser else {"lora": _adapter(denoiser)}),
         **more,
