@@ -192,9 +192,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, mo
 
 
 @pytest.mark.slow
-def test_adapters(cli, here, monkeypatch):
-    """Of Stable Diffusion 3's last block the prompt's part is thrown away, and its query learns nothing."""
-    assert_trained(cli, monkeypatch, here)
+def test_adapters(cli, here, kind, monkeypatch):
+    """The prompt's part of Stable Diffusion 3's last block is thrown away, so its query learns nothing."""
+    idle = ["transformer_blocks.1.attn.add_q_proj"] if kind == "StableDiffusion3Pipeline" else []
+    assert_trained(cli, monkeypatch, here, idle)
 
 
 def test_two_processes_distil_what_one_does(cli, here, launched):
