@@ -226,7 +226,8 @@ def with_pixels(made, pixels, cli):
 
 
 @pytest.mark.parametrize(
-    "kinds", [("pixels", "dit"), exhaustive(("sd", "xl", "sd3", "flux", "sana", "pixart_sigma", *OTHERS))]
+    "kinds",
+    [("pixels", "dit"), *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), OTHERS))],
 )
 def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
     """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced."""
