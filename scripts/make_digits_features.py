@@ -1,4 +1,4 @@
-"""Makes diffkd/metrics/digits_features.safetensors: the feature network of the digits-FID.
+"""Makes diffkd/metrics/features/digits_features.safetensors: the feature network of the digits-FID.
 
     python scripts/make_digits_features.py
 

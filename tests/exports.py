@@ -7,32 +7,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
+
+from diffkd.models import edm2 as conversion
 from diffkd.models import loading
+from diffkd.models.song_unet import SongUNet
 from diffkd.runs.reports import card_calls, model_card
-from tests import dit, flow_pipelines, masked_pipelines, text_to_image
+from tests import dit, edm, edm2, flow_pipelines, ldm, masked_pipelines, text_to_image
 from tests.lora import adapted
 
 STEPS = 4
-UNETS = ("sd", "xl")
+OF_DIFFKD = ("song", "edm2")  # networks of no stock class
 
 
 def teacher(work: Path, kind: str) -> Path:
-    """A stock pipeline of one of the kinds of tests.text_to_image, tests.flow_pipelines, masked_pipelines and
-    tests.dit."""
+    """A stock pipeline of one of the kinds of tests.text_to_image, tests.flow_pipelines, masked_pipelines,
+    tests.dit, tests.ldm (ldm) and tests.edm (edm), or one of OF_DIFFKD."""
     folder, parts = work / f"{kind}-teacher", work / "parts" / kind
     if folder.exists():
         return folder
     if kind in masked_pipelines.KINDS:
         masked_pipelines.save(masked_pipelines.pipeline(parts, kind), kind, folder)
         return folder
-    if kind in UNETS:
+    if kind == "edm":
+        return edm.save(folder, edm.network(num_class_embeds=3), diffusers.EDMEulerScheduler())
+    if kind in OF_DIFFKD:
+        network_of_diffkd(kind).save_pretrained(folder, safe_serialization=True)
+        diffusers.EDMEulerScheduler(sigma_data=0.6).save_pretrained(folder)
+        return folder
+    if kind in ("sd", "xl"):
         made = text_to_image.pipeline(parts, xl=kind == "xl", prediction="v_prediction")
     elif kind == "dit":
         made = dit.pipeline(prediction="v_prediction", classes=3)
+    elif kind == "ldm":
+        made = ldm.pipeline(prediction="v_prediction")
     else:
         made = flow_pipelines.pipeline(parts, kind)
     made.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def network_of_diffkd(kind: str) -> Any:
+    """Of a few thousand weights and three labels, far from its initialisation."""
+    if kind == "edm2":
+        return conversion.network_of(edm2.MADE, edm2.network(edm2.MADE).float().state_dict()).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = SongUNet(edm.SIDE, 3, 8, (1, 2), 1, (4,), 0.1, 3, 0)
+        for parameter in made.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return made.eval()
 
 
 def student(work: Path, kind: str, *, rank: int | None = None, sampler: str = "ddim") -> Path:

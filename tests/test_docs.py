@@ -18,6 +18,7 @@ from tests.test_imports import ROOMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SCRIPTS = sorted(path for path in ROOT.glob("scripts/**/*") if path.is_file() and path.suffix != ".pyc")
 FOLDERS = ("diffkd", "docs", "tests", "scripts", "configs")
 EXTRA = {"slow", "exhaustive"}  # marks of tests that only `scripts/test --all` runs
 
@@ -73,6 +74,17 @@ def test_paths_exist():
                 if not any(ROOT.glob(one.rstrip("/"))) and not (planned and (ROOT / one).parent.is_dir()):
                     wrong.append(f"{name(page)}: {one}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_that_scripts_name_exist():
+    """With an ending, wherever they say or run them, but for what scripts/new_method writes."""
+    wrong = []
+    for script in SCRIPTS:
+        for path in re.findall(rf"(?<![\w./{{}}-])(?:{'|'.join(FOLDERS)})/[\w./-]+\.[a-z]\w*", text(script)):
+            planned = "NAME" in path or (script.name == "new_method" and (ROOT / path).parent.is_dir())
+            if not planned and not (ROOT / path).exists():
+                wrong.append(f"{name(script)}: {path}")
+    assert len(SCRIPTS) > 40 and not wrong, "\n".join(wrong)
 
 
 def test_links_lead_somewhere():

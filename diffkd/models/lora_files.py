@@ -27,12 +27,14 @@ class Keys(NamedTuple):
     """What a family's adapters are called in files.
 
     prefix: of the keys that its pipeline's load_lora_weights reads. kohya: of those that other programs
-    read, None where they read the first. call: arguments of the pipeline's call beside the family's own,
-    with which it draws a student that is an adapter.
+    read, None where they read the first. comfy_alone: whether these are ComfyUI's alone, and A1111 and stock
+    diffusers draw the base for them, or a part of the adapter. call: arguments of the pipeline's call beside
+    the family's own, with which it draws a student that is an adapter.
     """
 
     prefix: str
     kohya: str | None = None
+    comfy_alone: bool = False
     call: Mapping[str, Any] = {}
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from diffkd.metrics import features
+from diffkd.metrics.features.inception_weights import NAMES, URL, VARIABLE
 from diffkd.metrics.features.resize import prepare
 from diffkd.metrics.frechet import frechet_distance
 from diffkd.metrics.tool_distances import TOOLS, rooted_distance, single_mean
@@ -240,3 +242,21 @@ def test_what_is_at_odds_with_a_preset_is_refused(cli, sets, small, tmp_path):
     refuse(cli, tmp_path, "fid", *sets, "--preset", "fid", says=["'fid'", "clean-fid"])
     for args in (("--features", "digits"), ("--feature-resize", "clean"), ("--dtype", "float64")):
         refuse(cli, tmp_path, "fid", *sets, "--preset", "adm", *args, says=[args[0], "protocol adm"])
+
+
+def test_without_the_weights_of_its_tool_a_preset_is_refused(
+    cli, sets, tmp_path, tmp_path_factory, monkeypatch
+):
+    """None named, none kept, and no way to get them."""
+    kept = tmp_path_factory.mktemp("hub")
+    (kept / "checkpoints").mkdir()
+
+    def download(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(kept))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    says = [NAMES[0], str(kept / "checkpoints"), "neither --weights nor", VARIABLE, URL, "no route"]
+    for command in (("fid", *sets), ("stats", sets[0], "--out", "x.npz")):
+        refuse(cli, tmp_path, *command, "--preset", "pytorch-fid", says=says)

@@ -18,6 +18,7 @@ import diffkd
 from diffkd import methods
 from tests import dit
 from tests.refusals import refuse
+from tests.runs.adapters import assert_trained
 from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
@@ -170,6 +171,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, mo
         assert cli("distill", "run.yaml", "out=broken", "pictures=0", *changes).code == 130
     assert cli("distill", "run.yaml", "out=broken", "pictures=0", *changes).code == 0
     assert_same_runs(here / "whole", here / "broken")
+
+
+def test_adapters(cli, here, monkeypatch):
+    assert_trained(cli, monkeypatch, here)
 
 
 def test_two_processes_distil_what_one_does(cli, here, launched):

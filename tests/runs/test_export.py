@@ -20,11 +20,12 @@ from diffkd.models import exports, loading
 from diffkd.models.exports import onnx, program, single_file, torch_export
 from diffkd.models.source import ADAPTER
 from tests import text_to_image
-from tests.exports import STEPS, UNETS, run_card, student, teacher
+from tests.exports import OF_DIFFKD, STEPS, run_card, student, teacher
 from tests.refusals import refuse
 from tests.stock import BARRED
 
 TRANSFORMERS = ("sd3", "flux", "sana", "lumina2", "z_image", "qwen_image")
+OTHERS = ("ldm", "edm", *OF_DIFFKD)
 
 
 def exhaustive(kind):
@@ -155,12 +156,14 @@ def test_a_unet_that_the_layout_has_no_place_for_is_refused(work, cli):
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # SDXL's pipeline's own
-@pytest.mark.parametrize("kind", ["sd", "dit", *map(exhaustive, ("xl", "pixart_sigma", *TRANSFORMERS))])
+@pytest.mark.parametrize(
+    "kind", ["sd", "dit", "edm", *map(exhaustive, ("xl", "pixart_sigma", *TRANSFORMERS))]
+)
 def test_half_precision_is_the_student_to_half_precision(made, kind):
     """Files by diffusers' names of the variant, opened as the card says; the numbers are those of the weights
     rounded once, and the images those of the student."""
     folder, out = made(kind, "fp16")
-    component = "unet" if kind in UNETS else "transformer"
+    component = "unet" if (out / "unet").is_dir() else "transformer"
     weights = load_file(out / component / "diffusion_pytorch_model.fp16.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
     assert not [*out.rglob("diffusion_pytorch_model.safetensors")] and not [*out.rglob("model.safetensors")]
@@ -223,7 +226,8 @@ def with_pixels(made, pixels, cli):
 
 
 @pytest.mark.parametrize(
-    "kinds", [("pixels", "dit"), exhaustive(("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"))]
+    "kinds",
+    [("pixels", "dit"), *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), OTHERS))],
 )
 def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
     """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced."""
@@ -242,7 +246,7 @@ def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
 
 
 @pytest.mark.parametrize(
-    "kind", ["pixels", *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma"))]
+    "kind", ["pixels", *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma", *OTHERS))]
 )
 def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
     """Inputs by name, batches of 1 and of 5."""
@@ -261,7 +265,8 @@ def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
 @pytest.mark.parametrize(
     ("kind", "to"),
     [("pixels", "torch-export"), ("pixels", "onnx"),
-     *(pytest.param(kind, "torch-export", marks=pytest.mark.exhaustive) for kind in ("sd", "sd3", "flux"))],
+     *(pytest.param(kind, "torch-export", marks=pytest.mark.exhaustive)
+       for kind in ("sd", "sd3", "flux", *OTHERS))],
 )  # fmt: skip
 def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, to):
     """Its code as it stands, but for the noise and the labels: the last state is that of diffkd's sampler."""
@@ -286,10 +291,11 @@ def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, 
 # adapters
 
 
-def test_an_adapter_goes_alone(made):
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_an_adapter_goes_alone(made, kind):
     """Files of the student, for the two kinds of readers, with its scheduler; stock reads either."""
-    folder, lora = made("sd", "lora", rank=4)
-    _, kohya = made("sd", "kohya", rank=4)
+    folder, lora = made(kind, "lora", rank=4)
+    _, kohya = made(kind, "kohya", rank=4)
     assert sorted(path.name for path in lora.iterdir()) == ["README.md", "diffkd.json", ADAPTER, "scheduler"]
     assert (lora / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
     own, theirs = (load_file(place / "kohya_lora_weights.safetensors") for place in (folder, kohya))
@@ -299,6 +305,30 @@ def test_an_adapter_goes_alone(made):
     pictures = [np.asarray(names["images"][0]).astype(int) for names in drawn]
     assert np.array_equal(pictures[0], pictures[1]) and np.abs(pictures[0] - pictures[2]).max() <= 1
     assert pictures[0].std() > 5
+    assert "ComfyUI and A1111 load" in (kohya / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "sana"])
+def test_an_adapter_of_a_transformer_goes_alone(made, cli, kind):
+    """Stock reads peft's names. Kohya's are for ComfyUI: for those of Stable Diffusion 3 stock draws the
+    base, with no error, and of Flux's it reads the attention alone."""
+    folder, lora = made(kind, "lora", rank=4)
+    assert (lora / ADAPTER).read_bytes() == (folder / ADAPTER).read_bytes()
+    drawn = "generator=__import__('torch').manual_seed(3), num_inference_steps"
+    pictures = [
+        np.asarray(run_card(place, {"num_inference_steps": drawn})["images"][0]).astype(int)
+        for place in (folder, lora)
+    ]
+    assert np.array_equal(*pictures) and pictures[0].std() > 5
+    if kind == "sana":
+        refuse(cli, folder.parent, "export", folder, "--to", "kohya", says="whose keys other programs read")
+        return
+    _, kohya = made(kind, "kohya", rank=4)
+    own, theirs = (load_file(place / "kohya_lora_weights.safetensors") for place in (folder, kohya))
+    assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+    card = (kohya / "README.md").read_text()
+    assert "ComfyUI loads" in card and "--to lora" in card
+    assert "```python" not in card and "A1111" not in card
 
 
 def test_an_adapter_is_exported_whole_with_its_base(made):
@@ -318,7 +348,7 @@ def test_8_bits_are_opened_by_stock_and_are_those_in_memory(made, kind):
     torchao makes of the student's weights, and compute the same to the bit."""
     torchao = pytest.importorskip("torchao.quantization")
     folder, out = made(kind, "int8")
-    component = "unet" if kind in UNETS else "transformer"
+    component = "unet" if (out / "unet").is_dir() else "transformer"
     stock = getattr(run_card(out)["pipeline"], component)
     again = loading.load(out)
 

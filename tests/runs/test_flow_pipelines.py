@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import diffkd
 from diffkd import methods
 from tests import flow_pipelines
+from tests.runs.adapters import assert_trained
 from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
@@ -188,6 +189,13 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, mo
         assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 130
     assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 0
     assert_same_runs(here / "whole", here / "broken")
+
+
+@pytest.mark.slow
+def test_adapters(cli, here, kind, monkeypatch):
+    """The prompt's part of Stable Diffusion 3's last block is thrown away, so its query learns nothing."""
+    idle = ["transformer_blocks.1.attn.add_q_proj"] if kind == "StableDiffusion3Pipeline" else []
+    assert_trained(cli, monkeypatch, here, idle)
 
 
 def test_two_processes_distil_what_one_does(cli, here, launched):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import diffkd
 from diffkd.models import loading
 from tests import ldm
+from tests.runs.adapters import assert_trained
 from tests.runs.tiny import OF_LATENTS
 from tests.stock import stock_pictures
 
@@ -54,6 +55,11 @@ def test_a_run_from_images_to_students(cli, here):
     card = (folder / "README.md").read_text()
     assert "batch_size=16" in card and "num_inference_steps=2" in card
     assert type(loading.open_stock(folder)).__name__ == "LDMPipeline"
+
+
+@pytest.mark.slow
+def test_adapters(cli, here, monkeypatch):
+    assert_trained(cli, monkeypatch, here)
 
 
 @pytest.mark.parametrize("name", ["consistency", "dmd2"])

@@ -24,7 +24,7 @@ from diffkd.runs.config import Distill
 from diffkd.training import launch
 from tests import text_to_image
 from tests.refusals import refuse
-from tests.runs.tiny import OF_LATENTS, UNMEASURED, log, records, same, write
+from tests.runs.tiny import OF_LATENTS, ROOT, UNMEASURED, log, records, same, write
 
 CHAIN = [
     {"name": "progressive", "steps": [4, 2], "updates": [2, 2], "learning_rate": 1e-2},
@@ -213,9 +213,39 @@ def test_what_an_adapter_cannot_be_is_refused(here, cli, override, message):
     assert re.search(message, refuse(cli, here, "distill", "run.yaml", override))
 
 
-def test_a_weight_that_becomes_an_input_is_refused(work, cli, tmp_path):
-    asked = (work / "run.yaml", "method={name: guidance}", f"out={tmp_path / 'run'}")
-    refuse(cli, tmp_path, "distill", *asked, says="an input, whose embedding an adapter cannot hold")
+# the configs of the tables in docs/lora.md
+
+
+FEW = ("student.rank=2", "method.updates=1", "method.warmup=0", "training.batch_size=4", "pictures=0")
+
+
+def assert_configured(folder):
+    for name in ("8-steps", "4-steps"):
+        found = [value for key, value in adapter(folder / "students" / name).items() if "lora_B" in key]
+        assert all(value.abs().max() > 0 for value in found)
+
+
+def test_the_config_of_digits_runs(here, cli, make_pipeline):
+    make_pipeline(here, name="labelled", classes=11)
+    given = "teacher={path: labelled, null_label: 10}", "evaluation=null"
+    outcome = cli("distill", ROOT / "configs/digits/lora.yaml", *given, *FEW)
+    assert outcome.code == 0, outcome.stderr
+    assert_configured(here / "runs/digits-lora")
+
+
+def test_the_config_of_shapes_runs(work, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = f"teacher={{path: {work / 'teacher'}}}", "evaluation=null", "data.count=8"
+    outcome = cli("distill", ROOT / "configs/shapes/lora.yaml", *given, *FEW)
+    assert outcome.code == 0, outcome.stderr
+    assert_configured(tmp_path / "runs/shapes-lora")
+
+
+def test_a_weight_as_an_input_is_refused(work, tmp_path, cli):
+    """Whose embedding no file of an adapter has a place for."""
+    given = "method={name: guidance, range: [1, 5]}", f"out={tmp_path / 'run'}"
+    says = "gives its student the guidance weight as an input, whose embedding an adapter cannot hold; use"
+    refuse(cli, tmp_path, "distill", work / "run.yaml", *given, says=says)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

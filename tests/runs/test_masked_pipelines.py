@@ -18,6 +18,7 @@ from diffkd.core.activations import capture_activations
 from diffkd.core.discriminator import block_shapes
 from tests import masked_pipelines
 from tests.masked_pipelines import KINDS, PIXELS
+from tests.runs.adapters import assert_trained
 from tests.runs.tiny import OF_LATENTS, network
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,15 @@ def test_methods_know_no_family(cli, here, kind, method):
     for folder in (here / "run" / "students").iterdir():
         found = network(folder)
         assert found and all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(cli, here, kind, monkeypatch):
+    """The prompt's part of Qwen-Image's last block is thrown away."""
+    last = "transformer_blocks.1.attn."
+    idle = [f"{last}add_q_proj", f"{last}to_add_out"] if kind == "qwen_image" else []
+    assert_trained(cli, monkeypatch, here, idle)
 
 
 @pytest.mark.parametrize("kind", ["z_image"])

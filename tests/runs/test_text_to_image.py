@@ -29,6 +29,7 @@ from diffkd.metrics.evaluation import records as evaluation_records
 from diffkd.models.codecs import Autoencoder
 from tests import text_to_image
 from tests.edits import changed
+from tests.runs.adapters import assert_trained
 from tests.runs.tiny import OF_LATENTS as CONFIG
 from tests.runs.tiny import assert_same_runs, network, signal_at
 
@@ -133,6 +134,13 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(cli, here, mo
         assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 130
     assert cli("distill", "run.yaml", "out=broken", "pictures=0").code == 0
     assert_same_runs(here / "whole", here / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["xl"], indirect=True)
+def test_adapters(cli, here, monkeypatch):
+    """Of Stable Diffusion in tests/runs/test_lora.py too."""
+    assert_trained(cli, monkeypatch, here)
 
 
 def test_a_cache_that_is_stopped_is_gone_on_with(cli, here, monkeypatch):

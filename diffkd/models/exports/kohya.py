@@ -1,4 +1,5 @@
-"""An adapter for other programs, alone: with the keys that ComfyUI and A1111 read, and its scheduler."""
+"""An adapter for other programs, alone: with the keys that ComfyUI reads, of UNets A1111 too, and its
+scheduler."""
 
 from __future__ import annotations
 
@@ -21,19 +22,20 @@ TAKES = (
 
 
 def fits(student: Student) -> bool:
-    return lora.fits(student) and _prefix(student) is not None
+    keys = _keys(student)
+    return lora.fits(student) and keys is not None and keys.kohya is not None
 
 
-def _prefix(student: Student) -> str | None:
-    """Of the family's keys in such files; None where other programs read none, or those of `lora`."""
+def _keys(student: Student) -> lora_files.Keys | None:
+    """Of the family's files: without kohya's where other programs read none, or those of `lora`."""
     keys: lora_files.Keys | None = getattr(loading.family_saving(student.denoiser), "LORA", None)
-    return None if keys is None else keys.kohya
+    return keys
 
 
 def write(student: Student, folder: Path) -> dict[str, Any]:
-    prefix = _prefix(student)
-    assert prefix is not None
+    keys = _keys(student)
+    assert keys is not None and keys.kohya is not None
     weights = lora_files.unprefixed(load_file(student.folder / ADAPTER))
-    save_file(lora_files.to_kohya(weights, prefix), folder / lora_files.KOHYA, {"format": "pt"})
+    save_file(lora_files.to_kohya(weights, keys.kohya), folder / lora_files.KOHYA, {"format": "pt"})
     loading.stock_scheduler(student.denoiser).save_pretrained(folder / "scheduler")
-    return {"export": {}}
+    return {"export": {"comfy_alone": True} if keys.comfy_alone else {}}

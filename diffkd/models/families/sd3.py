@@ -28,7 +28,7 @@ CALL = {"guidance_scale": 1.0}  # the pipeline guides by default
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
-LORA = Keys("transformer", kohya="lora_transformer")
+LORA = Keys("transformer", kohya="lora_transformer", comfy_alone=True)
 scheduler_of = flow_pipelines.scheduler_of
 GLOBAL_NOISE = True
 COPIED = {

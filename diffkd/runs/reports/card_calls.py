@@ -77,9 +77,11 @@ def _pipeline(card: Mapping[str, Any], title: str, count: int) -> list[str]:
 
 def _adapter(card: Mapping[str, Any], title: str, count: int) -> list[str]:
     """A LoRA, drawn by the stock pipeline of its base."""
-    lora = card["lora"]
+    lora, export = card["lora"], card.get("export", {})
+    if export.get("comfy_alone"):
+        return _for_comfy(card, title)
     scheduler = _name(lora["scheduler"], "DDIMScheduler")
-    kohya = card.get("export", {}).get("kind") == "kohya"
+    kohya = export.get("kind") == "kohya"
     named = ', weight_name="kohya_lora_weights.safetensors"' * kohya
     remarks = [
         "The scheduler is part of it: with the base's own it draws other images."
@@ -102,6 +104,22 @@ def _adapter(card: Mapping[str, Any], title: str, count: int) -> list[str]:
             f"images = pipeline({arguments(card, count)}).images",
         ),
         *remarks,
+        "",
+    ]
+
+
+def _for_comfy(card: Mapping[str, Any], title: str) -> list[str]:
+    """A LoRA that stock diffusers would read as nothing, or as a part of what it is."""
+    lora, weight = card["lora"], card.get("call", {}).get("guidance_scale", 1.0)
+    given = "" if weight == 1 else f", its guidance input at {weight:g}"
+    return [
+        f"{title} made by diffkd, an adapter (LoRA) of rank {lora['rank']} for ComfyUI.",
+        "",
+        f"ComfyUI loads the .safetensors as a LoRA of `{lora['base']}`, in as many steps, without guidance "
+        f"by a second pass (CFG 1){given}. The scheduler is part of it: with the base's own it draws other "
+        "images.",
+        "",
+        "Stock diffusers does not read these keys: for it, export the student with `--to lora`.",
         "",
     ]
 

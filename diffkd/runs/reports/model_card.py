@@ -97,9 +97,10 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     count = steps or _example_steps(card.get("num_train_timesteps") or 1000)
     title = f"A student of {steps} sampling step{'s' * (steps != 1)}" if steps else "A teacher"
     lines = [*card_head.lines(card), f"# {title}", "", *card_calls.lines(card, title, count)]
-    program = "inputs" in card.get("export", {})
+    export = card.get("export", {})
+    other = "inputs" in export or bool(export.get("comfy_alone"))  # than a stock pipeline draws with it
     if steps and stock:
-        advice = f"Use `num_inference_steps={steps}`" if not program else f"Take {counted(steps, 'step')}"
+        advice = f"Use `num_inference_steps={steps}`" if not other else f"Take {counted(steps, 'step')}"
         lines += [f"{advice}: it was trained for these {steps} steps and no others.", ""]
     if (merged := card.get(MERGED)) is not None:
         lines += [
@@ -110,12 +111,12 @@ def _pipeline(card: Mapping[str, Any]) -> list[str]:
     baked = card.get("guidance_baked_in", 1.0)
     if baked != 1.0:
         lines += [f"Guidance of weight {baked:g} is baked in: it is drawn without any.", ""]
-    if not program and (scale := card.get("call", {}).get("guidance_scale")) is not None:
+    if not other and (scale := card.get("call", {}).get("guidance_scale")) is not None:
         lines += [
             f"Name `guidance_scale={scale}`: by default the pipeline guides it on top, to another image.",
             "",
         ]
-    if card.get("global_noise") and not program:
+    if card.get("global_noise") and not other:
         lines += [
             "Between its steps the pipeline draws noise from torch's global generator, whatever `generator` "
             "is: the same seeds give other images than diffkd's, of the same distribution.",
