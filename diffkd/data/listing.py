@@ -96,9 +96,7 @@ def _texts(root: Path, images: Sequence[str], others: Sequence[str]) -> tuple[Pa
         if place == len(others) or others[place] != name:
             return ""
         used[place] = True
-        return _caption(
-            f"{root}/{name.replace(PARTED, '/')}"
-        )  # no Path, whose parts Python keeps for a while
+        return _caption(f"{root}/{name.replace(PARTED, '/')}")  # no Path: Python keeps its parts for a while
 
     if not any(name.endswith(".txt") for name in others):
         return PackedStrings(()), used
