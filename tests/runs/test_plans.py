@@ -173,6 +173,11 @@ def test_what_no_training_could_begin_with_is_refused_before_anything_is_written
     refuse(cli, tmp_path, "distill", "run.yaml", says=says)
 
 
+@pytest.mark.parametrize("name", ["scm", "meanflow"])
+def test_attention_that_torch_differentiates_is_taken_by_jvp(name):
+    assert planned(TO_V, {"name": name, "derivative": "jvp"})[0][-1][0].derivative == "jvp"
+
+
 @pytest.mark.parametrize(
     ("chain", "baked_in", "samplers"),
     [
