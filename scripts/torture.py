@@ -5,7 +5,7 @@ for byte, with runs that were not killed.
 
 A third of the runs are of one process, a third of two that hold copies, a third of two that hold shards
 (FSDP2) and write a checkpoint together; half are a progressive distillation, half a chain of methods with
-pairs, target networks and several networks that learn. A kill is SIGKILL, now and then SIGTERM, to one
+pairs, networks that stay or follow, and several that learn. A kill is SIGKILL, now and then SIGTERM, to one
 process: after a random time, in an update between the gradient of one of its losses and the step, in an
 evaluation or amid pairs between two batches, or at a fault point: just before one of the file operations
 (open, rename, remove, ...) in checkpoints/, students/, samples/, pairs/, the teacher's folder, metrics.json
@@ -64,7 +64,11 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
         {"name": "regression", "pairs": 48, "pair_steps": 4, "updates": 7},
         {"name": "lcm", "steps": [4, 2], "target_decay": 0.5, "updates": 8},
         {"name": "scm", "steps": [1], "updates": 7},
+        {"name": "tcm", "mode": "distillation", "steps": [1], "updates": 7},
+        {"name": "shortcut", "steps": [1], "target_decay": 0.5, "updates": 7},
         {"name": "dmd2", "steps": 2, "fake_updates": 2, "gan": 0.1, "updates": 7},
+        {"name": "f_distill", "fake_updates": 2, "updates": 7},
+        {"name": "sid", "updates": 7},
         {"name": "adversarial", "r1": 1.0, "updates": 7},
     ],
 }

@@ -1,4 +1,4 @@
-"""Teachers in closed form: data from N(mean, std² I)."""
+"""Teachers in closed form: data from N(mean, diag(std²)), of one mean and std or of one for every pixel."""
 
 from typing import Any
 
@@ -10,11 +10,13 @@ from diffkd.core import flow as flows
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule, write_prediction
 
+Of = float | Tensor  # a mean or a std: of all pixels, or (1, C, H, W)
+
 
 class Gaussian(nn.Module):
     """The exact posterior mean E[x0 | x_t], as any prediction type. Its time is a table index."""
 
-    def __init__(self, schedule: Schedule, prediction: str, mean: float = 0.3, std: float = 0.5) -> None:
+    def __init__(self, schedule: Schedule, prediction: str, mean: Of = 0.3, std: Of = 0.5) -> None:
         super().__init__()
         self.schedule, self.prediction, self.mean, self.std = schedule, prediction, mean, std
         self.calls = 0
@@ -27,13 +29,11 @@ class Gaussian(nn.Module):
         return write_prediction(self.prediction, x_t, x0, alpha, sigma)
 
 
-def gaussian(schedule: Schedule, prediction: str = "sample", mean: float = 0.3, std: float = 0.5) -> Denoiser:
+def gaussian(schedule: Schedule, prediction: str = "sample", mean: Of = 0.3, std: Of = 0.5) -> Denoiser:
     return Denoiser(Gaussian(schedule, prediction, mean, std), schedule, prediction, shape=(1, 4, 4))
 
 
-def flow(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, mean: float = 0.3, std: float = 0.5
-) -> Tensor:
+def flow(schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, mean: Of = 0.3, std: Of = 0.5) -> Tensor:
     """Where the probability-flow ODE carries x_t from t to s, exactly: in units of its width it stays."""
     alpha_t, sigma_t = schedule.at(t, like=x_t)
     alpha_s, sigma_s = schedule.at(s, like=x_t)
@@ -92,7 +92,7 @@ class FlowMap(nn.Module):
     off: added to it, for students that are not exact. A step of length 0 is not defined.
     """
 
-    def __init__(self, schedule: Schedule, off: float = 0.0, mean: float = 0.3, std: float = 0.5) -> None:
+    def __init__(self, schedule: Schedule, off: float = 0.0, mean: Of = 0.3, std: Of = 0.5) -> None:
         super().__init__()
         self.schedule, self.off, self.mean, self.std = schedule, off, mean, std
 

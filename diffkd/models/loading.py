@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffkd.core import adapters
 from diffkd.core.denoiser import Denoiser
@@ -114,6 +115,16 @@ def _family_of(found: Source) -> Family:
     )
 
 
+def small_inputs(denoiser: Denoiser) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """x_t, t and cond to try it with: one image of noise, small where the network takes any size, at the time
+    of pure noise, of the first class or an empty prompt."""
+    x, t, cond = denoiser.example_inputs()
+    codec = denoiser.codec
+    if codec is not None and getattr(codec, "only", None) is None:
+        x = x[..., :TRIED, :TRIED]
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device), t, cond
+
+
 @torch.no_grad()  # not inference_mode: the schedule keeps what it computes, for training too
 def _try(denoiser: Denoiser) -> None:
     """Calls the network once, with one image of noise and the first label.
@@ -122,12 +133,7 @@ def _try(denoiser: Denoiser) -> None:
     """
     if denoiser.shape is None:  # says so where it is drawn
         return
-    inputs: tuple[Any, ...] = denoiser.example_inputs()
-    x, t, cond = inputs
-    codec = denoiser.codec
-    if codec is not None and getattr(codec, "only", None) is None:  # of any size: a small one does
-        x = x[..., :TRIED, :TRIED]
-    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    x, t, cond = small_inputs(denoiser)
     size = "x".join(map(str, x.shape[1:]))
     try:
         output = denoiser.output(x, t, **cond)

@@ -7,15 +7,18 @@ from dataclasses import replace
 from itertools import chain, count
 from typing import Any
 
+import torch
+
 from diffkd.core import guidance_kinds, interval
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.derivative import directional
 from diffkd.data.absent import TeacherDraws, Unseen
 from diffkd.data.images import Images
 from diffkd.errors import UserError
 from diffkd.methods.base import Method, Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation.image_stream import guided_by
-from diffkd.models import guidance_input, students
+from diffkd.models import guidance_input, loading, students
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.method_config import method_name
@@ -44,6 +47,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             _check_adapter(stage, student)
             if number == 0:
                 method.networks(own, student)
+                _check_derivative(method, student)
             for one in stage.students:
                 start = student = students.with_network(student, student.network, stage.prediction)
                 start.steps, start.sampler = one.steps, one.drawn
@@ -181,6 +185,15 @@ def _check_adapter(stage: Stage, student: Denoiser) -> None:
             f"stage {stage.name} gives its student the guidance weight as an input, whose embedding an "
             "adapter cannot hold; use student.kind copy, or bake one weight in"
         )
+
+
+def _check_derivative(method: Method, student: Denoiser) -> None:
+    """Raises UserError where the method is to take an exact derivative and the network has none, such as an
+    attention of another library: by one of a small image."""
+    if getattr(method, "derivative", None) == "jvp":
+        x_t, t, cond = loading.small_inputs(student)
+        along = x_t, torch.ones_like(t)
+        directional(lambda x, time: student.output(x, time, **cond), (x_t, t), along, "jvp")
 
 
 def _check_plainly(stage: Stage, teacher: Denoiser) -> None:

@@ -1,11 +1,14 @@
 """Consistency: a loss by hand, the exact student of a Gaussian teacher, a small student that finds it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
+from diffkd.core.consistency import earlier
 from diffkd.core.denoiser import Denoiser
+from diffkd.core.flow import flow_time
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
@@ -64,31 +67,66 @@ def test_one_loss_by_hand(mode, update, gap):
     assert torch.allclose(loss.metrics["t"], t) and torch.allclose(loss.metrics["gap"], (square / 16).sqrt())
 
 
-@pytest.mark.parametrize("progress", [0, 0.3, 0.6, 0.95])
-def test_the_exact_student_has_no_gradient_and_another_has(progress):
-    """At every part of the curriculum, along the exact trajectory."""
-    method = Consistency(sampler="heun", substeps=128, huber=1.0, updates=100)
+@pytest.mark.parametrize("part", range(8))
+def test_the_exact_student_has_no_gradient_and_another_has(part):
+    """At every part of the curriculum, along the exact trajectory: in what moves it with x and in what moves
+    it everywhere."""
+    method = Consistency(sampler="heun", substeps=32 if part else 128, huber=1.0, updates=8)
     teacher, stage = gaussian(COSINE, "v_prediction"), only(method)
+    assert method.gap(Step(stage, part).progress) == 2.0 ** -(part + 1)
     found = {
-        a: gradients(
-            method, {"student": exact(COSINE, a=a), "teacher": teacher}, stage, int(100 * progress), 64
-        )
-        for a in (0.0, 0.1)
+        (a, b): gradients(
+            method, {"student": exact(COSINE, a=a, b=b), "teacher": teacher}, stage, part, 32
+        ).abs()
+        for a, b in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1))
     }
-    assert found[0.0].abs().max() < 5e-3 * found[0.1].abs().max() and found[0.1].abs().max() > 0.1
+    for index, moved in enumerate([(0.1, 0.0), (0.0, 0.1)]):
+        assert found[0.0, 0.0][index] < 5e-3 * found[moved][index] and found[moved][index] > 0.1
 
 
-def test_in_training_the_exact_student_has_no_gradient_in_the_mean():
-    """For a student that is affine in x and a squared distance, in the limit of s -> t."""
+def test_in_training_the_exact_student_has_the_gradient_of_its_noise_which_goes_with_t_minus_s():
+    """x_s keeps the noise of x_t and so leaves the trajectory. Of a squared distance the mean gradient is by
+    the moments of both, at every part of the curriculum, and falls towards 0 with the gap."""
+    c = 1e3 * 4  # a distance of (difference)^2 / 2c
+    method = Consistency(mode="training", huber=1e3, updates=8)
+    stage, teacher = only(method), gaussian(COSINE, "v_prediction")
+    expected = []
+    for part in range(8):
+        apart, exactly = [], []
+        for seed in range(16):
+            rng, nets = torch.Generator().manual_seed(seed), {"student": exact(COSINE), "teacher": teacher}
+            loss = next(method.losses(nets, Batch(data(512, rng), {}), Step(stage, part), rng))
+            network = nets["student"].network
+            found = c * torch.stack(torch.autograd.grad(loss.value, [network.a, network.b]))
+            t = loss.metrics["t"]
+            exactly.append(gradient_of_noise(t, earlier(COSINE, t, method.gap(part / 8))))
+            apart.append(found - exactly[-1])
+        each, of_noise = torch.stack(apart), torch.stack(exactly).mean(0)
+        assert (each.mean(0).abs() < 3 * each.std(0) / 4 + 1e-3 * of_noise.abs()).all(), part
+        expected.append(of_noise[0].abs())
+    ratios = [after / before for before, after in pairwise(expected)]
+    assert expected[-1] < 0.02 * expected[0] and max(ratios[1:]) < 0.5
+
+
+def gradient_of_noise(t, s, mean=0.3, std=0.5):
+    """Of |f(x_t, t) - f(x_s, s)|^2 / 2 (t - s) of 16 numbers in a and b of the exact student, f = mean + std
+    (x - alpha mean) / width, where x_t and x_s have one noise: their covariance is less than their widths'
+    product. a moves f by -sigma x_t, b by -sigma."""
+    (alpha, sigma), (alpha_s, sigma_s) = COSINE.at(t), COSINE.at(s)
+    width, width_s = ((a**2 * std**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_s, sigma_s)))
+    covariance = alpha * alpha_s * std**2 + sigma * sigma_s
+    tau, tau_s = (flow_time(COSINE, time) for time in (t, s))
+    by_a = -16 * sigma * std * (width - covariance / width_s) / (tau - tau_s)
+    return torch.stack([by_a.mean(), torch.zeros(()).double()])
+
+
+def test_in_training_another_student_has_a_gradient():
     method = Consistency(mode="training", closest=0.999, huber=1.0, doublings=12, updates=100)
     stage, teacher = only(method), gaussian(COSINE, "v_prediction")
-    means, errors = {}, {}
-    for a in (0.0, 0.1):
-        nets = {"student": exact(COSINE, a=a), "teacher": teacher}
-        each = torch.stack([gradients(method, nets, stage, 99, 2048, seed) for seed in range(8)])
-        means[a], errors[a] = each.mean(0), each.std(0) / math.sqrt(8)
-    assert (means[0.0].abs() < 5 * errors[0.0] + 1e-3).all()
-    assert means[0.1][0].abs() > 10 * errors[0.1][0] and means[0.1][0].abs() > 0.02
+    for index, nets in enumerate([{"student": exact(COSINE, a=0.1)}, {"student": exact(COSINE, b=0.1)}]):
+        nets["teacher"] = teacher
+        each = torch.stack([gradients(method, nets, stage, 99, 2048, seed) for seed in range(8)])[:, index]
+        assert each.mean().abs() > 10 * each.std() / math.sqrt(8) and each.mean().abs() > 0.02
 
 
 def test_gradients_go_through_the_prediction_at_t_alone():

@@ -35,10 +35,14 @@ def with_heads(nets):
     return {**nets, "heads": BestHeads(nets["teacher"].network, nets["fake"].network)}
 
 
-def test_one_update_by_hand():
-    nets, draws = with_heads(nets_of()), Draws()
-    method = FDistill(divergence="forward_kl", gan=0, bins=1, ratio_min=1e-9, ratio_max=1e9, fake_updates=1)
-    found = losses_of(method, nets)
+@pytest.mark.parametrize(("bins", "low", "high", "count"), [(1, 1e-9, 1e9, 3), (4, 0.5, 2.0, 24)])
+def test_one_update_by_hand(bins, low, high, count):
+    """With one bin of noise levels and ratios as they are, or with several bins and both cuts."""
+    nets, draws = with_heads(nets_of()), Draws(count=count)
+    method = FDistill(
+        divergence="forward_kl", gan=0, bins=bins, ratio_min=low, ratio_max=high, fake_updates=1
+    )
+    found = losses_of(method, nets, count=count)
     assert [loss.network for loss in found] == ["student", "fake", "heads"]
     z = draws.student_noise()
     x = STUDENT[0] + STUDENT[1] * z
@@ -53,10 +57,18 @@ def test_one_update_by_hand():
             for image, time in zip(x_t, t.tolist(), strict=True)
         ]
     )
-    weight = log_ratio.softmax(0) * 3  # h(r) = r, of mean 1
+    ratio = log_ratio.exp().clamp(low, high)
+    uncut = ((ratio > low) & (ratio < high)).sum().item()
+    assert uncut == count if bins == 1 else ratio.min() == low and ratio.max() == high and uncut > 5
+    of_bin = [[i for i, time in enumerate(t.tolist()) if k < bins * time <= k + 1] for k in range(bins)]
+    assert all(len(rows) > 1 for rows in of_bin)
+    weight = torch.empty(count).double()
+    for rows in of_bin:
+        weight[rows] = ratio[rows] / ratio[rows].mean()
+    weight = weight / weight.mean()  # h(r) = r, of mean 1
     direction = posterior(x_t, t, FAKE) - posterior(x_t, t, TEACHER)
     direction = direction / (x - posterior(x_t, t, TEACHER)).abs().mean((1, 2, 3), keepdim=True)
-    direction = weight.reshape(3, 1, 1, 1) * direction
+    direction = weight.reshape(-1, 1, 1, 1) * direction
     expected = torch.stack([direction.mean(), (direction * z).mean()])
     assert torch.allclose(found[0].metrics["weight"], weight, rtol=1e-6)
     assert torch.allclose(student_gradient(found[0], nets), expected, rtol=1e-6)

@@ -78,13 +78,16 @@ def test_the_target_network_follows_and_does_not_learn():
 
 
 def test_the_exact_student_has_no_gradient_and_another_has():
-    """Up to one DDIM step's error, which falls with its square."""
+    """Up to one DDIM step's error, which falls with its square; in what moves it with x (a), and in what
+    moves it everywhere (b), where that error has no mean."""
     teacher, found = gaussian(COSINE, "v_prediction"), {}
-    for skip, a in ((64, 0.0), (16, 0.0), (4, 0.0), (4, 0.1)):
+    for skip, a, b in ((64, 0.0, 0.0), (16, 0.0, 0.0), (4, 0.0, 0.0), (4, 0.1, 0.0), (4, 0.0, 0.1)):
         method = LCM(skip=skip, huber=10.0, target_decay=0)
-        nets = {"student": exact(COSINE, a=a), "teacher": teacher}
-        found[skip, a] = gradients(method, nets, only(method), 0, 512)[0].abs()
-    assert found[16, 0.0] < 0.1 * found[64, 0.0] and found[4, 0.0] < 0.05 * found[4, 0.1]
+        nets = {"student": exact(COSINE, a=a, b=b), "teacher": teacher}
+        found[skip, a, b] = gradients(method, nets, only(method), 0, 512).abs()
+    exactly = found[4, 0.0, 0.0]
+    assert found[16, 0.0, 0.0][0] < 0.1 * found[64, 0.0, 0.0][0]
+    assert exactly[0] < 0.05 * found[4, 0.1, 0.0][0] and exactly[1] < 0.05 * found[4, 0.0, 0.1][1]
 
 
 @pytest.mark.slow

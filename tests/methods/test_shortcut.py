@@ -12,10 +12,13 @@ from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.shortcut import Shortcut, target
-from tests.gaussian import flow_map, gaussian, linear
+from tests.gaussian import FlowMap, gaussian, linear
 from tests.methods.flow_maps import trained
 
 COSINE = Schedule.cosine(1024)
+# of data whose pixels differ
+MEAN = torch.linspace(-0.4, 0.4, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+STD = torch.linspace(0.3, 0.7, 16, dtype=torch.float64).reshape(1, 1, 4, 4).flip(3)
 
 
 class Curved(nn.Module):
@@ -35,6 +38,23 @@ def curved():
     return Denoiser(Curved(), COSINE, "v_prediction", shape=(1, 4, 4))
 
 
+class Off(FlowMap):
+    """The exact student plus `by` times the length of its step; it keeps the lengths that it was given."""
+
+    def __init__(self, by):
+        super().__init__(COSINE, mean=MEAN, std=STD)
+        self.by, self.lengths = nn.Parameter(torch.tensor(by).double()), []
+
+    def forward(self, x, time, interval):
+        self.lengths.append(interval)
+        exact = super().forward(x, time, interval.clamp(min=1e-3))  # of length 0: that of a short step
+        return exact + self.by * interval.reshape(-1, 1, 1, 1)
+
+
+def off(by):
+    return Denoiser(Off(by), COSINE, "flow", shape=(1, 4, 4))
+
+
 def velocity_of(denoiser, x_t, t, length):
     with torch.no_grad():
         return flow.velocity(denoiser.predict(x_t, t, interval=length))
@@ -47,14 +67,32 @@ def states():
 
 def test_two_steps_of_the_exact_student_are_its_one():
     x_t, t, s = states()
-    student = flow_map(COSINE)
-    found = target(student, x_t, t, s, (t - s) / 2)
+    found = target(off(0.0), x_t, t, s, (t - s) / 2)
     assert found.dtype == torch.float64 and not found.requires_grad
-    assert torch.allclose(found, velocity_of(student, x_t, t, t - s), atol=1e-5)
-    off = flow_map(
-        COSINE, off=0.1
-    )  # an error that steps of every length share is not seen: only the velocity is
-    assert (target(off, x_t, t, s, (t - s) / 2) - velocity_of(off, x_t, t, t - s)).abs().max() < 0.2
+    assert torch.allclose(found, velocity_of(off(0.0), x_t, t, t - s), atol=1e-9)
+    # of an error that grows with the length the two have half, give or take where the first of them leads
+    gap = velocity_of(off(0.1), x_t, t, t - s) - target(off(0.1), x_t, t, s, (t - s) / 2)
+    assert ((gap / (0.1 * (t - s) / 2).reshape(-1, 1, 1, 1) - 1).abs() < 0.25).all()
+
+
+def test_the_exact_student_has_no_loss_and_no_gradient_and_another_has():
+    """At every length. Two steps of the finest grid count as velocities: their error halves with the grid."""
+    finest, found = {}, {}
+    for grid, by in ((64, 0.0), (128, 0.0), (128, 0.1)):
+        method, student = Shortcut(steps=[1], finest=grid, share=1.0, mode="training"), off(by)
+        rng = torch.Generator().manual_seed(1)
+        x0 = MEAN + STD * torch.randn(256, 1, 4, 4, dtype=torch.float64, generator=rng)
+        step = Step(method.stages(student)[0], 0)
+        loss = next(method.losses({"student": student}, Batch(x0, {}), step, rng))
+        (gradient,) = torch.autograd.grad(loss.value, student.network.by)
+        length, gap = student.network.lengths[0], loss.metrics["gap"]
+        last = length == 2 / grid
+        assert {*length.tolist()} == {2.0**-i for i in range(grid.bit_length() - 1)}
+        finest[grid, by], found[grid, by] = gap[last].mean(), gradient
+        expected = by * length[~last] / 2
+        assert (gap[~last] >= 0.9 * expected).all() and (gap[~last] <= 1.2 * expected + 1e-9).all()
+    assert finest[128, 0.0] < 0.6 * finest[64, 0.0] < 0.006
+    assert found[128, 0.0].abs() < 1e-3 * found[128, 0.1] and found[128, 0.1] > 0.01
 
 
 def test_the_target_by_hand():

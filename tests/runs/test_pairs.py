@@ -246,6 +246,34 @@ def test_a_run_without_images(here, cli, tiny_teacher, teachers):
     assert card["class_counts"] == [3, 1] + [0] * 8 and card["num_classes"] == 10
 
 
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ({"name": "dmd2", "updates": 2, "fake_updates": 2}, ["1-steps"]),
+        ({"name": "sid", "updates": 2}, ["1-steps"]),
+        (
+            {"name": "reflow", "steps": [4, 1], "pairs": 20, "pair_steps": 2, "updates": 2, "distilling": 2},
+            ["4-steps", "1-steps"],
+        ),
+    ],
+    ids=["dmd2", "sid", "reflow"],
+)
+def test_methods_that_learn_from_the_teacher_alone_run_without_images(
+    here, cli, tiny_teacher, teachers, method, stages
+):
+    """On labels of the classes that are asked for; what stands for the images would make any loss NaN."""
+    data = {**FREE, "class_counts": [3, 1] + [0] * 8}
+    configure(tiny_teacher, method=method, data=data, spread_every=None)
+    assert cli("distill", "distill.yaml").code == 0
+    assert [one["name"] for one in teachers] == stages
+    for one in teachers:
+        x0, cond, *_ = one["examples"].batch(64, torch.Generator().manual_seed(0))
+        assert {*cond["class_labels"].tolist()} == {0, 1}
+        assert x0.isnan().all() if method["name"] != "reflow" else x0.isfinite().all()
+        made = network(here / "run/students" / one["name"])
+        assert all(value.isfinite().all() for value in made.values()) and not same(made, one["student"])
+
+
 def test_a_run_without_images_is_measured_against_its_reference(here, cli, tiny_teacher):
     evaluation = {"reference": "digits", "samples": 32, "teacher_steps": [2]}
     configure(tiny_teacher, method=REGRESSION, data=FREE, evaluation=evaluation)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from diffusers import DDPMScheduler
 
 from diffkd import methods
@@ -12,6 +15,8 @@ from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.runs import plans
 from diffkd.runs.config import Distill
+from tests.refusals import refuse
+from tests.runs.tiny import CONFIG, UNMEASURED, write
 from tests.tiny import student
 
 
@@ -127,6 +132,50 @@ def test_a_run_goes_on_from_a_student_of_few_steps_in_those_steps():
     planned({"name": "progressive", "steps": [1], "substeps": 4}, **few)
     with pytest.raises(UserError, match=r"the run's teacher, which knows its own 4 .* let 2 x 1 be these"):
         planned({"name": "progressive", "steps": [1]}, **few)
+
+
+class Fused(torch.autograd.Function):
+    """Attention of a library that has written its gradient, and no other derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+NO_DERIVATIVE = ["a part without a forward-mode derivative", "set method.derivative to difference"]
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"name": "scm", "derivative": "jvp"}, NO_DERIVATIVE),
+        ([{"name": "output"}, {"name": "meanflow", "derivative": "jvp"}], NO_DERIVATIVE),
+        (
+            {"name": "dmd2", "gan": 1e-3, "blocks": ["mid"]},
+            ["method.blocks names 'mid', which the network does not have; it has down_blocks.0"],
+        ),
+        (
+            [{"name": "progressive", "steps": [4]}, {"name": "dmd2", "teacher": "previous"}],
+            ["asks its teacher at every noise level", "student of 4 steps", "set method.teacher: original"],
+        ),
+    ],
+    ids=["scm", "meanflow", "blocks", "teacher"],
+)
+def test_what_no_training_could_begin_with_is_refused_before_anything_is_written(
+    deep_teacher, cli, tmp_path, monkeypatch, method, says
+):
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **o: Any) -> torch.Tensor:
+        return Fused.apply(query, key, value)  # type: ignore[no-any-return]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    write("run.yaml", {**CONFIG, **UNMEASURED}, teacher={"path": str(deep_teacher)}, method=method)
+    refuse(cli, tmp_path, "distill", "run.yaml", says=says)
+
+
+@pytest.mark.parametrize("name", ["scm", "meanflow"])
+def test_attention_that_torch_differentiates_is_taken_by_jvp(name):
+    assert planned(TO_V, {"name": name, "derivative": "jvp"})[0][-1][0].derivative == "jvp"
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,9 @@ def test_a_nonfinite_update_is_skipped(tmp_path, kind):
         assert first["images"] == drawn_at(5)
 
 
-def test_a_nonfinite_second_network_is_skipped_alone(tmp_path):
-    """The student was updated before it, and so is its average. The second network stays as it was."""
+def judged(at):
+    """Progressive with a second network, whose loss is NaN at these updates (counted from 1); the student's
+    weights and the second network's before each of its own updates."""
     judge, seen, shadow = Scale(), [], []
 
     class Two(Progressive):
@@ -86,9 +87,14 @@ def test_a_nonfinite_second_network_is_skipped_alone(tmp_path):
             seen.append(weights(nets["student"]).double())
             shadow.append(judge.scale.item())
             value = (judge.scale - 3).square().mean()
-            yield Loss("judge", value * float("nan") if len(seen) == 5 else value)
+            yield Loss("judge", value * float("nan") if len(seen) in at else value)
 
-    method = Two(steps=[4], updates=12, learning_rate=1e-3)
+    return Two(steps=[4], updates=12, learning_rate=1e-3), seen, shadow
+
+
+def test_a_nonfinite_second_network_is_skipped_alone(tmp_path):
+    """The student was updated before it, and so is its average. The second network stays as it was."""
+    method, seen, shadow = judged({5})
     pupil, teacher, records = run_one(tmp_path / "run", method=method)
     skipped = [r for r in records if r.get("event") == "skipped"]
     assert [(r["update"], r["network"]) for r in skipped] == [(5, "judge")]
@@ -115,6 +121,17 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
     assert kept[-1].endswith("0000007")  # whole, of the weights of update 4
     with pytest.raises(NonFinite, match="at update 2"):
         run_one(tmp_path / "none", method=broken({2}), training=Training(batch_size=8, max_skipped=0))
+
+
+def test_a_second_network_that_stays_nonfinite_stops_the_run(tmp_path):
+    """Though the student's own losses are finite all the while."""
+    method, seen, shadow = judged({3, 5, 6, 7, 8})
+    with pytest.raises(NonFinite, match="network judge in stage 4-steps became NaN or infinite at update 8"):
+        run_one(tmp_path / "run", method=method)
+    assert len(seen) == 8 and shadow[4] == shadow[7] and not torch.equal(seen[4], seen[7])
+    written = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    skipped = [(r["update"], r["network"]) for r in written if r.get("event") == "skipped"]
+    assert skipped == [(update, "judge") for update in (3, 5, 6, 7, 8)]
 
 
 def test_skipped_updates_are_counted_across_a_stop(tmp_path):
