@@ -13,6 +13,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import a_or_an
 
+EMBEDDING = "time_embedding.cond_proj"  # where a UNet has it
 WIDTH = 256  # of the embedding that a student gets, as the published LCM students have it
 
 

@@ -20,7 +20,7 @@ from diffkd.models.source import ADAPTER, CARD, Source, find
 from diffkd.models.students import lora
 
 KOHYA = "kohya_lora_weights.safetensors"  # stock diffusers opens the other of the two
-WHY_MERGED = "the length of its steps goes into a bias, which no adapter holds"
+WHY_MERGED = "it learned with one more number as an input, for which no LoRA file has weights"
 
 
 class Keys(NamedTuple):

@@ -20,7 +20,7 @@ from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.image_stream import prompts_for
 from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, lora_files, sizes
-from diffkd.runs import announcement
+from diffkd.runs import announcement, plans
 from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
 from diffkd.runs.reports import card_head, model_card, run_files, run_report, tables, teacher_sampling
@@ -69,7 +69,8 @@ class RunArtifacts:
         if student.adapter is not None:
             learns = sum(p.numel() for p in adapters.own(student.network).values())
             whole = sum(p.numel() for p in student.network.parameters()) - learns
-            merged = f" and an embedding; saved merged, as {lora_files.WHY_MERGED}" * stage.interval
+            more = stage.interval or plans.adds_guidance(stage, student)
+            merged = f", saved merged, as {lora_files.WHY_MERGED}" * more
             self.session.say(
                 f"student: an adapter of rank {student.adapter.rank} on {student.adapter.base}, "
                 f"{learns / 1e6:.3g} M parameters ({learns / whole:.1%} of those of its teacher){merged}"

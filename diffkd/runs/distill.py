@@ -21,6 +21,7 @@ from diffkd.generation import asked
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
 from diffkd.models import guidance_input, loading, students
+from diffkd.models.students import lora
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
 from diffkd.runs.callbacks import Given
@@ -245,20 +246,25 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
     student.label_dropout = plans.label_dropout(method, student)
     if stage.interval:
         interval.attach(student.network)
-    if stage.guidance_range is not None and student.guidance_range is None:
-        guidance_input.attach(student.network)
+    if plans.adds_guidance(stage, student):
+        if student.adapter is None:
+            guidance_input.attach(student.network)
+        else:
+            lora.take_guidance(student.network, student.adapter)
         student.guidance_range = stage.guidance_range
     return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
 
 
 def _as_drawn(student: Denoiser, stage: Stage, *, main: bool) -> Denoiser:
     """A trained student as its pipeline has it: of the stage's steps, whose length is folded in if it took it
-    as an input, which makes an adapter a whole. main: whether this process has the whole of its weights."""
+    as an input; whole where an adapter is not all that learned. main: whether this process has all of its
+    weights."""
+    if student.adapter is not None and lora.is_more(student.network):
+        student = students.merged(student)
     network = student.network
     if stage.interval and main:
         assert stage.steps is not None
-        student = students.merged(student)
-        network = interval.folded(student.network, 1 / stage.steps)
+        network = interval.folded(network, 1 / stage.steps)
     drawn = students.with_network(student, network)
     drawn.steps = stage.steps
     return drawn

@@ -44,7 +44,6 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
                 own.check_guidance()
             if stage.pairs is not None:
                 pairs.check(f"pairs of stage {stage.name}", stage.pairs, own)
-            _check_adapter(stage, student)
             if number == 0:
                 method.networks(own, student)
                 _check_derivative(method, student)
@@ -148,6 +147,11 @@ def with_range(denoiser: Denoiser, guidance_range: tuple[float, float]) -> Denoi
     return taking
 
 
+def adds_guidance(stage: Stage, student: Denoiser) -> bool:
+    """Whether a stage's student is to take its guidance weight as an input, which it does not yet."""
+    return stage.guidance_range is not None and student.guidance_range is None
+
+
 def label_dropout(method: Method, student: Denoiser) -> float | None:
     """What a student has after a method: where its teacher had none, the data's own loss teaches it."""
     before = student.label_dropout
@@ -175,15 +179,6 @@ def _check_guidance(stage: Stage, method: Method, student: Denoiser) -> None:
         raise UserError(
             f"stage {stage.name} compares with networks that do not know the weight which its student takes "
             "as an input; bake one weight in for this method"
-        )
-
-
-def _check_adapter(stage: Stage, student: Denoiser) -> None:
-    """Raises UserError where an adapter is to learn what it has no weights for."""
-    if student.adapter is not None and stage.guidance_range is not None and student.guidance_range is None:
-        raise UserError(
-            f"stage {stage.name} gives its student the guidance weight as an input, whose embedding an "
-            "adapter cannot hold; use student.kind copy, or bake one weight in"
         )
 
 

@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
@@ -24,7 +25,7 @@ from diffkd.runs.config import Distill
 from diffkd.training import launch
 from tests import text_to_image
 from tests.refusals import refuse
-from tests.runs.tiny import OF_LATENTS, ROOT, UNMEASURED, log, records, same, write
+from tests.runs.tiny import OF_LATENTS, ROOT, UNMEASURED, log, network, records, same, write
 
 CHAIN = [
     {"name": "progressive", "steps": [4, 2], "updates": [2, 2], "learning_rate": 1e-2},
@@ -195,6 +196,34 @@ def test_evaluate_opens_it_and_refuses_another_base(trained, work, tmp_path, cli
     refuse(cli, tmp_path, "evaluate", "student", *asked[:4], "--sampler", "stock", says="run diffkd fuse on")
 
 
+def test_adapters_take_the_guidance_weight_as_an_input(work, tmp_path, cli, launched, monkeypatch):
+    """`guidance`, whose student is saved merged, then an adapter on that; killed, both are the same bits."""
+    monkeypatch.chdir(tmp_path)
+    given = {"updates": 2, "learning_rate": 1e-2, "warmup": 0}
+    chain = [{"name": "guidance", "range": [1, 9], **given}, {"name": "progressive", "steps": [2], **given}]
+    config = yaml.safe_load((work / "run.yaml").read_text())
+    write("run.yaml", config, method=chain, training=OF_LATENTS["training"], out="whole")
+    code, out, err = cli("distill", "run.yaml")
+    assert code == 0, err
+    assert out.count("saved merged, as it learned with one more number as an input") == 1
+    strike = ("guidance", "1+", int(signal.SIGKILL))
+    done = launched(1, *strike, "distill", "run.yaml", "out=run", module="tests.runs.killed")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert cli("distill", "run.yaml", "out=run").code == 0
+    whole, run = (tmp_path / out / "students" for out in ("whole", "run"))
+    first, last = network(whole / "guidance"), adapter(whole / "2-steps")
+    assert same(first, network(run / "guidance")) and same(last, adapter(run / "2-steps"))
+    assert first["time_embedding.cond_proj.weight"].any() and not (whole / "guidance" / ADAPTER).exists()
+    assert all(value.any() for key, value in last.items() if "lora_B" in key)
+    assert not any("cond_proj" in key for key in last)
+    drawn = []
+    for weight in (1.0, 9.0):
+        asked = ("--out", f"{weight}.npz", "--prompt", "a red ring", "-w", weight)
+        assert cli("sample", whole / "2-steps", *asked).code == 0
+        drawn.append(np.load(f"{weight}.npz")["arr_0"].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() > 0
+
+
 # what is refused
 
 
@@ -239,13 +268,6 @@ def test_the_config_of_shapes_runs(work, tmp_path, cli, monkeypatch):
     outcome = cli("distill", ROOT / "configs/shapes/lora.yaml", *given, *FEW)
     assert outcome.code == 0, outcome.stderr
     assert_configured(tmp_path / "runs/shapes-lora")
-
-
-def test_a_weight_as_an_input_is_refused(work, tmp_path, cli):
-    """Whose embedding no file of an adapter has a place for."""
-    given = "method={name: guidance, range: [1, 5]}", f"out={tmp_path / 'run'}"
-    says = "gives its student the guidance weight as an input, whose embedding an adapter cannot hold; use"
-    refuse(cli, tmp_path, "distill", work / "run.yaml", *given, says=says)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

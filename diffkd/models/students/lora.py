@@ -19,6 +19,7 @@ from diffkd.core.adapters import DOWN, UP, Adapter
 from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.text import a_or_an
+from diffkd.models import guidance_input
 
 NAME = "default"  # of the adapter, in peft
 SHOWN = 12  # names of layers in a message
@@ -92,7 +93,9 @@ def copied(network: nn.Module, adapter: Adapter, seed: int = 0) -> nn.Module:
     it has none a new one that changes nothing yet. seed: of the new one's A."""
     made = _sharing(network)
     if not adapters.own(made):
-        _inject(made, adapter, seed)
+        found = layers(made, adapter.targets)
+        check_rank(found, adapter.rank)
+        _inject(made, found, adapter.rank, seed)
     return made
 
 
@@ -105,13 +108,11 @@ def _sharing(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
-def _inject(network: nn.Module, adapter: Adapter, seed: int) -> None:
+def _inject(network: nn.Module, names: Iterable[str], rank: int, seed: int) -> None:
     check_installed()
     from peft import LoraConfig, inject_adapter_in_model
 
-    found = layers(network, adapter.targets)
-    check_rank(found, adapter.rank)
-    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.rank, target_modules=[*found])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*names])
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed))
         inject_adapter_in_model(config, network, NAME)
@@ -136,12 +137,35 @@ def with_weights(base: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor
     return made
 
 
+def take_guidance(network: nn.Module, adapter: Adapter) -> None:
+    """Gives a network with an adapter an embedding of the guidance weight, which its base has not, in place:
+    a layer of zeros with an adapter of its own. Raises UserError as `guidance_input.attach` does."""
+    guidance_input.attach(network)
+    embedding: Any = network.get_submodule(guidance_input.EMBEDDING)
+    _inject(network, [guidance_input.EMBEDDING], min(adapter.rank, *embedding.weight.shape), seed=0)
+
+
+def takes_guidance_alone(network: nn.Module) -> bool:
+    """Whether `take_guidance` was called on it."""
+    found = (module for name, module in network.named_modules() if name == guidance_input.EMBEDDING)
+    base = getattr(next(found, None), "base_layer", None)
+    return base is not None and not bool(base.weight.any())
+
+
+def is_more(network: nn.Module) -> bool:
+    """Whether a network with an adapter took a number that its base does not, so that it is saved merged: the
+    length of its steps, or a guidance weight."""
+    return interval.attached(network) is not None or takes_guidance_alone(network)
+
+
 @torch.no_grad()
 def rebased(network: nn.Module, base: nn.Module, adapter: Adapter) -> nn.Module:
     """A network that shares this base, with all that learned in the given one."""
     made = copied(base, adapter)
     if interval.attached(network) is not None:
         interval.attach(made)
+    if takes_guidance_alone(network):
+        take_guidance(made, adapter)
     learned = adapters.own(network)
     for name, parameter in adapters.own(made).items():
         parameter.copy_(learned[name])

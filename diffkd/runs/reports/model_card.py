@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.core import adapters, guidance_kinds, interval
+from diffkd.core import adapters, guidance_kinds
 from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.io.text import counted
@@ -14,6 +14,7 @@ from diffkd.metrics.evaluation.records import formatted
 from diffkd.models import loading, lora_files, sizes, students
 from diffkd.models.loading import CARD
 from diffkd.models.source import MERGED
+from diffkd.models.students import lora
 from diffkd.runs.reports import card_calls, card_head, markdown, teacher_sampling
 
 PIPELINE_FACTS = (
@@ -65,7 +66,7 @@ def _adapter(denoiser: Denoiser) -> dict[str, Any]:
 def of_merged(trained: Denoiser) -> dict[str, Any]:
     """What the card of a student says beside, where what was trained is an adapter that is saved merged, else
     {}. parameters: that learned."""
-    if trained.adapter is None or interval.attached(trained.network) is None:
+    if trained.adapter is None or not lora.is_more(trained.network):
         return {}
     learned = sum(p.numel() for p in adapters.own(trained.network).values())
     rank, targets = trained.adapter.rank, [*trained.adapter.targets]
