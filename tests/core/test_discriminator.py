@@ -9,11 +9,12 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.core.discriminator import Heads, block_shapes, middle, seen
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
-from tests.core.test_scores import STUDENT, TEACHER, TIMES, exact_gradient, f_divergence
+from tests.core.test_scores import TIMES
 from tests.gaussian import marginal
 from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
+TEACHER, STUDENT = (0.3, 0.5), (-0.2, 0.8)  # mean and std of one pixel
 
 
 class Tokens(nn.Module):
@@ -119,7 +120,7 @@ def test_what_heads_see_is_the_blocks_output_without_guidance():
     assert seen(net, None, x, t, class_labels=labels)[1] == []
 
 
-# losses, at t = 1/2 of the Gaussians of test_scores
+# losses, of Gaussians of one pixel
 
 
 def table(loss, logits):
@@ -134,6 +135,26 @@ def densities():
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     schedule = Schedule.cosine(1024)
     return (*(marginal(schedule, 0.5, *which).log_prob(x).exp() for which in (TEACHER, STUDENT)), x)
+
+
+def exact_gradient(divergence):
+    """Of a function of the student's (mean, std)."""
+    at = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in STUDENT]
+    return torch.stack(torch.autograd.grad(divergence(*at), at))
+
+
+def f_divergence(t, f):
+    """D_f of the teacher's noised images from the student's, by quadrature: a function of (mean, std)."""
+    schedule = Schedule.cosine(1024)
+    p = marginal(schedule, t, *TEACHER)
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+
+    def divergence(mean, std):
+        q = marginal(schedule, t, mean, std)
+        ratio = (p.log_prob(x) - q.log_prob(x)).exp().clamp(min=1e-280)
+        return torch.trapezoid(q.log_prob(x).exp() * f(ratio), x)
+
+    return divergence
 
 
 @pytest.mark.parametrize("name", ["hinge", "logistic"])

@@ -119,7 +119,7 @@ def _for_comfy(card: Mapping[str, Any], title: str) -> list[str]:
         f"by a second pass (CFG 1){given}. The scheduler is part of it: with the base's own it draws other "
         "images.",
         "",
-        "Stock diffusers does not read these keys: for it, export the student with `--to lora`.",
+        "Stock diffusers does not read these keys: for it there is `diffkd export STUDENT --to lora`.",
         "",
     ]
 
