@@ -44,7 +44,7 @@ from diffkd.generation.npz_writer import NpzWriter
 from diffkd.generation.sample import default_workers
 from diffkd.generation.stock import generate_stock
 from diffkd.generation.writer import ImageWriter
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import model_card
 
 STEPS = 4
@@ -197,7 +197,7 @@ def recorded(denoiser: Denoiser, generator: ImageGenerator) -> list[Recorded]:
 
 
 def save(denoiser: Denoiser, folder: Path) -> Path:
-    loading.save(denoiser, folder)
+    saving.save(denoiser, folder)
     model_card.write(folder, model_card.describe(denoiser))
     return folder
 

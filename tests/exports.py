@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from diffkd.models import edm2 as conversion
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.models.song_unet import SongUNet
 from diffkd.runs.reports import card_calls, model_card
 from tests import dit, edm, edm2, flow_pipelines, ldm, masked_pipelines, text_to_image
@@ -69,7 +69,7 @@ def student(work: Path, kind: str, *, rank: int | None = None, sampler: str = "d
     if rank is not None:
         made = adapted(made, rank=rank, scale=0.5)
     made.steps, made.sampler, made.clip = STEPS, sampler, None
-    loading.save(made, folder)
+    saving.save(made, folder)
     model_card.write(folder, model_card.describe(made, teacher=str(work / f"{kind}-teacher")))
     return folder
 

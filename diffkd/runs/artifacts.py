@@ -19,7 +19,7 @@ from diffkd.io.text import counted
 from diffkd.methods.base import Stage
 from diffkd.metrics.evaluation.image_stream import prompts_for
 from diffkd.metrics.evaluation.records import formatted
-from diffkd.models import loading, lora_files, sizes
+from diffkd.models import loading, lora_files, saving, sizes
 from diffkd.runs import announcement, plans
 from diffkd.runs.config import Settings, Teacher
 from diffkd.runs.model_evaluator import ModelEvaluator, teacher_steps
@@ -55,7 +55,7 @@ class RunArtifacts:
         """A stock pipeline with its model card. card: more for it to say."""
 
         def write(place: Path) -> None:
-            loading.save(denoiser, place)
+            saving.save(denoiser, place)
             origin = {} if self.teacher is None else card_head.origin(str(self.teacher.path))
             prompts = prompts_for(denoiser, self.images.captions, max(1, self.settings.pictures))
             origin |= card_head.prompt_to_try(prompts or [])

@@ -10,7 +10,7 @@ from diffkd.errors import UserError
 from diffkd.io import progress
 from diffkd.io.files import new_folder
 from diffkd.io.places import check_writable
-from diffkd.models import loading, lora_files
+from diffkd.models import loading, lora_files, saving
 from diffkd.models.source import MERGED
 from diffkd.runs.reports import model_card
 
@@ -34,7 +34,7 @@ def fuse(student: str, out: Path, console: Console) -> Path:
         raise UserError(f"{student} is no adapter, and is whole as it is; give a student of kind lora")
     kept = {key: value for key, value in loading.card(folder).items() if key not in DESCRIBED_ANEW}
     with new_folder(out) as temporary:
-        loading.save(denoiser, temporary)
+        saving.save(denoiser, temporary)
         model_card.write(temporary, {**kept, **model_card.describe(denoiser)})
     progress.say(console, f"{student} with its base, a whole pipeline: {out}")
     return out

@@ -8,7 +8,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.files import new_folder
 from diffkd.io.places import check_writable, expanded
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import model_card
 
 
@@ -30,5 +30,5 @@ def save(denoiser: Denoiser, folder: str | Path) -> None:
         raise UserError(f"folder {place} exists already; use another, or delete it")
     loading.check_runs(denoiser)
     with new_folder(place) as temporary:
-        loading.save(denoiser, temporary)
+        saving.save(denoiser, temporary)
         model_card.write(temporary, model_card.describe(denoiser))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffkd.core import samplers
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import model_card
 from tests import dit
 from tests.stock import assert_sampled, stock_pictures_of_labels
@@ -32,7 +32,7 @@ def drawn(tmp_path_factory):
         prediction, steps, sampler = name.split("-")
         student = loading.load(work / prediction)
         student.steps, student.sampler, student.clip = int(steps), sampler, None
-        loading.save(student, work / name)
+        saving.save(student, work / name)
         model_card.write(work / name, model_card.describe(student, guidance_baked_in=3.0))
     found = stock_pictures_of_labels([work / name for name in STUDENTS], work, LABELS)
     return {name: (work / name, one) for name, one in zip(STUDENTS, found, strict=True)}

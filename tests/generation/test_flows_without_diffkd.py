@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffkd.core import samplers
-from diffkd.models import guidance_input, loading, packing
+from diffkd.models import guidance_input, loading, packing, saving
 from diffkd.runs.reports import model_card
 from tests import flow_pipelines
 from tests.stock import Prompted, assert_sampled, stock_pictures_of_prompts
@@ -37,7 +37,7 @@ def drawn(tmp_path_factory):
         if kind == "baked":
             guidance_input.fold(student, 6.0)
         student.steps, student.sampler = int(steps), sampler
-        loading.save(student, work / name)
+        saving.save(student, work / name)
         model_card.write(work / name, model_card.describe(student))
         card = json.loads((work / name / "diffkd.json").read_text())
         call = {"num_inference_steps": card["steps"], **card["call"]}

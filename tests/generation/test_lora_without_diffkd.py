@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.models.lora_files import KOHYA, unprefixed
 from diffkd.models.source import ADAPTER
 from diffkd.models.students import lora
@@ -51,7 +51,7 @@ def save_student(base: Path, folder: Path, sampler: str, **options: Any) -> None
         teacher.fit((flow_pipelines.CHANNELS, flow_pipelines.SIDE, flow_pipelines.SIDE))
     student = adapted(teacher, rank=2, **{"scale": 0.5, **options})
     student.steps, student.sampler, student.clip = STEPS, sampler, None
-    loading.save(student, folder)
+    saving.save(student, folder)
     model_card.write(folder, model_card.describe(student))
 
 
@@ -77,13 +77,13 @@ def drawn(tmp_path_factory):
             more = {"scale": 0.2, "targets": TARGETS} if kind in CONVOLVED else {}
             save_student(base, folder, STUDENTS[kind], **more)
             whole = loading.load(folder)
-            loading.save(whole, fused)
+            saving.save(whole, fused)
             card, steps = json.loads((folder / "diffkd.json").read_text()), {"num_inference_steps": STEPS}
             given = card["lora"]["base"], PROMPT, SEED, {**steps, **card.get("call", {})}
             asked[kind, "adapter"] = Prompted(*given, lora=folder)
             if base.name in ("sd", "xl"):
                 asked[kind, "kohya"] = Prompted(*given, lora=folder, named={"weight_name": KOHYA})
-            asked[kind, "fused"] = Prompted(fused, PROMPT, SEED, {**steps, **loading.stock_call(whole)})
+            asked[kind, "fused"] = Prompted(fused, PROMPT, SEED, {**steps, **saving.stock_call(whole)})
         found = dict(zip(asked, stock_pictures_of_prompts([*asked.values()], work), strict=True))
         return {
             kind: Drawn(

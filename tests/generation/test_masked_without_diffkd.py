@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffkd.core import samplers
-from diffkd.models import loading, packing
+from diffkd.models import loading, packing, saving
 from diffkd.runs.reports import model_card
 from tests import masked_pipelines
 from tests.masked_pipelines import KINDS
@@ -28,7 +28,7 @@ def drawn(tmp_path_factory):
         masked_pipelines.save(made, kind, work / f"{kind}-teacher")
         student = loading.load(work / f"{kind}-teacher")
         student.steps, student.sampler, student.clip = STEPS, SAMPLERS[kind], None
-        loading.save(student, work / kind)
+        saving.save(student, work / kind)
         model_card.write(work / kind, model_card.describe(student, guidance_baked_in=3.0))
         card = json.loads((work / kind / "diffkd.json").read_text())
         call = {"num_inference_steps": card["steps"], **card["call"]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffkd.generation import prompts
 from diffkd.generation.generator import ImageGenerator, generate
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from tests import text_to_image
 
 PROMPTS = ["a small red ring", "two stars, one blue", "a cross above a square"]
@@ -26,7 +26,7 @@ def model(request, tmp_path_factory):
     made.save_pretrained(work / "teacher", safe_serialization=True)
     student = loading.load(work / "teacher")
     student.steps = 2
-    loading.save(student, work / "student")
+    saving.save(student, work / "student")
     (work / "student" / "diffkd.json").write_text('{"steps": 2, "sampler": "ddim"}')
     return work
 

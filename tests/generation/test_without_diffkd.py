@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffkd.core import samplers
-from diffkd.models import guidance_input, loading
+from diffkd.models import guidance_input, loading, saving
 from diffkd.runs.reports import model_card
 from tests import text_to_image
 from tests.stock import Prompted, stock_pictures_of_prompts
@@ -43,7 +43,7 @@ def save_student(teacher: Path, folder: Path, guidance: str, sampler: str) -> No
         guidance_input.attach(student.network)
         torch.nn.init.normal_(student.network.time_embedding.cond_proj.weight, std=0.2)
         student.guidance_range = (1.0, 9.0)
-    loading.save(student, folder)
+    saving.save(student, folder)
     baked = {"guidance_baked_in": 3.0} if guidance == "baked" else {}
     model_card.write(folder, model_card.describe(student, **baked))
 

@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 import diffkd
 from diffkd.core.samplers import sample
 from diffkd.errors import UserError
-from diffkd.models import adm, loading
+from diffkd.models import adm, saving
 from tests import edm, edm_pickles
 from tests.edm_pickles import convert_edm, edm_reader
 
@@ -193,7 +193,7 @@ def test_a_pickle_becomes_a_stock_teacher(pickled, tmp_path):
     labels = [2, 0, 1]
     for steps in (1, 4):
         teacher.steps = steps
-        loading.save(teacher, tmp_path / f"{steps}")
+        saving.save(teacher, tmp_path / f"{steps}")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / f"{steps}")
         assert type(pipeline).__name__ == "ConsistencyModelPipeline"
         theirs, _ = edm.stock(pipeline, steps, labels)

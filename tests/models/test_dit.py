@@ -11,7 +11,7 @@ import torch
 
 from diffkd.core import interval, samplers
 from diffkd.errors import UserError
-from diffkd.models import loading, students
+from diffkd.models import loading, saving, students
 from tests import dit
 from tests.edits import changed
 
@@ -116,13 +116,13 @@ def test_a_student_opens_in_stock(saved, tmp_path, prediction, sampler, steps):
     _, folder = saved(prediction=prediction)
     student = loading.load(folder)
     student.steps, student.sampler, student.clip = steps, sampler, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == "DiTPipeline"
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        theirs, images = stock_call(pipeline, steps, **loading.stock_call(student))
+        theirs, images = stock_call(pipeline, steps, **saving.stock_call(student))
     again, rng = loading.load(tmp_path / "student"), torch.Generator().manual_seed(11)
     with torch.no_grad():
         ours = samplers.sample(
@@ -140,7 +140,7 @@ def test_a_teacher_is_saved_as_it_was(saved, tmp_path):
     pipeline, source = saved()
     shutil.copytree(source, folder := tmp_path / "teacher")
     changed(folder, "model_index.json", id2label={"0": "tench, Tinca tinca"})
-    loading.save(loading.load(folder), tmp_path / "again")
+    saving.save(loading.load(folder), tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert again.labels == {"tench": 0, "Tinca tinca": 0}
     for key, value in pipeline.transformer.state_dict().items():
@@ -156,7 +156,7 @@ def test_a_network_whose_config_does_not_name_its_output(saved, tmp_path):
         stock_call(on_its_grid(pipeline), 1, guidance_scale=1.0)
     student = loading.load(folder)
     student.steps = 2
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     theirs, _ = stock_call(pipeline, 2, guidance_scale=1.0)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_students_of_variants_and_shards_open_without_naming_them(tmp_path, how)
         )
     student = loading.load(tmp_path / "teacher", variant="fp16" if how == "variant" else None)
     student.steps = 2
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     theirs, images = stock_call(pipeline, 2, guidance_scale=1.0)
@@ -338,7 +338,7 @@ def test_its_name_of_earlier_versions_is_known(saved, tmp_path):
     denoiser = loading.load(folder)
     for key, value in pipeline.transformer.state_dict().items():
         assert torch.equal(value, denoiser.network.state_dict()[key])
-    loading.save(denoiser, tmp_path / "again")
+    saving.save(denoiser, tmp_path / "again")
     assert type(diffusers.DiTPipeline.from_pretrained(tmp_path / "again").transformer) is type(
         pipeline.transformer
     )

@@ -13,7 +13,7 @@ import diffkd
 from diffkd.core import samplers
 from diffkd.core.schedules import ConsistencySchedule, EDMSchedule, Preconditioned
 from diffkd.errors import UserError
-from diffkd.models import loading, students
+from diffkd.models import saving, students
 from diffkd.runs.reports import model_card
 from tests import edm
 from tests.edits import changed
@@ -86,7 +86,7 @@ def test_a_student_opens_in_stock(tmp_path, kind, classes, steps):
     """On the even grid of its teacher's schedule; read again it has that schedule, not the grid's own."""
     student = diffkd.load(made(kind, tmp_path / "teacher", classes=classes))
     student.steps, student.clip = steps, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     model_card.write(tmp_path / "student", model_card.describe(student))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     names = type(pipeline).__name__, type(pipeline.scheduler)
@@ -106,7 +106,7 @@ def test_a_student_draws_the_same_images_without_diffkd(tmp_path, kind, steps):
     """In a process that cannot import diffkd."""
     student = diffkd.load(made(kind, tmp_path / "teacher", classes=3))
     student.steps, student.clip = steps, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     model_card.write(tmp_path / "student", model_card.describe(student))
     (stock,) = stock_pictures([(tmp_path / "student", steps)], tmp_path, 3, LABELS)
     (images,) = diffkd.generate(diffkd.load(tmp_path / "student"), 3, seed=5, labels=LABELS)
@@ -119,7 +119,7 @@ def test_one_step_is_the_same_by_either_sampler(tmp_path, kind):
     student = diffkd.load(made(kind, tmp_path / "teacher"))
     for sampler in ("ddim", "renoise"):
         student.steps, student.sampler, student.clip = 1, sampler, None
-        loading.save(student, folder := tmp_path / sampler)
+        saving.save(student, folder := tmp_path / sampler)
         model_card.write(folder, model_card.describe(student))
         again = diffkd.load(folder)
         theirs, _ = edm.stock(diffusers.DiffusionPipeline.from_pretrained(folder), 1)
@@ -209,7 +209,7 @@ def test_students_that_no_stock_scheduler_draws(tmp_path, kind, steps, sampler, 
     student = diffkd.load(made(kind, tmp_path / "teacher"))
     student.steps, student.sampler, student.clip = steps, sampler, clip
     with pytest.raises(UserError, match=says):
-        loading.save(student, tmp_path / "student")
+        saving.save(student, tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 
@@ -235,7 +235,7 @@ def test_a_learned_variance_is_left_out(tmp_path, variance):
 
     student = students.copy_of(teacher)
     student.steps = 5
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     options = {"generator": edm.generators(), "num_inference_steps": 5, "output_type": "np"}
@@ -249,7 +249,7 @@ def test_labels_that_are_embedded_as_times_are(tmp_path):
     edm.save(tmp_path, unet, EULER())
     student = diffkd.load(tmp_path)
     student.steps = 2
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     theirs, _ = edm.stock(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student"), 2, LABELS)
     assert_close(drawn(student, 2, classes=3), theirs, WIDEST)
     other, _ = edm.stock(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student"), 2, [0, 0, 0])

@@ -14,7 +14,7 @@ import diffkd
 from diffkd.core.samplers import sample
 from diffkd.errors import UserError
 from diffkd.models import edm2 as conversion
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.edm2_unet import EDM2UNet
 from tests import dit, edm, edm2, edm_pickles
 from tests.edm_pickles import convert_edm, edm_reader
@@ -144,7 +144,7 @@ def test_a_run_of_the_config(models, cli, tmp_path, monkeypatch):
         assert 0 < moved.abs().max() < 1e-2
         with torch.no_grad():
             drawn = sample(student, edm.noise(), steps, class_labels=LABELS)
-            again = (tmp_path / f"again-{steps}", loading.save(student, tmp_path / f"again-{steps}"))[0]
+            again = (tmp_path / f"again-{steps}", saving.save(student, tmp_path / f"again-{steps}"))[0]
             (again / "diffkd.json").write_text((folder / "diffkd.json").read_text())
             assert torch.equal(sample(diffkd.load(again), edm.noise(), steps, class_labels=LABELS), drawn)
 
@@ -208,7 +208,7 @@ def test_latents_are_edm2s_own(vae, tmp_path, monkeypatch):
     convert_edm.convert(path, tmp_path / "teacher", vae)
     teacher = diffkd.load(tmp_path / "teacher")
     teacher.steps = 1
-    loading.save(teacher, tmp_path / "student")
+    saving.save(teacher, tmp_path / "student")
     student, stock = diffkd.load(tmp_path / "student"), AutoencoderKL.from_pretrained(vae).eval()
     assert teacher.codec.key == student.codec.key and teacher.shape == (4, 8, 8)
     assert teacher.codec.shape(32, 32) == (4, 8, 8)

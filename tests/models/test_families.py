@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.models import families, loading
+from diffkd.models import families, loading, saving
 
 PAGE = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
 
@@ -77,10 +77,9 @@ def test_the_example_is_distilled(cli, example, tmp_path, monkeypatch):
 
     from diffkd.core.denoiser import Denoiser
     from diffkd.core.schedules import Schedule
-    from diffkd.models import loading
 
     pixel_mlp = next(f for f in families.families() if f.__name__.endswith("pixel_mlp"))
-    loading.save(Denoiser(pixel_mlp.NETWORK(), Schedule.cosine(64), "v_prediction"), tmp_path / "teacher")
+    saving.save(Denoiser(pixel_mlp.NETWORK(), Schedule.cosine(64), "v_prediction"), tmp_path / "teacher")
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(
         "out: run\nteacher: {path: teacher}\ndata: {kind: digits}\n"

@@ -12,7 +12,7 @@ from diffkd.core import samplers
 from diffkd.core.flow_schedule import Shift, mu_of
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator
-from diffkd.models import guidance_input, loading, packing, students
+from diffkd.models import guidance_input, loading, packing, saving, students
 from diffkd.runs.reports import model_card
 from tests import flow_pipelines
 from tests.models.test_sd3 import assert_close, conditioned, latents
@@ -125,7 +125,7 @@ def test_a_student_opens_in_stock(stock, tmp_path, sampler, steps):
     """At its card's arguments, which name its size; its shift is static, that of its size."""
     student = fitted(stock[1])
     student.steps, student.sampler = steps, sampler
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     card = model_card.describe(student)
     model_card.write(tmp_path / "student", card)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
@@ -163,7 +163,7 @@ def test_a_weight_is_baked_in(dev, tmp_path, weight):
     assert (other - given).abs().max() > 1e-3
     student = students.copy_of(folded)
     student.steps = 4
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.config.guidance_embeds is False

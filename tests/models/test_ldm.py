@@ -11,7 +11,7 @@ import torch
 
 from diffkd.core import samplers
 from diffkd.errors import UserError
-from diffkd.models import loading, students
+from diffkd.models import loading, saving, students
 from diffkd.models.students.config import DropBlocks, Narrow
 from tests import edm, ldm
 from tests.edits import changed
@@ -95,8 +95,8 @@ def test_a_student_opens_in_stock(saved, tmp_path, prediction, sampler, steps):
     _, folder = saved(prediction=prediction)
     student = loading.load(folder)
     student.steps, student.sampler, student.clip = steps, sampler, None
-    loading.save(student, tmp_path / "student")
-    assert loading.stock_call(student) == {} and loading.has_global_noise(student)
+    saving.save(student, tmp_path / "student")
+    assert saving.stock_call(student) == {} and saving.has_global_noise(student)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     assert type(pipeline).__name__ == "LDMPipeline"
     with torch.random.fork_rng():
@@ -138,7 +138,7 @@ def test_the_codec_is_the_pipelines_autoencoder(tmp_path, kind):
 def test_a_teacher_is_saved_as_it_was(saved, tmp_path):
     """The autoencoder byte by byte, weights equal."""
     pipeline, folder = saved()
-    loading.save(loading.load(folder), tmp_path / "again")
+    saving.save(loading.load(folder), tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     for key, value in pipeline.unet.state_dict().items():
         assert torch.equal(value, again.unet.state_dict()[key])
@@ -156,7 +156,7 @@ def test_smaller_students_are_pipelines_too(saved, tmp_path, student):
     teacher = loading.load(folder)
     made = student.build(teacher, 0)
     made.steps = 2
-    loading.save(made, tmp_path / "student")
+    saving.save(made, tmp_path / "student")
     count = sum(p.numel() for p in teacher.network.parameters())
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     assert type(pipeline).__name__ == "LDMPipeline" and pipeline.unet.num_parameters() < count
@@ -173,20 +173,20 @@ def test_a_teacher_in_half_precision_has_students_in_float32(tmp_path):
         stock_call(pipeline, 1)
     student = loading.load(tmp_path / "teacher")
     student.steps = 2
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     assert again.vqvae.dtype == again.unet.dtype == torch.float32
     with torch.no_grad():
         assert_close(samplers.sample(student, edm.noise(), 2), stock_call(again, 2)[0])
     with pytest.raises(UserError, match=r"float32, which a network in torch.float16 does not take; save in"):
-        loading.save(student.to(dtype=torch.float16), tmp_path / "half")
+        saving.save(student.to(dtype=torch.float16), tmp_path / "half")
 
 
 def test_a_network_alone_is_one_of_pixels(saved, tmp_path):
     """As nothing in its folder says otherwise; its students are a pipeline of pixels."""
     student = students.copy_of(loading.load(saved()[1] / "unet"))
     assert student.codec is None
-    loading.save(student, tmp_path)
+    saving.save(student, tmp_path)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)).__name__ == "DDIMPipeline"
 
 
@@ -244,4 +244,4 @@ def test_a_codec_of_no_pipeline_is_refused(saved, tmp_path):
     student = loading.load(saved()[1])
     student.codec = object()
     with pytest.raises(UserError, match="saved with the autoencoder of its teacher"):
-        loading.save(student, tmp_path)
+        saving.save(student, tmp_path)

@@ -9,7 +9,7 @@ import diffkd
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 from diffkd.generation.generator import generate
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.runs.reports import model_card
 from tests.tiny import student
 
@@ -19,7 +19,7 @@ COSINE = Schedule.cosine(64)
 @pytest.mark.parametrize("classes", [None, 5])
 def test_saved_and_loaded_is_the_same_denoiser(classes, tmp_path):
     denoiser = student(classes, "v_prediction", COSINE, clip=1.0)
-    loading.save(denoiser, tmp_path / "student")
+    saving.save(denoiser, tmp_path / "student")
     model_card.write(tmp_path / "student", model_card.describe(denoiser))
     again = diffkd.load(tmp_path / "student")
     for key, value in denoiser.network.state_dict().items():
@@ -32,7 +32,7 @@ def test_saved_and_loaded_is_the_same_denoiser(classes, tmp_path):
 def test_the_null_label_is_no_class(tmp_path):
     denoiser = student(6, "v_prediction", COSINE)
     denoiser.null_label, denoiser.num_classes = 5, 5
-    loading.save(denoiser, tmp_path)
+    saving.save(denoiser, tmp_path)
     model_card.write(tmp_path, model_card.describe(denoiser))
     again = diffkd.load(tmp_path)
     assert again.num_classes == 5 and again.null_label == 5 and again.network.config.num_class_embeds == 6
@@ -42,17 +42,17 @@ def test_the_null_label_is_no_class(tmp_path):
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, "0.1", None, True])
 def test_a_card_of_no_share(tmp_path, share):
-    loading.save(student(None, "v_prediction", COSINE), tmp_path)
+    saving.save(student(None, "v_prediction", COSINE), tmp_path)
     (tmp_path / "diffkd.json").write_text(json.dumps({"label_dropout": share}))
     with pytest.raises(UserError, match="label_dropout .*, which is not a share from 0 to 1; repair it"):
         diffkd.load(tmp_path)
 
 
 def test_dtype_and_device(tmp_path):
-    loading.save(student(None, "v_prediction", COSINE), tmp_path)
+    saving.save(student(None, "v_prediction", COSINE), tmp_path)
     half = diffkd.load(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     batch = next(generate(half, 3, steps=2))
     assert batch.dtype == torch.uint8 and batch.shape == (3, 8, 8, 1)
     with pytest.raises(UserError, match="bfloat16; save in float32"):
-        loading.save(half, tmp_path / "half")
+        saving.save(half, tmp_path / "half")

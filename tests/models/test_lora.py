@@ -13,7 +13,7 @@ from diffkd.core import adapters, interval
 from diffkd.core.averages import follow
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
-from diffkd.models import families, guidance_input, loading, students
+from diffkd.models import families, guidance_input, loading, saving, students
 from diffkd.models.edm2_unet import EDM2UNet
 from diffkd.models.students import lora
 from diffkd.models.students.config import Lora
@@ -172,7 +172,7 @@ def work(tmp_path_factory):
 def save(base, folder, **options):
     pupil = adapted(loading.load(base), **options)
     pupil.steps, pupil.sampler, pupil.clip = 4, "ddim", None
-    loading.save(pupil, folder)
+    saving.save(pupil, folder)
     model_card.write(folder, model_card.describe(pupil))
     return pupil
 
@@ -224,7 +224,7 @@ def test_a_weight_baked_into_the_base_is_baked_in_again(work, tmp_path):
     guidance_input.fold(base, 6.0)
     pupil = adapted(base)
     pupil.steps = 2
-    loading.save(pupil, tmp_path)
+    saving.save(pupil, tmp_path)
     card = model_card.describe(pupil)
     model_card.write(tmp_path, card)
     assert card["call"]["guidance_scale"] == 6.0 and card["lora"]["guidance"] == 6.0

@@ -14,7 +14,7 @@ import torch
 from diffkd.core import samplers
 from diffkd.core.flow_schedule import Shift
 from diffkd.errors import UserError
-from diffkd.models import loading, packing, students
+from diffkd.models import loading, packing, saving, students
 from diffkd.runs.reports import model_card
 from tests import masked_pipelines
 from tests.edits import changed
@@ -197,7 +197,7 @@ def test_a_student_opens_in_stock(stock, tmp_path, sampler, steps):
     kind, _, folder = stock
     student = loading.load(folder)
     student.steps, student.sampler, student.clip = steps, sampler, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     card = model_card.describe(student)
     model_card.write(tmp_path / "student", card)
     assert card["call"] == CALLS[kind]
@@ -243,7 +243,7 @@ def fresh_of_tokens(kind, x, rng):
 def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
     """All that is not the network and its scheduler byte by byte, weights equal; the scheduler of a flow."""
     kind, pipeline, folder = stock
-    loading.save(loading.load(folder), tmp_path / "again")
+    saving.save(loading.load(folder), tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     for key, value in pipeline.transformer.state_dict().items():
         assert torch.equal(value, again.transformer.state_dict()[key])
@@ -326,7 +326,7 @@ def test_a_scheduler_that_stretches_its_grid(saved, tmp_path, caplog):
     assert isinstance(law, Shift) and law == denoiser.schedule_of((CHANNELS, SIDE, SIDE)).law
     assert denoiser.schedule_of((CHANNELS, 16, 16)).law.shift > law.shift
     denoiser.steps = 4
-    loading.save(denoiser, tmp_path / "student")
+    saving.save(denoiser, tmp_path / "student")
     config = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
     assert config["shift_terminal"] is None and config["shift"] == pytest.approx(law.shift)
 

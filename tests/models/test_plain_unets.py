@@ -15,7 +15,7 @@ from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DConditionMo
 import diffkd
 from diffkd.core.samplers import sample
 from diffkd.errors import UserError
-from diffkd.models import loading, plain_unets
+from diffkd.models import plain_unets, saving
 from tests import edm
 
 PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
@@ -76,7 +76,7 @@ def test_its_student_is_drawn_by_stock(saved, tmp_path):
     teacher = diffkd.load(saved(given))
     assert isinstance(teacher.network, UNet2DModel) and (teacher.num_classes, teacher.shape) == (3, (3, 8, 8))
     teacher.steps = 4
-    loading.save(teacher, tmp_path / "student")
+    saving.save(teacher, tmp_path / "student")
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     theirs, _ = edm.stock(stock, 4, LABELS.tolist())
     assert type(stock) is ConsistencyModelPipeline and theirs.std() > 0.1

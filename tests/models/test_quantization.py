@@ -10,7 +10,7 @@ from torch import nn
 import diffkd
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
-from diffkd.models import loading, sizes
+from diffkd.models import saving, sizes
 from diffkd.models.quantization import MIN_CHANNELS, quantized
 from tests.refusals import refuse
 from tests.tiny import student
@@ -81,7 +81,7 @@ def test_size():
 
 def test_it_is_evaluated_and_repeated(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loading.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
+    saving.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
     how = ("--reference", "digits", "--steps", "4", "--samples", "40")
     assert cli("evaluate", "plain", *how, "--quantize", "int8", "--out", "int8.json").code == 0
     assert cli("evaluate", "plain", *how, "--out", "plain.json").code == 0
@@ -94,7 +94,7 @@ def test_it_is_evaluated_and_repeated(tmp_path, cli, monkeypatch):
 
 
 def test_its_images_are_not_mixed_with_others(tmp_path, cli):
-    loading.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
+    saving.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
     draw = ("sample", tmp_path / "plain", "-n", "4", "--steps", "2", "--out", tmp_path / "drawn")
     assert cli(*draw, "--quantize", "int8").code == 0
     assert "already" in cli(*draw, "--quantize", "int8")[1]
@@ -102,10 +102,10 @@ def test_its_images_are_not_mixed_with_others(tmp_path, cli):
 
 
 def test_refused(tmp_path, cli, monkeypatch):
-    loading.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
+    saving.save(student(None, "v_prediction", COSINE), tmp_path / "plain")
     draw = ("sample", tmp_path / "plain", "-n", "4", "--steps", "2", "--out", tmp_path / "drawn")
     refuse(cli, tmp_path, *draw, "--quantize", "int4", says="quantize 'int4' is unknown; use int8")
     with pytest.raises(ValueError, match="save the model loaded without quantize"):
-        loading.save(diffkd.load(tmp_path / "plain", quantize="int8"), tmp_path / "saved")
+        saving.save(diffkd.load(tmp_path / "plain", quantize="int8"), tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     refuse(cli, tmp_path, *draw, "--quantize", "int8", says="pip install torchao")

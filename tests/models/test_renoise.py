@@ -13,7 +13,7 @@ from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.generation.generator import ImageGenerator, generate
 from diffkd.generation.pixels import to_uint8
-from diffkd.models import loading, students
+from diffkd.models import saving, students
 from diffkd.runs.reports import model_card
 from tests.stock import stock_pictures
 from tests.tiny import student
@@ -24,7 +24,7 @@ COSINE = Schedule.cosine(64)
 
 def saved(folder, *args, **options):
     denoiser = student(*args, sampler="renoise", **options)
-    loading.save(denoiser, folder)
+    saving.save(denoiser, folder)
     model_card.write(folder, model_card.describe(denoiser))
     return denoiser
 

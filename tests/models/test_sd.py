@@ -14,7 +14,7 @@ import torch
 from diffkd.core import samplers
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.errors import UserError
-from diffkd.models import codecs, guidance_input, loading
+from diffkd.models import codecs, guidance_input, loading, saving
 from tests import text_to_image
 from tests.edits import changed
 
@@ -140,7 +140,7 @@ def test_a_student_opens_in_stock_at_default_arguments(stock, tmp_path, sampler,
     _, folder = stock
     student = loading.load(folder)
     student.steps, student.sampler, student.clip = steps, sampler, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -170,7 +170,7 @@ def test_a_student_opens_in_bfloat16_at_default_arguments(stock, tmp_path):
     """Its guidance embedding of zeros is there: the plain network unguided, to the bit."""
     student = loading.load(stock[1])
     student.steps, student.clip = 2, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
     pipeline.to(torch.bfloat16).set_progress_bar_config(disable=True)
     first = {"num_inference_steps": 2, "latents": latents(3).bfloat16(), "output_type": "latent"}
@@ -210,7 +210,7 @@ def test_a_scheduler_that_clips_clips_where_its_pipeline_lets_it(tmp_path, xl):
 def test_a_teacher_is_saved_as_it_was(stock, tmp_path):
     """No guidance embedding; every other component byte by byte."""
     _, folder = stock
-    loading.save(loading.load(folder), tmp_path / "again")
+    saving.save(loading.load(folder), tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", safety_checker=None)
     assert again.unet.config.time_cond_proj_dim is None
     for path in folder.rglob("*"):
@@ -226,7 +226,7 @@ def test_what_is_cached_of_a_model_is_good_for_its_copies_and_students(stock, tm
     type(stock[0]).from_pretrained(stock[1]).save_pretrained(tmp_path / "copy")
     student = loading.load(stock[1])
     student.steps, student.clip = 4, None
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     for place in ("copy", "student"):
         again = loading.load(tmp_path / place)
         assert again.codec.key == denoiser.codec.key
@@ -330,7 +330,7 @@ def test_students_of_variants_and_shards_open_without_naming_them(tmp_path, how)
         )
     student = loading.load(tmp_path / "teacher", variant="fp16" if how == "variant" else None)
     student.steps = 2
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     names = {path.name for path in (tmp_path / "student").rglob("*.safetensors*")}
     assert not any("fp16" in name for name in names) or how == "shards"
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)

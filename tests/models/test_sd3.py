@@ -8,7 +8,7 @@ import torch
 
 from diffkd.core import samplers
 from diffkd.core.flow_schedule import Shift
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import model_card
 from tests import flow_pipelines
 
@@ -83,7 +83,7 @@ def test_a_student_opens_in_stock(stock, tmp_path, sampler, steps):
     """At its card's arguments, with the card and without."""
     student = loading.load(stock[1])
     student.steps, student.sampler = steps, sampler
-    loading.save(student, tmp_path / "student")
+    saving.save(student, tmp_path / "student")
     card = model_card.describe(student)
     model_card.write(tmp_path / "student", card)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.generation.generator import generate
-from diffkd.models import loading, students
+from diffkd.models import saving, students
 from diffkd.models.students.blocks import drop_layers
 from diffkd.models.students.channels import narrow_unet
 from diffkd.models.students.config import Narrow, Student
@@ -117,7 +117,7 @@ def test_a_student_is_a_stock_pipeline(name, classes, tmp_path):
     made.network.save_pretrained(tmp_path / "network")
     again = UNet2DModel.from_pretrained(tmp_path / "network").eval()
     assert torch.equal(outputs(again), outputs(made.network))
-    loading.save(made, tmp_path / "pipeline")
+    saving.save(made, tmp_path / "pipeline")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(5 + i) for i in range(3)]

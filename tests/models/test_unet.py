@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffkd.errors import UserError
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.models.unet import UNet2D
 
 
@@ -40,7 +40,7 @@ def test_the_fast_network_is_the_stock_one(make_pipeline, tmp_path):
         assert torch.equal(ours, theirs(x, t, class_labels=labels).sample)
     for dtype in (torch.bfloat16, torch.float64, torch.float32):
         assert denoiser.network.to(dtype).dtype == theirs.to(dtype).dtype == dtype
-    loading.save(denoiser, tmp_path / "saved")
+    saving.save(denoiser, tmp_path / "saved")
     assert json.loads((tmp_path / "saved/unet/config.json").read_text())["_class_name"] == "UNet2DModel"
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DModel"]

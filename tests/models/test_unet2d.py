@@ -13,7 +13,7 @@ from diffkd.core.samplers import sample
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
 from diffkd.generation import sample as sampling
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.unet import UNet2D
 from diffkd.runs.reports import model_card
 from tests.stock import stock_pictures
@@ -40,7 +40,7 @@ def test_a_student_draws_the_same_images_without_diffkd(
     """Maximum difference 0 in uint8, and 0 in float too, through a saved folder and `diffkd sample`."""
     denoiser = student(classes, prediction, schedule, channels=channels, clip=clip, steps=steps)
     folder, n = tmp_path / "student", 24
-    loading.save(denoiser, folder)
+    saving.save(denoiser, folder)
     model_card.write(folder, model_card.describe(denoiser))
     labels = None if classes is None else [i % classes for i in range(n)]
     (stock,) = stock_pictures([(folder, steps)], tmp_path, n, labels)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import diffkd
 from diffkd.errors import UserError
-from diffkd.models import exports, loading
+from diffkd.models import exports, loading, saving
 from diffkd.models.exports import onnx, program, single_file, torch_export
 from diffkd.models.source import ADAPTER
 from tests import text_to_image
@@ -63,7 +63,7 @@ def pixels(tmp_path_factory, make_pipeline) -> Path:
     work = tmp_path_factory.mktemp("pixels")
     made = loading.load(make_pipeline(work, classes=3))
     made.steps, made.clip = STEPS, None
-    loading.save(made, work / "student")
+    saving.save(made, work / "student")
     model_card.write(work / "student", model_card.describe(made))
     return work / "student"
 

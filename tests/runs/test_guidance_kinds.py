@@ -16,7 +16,7 @@ import diffkd
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.methods.output import Output
 from diffkd.metrics.evaluation import comparison
-from diffkd.models import loading, sizes
+from diffkd.models import loading, saving, sizes
 from diffkd.models.students import copy_of
 from diffkd.runs.benchmark_config import Benchmark
 from diffkd.runs.reports import model_card
@@ -113,7 +113,7 @@ def test_students_are_guided_in_no_kind(cli, here):
     """Those that have guidance baked in: what to do is said."""
     student = diffkd.load("teacher")
     student.steps = 2
-    loading.save(student, here / "student")
+    saving.save(student, here / "student")
     model_card.write(here / "student", model_card.describe(student, guidance_baked_in=3.0))
     says = ["student has guidance 3 baked in", "take the model that it was distilled from"]
     refuse(cli, here, "sample", "student", "-n", 2, "-w", 2, *AS_OPTIONS[:3], "--out", "out", says=says)

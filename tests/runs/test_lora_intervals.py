@@ -16,7 +16,7 @@ from diffkd.core.denoiser import GUIDANCE
 from diffkd.errors import UserError
 from diffkd.methods.guidance import Guidance
 from diffkd.methods.meanflow import MeanFlow
-from diffkd.models import loading, packing
+from diffkd.models import loading, packing, saving
 from diffkd.models.students.config import Lora
 from diffkd.runs import distill as job
 from diffkd.runs.reports import model_card
@@ -47,7 +47,7 @@ def saved(tmp_path_factory):
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         for one in stage.students:
             drawn = job._as_drawn(student, one, main=True)
-            loading.save(drawn, work / one.name)
+            saving.save(drawn, work / one.name)
             card = model_card.describe(drawn, **model_card.of_merged(student))
             model_card.write(work / one.name, card)
         return student, work

@@ -16,13 +16,13 @@ from markdown_it import MarkdownIt
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.generation.generator import generate
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import card_head, model_card
 
 
 def saved(folder: Path, denoiser: Denoiser, **more: Any) -> dict[str, Any]:
     """The denoiser as a pipeline with its card, which is returned."""
-    loading.save(denoiser, folder)
+    saving.save(denoiser, folder)
     card = model_card.describe(denoiser, **more)
     model_card.write(folder, card)
     return card

@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from diffkd.models import loading
+from diffkd.models import loading, saving
 from diffkd.runs.reports import card_calls, model_card
 from tests.refusals import refuse
 
@@ -135,7 +135,7 @@ def student(tmp_path_factory, make_pipeline) -> Path:
     work = tmp_path_factory.mktemp("pushed")
     made = loading.load(make_pipeline(work))
     made.steps = 4
-    loading.save(made, work / "student")
+    saving.save(made, work / "student")
     model_card.write(work / "student", model_card.describe(made))
     return work / "student"
 

@@ -21,7 +21,7 @@ from diffkd.metrics.clip_score import scores
 from diffkd.metrics.features.clip_score import CLIPTextImage
 from diffkd.metrics.features.inception import InceptionV3
 from diffkd.metrics.frechet import frechet_distance
-from diffkd.models import guidance_input, loading
+from diffkd.models import guidance_input, loading, saving
 from diffkd.runs.reports import guidance_curves, model_card
 from tests import text_to_image
 
@@ -41,7 +41,7 @@ def made(tmp_path_factory) -> Path:
     weight = student.network.time_embedding.cond_proj.weight
     weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
     student.guidance_range, student.steps = (1.0, 9.0), 2
-    loading.save(student, work / "student")
+    saving.save(student, work / "student")
     model_card.write(work / "student", model_card.describe(student))
     text_to_image.clip(work / "clip", side=28)
     (work / "real").mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffkd.io.files import write_json
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.exports import Student
 from diffkd.models.pipeline_files import read_object
 
@@ -21,12 +21,12 @@ INDEX_END = ".safetensors.index.json"
 
 def fits(student: Student) -> bool:
     """All but those that stock has no pipeline for, and LDMPipeline, which draws its noise in float32."""
-    family = loading.family_saving(student.denoiser)
+    family = saving.family_saving(student.denoiser)
     return family is not None and bool(family.PIPELINES) and "LDMPipeline" not in family.PIPELINES
 
 
 def write(student: Student, folder: Path) -> dict[str, Any]:
-    loading.save(student.denoiser, folder)
+    saving.save(student.denoiser, folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         path.rename(path.with_name(named(path.name)))
     for index in sorted(folder.glob(f"*/*{INDEX_END}")):

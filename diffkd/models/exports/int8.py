@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffkd.errors import UserError
-from diffkd.models import loading, quantization
+from diffkd.models import loading, quantization, saving
 from diffkd.models.exports import Student
 
 DTYPE = torch.bfloat16  # of all else, as diffusers has it for integers
@@ -21,14 +21,14 @@ TAKES = "which is for networks whose weights are mostly in linear layers, as tra
 
 def fits(student: Student) -> bool:
     """Transformers, and the UNets of Stable Diffusion and SDXL; those of pixels are convolutions."""
-    family = loading.family_saving(student.denoiser)
+    family = saving.family_saving(student.denoiser)
     return family is not None and bool(family.PIPELINES) and "UNet2DModel" not in family.NETWORK.__name__
 
 
 def write(student: Student, folder: Path) -> dict[str, Any]:
-    loading.save(student.denoiser, folder)
+    saving.save(student.denoiser, folder)
     place = folder / ("unet" if (folder / "unet").is_dir() else "transformer")
-    kind: Any = loading.family_saving(student.denoiser).NETWORK  # type: ignore[union-attr]
+    kind: Any = saving.family_saving(student.denoiser).NETWORK  # type: ignore[union-attr]
     with loading.quiet(), tempfile.TemporaryDirectory(dir=folder) as beside:
         network = quantization.stock(kind, place)  # whose weights may still be those of the file
         network.save_pretrained(beside, safe_serialization=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffkd.models import loading, lora_files
+from diffkd.models import lora_files, saving
 from diffkd.models.exports import Student, lora
 from diffkd.models.source import ADAPTER
 
@@ -28,7 +28,7 @@ def fits(student: Student) -> bool:
 
 def _keys(student: Student) -> lora_files.Keys | None:
     """Of the family's files: without kohya's where other programs read none, or those of `lora`."""
-    keys: lora_files.Keys | None = getattr(loading.family_saving(student.denoiser), "LORA", None)
+    keys: lora_files.Keys | None = getattr(saving.family_saving(student.denoiser), "LORA", None)
     return keys
 
 
@@ -37,5 +37,5 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
     assert keys is not None and keys.kohya is not None
     weights = lora_files.unprefixed(load_file(student.folder / ADAPTER))
     save_file(lora_files.to_kohya(weights, keys.kohya), folder / lora_files.KOHYA, {"format": "pt"})
-    loading.stock_scheduler(student.denoiser).save_pretrained(folder / "scheduler")
+    saving.stock_scheduler(student.denoiser).save_pretrained(folder / "scheduler")
     return {"export": {"comfy_alone": True} if keys.comfy_alone else {}}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.exports import Student
 from diffkd.models.source import ADAPTER
 
@@ -27,5 +27,5 @@ def fits(student: Student) -> bool:
 
 def write(student: Student, folder: Path) -> dict[str, Any]:
     shutil.copy(student.folder / ADAPTER, folder / ADAPTER)
-    loading.stock_scheduler(student.denoiser).save_pretrained(folder / "scheduler")
+    saving.stock_scheduler(student.denoiser).save_pretrained(folder / "scheduler")
     return {"export": {}}

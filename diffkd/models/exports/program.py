@@ -16,7 +16,7 @@ from diffkd.core import denoiser as denoisers
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import reason
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.exports import Student
 from diffkd.models.masked_prompts import MASK
 
@@ -49,7 +49,7 @@ class Program(nn.Module):
 
 
 def fits(student: Student) -> bool:
-    family = loading.family_saving(student.denoiser)
+    family = saving.family_saving(student.denoiser)
     return family is not None and not UNTRACED.intersection(family.PIPELINES)
 
 
@@ -120,7 +120,7 @@ def check_same(student: Student, run: Callable[..., Tensor], bound: float) -> No
 
 def write_beside(student: Student, folder: Path) -> dict[str, Any]:
     """The scheduler, into a folder with a program. Returns what the card says of such a folder."""
-    scheduler = loading.stock_scheduler(student.denoiser)
+    scheduler = saving.stock_scheduler(student.denoiser)
     scheduler.save_pretrained(folder / "scheduler")
     sample, time, cond = inputs_of(student.denoiser, 1)
     shapes = {key: ["batch", *value.shape[1:]] for key, value in {SAMPLE: sample, TIME: time, **cond}.items()}

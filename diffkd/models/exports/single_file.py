@@ -17,7 +17,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import reason
-from diffkd.models import components, loading
+from diffkd.models import components, loading, saving
 from diffkd.models.codecs import Autoencoder
 from diffkd.models.conditioners import ClipPrompts
 from diffkd.models.exports import Student, original_names
@@ -41,7 +41,7 @@ def fits(student: Student) -> bool:
 
 def write(student: Student, folder: Path) -> dict[str, Any]:
     network: Any = student.denoiser.network
-    scheduler = loading.stock_scheduler(student.denoiser)
+    scheduler = saving.stock_scheduler(student.denoiser)
     scheduler.save_pretrained(folder / "scheduler")
     whole = isinstance(network, UNet2DConditionModel)
     try:
@@ -93,7 +93,7 @@ def _write_whole(student: Student, folder: Path, scheduler: str) -> dict[str, An
         _check_same(weights, getattr(read, name), name)
     # the embedding by which a student says that it needs no guidance has no place in it
     call = {} if denoiser.steps is None else {"guidance_scale": 1.0}
-    return {"export": {"class": kind.__name__}, "call": {**loading.stock_call(denoiser), **call}}
+    return {"export": {"class": kind.__name__}, "call": {**saving.stock_call(denoiser), **call}}
 
 
 def _check_places(student: Student, codec: Autoencoder, prompts: ClipPrompts) -> None:

@@ -14,7 +14,7 @@ from diffkd.core.noise import derived_seed
 from diffkd.errors import UserError
 from diffkd.io.config import Positive, Strict
 from diffkd.io.text import a_or_an
-from diffkd.models import loading
+from diffkd.models import saving
 from diffkd.models.students import bk_sdm, lora
 from diffkd.models.students.blocks import drop_blocks, keep_spread
 from diffkd.models.students.channels import narrow
@@ -60,7 +60,7 @@ class Lora(Strict):
                 f"teacher {teacher.name} is an adapter itself, and another on top of it has no base to be "
                 "loaded into; run diffkd fuse on it, and give the pipeline that this makes"
             )
-        targets = self.targets or getattr(loading.family_saving(teacher), "LORA_TARGETS", None)
+        targets = self.targets or getattr(saving.family_saving(teacher), "LORA_TARGETS", None)
         if targets is None:
             raise UserError(
                 f"{a_or_an(type(teacher.network).__name__)} has no layers that get an adapter by default; "

@@ -11,7 +11,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.io.files import new_file, write_json
 from diffkd.io.text import counted
 from diffkd.metrics.evaluation.records import formatted
-from diffkd.models import loading, lora_files, sizes, students
+from diffkd.models import lora_files, saving, sizes, students
 from diffkd.models.loading import CARD
 from diffkd.models.source import MERGED
 from diffkd.models.students import lora
@@ -42,8 +42,8 @@ def describe(denoiser: Denoiser, **more: Any) -> dict[str, Any]:
         "null_label": denoiser.null_label,
         **({} if denoiser.conditioner is None else {"prompts": True}),
         **({"absent": [*absent]} if (absent := getattr(denoiser.conditioner, "absent", ())) else {}),
-        **({} if loading.is_stock(denoiser) else {"stock": False}),
-        **({"call": call} if (call := loading.stock_call(denoiser)) else {}),
+        **({} if saving.is_stock(denoiser) else {"stock": False}),
+        **({"call": call} if (call := saving.stock_call(denoiser)) else {}),
         **({"global_noise": True} if _draws_other_noise(denoiser) else {}),
         **({} if denoiser.guidance_range is None else {"guidance_range": [*denoiser.guidance_range]}),
         **({} if denoiser.label_dropout is None else {"label_dropout": denoiser.label_dropout}),
@@ -58,8 +58,8 @@ def _adapter(denoiser: Denoiser) -> dict[str, Any]:
     whole pipeline."""
     assert denoiser.adapter is not None
     weights = sum(p.numel() for p in adapters.own(denoiser.network).values())
-    alone = loading.lora_keys(denoiser) is not None
-    scheduler = {"scheduler": type(loading.stock_scheduler(denoiser)).__name__} if alone else {}
+    alone = saving.lora_keys(denoiser) is not None
+    scheduler = {"scheduler": type(saving.stock_scheduler(denoiser)).__name__} if alone else {}
     return {**lora_files.facts(denoiser.adapter), "parameters": weights, **scheduler}
 
 
@@ -75,7 +75,7 @@ def of_merged(trained: Denoiser) -> dict[str, Any]:
 
 def _draws_other_noise(denoiser: Denoiser) -> bool:
     several = denoiser.sampler == "renoise" and (denoiser.steps or 1) > 1
-    return several and loading.has_global_noise(denoiser)
+    return several and saving.has_global_noise(denoiser)
 
 
 def write(folder: Path, card: Mapping[str, Any]) -> None:
