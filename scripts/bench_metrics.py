@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from diffkd.io.environment import commit
+from diffkd.io.environment import commit, peak_rss
 from diffkd.metrics import InceptionV3, density_coverage, frechet_distance, precision_recall
 from diffkd.metrics.evaluation.collector import Collector
 from diffkd.metrics.frechet import Gaussian, distance
@@ -54,12 +53,12 @@ def paired(
 def neighbours() -> None:
     rng = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(10_000, 64, generator=rng) for _ in range(2))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = peak_rss() / 2**30
     started = time.perf_counter()
     precision_recall(real, fake, 3)
     density_coverage(real, fake, 5)
     took = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_rss() / 2**30
     print(
         f"precision, recall, density, coverage of 10,000 x 10,000 x 64: peak {peak:.2f} GB, of which "
         f"{before:.2f} GB before ({took:.1f} s)"
@@ -120,10 +119,10 @@ def root(device: torch.device, rounds: int) -> None:
 
 def used(work: Callable[[], object]) -> tuple[float, float]:
     """CPU seconds, and GB by which the peak of this process rose."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, started = peak_rss(), time.process_time()
     work()
-    took, after = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return took, (after - before) / 2**20
+    took, after = time.process_time() - started, peak_rss()
+    return took, (after - before) / 2**30
 
 
 def by_eigenvectors(x: torch.Tensor) -> Gaussian:

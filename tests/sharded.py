@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from diffkd.io.environment import peak_rss
 from diffkd.training import checkpoints, trainer
 from diffkd.training.learner import Learner
 from tests import parallel
@@ -104,7 +104,7 @@ def watch(options: dict[str, Any]) -> None:
         patch.multiple(trainer, save=saved, restore=restored, run_update=updated),
     ):
         parallel.work(options)
-    seen["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    seen["peak"] = peak_rss() - before
     (folder / f"watched-{rank}.json").write_text(json.dumps(seen))
 
 

@@ -11,7 +11,6 @@ import inspect
 import io
 import json
 import pickle
-import resource
 import shutil
 import signal
 import struct
@@ -38,6 +37,7 @@ from diffkd.data.decoding import SUFFIXES
 from diffkd.data.folder import Folder
 from diffkd.data.hub import HubDataset
 from diffkd.errors import UserError
+from diffkd.io.environment import peak_rss
 from diffkd.metrics.evaluation import image_sets, image_sources, records
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.reference import Reference
@@ -92,13 +92,13 @@ def _no_side_effects(place: Path) -> Iterator[None]:
         inside = {str(p) for p in place.parents[2].rglob("*") if place not in p.parents}
         return inside | {str(p) for p in [*Path("/").iterdir(), *Path.cwd().iterdir()] if "evil" in p.name}
 
-    before, memory = around(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, memory = around(), peak_rss()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub, "snapshot_download", unreachable)
         yield
     assert around() == before
     assert not exploded(place).exists()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    grown = peak_rss() - memory
     assert grown < MEMORY, f"{grown >> 20} MiB"
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import a_or_an
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 EMBEDDING = "time_embedding.cond_proj"  # where a UNet has it
 WIDTH = 256  # of the embedding that a student gets, as the published LCM students have it
@@ -19,6 +21,8 @@ WIDTH = 256  # of the embedding that a student gets, as the published LCM studen
 
 def check(network: nn.Module) -> None:
     """Raises UserError where a network has no place for it."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # measuring folders does not need it
+
     if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
         raise UserError(
             f"{a_or_an(type(network).__name__)} with guidance embeddings takes its weight as an input "
@@ -35,12 +39,12 @@ def attach(network: nn.Module, width: int = WIDTH) -> None:
     """Gives the network an embedding of the weight, in place, which is 0 until it is trained: it takes
     `timestep_cond`. Raises UserError as `check` does."""
     check(network)
-    assert isinstance(network, UNet2DConditionModel)
-    like = network.time_embedding.linear_1.weight  # (width of the time's embedding, channels)
+    unet = cast("UNet2DConditionModel", network)
+    like = unet.time_embedding.linear_1.weight  # (width of the time's embedding, channels)
     embedding = nn.Linear(width, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
     nn.init.zeros_(embedding.weight)
-    network.time_embedding.cond_proj = embedding
-    network.register_to_config(time_cond_proj_dim=width)
+    unet.time_embedding.cond_proj = embedding
+    unet.register_to_config(time_cond_proj_dim=width)
 
 
 def detach(network: UNet2DConditionModel) -> None:
@@ -59,6 +63,8 @@ def is_unused(network: UNet2DConditionModel) -> bool:
 def fold(denoiser: Denoiser, weight: float) -> None:
     """Makes a denoiser that takes its guidance as an input one that has this weight baked in, in place: its
     embedding is added to a bias, and its network takes no other. Raises UserError for another denoiser."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
     network = denoiser.network
     if denoiser.guidance_range is None or not isinstance(
         network, UNet2DConditionModel | FluxTransformer2DModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import a_or_an, reason
-from diffkd.models import lora_files, source, validation
+from diffkd.models import guidance_input, lora_files, source, validation
 from diffkd.models.families import Family, families, of_newer_diffusers
 from diffkd.models.pipeline_files import read_object
 from diffkd.models.quantization import cast, is_quantized, quantized
@@ -81,8 +81,6 @@ def load(
 
 def _merge(denoiser: Denoiser, found: Source) -> None:
     """Adds an adapter to the weights of its base. Raises UserError where it is not of that base."""
-    from diffkd.models import guidance_input  # which imports diffusers, and measuring folders does not
-
     assert found.adapter is not None
     lora_files.check_base(found)
     said = found.card["lora"]

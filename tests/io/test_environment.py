@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +79,16 @@ def test_versions_are_those_installed():
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["diffusers"] == diffusers.__version__ and found["numpy"] == numpy.__version__
     assert found["pillow"] == PIL.__version__ and found["diffkd"] == diffkd.__version__
+
+
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    """On Linux, ru_maxrss of a process begins with what the one that started it had."""
+    own = "from diffkd.io.environment import peak_rss; held = b'1' * {}; print(peak_rss())"
+    child = [sys.executable, "-c", own.format(1)]
+    large = f"import subprocess; held = b'1' * (1 << 30); subprocess.run({child!r}, check=True)"
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+        for code in (own.format(1), own.format("(1 << 30)"), large)
+    ]
+    assert peaks[1] > 1 << 30
+    assert abs(peaks[2] - peaks[0]) < 1 << 28
