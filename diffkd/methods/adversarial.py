@@ -129,7 +129,7 @@ class Adversarial(Method):
         denoised, features = seen(teacher, heads, x_t, t, guidance=guidance, **cond)
         # 2. images that the heads take for real, and whose noised versions the teacher restores
         loss = minus_logit(heads(features))
-        gap = squared_error(x, denoised.detach())
+        gap = squared_error(x, denoised)
         if self.distance:
             loss = loss + self.distance * schedule.at(t)[0].to(gap.dtype) * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})
