@@ -113,7 +113,7 @@ def test_the_weight_prefers_images_that_are_likelier_for_the_teacher():
 
 
 def test_what_has_no_weight_keeps_nothing():
-    """Of the passes of an update: student, fake network to its middle block; fake network, and on the data."""
+    """Of the passes of an update: student, and fake network to its middle; fake network, and on the data."""
     net, kept = student(None, "v_prediction", COSINE), {}
     x0 = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
     for name, weights in (("both", {}), ("ratio", {"gan": 0, "gan_fake": 0})):
