@@ -74,7 +74,7 @@ class Adversarial(Method):
     distance: float = Field(
         0.0,
         ge=0,
-        description="weight of the distance to the teacher's prediction, a mean over values; 0 (LADD) is none",
+        description="weight of the distance to the teacher's prediction, a mean over values; LADD: 0",
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of that prediction; 1 is unguided")
     simulate: settings.Simulate = True

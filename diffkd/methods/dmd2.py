@@ -30,7 +30,7 @@ class DMD2(Method):
     needs: ClassVar[Needs] = Needs(
         data=False,
         networks=("fake", "heads with gan"),
-        memory="a student's for fake, with gan its activations; little for heads",
+        memory="a student's for fake, with gan its activations up to the heads; little for those",
         in_short="a student's, (activations)",
         calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 fake (2 with gan, 3 with r1), all but "
         "the first with 1 student more",

@@ -32,7 +32,7 @@ class FDistill(Method):
     needs: ClassVar[Needs] = Needs(
         real=True,
         networks=("fake", "heads"),
-        memory="a student's for fake, and its activations; little for heads",
+        memory="a student's for fake, and its activations up to the heads; little for those",
         in_short="a student's, activations",
         calls="1 student, 1 teacher, 1 fake; then fake_updates times 2 fake (3 with r1), all but the first "
         "with 1 student more",
