@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,3 +41,18 @@ def capture_activations(network: nn.Module, names: Sequence[str]) -> Iterator[di
         for name in names:
             stack.callback(bare.get_submodule(name).register_forward_hook(keep(name)).remove)
         yield outputs
+
+
+@contextmanager
+def no_gradients_after(network: nn.Module, name: str) -> Iterator[None]:
+    """Forward passes keep nothing for gradients once this module has been called: what it outputs has them,
+    what the network makes of that has none."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    bare = getattr(network, "module", network)
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # which leaving restores
+        stack.callback(bare.get_submodule(name).register_forward_hook(hook).remove)
+        yield

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffkd.core.activations import capture_activations
+from diffkd.core.activations import capture_activations, no_gradients_after
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
@@ -86,14 +87,25 @@ class Heads(nn.Module):
 
 
 def seen(
-    denoiser: Denoiser, heads: Heads | None, x_t: Tensor, t: Tensor, *, guidance: float = 1.0, **cond: Any
+    denoiser: Denoiser,
+    heads: Heads | None,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    guidance: float = 1.0,
+    learns: bool = False,
+    **cond: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The denoiser's prediction of x0 at x_t, and what the heads take of that call, without its guidance.
 
-    heads: a `Heads`, or None, which takes nothing.
+    heads: a `Heads`, or None, which takes nothing. learns: whether gradients pass through the prediction;
+    else they do through the features alone, and nothing is kept for them of what the network does after.
     """
     blocks = [] if heads is None else heads.blocks
-    with capture_activations(denoiser.network, blocks) as found:
+    with capture_activations(denoiser.network, blocks) as found, ExitStack() as stack:
+        if not learns:
+            after = no_gradients_after(denoiser.network, blocks[-1]) if blocks else torch.no_grad()
+            stack.enter_context(after)
         denoised = denoiser(x_t, t, guidance=guidance, **cond)
     # the first half of a guided batch is conditional
     return denoised, [found[name][: len(x_t)].to(x_t.dtype) for name in blocks]

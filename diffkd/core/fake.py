@@ -47,15 +47,17 @@ def fake_losses(
                 x = images()
         x = x.detach()
         t = noise_times(len(x), schedule, 0.0, 1.0, rng, x.device)
-        denoised, drawn = seen(fake, heads, add_noise(schedule, x, t, rng), t, **cond)
+        denoised, drawn = seen(fake, heads, add_noise(schedule, x, t, rng), t, learns=True, **cond)
         loss = error = denoising_error(fake, denoised, x, t)
         if heads is None:
             yield "fake", loss.mean(), {"t": t, "loss": error.detach()}
             continue
         # 2. and to tell them from the data
         x_t = add_noise(schedule, data, t, rng)
-        _, real = seen(fake, heads, x_t, t, **cond)
-        loss = error + gan * logistic(heads(real), heads(drawn))
+        with torch.set_grad_enabled(gan > 0):
+            _, real = seen(fake, heads, x_t, t, **cond)
+        if gan:
+            loss = error + gan * logistic(heads(real), heads(drawn))
         features = [[feature.detach() for feature in found] for found in (real, drawn)]
         if r1:  # by the same network, which is about to learn
             with torch.no_grad():

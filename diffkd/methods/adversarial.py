@@ -74,7 +74,7 @@ class Adversarial(Method):
     distance: float = Field(
         0.0,
         ge=0,
-        description="weight of the distance to the teacher's prediction, 0 for none (LADD); ADD has 2.5",
+        description="weight of the distance to the teacher's prediction, a mean over values; LADD: 0",
     )
     guidance: float = Field(1.0, ge=0, description="guidance weight of that prediction; 1 is unguided")
     simulate: settings.Simulate = True
@@ -129,7 +129,7 @@ class Adversarial(Method):
         denoised, features = seen(teacher, heads, x_t, t, guidance=guidance, **cond)
         # 2. images that the heads take for real, and whose noised versions the teacher restores
         loss = minus_logit(heads(features))
-        gap = squared_error(x, denoised.detach())
+        gap = squared_error(x, denoised)
         if self.distance:
             loss = loss + self.distance * schedule.at(t)[0].to(gap.dtype) * gap
         yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach().sqrt()})

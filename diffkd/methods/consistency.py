@@ -15,6 +15,7 @@ from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
 from diffkd.core.times import TimeLaw, draw_times
 from diffkd.io.config import Positive
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -36,7 +37,7 @@ class Consistency(Method):
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
-    sampler: Literal["ddim", "heun"] = Field("ddim", description="of the teacher's step from t to s")
+    sampler: settings.Solver = "ddim"
     substeps: int = Field(1, ge=1, description="teacher steps from t to s")
     guidance: float = Field(1.0, ge=0, description="guidance weight baked in; 1 is unguided")
     doublings: int = Field(

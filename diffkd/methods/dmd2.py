@@ -30,7 +30,7 @@ class DMD2(Method):
     needs: ClassVar[Needs] = Needs(
         data=False,
         networks=("fake", "heads with gan"),
-        memory="a student's for fake, with gan its activations; little for heads",
+        memory="a student's for fake, with gan its activations up to the heads; little for those",
         in_short="a student's, (activations)",
         calls="1 student, 1 teacher, 1 fake; then fake_updates times 1 fake (2 with gan, 3 with r1), all but "
         "the first with 1 student more",
@@ -121,14 +121,13 @@ class DMD2(Method):
         # 2. predicted by the teacher and by the fake network: where the student is off
         with torch.no_grad():
             real = teacher(x_t, t, guidance=step.stage.guidance, **cond)
-        with torch.set_grad_enabled(heads is not None):
-            drawn, features = seen(fake, heads, x_t, t, **cond)
+        drawn, features = seen(fake, heads, x_t, t, **cond)
         # 3. a step against the gradient of the reverse KL, and towards what the discriminator takes for real
         loss = descent(x, (drawn - real) / error_size(x, real))
         if heads is not None:
             loss = loss + self.gan * non_saturating(heads(features))
         gap = squared_error(drawn, real).sqrt()
-        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap.detach()})
+        yield Loss("student", loss.mean(), {"t": t, "loss": loss.detach(), "gap": gap})
         # 4. the fake network learns the student's images, the heads to tell them from the data
         for learned in fake_losses(
             fake, heads, x, images, x0, self.fake_updates, rng,

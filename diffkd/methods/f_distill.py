@@ -32,7 +32,7 @@ class FDistill(Method):
     needs: ClassVar[Needs] = Needs(
         real=True,
         networks=("fake", "heads"),
-        memory="a student's for fake, and its activations; little for heads",
+        memory="a student's for fake, and its activations up to the heads; little for those",
         in_short="a student's, activations",
         calls="1 student, 1 teacher, 1 fake; then fake_updates times 2 fake (3 with r1), all but the first "
         "with 1 student more",
@@ -113,17 +113,20 @@ class FDistill(Method):
         # 2. predicted by the teacher and by the fake network: where the student is off
         with torch.no_grad():
             real = teacher(x_t, t, guidance=step.stage.guidance, **cond)
-        drawn, features = seen(fake, heads, x_t, t, **cond)
+        with torch.set_grad_enabled(self.gan > 0):
+            drawn, features = seen(fake, heads, x_t, t, **cond)
+            logits = heads(features)
         # 3. weighted by h(r) of the density ratio r that the discriminator gives, on average 1
-        logits = heads(features)
         h = scores.divergence_weight(
             self.divergence, scores.density_ratio(logits, t, self.bins, self.ratio_min, self.ratio_max)
         )
         h = (h / h.mean()).reshape(-1, 1, 1, 1)
         direction = h * (drawn - real) / scores.error_size(x, real)
-        loss = scores.descent(x, direction) + self.gan * non_saturating(logits)
+        loss = scores.descent(x, direction)
+        if self.gan:
+            loss = loss + self.gan * non_saturating(logits)
         gap = squared_error(drawn, real).sqrt()
-        metrics = {"t": t, "loss": loss.detach(), "gap": gap.detach(), "weight": h.flatten()}
+        metrics = {"t": t, "loss": loss.detach(), "gap": gap, "weight": h.flatten()}
         yield Loss("student", loss.mean(), metrics)
         # 4. the fake network learns the student's images, the heads to tell them from the data
         for learned in fake_losses(

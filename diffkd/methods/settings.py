@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -18,6 +18,11 @@ def _ascending(given: tuple[float, float]) -> tuple[float, float]:
 # least and largest of a guidance weight that is an input
 Range = Annotated[
     tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], AfterValidator(_ascending)
+]
+
+# students that are led along their teacher's trajectories
+Solver = Annotated[
+    Literal["ddim", "heun", "dpmpp_2m"], Field(description="of the teacher's step from t to s")
 ]
 
 # students whose own images are judged

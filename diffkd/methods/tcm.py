@@ -18,6 +18,7 @@ from diffkd.core.times import times_above
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -40,7 +41,7 @@ class TCM(Method):
         "training",
         description="where x_s comes from: a step of the run's teacher, or the data and x_t's own noise",
     )
-    sampler: Literal["ddim", "heun"] = Field("ddim", description="of the teacher's step from t to s")
+    sampler: settings.Solver = "ddim"
     substeps: int = Field(1, ge=1, description="teacher steps from t to s")
     guidance: float = Field(1.0, ge=0, description="guidance weight of the teacher's step; 1 is unguided")
     steps: list[Positive] = Field([2, 1], min_length=1, description="step counts that a student is saved for")

@@ -11,6 +11,7 @@ from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 from tests.core.test_scores import TIMES
 from tests.gaussian import marginal
+from tests.saved import counted
 from tests.tiny import student
 
 COSINE = Schedule.cosine(64)
@@ -118,6 +119,26 @@ def test_what_heads_see_is_the_blocks_output_without_guidance():
     assert torch.equal(plain, net(x, t, class_labels=labels)) and not torch.allclose(plain, guided)
     assert torch.allclose(features[0], same[0], atol=1e-5) and features[0].shape == (2, 16, 4, 4)
     assert seen(net, None, x, t, class_labels=labels)[1] == []
+
+
+def test_beyond_the_last_head_nothing_is_kept_for_gradients():
+    """Those through the features are the same to the bit, and the prediction is."""
+    net = student(None, "v_prediction", COSINE)
+    shapes = block_shapes(net, ["down_blocks.0", "mid_block"])
+    found, kept = [], []
+    for learns in (True, False):
+        x, t = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8).requires_grad_(), torch.tensor([0.5, 0.75])
+        with counted() as bytes_kept:
+            denoised, features = seen(net, Heads(shapes), x, t.double(), learns=learns)
+        assert denoised.requires_grad == learns and torch.is_grad_enabled()
+        early = net.network.conv_in.weight
+        found.append([denoised, *torch.autograd.grad(sum(f.sin().sum() for f in features), [x, early])])
+        kept.append(sum(bytes_kept))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert 0.3 * kept[0] < kept[1] < 0.6 * kept[0]
+    with counted() as nothing:
+        assert not seen(net, None, x, t.double())[0].requires_grad
+    assert not nothing and net(x, t.double()).requires_grad  # the hook is gone
 
 
 # losses, of Gaussians of one pixel

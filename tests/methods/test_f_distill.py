@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from diffkd.core.scores import Divergence
 from diffkd.errors import UserError
+from diffkd.methods.base import Batch, Step
 from diffkd.methods.dmd2 import DMD2
 from diffkd.methods.f_distill import FDistill
 from tests.gaussian import gaussian, marginal
@@ -28,6 +29,7 @@ from tests.methods.matching import (
     student_gradient,
     train,
 )
+from tests.saved import counted
 from tests.tiny import student
 
 
@@ -108,6 +110,26 @@ def test_the_weight_prefers_images_that_are_likelier_for_the_teacher():
     assert weights["forward_kl"].mean() == pytest.approx(1) and weights["forward_kl"].std() > 0.1
     assert weights["softened_reverse_kl"][order[0]] > weights["softened_reverse_kl"][order[-1]]
     assert (weights["reverse_kl"] == 1).all()
+
+
+def test_what_has_no_weight_keeps_nothing():
+    """Of the passes of an update: student, and fake network to its middle; fake network, and on the data."""
+    net, kept = student(None, "v_prediction", COSINE), {}
+    x0 = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
+    for name, weights in (("both", {}), ("ratio", {"gan": 0, "gan_fake": 0})):
+        method = FDistill(fake_updates=1, **weights)
+        nets = {"student": net, "teacher": net, **method.networks(net, net)}
+        step = Step(method.stages(net)[0], 0)
+        losses = method.losses(nets, Batch(x0, {}), step, torch.Generator().manual_seed(1))
+        kept[name] = []
+        for _ in range(2):
+            with counted() as found:
+                next(losses)
+            kept[name].append(sum(found))
+    alone = kept["ratio"][0]  # a pass of the student, that of the fake network has no more
+    assert kept["ratio"][1] == pytest.approx(alone, rel=0.02)
+    for with_weights in kept["both"]:
+        assert 1.35 * alone < with_weights < 1.7 * alone
 
 
 def test_what_does_not_fit_is_refused():

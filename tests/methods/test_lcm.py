@@ -90,6 +90,35 @@ def test_the_exact_student_has_no_gradient_and_another_has():
     assert exactly[0] < 0.05 * found[4, 0.1, 0.0][0] and exactly[1] < 0.05 * found[4, 0.0, 0.1][1]
 
 
+def test_more_exact_steps_leave_the_exact_student_less_gradient():
+    """By the error of the teacher's stride, which falls with its sub-steps, and with their order."""
+    teacher, found = gaussian(COSINE, "v_prediction"), {}
+    for sampler, substeps in (("ddim", 1), ("ddim", 2), ("ddim", 4), ("dpmpp_2m", 4)):
+        method = LCM(skip=64, huber=10.0, target_decay=0, sampler=sampler, substeps=substeps, times="strides")
+        nets = {"student": exact(COSINE), "teacher": teacher}
+        found[sampler, substeps] = gradients(method, nets, only(method), 0, 512)[0].abs().item()
+    assert found["ddim", 2] == pytest.approx(found["ddim", 1] / 2, rel=0.1)
+    assert found["ddim", 4] == pytest.approx(found["ddim", 1] / 4, rel=0.1)
+    assert found["dpmpp_2m", 4] < 0.7 * found["ddim", 4]
+
+
+def test_strides_from_pure_noise():
+    """t = 1 and what lies whole strides below it, evenly, so that every target is made at a time that is
+    learned or at 0; and no student is asked between them."""
+    for skip, count in ((256, 4), (300, 4)):
+        method = LCM(skip=skip, times="strides", steps=[1])
+        nets = {"teacher": labelled(), "student": labelled(0.8), "target": labelled(0.7)}
+        batch = Batch(data(400, torch.Generator().manual_seed(1)), {"class_labels": torch.arange(400) % 3})
+        stage = only(LCM(steps=[1]))
+        loss = next(method.losses(nets, batch, Step(stage, 0), torch.Generator().manual_seed(3)))
+        times, often = (loss.metrics["t"] * 1024).unique(return_counts=True)
+        assert times.tolist() == [1024 - skip * k for k in reversed(range(count))]
+        assert often.min() > 70  # of 100, with a deviation of 9
+    assert only(LCM(skip=64, times="strides", substeps=2, sampler="dpmpp_2m")).substeps == 2
+    with pytest.raises(UserError, match="4 steps is asked at every 256th time step of 1024"):
+        only(LCM(skip=96, times="strides"))
+
+
 @pytest.mark.slow
 def test_a_small_student_finds_the_data():
     """As far as DDIM steps of this length do: 16 of them draw with a width of 0.453, not 0.5."""
