@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.core import denoiser as denoisers
-from diffkd.core.denoiser import Denoiser
+from diffkd.core.denoiser import Call, Denoiser
 from diffkd.errors import UserError
 from diffkd.io.text import reason
 from diffkd.models import saving
-from diffkd.models.exports import Student
+from diffkd.models.exports import Student, batched
 from diffkd.models.masked_prompts import MASK
 
 SAMPLE, TIME, OUTPUT = "sample", "timestep", "output"  # names of inputs and output, after which `cond` comes
@@ -25,9 +25,6 @@ TRACED = 2  # images: of one, torch takes the batch for a constant
 TRIED = 3  # images, of another batch than the one that was traced
 MOST = 1 << 12  # images a batch
 MOST_ENLARGED = 63  # of UNets of diffusers, which treat larger batches otherwise
-UNTRACED = {  # families whose networks make lists, or shapes, of what a prompt's mask holds
-    "Lumina2Pipeline", "ZImagePipeline", "QwenImagePipeline",
-}  # fmt: skip
 
 
 class Program(nn.Module):
@@ -39,18 +36,27 @@ class Program(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.network = denoiser.network
-        self.function = denoisers.call if denoiser.preconditioned else denoiser.call
+        network = batched.of(denoiser)
+        self.network = denoiser.network if network is None else network
+        self.function = function_of(denoiser) if network is None else batched.call
 
     def forward(self, sample: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        output: Any = self.function(self.network, sample, timestep, cond or {})
-        found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        return found
+        return sample_of(self.function(self.network, sample, timestep, cond or {}))
+
+
+def function_of(denoiser: Denoiser) -> Call:
+    """The stock network's own function, of its scheduler's time."""
+    return denoisers.call if denoiser.preconditioned else denoiser.call
+
+
+def sample_of(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return found
 
 
 def fits(student: Student) -> bool:
     family = saving.family_saving(student.denoiser)
-    return family is not None and not UNTRACED.intersection(family.PIPELINES)
+    return family is not None
 
 
 def inputs_of(denoiser: Denoiser, count: int, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
