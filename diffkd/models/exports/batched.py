@@ -1,5 +1,6 @@
-"""Networks that take lists, or count what a prompt's mask holds, as functions of tensors alone: the blocks are
-the stock network's own, and what lists say is said by masks and by tables of rotary embeddings.
+"""Networks that take lists, or count what a prompt's mask holds, as functions of tensors alone.
+
+The blocks are the stock network's own; what lists say to it is said by masks and by tables of rotary embeddings.
 
 Where the stock network leaves padding out, here it stays, and no token attends to it.
 """
@@ -60,7 +61,7 @@ class Lumina2(nn.Module):
     def __init__(self, network: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
         self.network, self.patch, self.tokens = network, network.config.patch_size, tokens
-        first, *others = map(torch.view_as_real, network.rope_embedder.freqs_cis)
+        first, *others = map(_pairs, network.rope_embedder.freqs_cis)
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("text", _joined(first[:tokens], *(table[:1] for table in others)), False)
         self.register_buffer("grid", _grid(others, size, self.patch), False)
@@ -99,7 +100,7 @@ class ZImage(nn.Module):
         self.network, self.patch = network, z_image.PATCH
         rope = network.rope_embedder
         made = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
-        first, *others = map(torch.view_as_real, made)
+        first, *others = map(_pairs, made)
         grid = _grid(others, size, self.patch)
         self.count, self.idle, self.padding = len(grid), -len(grid) % ROUND, -tokens % ROUND
         self.register_buffer("first", first, persistent=False)
@@ -158,8 +159,8 @@ class _Made(nn.Module):
 
     def __init__(self, image: Tensor, text: Tensor) -> None:
         super().__init__()
-        self.register_buffer("image", torch.view_as_real(image), persistent=False)
-        self.register_buffer("text", torch.view_as_real(text), persistent=False)
+        self.register_buffer("image", _pairs(image), persistent=False)
+        self.register_buffer("text", _pairs(text), persistent=False)
 
     def forward(self, *sizes: Any, **how: Any) -> tuple[Tensor, Tensor]:
         return Pairs(self.image), Pairs(self.text)
@@ -204,10 +205,15 @@ def _grid(tables: list[Tensor], size: tuple[int, int], patch: int) -> Tensor:
     """The rotary embeddings of the patches of an image, row by row: (N, D, 2)."""
     rows, columns = (side // patch for side in size)
     row, column = tables[0][:rows], tables[1][:columns]
-    return _joined(row[:, None].expand(-1, columns, -1, -1), column[None].expand(rows, -1, -1, -1)).flatten(0, 1)
+    return _joined(row[:, None], column[None]).flatten(0, 1)
 
 
 def _joined(*axes: Tensor) -> Tensor:
     """The embeddings of several axes, each (..., N, D_i, 2), as one: (..., N, sum of D_i, 2)."""
     lead = torch.broadcast_shapes(*(axis.shape[:-2] for axis in axes))
     return torch.cat([axis.expand(*lead, *axis.shape[-2:]) for axis in axes], -2)
+
+
+def _pairs(table: Tensor) -> Tensor:
+    """Complex (...) -> (..., 2), in float32, the one type that all readers of ONNX have."""
+    return torch.view_as_real(table).float()
