@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 import diffkd
 from diffkd.errors import UserError
 from diffkd.models import exports, loading, saving
-from diffkd.models.exports import batched, onnx, program, single_file, torch_export
+from diffkd.models.exports import batched, fp16, onnx, program, single_file, torch_export
 from diffkd.models.masked_prompts import MASK
 from diffkd.models.source import ADAPTER
 from tests import text_to_image
 from tests.exports import OF_DIFFKD, STEPS, run_card, student, teacher
-from tests.refusals import refuse
+from tests.refusals import refuse, tree
 from tests.stock import BARRED
 
 TRANSFORMERS = ("sd3", "flux", "sana", "lumina2", "z_image", "qwen_image")
+TRACED_ANEW = ("lumina2", "qwen_image")  # beside z_image
 OTHERS = ("ldm", "edm", *OF_DIFFKD)
 
 
@@ -237,7 +238,7 @@ def with_pixels(made, pixels, cli):
 @pytest.mark.parametrize(
     "kinds",
     [("pixels", "dit", "z_image"),
-     *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), ("lumina2", "qwen_image"), OTHERS))],
+     *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), TRACED_ANEW, OTHERS))],
 )  # fmt: skip
 def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
     """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced, at other
@@ -259,11 +260,10 @@ def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
 @pytest.mark.parametrize(
     "kind",
     ["pixels", "z_image",
-     *map(exhaustive, ("sd", "xl", "dit", "pixart_sigma", *(one for one in TRANSFORMERS if one != "z_image"), *OTHERS))],
+     *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma", *TRACED_ANEW, *OTHERS))],
 )  # fmt: skip
 def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
-    """Inputs by name, batches of 1 and of 5; all but the first size is fixed, and of no type that some readers
-    have not."""
+    """Inputs by name, batches of 1 and of 5; the first size alone is free, and has a name."""
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, out = with_pixels(made, pixels, cli)(kind, "onnx")
     session = onnxruntime.InferenceSession(out / onnx.FILE, providers=["CPUExecutionProvider"])
@@ -296,7 +296,7 @@ def test_no_program_tells_of_the_machine_that_made_it(made, pixels, cli):
     ("kind", "to"),
     [("pixels", "torch-export"), ("pixels", "onnx"), ("z_image", "torch-export"),
      *(pytest.param(kind, "torch-export", marks=pytest.mark.exhaustive)
-       for kind in ("sd", "sd3", "flux", "lumina2", "qwen_image", *OTHERS))],
+       for kind in ("sd", "sd3", "flux", *TRACED_ANEW, *OTHERS))],
 )  # fmt: skip
 def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, to):
     """Its code as it stands, but for the noise and the labels: the last state is that of diffkd's sampler."""
@@ -319,6 +319,26 @@ def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, 
     with torch.no_grad():
         x0 = diffkd.samplers.sample(own, noise, STEPS, **cond)
     assert (x0 - names["x"]).abs().max() <= 1e-4 * x0.abs().max()
+
+
+@pytest.mark.exhaustive
+def test_a_weight_that_is_an_input_is_one_of_a_program(work, cli):
+    """Any within its range; the card's code names the usual one."""
+    folder = student(work, "sd", guided=True)
+    out = work / "sd-guided-torch-export"
+    assert cli("export", folder, "--to", "torch-export").code == 0
+    own, network = loading.load(folder), torch.export.load(out / torch_export.FILE).module()
+    (usual, given) = outputs(own)
+    given["cond"]["guidance_scale"] = torch.tensor([1.0, 4.0, 9.0])
+    mine = stocks(own, **given)
+    assert (mine - usual).abs().max() > 1e-3 * mine.abs().max()
+    assert (mine - network(**given)).abs().max() <= 1e-5 * mine.abs().max()
+    x, _, _ = own.example_inputs()
+    names = run_card(
+        out, {f"torch.randn(4, {', '.join(map(str, x.shape[1:]))})": "noise = torch.ones(4, 4, 8, 8)"}
+    )
+    assert names["cond"]["guidance_scale"].tolist() == [7.5] * 4 and torch.isfinite(names["x"]).all()
+    refuse(cli, work, "export", folder, "--to", "single-file", says="takes its guidance as an input")
 
 
 # adapters
@@ -465,14 +485,19 @@ def test_a_network_that_cannot_be_traced_is_one_line(work, cli, monkeypatch):
     refuse(cli, work, "export", folder, "--to", "torch-export", "--out", work / "untraced", says=says)
 
 
-def test_nothing_is_left_of_an_export_that_fails(pixels, cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "code"), [(UserError("it failed; try again"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_nothing_is_left_of_an_export_that_fails(pixels, cli, tmp_path, monkeypatch, raised, code):
     def broken(student, folder):
         (folder / torch_export.FILE).write_bytes(b"half")
-        raise UserError("it failed; try again")
+        raise raised
 
     monkeypatch.setattr(torch_export, "write", broken)
-    out = pixels.with_name("broken")
-    refuse(cli, pixels.parent, "export", pixels, "--to", "torch-export", "--out", out, says="it failed")
+    before = tree(pixels.parent)
+    outcome = cli("export", pixels, "--to", "torch-export", "--out", pixels.with_name("broken"))
+    assert (outcome.code, len(outcome.stderr.splitlines())) == (code, 1), outcome
+    assert tree(pixels.parent) == before
 
 
 def test_another_programs_folder_stays(pixels, cli, tmp_path, monkeypatch):
@@ -482,10 +507,10 @@ def test_another_programs_folder_stays(pixels, cli, tmp_path, monkeypatch):
     def slow(student, folder):
         out.mkdir()
         (out / "mine").write_text("mine")
-        return {"export": {}}
+        return {"export": {"dtype": "float16"}}
 
-    monkeypatch.setattr(torch_export, "write", slow)
-    outcome = cli("export", pixels, "--to", "torch-export", "--out", out)
+    monkeypatch.setattr(fp16, "write", slow)
+    outcome = cli("export", pixels, "--to", "fp16", "--out", out)
     assert outcome.code == 2 and "was made by another program" in outcome.stderr
     assert [path.name for path in out.parent.iterdir()] == ["other"] and (out / "mine").is_file()
 

@@ -1,8 +1,7 @@
 """Networks that take lists, or count what a prompt's mask holds, as functions of tensors alone.
 
-The blocks are the stock network's own; what lists say to it is said by masks and by tables of rotary embeddings.
-
-Where the stock network leaves padding out, here it stays, and no token attends to it.
+The blocks are the stock network's own. What lists tell it, masks and tables of rotary embeddings tell here:
+where it leaves padding out, that stays, and no token attends to it.
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ def _grid(tables: list[Tensor], size: tuple[int, int], patch: int) -> Tensor:
 
 
 def _joined(*axes: Tensor) -> Tensor:
-    """The embeddings of several axes, each (..., N, D_i, 2), as one: (..., N, sum of D_i, 2)."""
+    """The embeddings of several axes, each (..., D_i, 2), as one: (..., sum of D_i, 2)."""
     lead = torch.broadcast_shapes(*(axis.shape[:-2] for axis in axes))
     return torch.cat([axis.expand(*lead, *axis.shape[-2:]) for axis in axes], -2)
 
