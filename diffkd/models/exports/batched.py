@@ -57,6 +57,10 @@ class RealRotary(TorchFunctionMode):
 class Lumina2(nn.Module):
     """`lumina2.call` of latents of one size and prompts of one width."""
 
+    first: Tensor
+    text: Tensor
+    grid: Tensor
+
     def __init__(self, network: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
         self.network, self.patch, self.tokens = network, network.config.patch_size, tokens
@@ -93,6 +97,10 @@ class ZImage(nn.Module):
     A prompt is filled up to a multiple of 32 tokens by one that is learnt. Here padding takes that part, as
     far as it is needed: attention knows tokens by their positions, and not by their order.
     """
+
+    first: Tensor
+    grid: Tensor
+    origin: Tensor
 
     def __init__(self, network: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
@@ -156,12 +164,15 @@ class QwenImage(nn.Module):
 class _Made(nn.Module):
     """Rotary embeddings of the image and of the prompt, (N, D) and (L, D), complex."""
 
+    image: Tensor
+    text: Tensor
+
     def __init__(self, image: Tensor, text: Tensor) -> None:
         super().__init__()
         self.register_buffer("image", _pairs(image), persistent=False)
         self.register_buffer("text", _pairs(text), persistent=False)
 
-    def forward(self, *sizes: Any, **how: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *sizes: Any, **how: Any) -> tuple[Pairs, Pairs]:
         return Pairs(self.image), Pairs(self.text)
 
 
