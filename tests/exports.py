@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from diffkd.models import edm2 as conversion
-from diffkd.models import loading, saving
+from diffkd.models import guidance_input, loading, saving
 from diffkd.models.song_unet import SongUNet
 from diffkd.runs.reports import card_calls, model_card
 from tests import dit, edm, edm2, flow_pipelines, ldm, masked_pipelines, text_to_image
@@ -60,10 +60,19 @@ def network_of_diffkd(kind: str) -> Any:
     return made.eval()
 
 
-def student(work: Path, kind: str, *, rank: int | None = None, sampler: str = "ddim") -> Path:
-    """A student of such a pipeline with its card: an adapter of this rank, or its teacher as it is."""
-    folder = work / (kind if rank is None else f"{kind}-lora")
+def student(
+    work: Path, kind: str, *, rank: int | None = None, sampler: str = "ddim", guided: bool = False
+) -> Path:
+    """A student of such a pipeline with its card: an adapter of this rank, or its teacher as it is. guided:
+    whether it takes the weight of guidance as an input, which a UNet has a place for."""
+    folder = work / (f"{kind}-guided" if guided else kind if rank is None else f"{kind}-lora")
     made = loading.load(teacher(work, kind))
+    if guided:
+        guidance_input.attach(made.network, 16)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            torch.nn.init.normal_(made.network.time_embedding.cond_proj.weight, std=0.2)
+        made.guidance_range = (1.0, 9.0)
     if kind in ("sd3", "flux"):
         made.fit((flow_pipelines.CHANNELS, flow_pipelines.SIDE, flow_pipelines.SIDE))
     if rank is not None:

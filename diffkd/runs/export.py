@@ -32,9 +32,8 @@ def export(student: str, to: str, out: Path | None, console: Console) -> Path:
             f"--to {to} is unknown; there are {', '.join(exports.KINDS)}, the nearest {near} (docs/export.md)"
         )
     exports.check_installed(to)
-    local = os.path.isdir(student)
-    named = Path(student).name or Path(student).resolve().name
-    out = out or (Path(student).absolute().parent if local else Path()) / f"{named}-{to}"
+    place = Path(os.path.abspath(student) if os.path.isdir(student) else student)
+    out = out or (place.parent if place.is_absolute() else Path()) / f"{place.name}-{to}"
     check_writable(out, "--out", folder=True)
     if out.exists():
         raise UserError(f"--out {out} exists already; use another")
@@ -50,6 +49,8 @@ def export(student: str, to: str, out: Path | None, console: Console) -> Path:
         )
     with new_folder(out) as temporary:
         model_card.write(temporary, _card(found, to, kind.write(found, temporary)))
+        if out.exists():
+            raise UserError(f"--out {out} was made by another program while this was written; use another")
     size = format_bytes(sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
     progress.say(console, f"{student} as {to}, {size}: {out}")
     return out

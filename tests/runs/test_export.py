@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import diffusers
@@ -17,14 +19,16 @@ from safetensors.torch import load_file, save_file
 import diffkd
 from diffkd.errors import UserError
 from diffkd.models import exports, loading, saving
-from diffkd.models.exports import onnx, program, single_file, torch_export
+from diffkd.models.exports import batched, fp16, onnx, program, single_file, torch_export
+from diffkd.models.masked_prompts import MASK
 from diffkd.models.source import ADAPTER
 from tests import text_to_image
 from tests.exports import OF_DIFFKD, STEPS, run_card, student, teacher
-from tests.refusals import refuse
+from tests.refusals import refuse, tree
 from tests.stock import BARRED
 
 TRANSFORMERS = ("sd3", "flux", "sana", "lumina2", "z_image", "qwen_image")
+TRACED_ANEW = ("lumina2", "qwen_image")  # beside z_image
 OTHERS = ("ldm", "edm", *OF_DIFFKD)
 
 
@@ -79,8 +83,15 @@ def same(network, other) -> None:
 def outputs(denoiser, *, count=3, seed=2):
     """Of a denoiser, and the inputs by name."""
     sample, time, cond = program.inputs_of(denoiser, count, seed)
-    with torch.no_grad():
-        return program.Program(denoiser)(sample, time, cond), program.named(sample, time, cond)
+    given = program.named(sample, time, cond)
+    return stocks(denoiser, **given), given
+
+
+@torch.no_grad()
+def stocks(denoiser, sample, timestep, cond=None):
+    """What the stock network itself computes."""
+    found = program.function_of(denoiser)(denoiser.network, sample, timestep, cond or {})
+    return program.sample_of(found)
 
 
 def in_16_bits(given, dtype):
@@ -177,9 +188,8 @@ def test_half_precision_is_the_student_to_half_precision(made, kind):
     (mine, given), (theirs, _) = outputs(own), outputs(again)
     assert 0 < (mine - theirs).abs().max() <= 2e-2 * mine.abs().max()
     half = loading.load(out, dtype=torch.float16)
-    with torch.no_grad():
-        stocks = program.Program(half)(**in_16_bits(given, torch.float16))
-    assert (mine - stocks.float()).abs().max() <= 5e-2 * mine.abs().max()
+    theirs = stocks(half, **in_16_bits(given, torch.float16))
+    assert (mine - theirs.float()).abs().max() <= 5e-2 * mine.abs().max()
 
 
 def test_shards_are_named_as_diffusers_names_them():
@@ -227,10 +237,12 @@ def with_pixels(made, pixels, cli):
 
 @pytest.mark.parametrize(
     "kinds",
-    [("pixels", "dit"), *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), OTHERS))],
-)
+    [("pixels", "dit", "z_image"),
+     *map(exhaustive, (("sd", "xl", "sd3", "flux", "sana", "pixart_sigma"), TRACED_ANEW, OTHERS))],
+)  # fmt: skip
 def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
-    """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced."""
+    """In a process that cannot import diffkd: batches of 1 and of 5, not the one that was traced, at other
+    times, of other prompts and of other lengths of these."""
     expected = {}
     for kind in kinds:
         folder, out = with_pixels(made, pixels, cli)(kind, "torch-export")
@@ -246,13 +258,17 @@ def test_a_program_of_torch_needs_no_diffkd(made, pixels, cli, kinds):
 
 
 @pytest.mark.parametrize(
-    "kind", ["pixels", *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma", *OTHERS))]
-)
+    "kind",
+    ["pixels", "z_image",
+     *map(exhaustive, ("sd", "xl", "dit", "sd3", "flux", "sana", "pixart_sigma", *TRACED_ANEW, *OTHERS))],
+)  # fmt: skip
 def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
-    """Inputs by name, batches of 1 and of 5."""
+    """Inputs by name, batches of 1 and of 5; the first size alone is free, and has a name."""
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, out = with_pixels(made, pixels, cli)(kind, "onnx")
     session = onnxruntime.InferenceSession(out / onnx.FILE, providers=["CPUExecutionProvider"])
+    assert {one.shape[0] for one in [*session.get_inputs(), *session.get_outputs()]} == {"batch"}
+    assert all(isinstance(size, int) for one in session.get_inputs() for size in one.shape[1:])
     own = loading.load(folder)
     for count in (1, 5):
         mine, given = outputs(own, count=count)
@@ -262,11 +278,25 @@ def test_onnx_runtime_computes_the_network(made, pixels, cli, kind):
         assert np.abs(mine.numpy() - theirs).max() <= 1e-4 * mine.abs().max()
 
 
+def test_no_program_tells_of_the_machine_that_made_it(made, pixels, cli):
+    """Torch notes which lines of which files an operation came from, by their whole paths."""
+    pytest.importorskip("onnxruntime")
+    home = str(Path(diffkd.__file__).parents[1]).encode()
+    libraries = str(Path(torch.__file__).parents[1]).encode()
+    _, onnx_folder = with_pixels(made, pixels, cli)("pixels", "onnx")
+    _, torch_folder = with_pixels(made, pixels, cli)("pixels", "torch-export")
+    contents = [path.read_bytes() for path in onnx_folder.glob("network.onnx*")]
+    with zipfile.ZipFile(torch_folder / torch_export.FILE) as archive:
+        contents += [archive.read(name) for name in archive.namelist()]
+    assert len(contents) > 5
+    assert not [one for one in contents if home in one or libraries in one]
+
+
 @pytest.mark.parametrize(
     ("kind", "to"),
-    [("pixels", "torch-export"), ("pixels", "onnx"),
+    [("pixels", "torch-export"), ("pixels", "onnx"), ("z_image", "torch-export"),
      *(pytest.param(kind, "torch-export", marks=pytest.mark.exhaustive)
-       for kind in ("sd", "sd3", "flux", *OTHERS))],
+       for kind in ("sd", "sd3", "flux", *TRACED_ANEW, *OTHERS))],
 )  # fmt: skip
 def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, to):
     """Its code as it stands, but for the noise and the labels: the last state is that of diffkd's sampler."""
@@ -278,7 +308,10 @@ def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, 
     noise = torch.stack([torch.randn(x.shape[1:], generator=torch.manual_seed(i)) for i in range(4)])
     torch.save(noise, f"{out}-noise.pt")
     changes = {f"torch.randn(4, {', '.join(map(str, x.shape[1:]))})": f"torch.load('{out}-noise.pt')"}
-    cond = {key: torch.zeros(4, *value.shape[1:], dtype=value.dtype) for key, value in cond.items()}
+    cond = {
+        key: (torch.ones if key == MASK else torch.zeros)(4, *value.shape[1:], dtype=value.dtype)
+        for key, value in cond.items()
+    }
     if kind == "pixels":
         changes["torch.zeros(4, dtype=torch.int64)"] = "torch.tensor([0, 1, 2, 0])"
         cond["class_labels"] = torch.tensor([0, 1, 2, 0])
@@ -286,6 +319,26 @@ def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, 
     with torch.no_grad():
         x0 = diffkd.samplers.sample(own, noise, STEPS, **cond)
     assert (x0 - names["x"]).abs().max() <= 1e-4 * x0.abs().max()
+
+
+@pytest.mark.exhaustive
+def test_a_weight_that_is_an_input_is_one_of_a_program(work, cli):
+    """Any within its range; the card's code names the usual one."""
+    folder = student(work, "sd", guided=True)
+    out = work / "sd-guided-torch-export"
+    assert cli("export", folder, "--to", "torch-export").code == 0
+    own, network = loading.load(folder), torch.export.load(out / torch_export.FILE).module()
+    (usual, given) = outputs(own)
+    given["cond"]["guidance_scale"] = torch.tensor([1.0, 4.0, 9.0])
+    mine = stocks(own, **given)
+    assert (mine - usual).abs().max() > 1e-3 * mine.abs().max()
+    assert (mine - network(**given)).abs().max() <= 1e-5 * mine.abs().max()
+    x, _, _ = own.example_inputs()
+    names = run_card(
+        out, {f"torch.randn(4, {', '.join(map(str, x.shape[1:]))})": "noise = torch.ones(4, 4, 8, 8)"}
+    )
+    assert names["cond"]["guidance_scale"].tolist() == [7.5] * 4 and torch.isfinite(names["x"]).all()
+    refuse(cli, work, "export", folder, "--to", "single-file", says="takes its guidance as an input")
 
 
 # adapters
@@ -365,10 +418,8 @@ def test_8_bits_are_opened_by_stock_and_are_those_in_memory(made, kind):
     assert integers > 4
     _, given = outputs(again)
     sixteen = in_16_bits(given, torch.bfloat16)
-    with torch.no_grad():
-        mine = program.Program(memory)(**sixteen)
-        half = loading.load(out, dtype=torch.bfloat16)
-        assert torch.equal(mine, program.Program(half)(**sixteen))
+    half = loading.load(out, dtype=torch.bfloat16)
+    assert torch.equal(stocks(memory, **sixteen), stocks(half, **sixteen))
     (plain, _), (read, _) = outputs(loading.load(folder)), outputs(again)
     assert read.dtype == torch.float32 and 0 < (plain - read).abs().max() <= 0.1 * plain.abs().max()
     config = json.loads((out / component / "config.json").read_text())
@@ -415,8 +466,6 @@ def test_bad_input_is_one_line(made, pixels, work, cli, tmp_path):
     refuse(cli, tmp_path, "export", teacher(work, "sd"), "--to", "fp16", says="is no student of diffkd")
     refuse(cli, tmp_path, "export", tmp_path, "--to", "fp16", says="is no student of diffkd")
     refuse(cli, tmp_path, "export", pixels, "--to", "fp16", "--out", pixels, says="exists already")
-    folder, _ = made("lumina2", "single-file")
-    refuse(cli, tmp_path, "export", folder, "--to", "onnx", says="there are single-file, fp16, int8")
     _, out = made("sd", "single-file")
     refuse(cli, tmp_path, "export", out, "--to", "fp16", says="is an export already (single-file)")
     refuse(cli, tmp_path, "sample", out, "--out", tmp_path / "x", says="an export of the kind single-file")
@@ -427,11 +476,107 @@ def test_a_missing_package_is_named(pixels, cli, tmp_path, monkeypatch):
     refuse(cli, tmp_path, "export", pixels, "--to", "onnx", says="needs onnxscript; install it with pip")
 
 
-def test_nothing_is_left_of_an_export_that_fails(pixels, cli, tmp_path, monkeypatch):
+def test_a_network_that_cannot_be_traced_is_one_line(work, cli, monkeypatch):
+    """Of torch, which prints what it traced."""
+    if not (folder := work / "z_image").exists():
+        student(work, "z_image")
+    monkeypatch.setattr(batched, "of", lambda denoiser: None)
+    says = ["ZImageTransformer2DModel that torch", "cannot trace", "--to fp16"]
+    refuse(cli, work, "export", folder, "--to", "torch-export", "--out", work / "untraced", says=says)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(UserError("it failed; try again"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_nothing_is_left_of_an_export_that_fails(pixels, cli, tmp_path, monkeypatch, raised, code):
     def broken(student, folder):
         (folder / torch_export.FILE).write_bytes(b"half")
-        raise UserError("it failed; try again")
+        raise raised
 
     monkeypatch.setattr(torch_export, "write", broken)
-    out = pixels.with_name("broken")
-    refuse(cli, pixels.parent, "export", pixels, "--to", "torch-export", "--out", out, says="it failed")
+    before = tree(pixels.parent)
+    outcome = cli("export", pixels, "--to", "torch-export", "--out", pixels.with_name("broken"))
+    assert (outcome.code, len(outcome.stderr.splitlines())) == (code, int(code == 2)), outcome
+    assert tree(pixels.parent) == before
+
+
+def test_another_programs_folder_stays(pixels, cli, tmp_path, monkeypatch):
+    """One that came while an export was under way."""
+    out = tmp_path / "other"
+
+    def slow(student, folder):
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        return {"export": {"dtype": "float16"}}
+
+    monkeypatch.setattr(fp16, "write", slow)
+    outcome = cli("export", pixels, "--to", "fp16", "--out", out)
+    assert outcome.code == 2 and "was made by another program" in outcome.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["other"] and (out / "mine").is_file()
+
+
+@pytest.mark.parametrize("named", [".", "../../student", "..", "students/"])
+def test_the_name_is_that_of_the_folder(pixels, cli, tmp_path, monkeypatch, named):
+    """However it is given: beside it, and not in it."""
+    folder = shutil.copytree(pixels, tmp_path / "student")
+    shutil.copytree(pixels, folder / "students")
+    monkeypatch.chdir(folder if named in (".", "students/") else folder / "unet")
+    outcome = cli("export", named, "--to", "fp16")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    expected = folder / "students-fp16" if named == "students/" else tmp_path / "student-fp16"
+    assert (expected / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("to", "module", "raised"),
+    [
+        ("onnx", "torch.onnx.export", OSError(errno.ENOSPC, "No space left on device")),
+        ("single-file", "diffkd.models.exports.single_file.save_file",
+         RuntimeError("Error while serializing: No space left on device (os error 28)")),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_no_fault_of_the_student(made, pixels, work, cli, monkeypatch, to, module, raised):
+    """Found behind the errors of libraries: exit status 1, to be run again."""
+    folder = pixels if to == "onnx" else made("sd", "single-file")[0]
+    out = work / f"full-{to}"
+
+    def full(*args, **how):
+        raise ValueError("it failed") from raised
+
+    monkeypatch.setattr(module, full)
+    monkeypatch.setattr(program, "traced", lambda student: None)
+    monkeypatch.setattr(onnx, "_without_idle_squeezes", lambda found: None)
+    outcome = cli("export", folder, "--to", to, "--out", out)
+    assert outcome.code == 1 and "the disk is full" in outcome.stderr and "Traceback" not in outcome.stderr
+    assert not out.exists() and not [*work.glob(f".{out.name}*")]
+
+
+def test_a_program_on_a_full_disk_is_an_error(tmp_path):
+    """Torch would end the process, in C++."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    found = torch.export.export(torch.nn.Linear(100, 100), (torch.zeros(2, 100),))
+    with torch_export._Remembering(tmp_path / "x.pt2", "w") as stream:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with program.silent():
+                torch.export.save(found, stream)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert stream.error is not None and stream.error.errno == errno.EFBIG
+
+
+def test_why_onnx_takes_no_network_is_said(pixels, work, cli, monkeypatch):
+    """The first error of those that torch raises one of another, without its colours."""
+
+    def fails(*args, **how):
+        try:
+            raise NotImplementedError("No ONNX function found for aten.this")
+        except NotImplementedError as error:
+            raise RuntimeError("\x1b[96mThis is step 3/3\x1b[0m") from error
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    monkeypatch.setattr(program, "traced", lambda student: None)
+    monkeypatch.setattr(onnx, "_without_idle_squeezes", lambda found: None)
+    says = "does not go into ONNX (No ONNX function found for aten.this); use --to torch-export"
+    refuse(cli, work, "export", pixels, "--to", "onnx", "--out", work / "unknown", says=says)

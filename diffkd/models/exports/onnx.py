@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.io.system_errors import chain, system_error
 from diffkd.io.text import reason
 from diffkd.models.exports import Student, program
 
@@ -33,10 +35,14 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
                 dynamo=True, verbose=False, external_data=True,
                 optimize=False,  # which makes NaN of SANA, and ONNX Runtime does when it reads the graph
             )  # fmt: skip
+            _name_batch(folder / FILE)
             session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
     except Exception as error:  # torch and ONNX Runtime raise many types
+        if system_error(error) is not None:
+            raise
+        first = [*chain(error)][-1]  # the others say in which of its steps torch was
         raise UserError(
-            f"{student.name} does not go into ONNX ({reason(error)}); use --to torch-export"
+            f"{student.name} does not go into ONNX ({reason(first)[:200]}); use --to torch-export"
         ) from error
 
     def run(sample: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
@@ -46,6 +52,19 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
 
     program.check_same(student, run, BOUND)
     return {"export": facts}
+
+
+def _name_batch(path: Path) -> None:
+    """Gives the free size of inputs and output, a symbol of torch's, the name that their card has for it."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    symbol = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{symbol}\b", program.BATCH, dim.dim_param)
+    onnx.save(model, path)
 
 
 def _without_idle_squeezes(found: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

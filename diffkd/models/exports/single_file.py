@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
+from diffkd.io.system_errors import system_error
 from diffkd.io.text import reason
 from diffkd.models import components, loading, saving
 from diffkd.models.codecs import Autoencoder
@@ -48,9 +49,11 @@ def write(student: Student, folder: Path) -> dict[str, Any]:
         if whole:
             return _write_whole(student, folder, type(scheduler).__name__)
         return _write_network(network, folder, type(scheduler).__name__)
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:  # of diffusers, which raises many types where a name has no place
+        if system_error(error) is not None:
+            raise
         raise UserError(
             f"{student.name} does not fit a single file of its family, as smaller students may not "
             f"({reason(error)}); {INSTEAD}"

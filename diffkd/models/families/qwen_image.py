@@ -58,16 +58,17 @@ def load(source: Source) -> Denoiser:
     )
 
 
-def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+def call(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond, *, listed: int | None = None) -> Tensor:
     """cond: encoder_hidden_states (B, 512, D), encoder_attention_mask (B, 512). The network takes packed
-    latents and the size of their one frame, and sigma as time."""
+    latents and the size of their one frame, and sigma as time. listed: how often that size is named, of which
+    the network reads the first; default once for each image, as stock does."""
     height, width = x_t.shape[2:]
     output: Tensor = network(
         hidden_states=packing.pack(x_t),
         timestep=time / flow_pipelines.THOUSAND,
         encoder_hidden_states=cond[STATES].to(x_t.dtype),
         encoder_hidden_states_mask=cond[MASK].bool(),
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
+        img_shapes=[[(1, height // PATCH, width // PATCH)]] * (listed or len(x_t)),
         return_dict=False,
     )[0]
     return packing.unpack(output, height, width)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffkd.core.denoiser import GUIDANCE, USUAL_GUIDANCE
 from diffkd.models.installed import dtype_argument
+from diffkd.models.masked_prompts import MASK
 
 PLACE = '"path/to/this/folder"'  # where a repository of the Hub does as well
 FILES = 'folder = "path/to/these/files"'  # where it does not, and has to be downloaded
@@ -172,12 +174,8 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
         "",
         "",
     ] if onnx else ['network = torch.export.load(f"{folder}/network.pt2").module()']  # fmt: skip
-    given = [
-        f'    "{key}": torch.zeros(4, {", ".join(map(str, inputs[key][1:]))}, dtype=torch.{dtypes[key]}),'
-        if len(inputs[key]) > 1
-        else f'    "{key}": torch.zeros(4, dtype=torch.{dtypes[key]}),'
-        for key in cond
-    ]
+    given = [f'    "{key}": {_example(key, inputs[key], dtypes[key], export)},' for key in cond]
+    padded = "; the mask is 0 at padding" * (MASK in cond)
     told = ", cond=cond" * (onnx or bool(cond))
     return [
         f"{title} made by diffkd: its network as a program for {'ONNX Runtime' if onnx else 'torch'}, for "
@@ -194,7 +192,7 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
             f'scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")',
             f"scheduler.set_timesteps({steps})",
             f"x = {first}",
-            *(["cond = {  # what it is to draw, in place of the zeros", *given, "}"] if cond else []),
+            *([f"cond = {{  # what it is to draw, in place of these{padded}", *given, "}"] if cond else []),
             *["cond = {}"] * (onnx and not cond),
             "for t in scheduler.timesteps:",
             f"    output = network(sample={scaled}, timestep=t.float().expand(4){told})",
@@ -205,6 +203,15 @@ def _program(card: Mapping[str, Any], title: str, count: int) -> list[str]:
         *(f"| `{key}` | {', '.join(map(str, shape))} | {dtypes[key]} |" for key, shape in inputs.items()),
         "",
     ]
+
+
+def _example(key: str, shape: list[Any], dtype: str, export: Mapping[str, Any]) -> str:
+    """Of an input that says what is drawn, for four images: zeros, a prompt without padding, or the usual
+    weight of guidance."""
+    size, dtype = ", ".join(map(str, [4, *shape[1:]])), f"dtype=torch.{dtype}"
+    if key == GUIDANCE:
+        return f"torch.full(({size},), {float(export.get('guidance', USUAL_GUIDANCE)):g}, {dtype})"
+    return f"torch.{'ones' if key == MASK else 'zeros'}({size}, {dtype})"
 
 
 def _of_diffkd_alone(title: str, classes: Any, count: int) -> list[str]:
