@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -235,7 +236,8 @@ def test_a_measurement_that_a_kill_parted_from_its_update_is_not_lost(calls, tmp
     assert steps(calls) == [8]  # which wandb has, and drops
 
 
-def test_a_file_of_identities_that_was_edited_is_lived_with(calls, tmp_path):
+def test_a_file_of_identities_that_was_edited_is_lived_with(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     path, given = tmp_path / "trackers.json", set()
     mine = {
         "id": "mine",
