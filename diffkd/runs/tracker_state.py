@@ -15,6 +15,7 @@ from diffkd.training.run_files import TRACKERS
 # Seconds for which a tracker may have what it is told in memory alone, where a kill loses it: wandb writes
 # its file every 15, trackio its database every half. The others have it when their call returns.
 HELD = {"wandb": 20.0, "trackio": 1.0}
+MOST = 100  # entries of those, so that a run that logs every update is not slowed by writing them
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class TrackerState:
 
     def save(self) -> None:
         first = time.monotonic() - HELD.get(self._name, 0.0)
-        self._held = [(at, entry) for at, entry in self._held if self._name in HELD and at > first]
+        held = [(at, entry) for at, entry in self._held if self._name in HELD and at > first]
+        self._held = held[-MOST:]
         waiting = [entry.content() for entry in (*(entry for _, entry in self._held), *self.waiting)]
         state = {"id": self.identity, "last": self._last, "waiting": waiting}
         write_json(self._path, {**self._content(), self._name: state})

@@ -94,6 +94,7 @@ class Tracker(Callback):
                 if self._failing:
                     self._deliver()
             finally:
+                self._state.save()
                 tracker, self._tracker = self._tracker, None
                 if tracker is not None:
                     tracker.finish()
@@ -102,10 +103,8 @@ class Tracker(Callback):
 
     def _tell(self, entry: Entry, *, at_once: bool = True) -> None:
         self._state.add(entry)
-        if at_once:
+        if at_once:  # else it is stored at the next checkpoint; a kill before has those updates done again
             self._try()
-        else:
-            self._state.save()
 
     def _try(self) -> None:
         """Delivers what waits, if that can be done now."""

@@ -291,7 +291,14 @@ def test_one_that_fails_is_tried_again_at_each_checkpoint(monkeypatch, tmp_path,
     tracker.on_checkpoint(tmp_path)
     tracker.on_log(5, {"loss": 1.0})
     assert steps(calls) == [1, 2, 3, 4, 5]
-    tracker.on_end()
+    with monkeypatch.context() as patch:
+        patch.setattr(StandIn, "error", ConnectionError("no route"))
+        for update in (6, 7):
+            tracker.on_log(update, {"loss": 1.0})
+        with pytest.raises(Unfinished, match=r"tracker mlflow failed .*; what it was not told waits in"):
+            tracker.on_end()
+    began("mlflow", tmp_path).on_end()
+    assert steps(calls) == [*range(1, 8)]
     assert json.loads((tmp_path / "trackers.json").read_text())["mlflow"]["waiting"] == []
 
 
