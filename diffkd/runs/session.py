@@ -199,12 +199,12 @@ def open_run(
 
     Launchers forward signals that the processes have already received, so a second SIGTERM means nothing new.
     inputs: identifies what the run reads besides the data; all of it must be what the run began with.
-    callbacks: of the user's, before the config's trackers. Raises Interrupted for signals and when the time
-    is up, Unfinished when the disk is full.
+    callbacks: of the user's, told after the config's trackers, which so miss nothing at which one of them
+    ends the run. Raises Interrupted for signals and when the time is up, Unfinished when the disk is full.
     """
     config.check(accelerator)
     own = [trackers.Tracker(name) for name in dict.fromkeys(config.training.trackers)]
-    told = Callbacks([*callbacks, *own])  # in every process, so that all of them refuse what is wrong
+    told = Callbacks([*own, *callbacks])  # in every process, so that all of them refuse what is wrong
     if not accelerator.is_main_process:
         told = Callbacks()
     left = [None if options.until is None else options.until - time.monotonic()]
