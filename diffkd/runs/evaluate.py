@@ -164,7 +164,7 @@ def open_reference(
     if isinstance(given, ArraySource):
         return Reference(InMemory(), given, cached=cached)
     if is_model(given) and Path(given).is_dir():
-        raise UserError(f"--reference {given} is a model; give images, or statistics of images")
+        raise UserError(f"{called('reference')} {given} is a model; give images, or statistics of images")
     spec = image_sets.parse(given, resize=resize, split=split or "train", as_stored=as_stored)
     return Reference(spec, cached=cached)
 

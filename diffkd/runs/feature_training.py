@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError, printable
 from diffkd.io import progress
+from diffkd.io.naming import called
 from diffkd.io.places import check_writable, expanded
 from diffkd.io.processes import Processes
 from diffkd.io.text import counted, log
@@ -46,14 +47,18 @@ def train(
     from those of others; with `views` so whatever classes there are. Raises UserError for images that teach
     nothing."""
     if out.suffix != SUFFIX:
-        raise UserError(f"--out {out} is not a name for a feature network; end it in {SUFFIX}")
-    check_writable(out, "--out")
+        raise UserError(f"{called('out')} {out} is not a name for a feature network; end it in {SUFFIX}")
+    check_writable(out, called("out"))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use another --out, or --overwrite")
+        raise UserError(f"{out} exists already; use another {called('out')}, or {called('overwrite')}")
     if size not in (None, *SIZES):
-        raise UserError(f"--size {size} is not one of {', '.join(map(str, SIZES))}; use the nearest")
+        raise UserError(
+            f"{called('size')} {size} is not one of {', '.join(map(str, SIZES))}; use the nearest"
+        )
     if width % GROUPS:
-        raise UserError(f"--width {width} is not a multiple of {GROUPS}; use {-(-width // GROUPS) * GROUPS}")
+        raise UserError(
+            f"{called('width')} {width} is not a multiple of {GROUPS}; use {-(-width // GROUPS) * GROUPS}"
+        )
     image_sets.check_used([text], resize=resize, split=split)
     source = image_sets.images_of(image_sets.parse(text, resize=resize, split=split or "train"))
     if len(source) < LEAST:
