@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,19 +24,28 @@ OF_DIFFKD = ("song", "edm2")  # networks of no stock class
 
 def teacher(work: Path, kind: str) -> Path:
     """A stock pipeline of one of the kinds of tests.text_to_image, tests.flow_pipelines, masked_pipelines,
-    tests.dit, tests.ldm (ldm) and tests.edm (edm), or one of OF_DIFFKD."""
-    folder, parts = work / f"{kind}-teacher", work / "parts" / kind
-    if folder.exists():
-        return folder
+    tests.dit, tests.ldm (ldm) and tests.edm (edm), or one of OF_DIFFKD; it says that it was read from `work`,
+    as pipelines do that were read from a folder and saved."""
+    folder = work / f"{kind}-teacher"
+    if not folder.exists():
+        _save(folder, work / "parts" / kind, kind)
+        for file, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+            for path in folder.rglob(file):
+                path.write_text(json.dumps({**json.loads(path.read_text()), key: str(work / "base")}))
+    return folder
+
+
+def _save(folder: Path, parts: Path, kind: str) -> None:
     if kind in masked_pipelines.KINDS:
         masked_pipelines.save(masked_pipelines.pipeline(parts, kind), kind, folder)
-        return folder
+        return
     if kind == "edm":
-        return edm.save(folder, edm.network(num_class_embeds=3), diffusers.EDMEulerScheduler())
+        edm.save(folder, edm.network(num_class_embeds=3), diffusers.EDMEulerScheduler())
+        return
     if kind in OF_DIFFKD:
         network_of_diffkd(kind).save_pretrained(folder, safe_serialization=True)
         diffusers.EDMEulerScheduler(sigma_data=0.6).save_pretrained(folder)
-        return folder
+        return
     if kind in ("sd", "xl"):
         made = text_to_image.pipeline(parts, xl=kind == "xl", prediction="v_prediction")
     elif kind == "dit":
@@ -45,7 +55,6 @@ def teacher(work: Path, kind: str) -> Path:
     else:
         made = flow_pipelines.pipeline(parts, kind)
     made.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 def network_of_diffkd(kind: str) -> Any:

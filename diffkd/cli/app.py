@@ -83,7 +83,7 @@ def _options(
 def parse() -> Callable[[], int | None]:
     """What the command line asks for, to be called. Raises UserError for what it gets wrong."""
     try:
-        asked = app(standalone_mode=False)
+        asked = app(prog_name="diffkd", standalone_mode=False)  # and not "python -m diffkd.cli"
     except SystemExit as stop:  # completion, which typer ends itself
         asked = stop.code
     except Exception as error:

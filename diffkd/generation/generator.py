@@ -17,16 +17,17 @@ from diffkd.generation.labels import labels_for
 from diffkd.generation.pixels import check_finite, host_arrays, to_pixels
 from diffkd.generation.prompts import PromptEmbeddings, check_prompts
 from diffkd.generation.timing import Timer
+from diffkd.io.naming import called
 from diffkd.io.prefetch import prefetch, to_device
 
 
 class ImageGenerator:
     """n images of a denoiser, in batches: batch k holds the images from k * batch_size on.
 
-    steps, sampler: default the denoiser's own. labels, or prompts: repeated in turn; labels default to every
-    class in turn. negative: a prompt that guidance leads away from, in place of the empty one. size: height
-    and width, for models of latents; default the model's own. mode: auto, eager, graph or compile
-    (`cuda_graphs.prepare`). options: guidance, eta.
+    steps, sampler: default the denoiser's own. labels, or prompts (one, or several): repeated in turn; labels
+    default to every class in turn. negative: a prompt that guidance leads away from, in place of the empty
+    one. size: height and width, for models of latents; default the model's own. mode: auto, eager, graph or
+    compile (`cuda_graphs.prepare`). options: guidance, eta.
 
     Image i starts from the noise of `torch.Generator().manual_seed(seed + i)` and goes on drawing from it
     where a sampler is stochastic, so the stock pipeline given these generators draws the same images.
@@ -43,8 +44,8 @@ class ImageGenerator:
         *,
         steps: int | None = None,
         seed: int = 0,
-        labels: Sequence[int] | Tensor | None = None,
-        prompts: Sequence[str] | None = None,
+        labels: int | Sequence[int] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
         negative: str | None = None,
         size: tuple[int, int] | None = None,
         batch_size: int = 64,
@@ -52,9 +53,15 @@ class ImageGenerator:
         mode: str = "auto",
         **options: Any,
     ) -> None:
-        steps, sampler = steps or denoiser.steps, sampler or denoiser.sampler
+        steps, sampler = denoiser.steps if steps is None else steps, sampler or denoiser.sampler
         if steps is None:
             raise UserError("this model has no step count of its own; give the number of steps")
+        for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{called(name)} is {value}; use 1 or more")
+        if isinstance(prompts, str):  # and not its letters
+            prompts = [prompts]
+        labels = [labels] if isinstance(labels, int) else labels
         if sampler != "ancestral" and "eta" in options:
             raise UserError(
                 f"eta is an option of the ancestral sampler, and the sampler is {sampler}; leave it out"
@@ -242,8 +249,8 @@ def generate(
     *,
     steps: int | None = None,
     seed: int = 0,
-    labels: Sequence[int] | Tensor | None = None,
-    prompts: Sequence[str] | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
+    prompts: str | Sequence[str] | None = None,
     negative: str | None = None,
     size: tuple[int, int] | None = None,
     batch_size: int = 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from diffkd.errors import UserError
 from diffkd.io.files import write_json
 from diffkd.io.text import quoted
-from diffkd.models.pipeline_files import read_object, variants_of, weights_of
+from diffkd.models.pipeline_files import ORIGINS, read_object, variants_of, weights_of
 from diffkd.models.source import Source
 
 Copied = Mapping[str, str | None]  # by component the stem of its weights' names, None for one without
@@ -67,6 +68,11 @@ def _copy_configs(place: Path, folder: Path) -> None:
     for path in place.iterdir():
         if path.suffix in (".json", ".txt", ".model", ".jinja") and ".safetensors.index." not in path.name:
             shutil.copy(path, folder / path.name)
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        content = read_object(path) if path.is_file() else {}
+        places = {key for key in ORIGINS if os.path.isabs(str(content.get(key)))}
+        if places:  # of the machine that the teacher was saved on
+            write_json(path, {key: value for key, value in content.items() if key not in places})
 
 
 def _copy(source: Source, component: str, stem: str | None, folder: Path, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from diffkd.errors import UserError
 from diffkd.io.text import quoted
 from diffkd.models import quantization, validation
 from diffkd.models.installed import dtype_argument
-from diffkd.models.pipeline_files import MAX_NUMBER, read_object
+from diffkd.models.pipeline_files import MAX_NUMBER, forget_origin, read_object
 from diffkd.models.source import Source
 
 
@@ -75,6 +75,7 @@ def read_from(
             f"{name}: the weights in {place} hold {loading['unexpected_keys'][0]}, of which its config.json "
             "knows nothing; give the config that they were trained with"
         )
+    forget_origin(network)
     if integers:
         quantization.cast(network, torch.float32)
     else:

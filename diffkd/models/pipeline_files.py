@@ -17,6 +17,7 @@ INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"
 SHARD = "-of-"  # in the names of sharded weights
 MAX_NUMBER = 1 << 20  # in a config, other than T and the sides of an image
+ORIGINS = ("_name_or_path", "name_or_path")  # in a config: where its component was read from
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -31,6 +32,14 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object; is the pipeline complete?")
     return content
+
+
+def forget_origin(network: Any) -> None:
+    """Takes the folder that diffusers read a network from out of its config, and so out of whatever is saved
+    of it: students are handed on, and a path of this machine with them."""
+    from diffusers.configuration_utils import FrozenDict
+
+    network._internal_dict = FrozenDict({k: v for k, v in network.config.items() if k not in ORIGINS})
 
 
 def weights_of(

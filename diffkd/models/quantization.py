@@ -14,6 +14,7 @@ from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.models import sizes
 from diffkd.models.installed import dtype_argument
+from diffkd.models.pipeline_files import forget_origin
 
 SAVED = {"Int8WeightOnlyConfig", "PerRow"}  # classes in the config of saved weights that are opened
 KEPT = ["time_embedding.cond_proj"]  # layers of saved networks that are looked at, and so no integers
@@ -77,7 +78,9 @@ def stock(kind: Any, place: Path) -> Any:
 
     config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[*KEPT])
     how: dict[str, Any] = {dtype_argument(): torch.bfloat16}
-    return kind.from_pretrained(place, use_safetensors=True, quantization_config=config, **how)
+    network = kind.from_pretrained(place, use_safetensors=True, quantization_config=config, **how)
+    forget_origin(network)
+    return network
 
 
 def is_opened(config: Any) -> bool:

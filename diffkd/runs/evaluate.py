@@ -25,7 +25,7 @@ from diffkd.metrics.evaluation.image_sources import ArraySource
 from diffkd.metrics.evaluation.in_memory import Given, InMemory, source_of
 from diffkd.metrics.evaluation.records import Record, formatted
 from diffkd.metrics.evaluation.reference import Reference
-from diffkd.metrics.evaluation.targets import is_model
+from diffkd.metrics.evaluation.targets import exists, is_model
 from diffkd.metrics.statistics import Statistics
 from diffkd.models import loading
 from diffkd.runs.evaluate_options import (
@@ -115,6 +115,10 @@ def measure(
     known without a feature network, before one is used.
     """
     check(target, options)
+    named = [*[target] * (isinstance(target, str) and exists(target) and not is_model(target)), reference]
+    image_sets.check_used(
+        [one for one in named if isinstance(one, str)], resize=options.resize, split=options.split
+    )
     if isinstance(options.cache, str):
         check_writable(expanded(options.cache), called("cache"), folder=True)
     size = size_of(options)
@@ -160,7 +164,7 @@ def open_reference(
     if isinstance(given, ArraySource):
         return Reference(InMemory(), given, cached=cached)
     if is_model(given) and Path(given).is_dir():
-        raise UserError(f"--reference {given} is a model; give images, or statistics of images")
+        raise UserError(f"{called('reference')} {given} is a model; give images, or statistics of images")
     spec = image_sets.parse(given, resize=resize, split=split or "train", as_stored=as_stored)
     return Reference(spec, cached=cached)
 

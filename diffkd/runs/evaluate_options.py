@@ -106,7 +106,7 @@ def check(target: Measured, options: Options) -> None:
             )
         owner = with_teacher if name in OF_TEACHERS else owners.get(KEYS.get(name, name))
         if owner is not None and owner not in chosen:
-            raise UserError(f"{option(name)} is for the metric {owner}; add it to --metrics")
+            raise UserError(f"{option(name)} is for the metric {owner}; add it to {option('metrics')}")
 
 
 def check_without_reference(options: Options) -> None:
@@ -117,13 +117,13 @@ def check_without_reference(options: Options) -> None:
         alone = ", ".join(name for name, kind in kinds.items() if not kind.compares)
         raise UserError(
             "say what to measure and against what: diffkd evaluate TARGET --reference REFERENCE (only "
-            f"--metrics {alone} does without)"
+            f"{option('metrics')} {alone} does without)"
         )
 
 
 def option(name: str) -> str:
-    """As it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
+    """What it is called where it is given: an option of the command, or an argument in Python."""
+    return called(name)
 
 
 def target_of(target: Measured, options: Options) -> Target:
@@ -184,7 +184,8 @@ def size_of(options: Options) -> int | None:
         return options.resize
     if options.resize not in (None, size):
         raise UserError(
-            f"--resize {options.resize} is not what protocol {options.protocol} has, {size}; leave it out"
+            f"{option('resize')} {options.resize} is not what protocol {options.protocol} has, {size}; leave "
+            "it out"
         )
     return size
 
@@ -205,7 +206,7 @@ def parse_steps(text: str | None) -> tuple[int, ...]:
     """Step counts from text such as 1,2,4; none for the model's own."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(is_number(part) and int(part) > 0 for part in parts):
-        raise UserError(f"--steps {text!r} is not understood; use step counts such as 1,2,4,8,64")
+        raise UserError(f"{option('steps')} {text!r} is not understood; use step counts such as 1,2,4,8,64")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diffkd.errors import UserError, printable
 from diffkd.io import progress
+from diffkd.io.naming import called
 from diffkd.io.places import check_writable, expanded
 from diffkd.io.processes import Processes
-from diffkd.io.text import log
+from diffkd.io.text import counted, log
 from diffkd.metrics.evaluation import image_sets
 from diffkd.metrics.evaluation.image_sources import Source, batches, thinned
 from diffkd.metrics.features import learning, trained
@@ -46,14 +47,19 @@ def train(
     from those of others; with `views` so whatever classes there are. Raises UserError for images that teach
     nothing."""
     if out.suffix != SUFFIX:
-        raise UserError(f"--out {out} is not a name for a feature network; end it in {SUFFIX}")
-    check_writable(out, "--out")
+        raise UserError(f"{called('out')} {out} is not a name for a feature network; end it in {SUFFIX}")
+    check_writable(out, called("out"))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; use another --out, or --overwrite")
+        raise UserError(f"{out} exists already; use another {called('out')}, or {called('overwrite')}")
     if size not in (None, *SIZES):
-        raise UserError(f"--size {size} is not one of {', '.join(map(str, SIZES))}; use the nearest")
+        raise UserError(
+            f"{called('size')} {size} is not one of {', '.join(map(str, SIZES))}; use the nearest"
+        )
     if width % GROUPS:
-        raise UserError(f"--width {width} is not a multiple of {GROUPS}; use {-(-width // GROUPS) * GROUPS}")
+        raise UserError(
+            f"{called('width')} {width} is not a multiple of {GROUPS}; use {-(-width // GROUPS) * GROUPS}"
+        )
+    image_sets.check_used([text], resize=resize, split=split)
     source = image_sets.images_of(image_sets.parse(text, resize=resize, split=split or "train"))
     if len(source) < LEAST:
         raise UserError(f"{source.name} holds {len(source)} images; a feature network needs at least {LEAST}")
@@ -139,7 +145,8 @@ def _images(source: Source, size: int, console: Console) -> Tensor:
 
 
 def _check(found: learning.Learned, num_features: int) -> None:
-    """Raises UserError for features that collapsed; says of classes that were not learned."""
+    """Raises UserError for features that collapsed; says of classes that were not learned, and where all else
+    was forgotten for them."""
     least = 1 if found.same_image is None else COLLAPSED * num_features
     if found.effective_rank < least:
         raise UserError(
@@ -155,4 +162,10 @@ def _check(found: learning.Learned, num_features: int) -> None:
                 "the largest class): distances by these features say little; train longer (--updates), or "
                 "give more images",
                 100 * found.accuracy, 100 * chance,
+            )  # fmt: skip
+        if found.effective_rank < max(2, COLLAPSED * num_features):
+            log.warning(
+                "the features vary in hardly more than %s (effective rank %.1f of %d): they tell the classes "
+                "and nothing within one; --views learns to see that",
+                counted(round(found.effective_rank), "direction"), found.effective_rank, num_features,
             )  # fmt: skip

@@ -16,7 +16,7 @@ from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.frechet import distance
 from diffkd.metrics.tool_distances import tool_distance
 from diffkd.runs.evaluate import measure
-from diffkd.runs.evaluate_options import Options
+from diffkd.runs.evaluate_options import Options, option
 from diffkd.runs.reports import tables
 
 
@@ -44,6 +44,7 @@ def fid(one: str, two: str, options: Options, console: Console, *, device: str |
     if all(stored) and per_class:
         raise UserError(f"{one} and {two} are statistics, which have no classes; give images for --per-class")
     if all(stored):
+        _check_unneeded(one, two, options)
         first, second = (Reference(image_sets.parse(text)) for text in (one, two))
         assert first.statistics is not None and second.statistics is not None
         unknown = {"name": one, "num_features": first.statistics.num_features}
@@ -62,6 +63,15 @@ def fid(one: str, two: str, options: Options, console: Console, *, device: str |
         return None
     [record] = found
     return Found(record["fid"], tables.notes(found), record.get("class_fids", {}), record.get("class_fid"))
+
+
+def _check_unneeded(one: str, two: str, options: Options) -> None:
+    """Raises UserError for an option that says how images are read, where both sets are statistics."""
+    for name in options.given():
+        if name not in ("metrics", "protocol", "allow_mismatch") and getattr(options, name) is not False:
+            raise UserError(
+                f"{option(name)} is for images, and {one} and {two} are statistics already; leave it out"
+            )
 
 
 def _check_made_for(tool: str, read: Reference) -> None:

@@ -122,7 +122,7 @@ def _computed(
     if preset is not None:
         how = presets.of_tool(preset, features=features_name, resize=feature_resize, dtype=dtype)
         features_name, feature_resize, dtype = how["features"], how["resize"], how["dtype"]
-    source, spec = _opened(images, resize=resize, split=split or "train", as_stored=presets.as_stored(preset))
+    source, spec = _opened(images, resize=resize, split=split, as_stored=presets.as_stored(preset))
     name = features_name or (source.name if source.name in image_sets.SETS else "inception")
     processes = Processes(device)
     network = features.load(name, weights=weights, resize=feature_resize, dtype=dtype).to(processes.device)
@@ -155,13 +155,17 @@ def _computed(
     return statistics
 
 
-def _opened(images: str | ArraySource, **how: Any) -> tuple[Source, Strict]:
+def _opened(
+    images: str | ArraySource, *, resize: int | None, split: str | None, as_stored: bool
+) -> tuple[Source, Strict]:
     """The images, and what a protocol says of where they are. Raises UserError for a model."""
     if isinstance(images, ArraySource):
+        image_sets.check_used([], resize=resize, split=split)
         return images, InMemory()
     if is_model(images) and Path(images).is_dir():
         raise UserError(f"{images} is a model; give images (diffkd sample draws them)")
-    spec = image_sets.parse(images, **how)
+    image_sets.check_used([images], resize=resize, split=split)
+    spec = image_sets.parse(images, resize=resize, split=split or "train", as_stored=as_stored)
     return image_sets.images_of(spec), spec
 
 

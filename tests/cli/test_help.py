@@ -48,6 +48,7 @@ def test_help_ends_with_an_example_that_the_command_takes(cli, command, monkeypa
     assert words[0] == command
     asked = app.app(words, standalone_mode=False)
     assert asked.func is inspect.unwrap(COMMANDS[command].callback)
+    assert f"Usage: diffkd {command}" in out  # and not of "python -m", however it was started
     for word in words:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file()

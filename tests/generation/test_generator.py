@@ -42,12 +42,17 @@ def test_a_label_reaches_its_image():
     mixed = images(denoiser, 8, labels=[0, 3], batch_size=8).int()
     assert (mixed[1::2] - images(denoiser, 8, labels=[3], batch_size=8).int()[1::2]).abs().max() <= 1
     assert not torch.equal(mixed[0::2], images(denoiser, 8, labels=[3], batch_size=8).int()[0::2])
+    assert torch.equal(images(denoiser, 4, labels=3), images(denoiser, 4, labels=[3]))  # one, for all
 
 
 def test_what_cannot_be_generated():
     denoiser = gaussian(COSINE)
     with pytest.raises(UserError, match="no step count of its own"):
         images(denoiser, 1)
+    for given in ({"n": 0}, {"steps": 0}, {"steps": -1}, {"batch_size": 0}):
+        (name,), (value,) = given, given.values()
+        with pytest.raises(UserError, match=f"{name} is {value}; use 1 or more"):
+            images(denoiser, **{"n": 1, "steps": 1, **given})
     denoiser.shape = None
     with pytest.raises(UserError, match="shape"):
         images(denoiser, 1, steps=1)

@@ -46,6 +46,12 @@ def stock(folder, count, **options):
     return np.rint(images * 255).astype(int)
 
 
+def test_one_prompt_is_for_all_and_not_letter_by_letter(model):
+    denoiser = loading.load(model / "student")
+    one, listed = (next(generate(denoiser, 2, prompts=given)) for given in (PROMPTS[0], PROMPTS[:1]))
+    assert torch.equal(one, listed)
+
+
 def drawn(denoiser, count, **options):
     batches = generate(denoiser, count, prompts=PROMPTS, seed=7, steps=2, **options)
     return torch.cat([*batches]).int().numpy()

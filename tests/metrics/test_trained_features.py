@@ -142,6 +142,18 @@ def test_every_command_takes_it_and_records_name_it_by_its_hash(cli, here, make_
     assert row["protocol"]["features"]["name"] == name
 
 
+def test_features_of_two_classes_are_said_to_see_no_more(cli, here):
+    """Dark and bright images are told apart by a line."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    pixels = rng.integers(0, 100, (80, 8, 8, 1)) + 150 * labels[:, None, None, None]
+    np.savez("two.npz", arr_0=pixels.astype(np.uint8), labels=labels)
+    args = ("features", "train", "two.npz", "--width", "8", "--num-features", "8", "--updates", "40")
+    code, out, err = cli(*args, "--out", "two.safetensors")
+    assert code == 0 and "100.0% of 16 held-out images" in out
+    assert "hardly more than 1 direction (effective rank 1." in err and "--views" in err
+
+
 def test_a_run_measures_by_it(cli, here):
     content = {
         "out": "teacher", "data": {"kind": "digits"},

@@ -213,7 +213,7 @@ def test_from_python(here, measure):
     ]
     several = diffkd.evaluate("student", "digits", steps=[1, 2], samples=4)
     assert [record["steps"] for record in several] == [1, 2]
-    with pytest.raises(UserError, match="--teacher is for the metric agreement"):
+    with pytest.raises(UserError, match="teacher is for the metric agreement"):
         diffkd.evaluate("student", "digits", teacher="student")
 
 

@@ -44,7 +44,8 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def made(work, cli):
-    """made(kind of student, kind of export) -> (the student's folder, the export's)."""
+    """made(kind of student, kind of export) -> (the student's folder, the export's). No stock file of either
+    names a folder of this machine."""
 
     def export(kind: str, to: str, **how) -> tuple[Path, Path]:
         folder = work / (kind if how.get("rank") is None else f"{kind}-lora")
@@ -54,6 +55,8 @@ def made(work, cli):
         if not out.exists():
             outcome = cli("export", folder, "--to", to)
             assert (outcome.code, outcome.stderr) == (0, ""), outcome
+            for path in (path for place in (folder, out) for path in place.rglob("*.json")):
+                assert path.name == "diffkd.json" or str(work) not in path.read_text(), path
         return folder, out
 
     return export

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import diffkd
@@ -66,6 +67,50 @@ def test_what_cannot_be_compared(cli, here):
     refuse(cli, here, "fid", "a", "wide.npz", "--features", "digits", says=["wide.npz", "65"])
     refuse(cli, here, "evaluate", "a", "b", "--reference", "b", says=["b", "--reference"])
     refuse(cli, here, "evaluate", "a", says=["evaluate TARGET --reference REFERENCE"])
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (
+            ("fid", "a.npz", "b.npz", "--features", "inception"),
+            ["--features is for images", "a.npz and b.npz"],
+        ),
+        (("fid", "a.npz", "b.npz", "--resize", 9), "--resize is for images"),
+        (("fid", "a.npz", "b.npz", "--cache", "kept"), "--cache is for images"),
+        (
+            ("fid", "images.npz", "b.npz", "--resize", 9),
+            "--resize 9 does nothing here: only folders and data",
+        ),
+        (("evaluate", "images.npz", "digits", "--resize", 9), "--resize 9 does nothing here"),
+        (("evaluate", "a", "digits", "--split", "test"), "--split test does nothing here: only data sets"),
+        (("stats", "digits", "--resize", 9, "--out", "x.npz"), "--resize 9 does nothing here"),
+        (("stats", "a", "--split", "test", "--out", "x.npz"), "--split test does nothing here"),
+        (("features", "train", "a", "--split", "x", "--out", "x.safetensors"), "--split x does nothing here"),
+        (("features", "train", "images.npz", "--resize", 9, "--out", "x.safetensors"), "--resize 9 does"),
+        (("fid", "sizes", "a"), "(one/x.png is 8x8, two/x.png 9x9); say --resize"),
+        (("fid", "a", "classed", "--features", "digits", "--per-class"), "the images have no class labels"),
+        (("fid", "classed", "a", "--features", "digits", "--per-class"), "the reference has no class labels"),
+    ],
+)
+def test_options_that_would_do_nothing_and_sets_that_do_not_fit(cli, here, image_folder, args, says):
+    np.savez("images.npz", arr_0=np.zeros((60, 8, 8, 1), np.uint8))
+    image_folder(here, name="classed", classes=("x", "y"), count=2)
+    for name, side in (("one", 8), ("two", 9)):
+        (here / "sizes" / name).mkdir(parents=True)
+        Image.new("L", (side, side)).save(here / "sizes" / name / "x.png")
+    refuse(cli, here, *args, says=says)
+
+
+def test_a_size_is_taken_where_one_of_the_sets_is_resized(cli, here):
+    np.savez("images.npz", arr_0=np.zeros((60, 9, 9, 1), np.uint8))
+    for args in (("a", "images.npz"), ("images.npz", "a")):
+        code, out, err = cli("fid", *args, "--features", "digits", "--resize", 9)
+        assert code == 0 and out.startswith("FID: ") and "of another size" not in err
+    with pytest.raises(diffkd.UserError, match="resize 9 does nothing here"):
+        diffkd.evaluate(np.zeros((60, 8, 8, 1), np.uint8), "digits", resize=9)
+    with pytest.raises(diffkd.UserError, match="split test does nothing here"):
+        diffkd.compute_statistics(np.zeros((60, 8, 8, 1), np.uint8), split="test")
 
 
 def test_the_help_says_what_is_so(cli, monkeypatch):

@@ -22,18 +22,20 @@ from tests.refusals import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 TOKEN = "hf_" + "aBcD1234" * 4
+SAID = "You don't have the right of owner"  # by the Hub
 
 
 class Hub:
-    """What a client created and committed. files: by path, as they are after all commits. status: with which
-    everything is answered, None as the Hub does."""
+    """What a client created and committed. files: by path, as they are after all commits. refused: the part
+    of an address whose requests are answered with a status, or with the end of the connection."""
 
     def __init__(self) -> None:
         self.repositories: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}  # of large files, by their digests
         self.tokens: set[str] = set()
-        self.status: int | None = None
+        self.commits = self.uploads = 0
+        self.refused: tuple[str, int | None] | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,9 +47,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         hub, body = self.hub, self._body()
         hub.tokens.add(self.headers.get("Authorization", ""))
-        if hub.status is not None:
-            self._answer({"error": "Invalid credentials in Authorization header"}, hub.status)
-        elif self.path == "/api/repos/create":
+        if self._is_refused():
+            return
+        if self.path == "/api/repos/create":
             hub.repositories.append(json.loads(body))
             self._answer({"url": f"{self._here}/owner/name"})
         elif self.path == "/api/validate-yaml":
@@ -56,12 +58,10 @@ class Handler(BaseHTTPRequestHandler):
             files = [self._mode(one) for one in json.loads(body)["files"]]
             self._answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**one, "actions": {"upload": {"href": f"{self._here}/stored/{one['oid']}", "header": {}}}}
-                for one in json.loads(body)["objects"]
-            ]
+            objects = [self._object(one) for one in json.loads(body)["objects"]]
             self._answer({"objects": objects, "transfer": "basic"})
         elif self.path.endswith("/commit/main"):
+            hub.commits += 1
             for line in map(json.loads, body.splitlines()):
                 self._commit(line["key"], line["value"])
             self._answer({"commitUrl": f"{self._here}/owner/name/commit/{'0' * 40}", "commitOid": "0" * 40})
@@ -71,12 +71,31 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         digest = self.path.removeprefix("/stored/")
         content = self._body()
+        if self._is_refused():
+            return
+        self.hub.uploads += 1
         assert hashlib.sha256(content).hexdigest() == digest
         self.hub.stored[digest] = content
         self._answer({})
 
     def do_GET(self) -> None:
-        self._answer({"error": self.path}, self.hub.status or 404)
+        self._answer({"error": self.path}, 404)
+
+    def _is_refused(self) -> bool:
+        if self.hub.refused is None or self.hub.refused[0] not in self.path:
+            return False
+        status = self.hub.refused[1]
+        if status is None:
+            self.close_connection = True
+        else:
+            self._answer({"error": SAID}, status)
+        return True
+
+    def _object(self, one: dict[str, Any]) -> dict[str, Any]:
+        """What is here already is not asked for."""
+        if one["oid"] in self.hub.stored:
+            return one
+        return {**one, "actions": {"upload": {"href": f"{self._here}/stored/{one['oid']}", "header": {}}}}
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -188,10 +207,71 @@ def test_bad_input_is_one_line(hub, student, cli, tmp_path, make_pipeline, monke
     assert hub.repositories == [] and hub.tokens == set()
 
 
-def test_a_refusal_of_the_hub_is_one_line_without_the_token(hub, student, cli, tmp_path):
-    hub.status = 401
-    line = refuse(cli, tmp_path, "push", student, "owner/name", says=["could not be uploaded", "401"])
-    assert TOKEN not in line and "hf auth login" in line
+@pytest.mark.parametrize(
+    ("where", "status", "says"),
+    [
+        ("/repos/create", 401, ["401 Unauthorized", "check the token", "hf auth login"]),
+        ("/repos/create", 403, ["403 Forbidden", "a token that may write there"]),
+        ("/preupload/", 404, ["404 Not Found", "check the name"]),
+        ("/stored/", 403, ["403 Forbidden", "a token that may write there"]),
+        ("/commit/", 409, ["409 Conflict", "somebody else writes there"]),
+        ("/commit/", 413, ["413 ", "check the name and the token"]),
+        ("/commit/", 429, ["429 Too Many Requests", "wait"]),
+        ("/commit/", 500, ["500 Internal Server Error", "the fault is the Hub's"]),
+    ],
+)
+def test_a_refusal_is_one_line_in_the_words_of_the_hub(hub, student, cli, tmp_path, where, status, says):
+    """Without the token, and with nothing of the student there."""
+    hub.refused = where, status
+    line = refuse(cli, tmp_path, "push", student, "owner/name", says=["could not be uploaded", SAID, *says])
+    assert TOKEN not in line and line.count(SAID) == 1 and "http" not in line
+    assert hub.files == {}
+
+
+def test_a_push_that_was_cut_goes_on_with_what_is_missing(hub, student, cli, tmp_path):
+    """The files are there all at once, and large ones are not sent a second time."""
+    hub.refused = "/commit/", None
+    refuse(cli, tmp_path, "push", student, "owner/name", says=["could not be uploaded", "push again"])
+    assert (hub.files, hub.uploads, hub.commits) == ({}, 1, 0)
+    hub.refused = None
+    for again in (1, 2):
+        assert cli("push", student, "owner/name").code == 0
+        assert hub.files.keys() == on_disk(student).keys()
+        assert (hub.uploads, hub.commits) == (1, again)
+
+
+def test_no_path_of_this_machine_is_uploaded(hub, student, cli, tmp_path):
+    """What is measured against, and by what, is called by its name alone; all else is as it was."""
+    folder = shutil.copytree(student, tmp_path / "student")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    card = json.loads((folder / "diffkd.json").read_text())
+    spec = {"kind": "images", "path": "/home/me/my_photos.d"}
+    protocol = {
+        "features": {"name": "inception"}, "samples": 9, "target": {"path": "/home/me/my_photos.d/run/s"},
+        "reference": {"name": "/home/me/my_photos.d", "spec": spec},
+        "evaluation": {"weights": "C:\\w\\x.pth"},
+    }  # fmt: skip
+    notes = ["/home/me/my_photos.d holds images of 2/3 sizes, each resized on its own"]
+    card |= {
+        "teacher": "/mnt/big/teacher", "classes": ["/m/01", "and/or"], "prompt": "/imagine a cat",
+        "metrics": [{"steps": 4, "nfe": 4, "fid": 1.5, "protocol": protocol, "notes": notes}],
+    }  # fmt: skip
+    model_card.write(folder, card)
+    assert cli("push", folder, "owner/name").code == 0
+    sent = {name: content.decode() for name, content in hub.files.items() if name.endswith((".md", ".json"))}
+    for name, text in sent.items():
+        assert not any(place in text for place in ("/home", "/mnt", "C:", str(tmp_path))), name
+    assert "| teacher | teacher |" in sent["README.md"] and "| my&#95;photos&#46;d |" in sent["README.md"]
+    found = json.loads(sent["diffkd.json"])
+    assert found["metrics"][0]["notes"] == ["my_photos.d holds images of 2/3 sizes, each resized on its own"]
+    assert found["metrics"][0]["protocol"]["evaluation"]["weights"] == "x.pth"
+    assert (found["classes"], found["prompt"]) == (card["classes"], card["prompt"])
+    changed = {"teacher", "metrics"}
+    assert {k: v for k, v in found.items() if k not in changed} == {
+        k: v for k, v in card.items() if k not in changed
+    }
+    assert not any(name.startswith(".") for name in hub.files)
 
 
 def test_a_network_that_is_gone_is_one_line(hub, student, cli, tmp_path, monkeypatch):
@@ -210,3 +290,9 @@ def test_a_base_that_only_this_machine_has_is_said(hub, student, cli, tmp_path):
     (folder / "diffkd.json").write_text(json.dumps(card))
     code, _, err = cli("push", folder, "owner/name")
     assert code == 0 and "names its base by a path of this machine, /home/me/base" in err
+    del card["lora"]
+    card |= {"export": {"kind": "single-file", "class": "FluxTransformer2DModel"}, "teacher": "runs/flux"}
+    for base, said in (({}, True), ({"base_model": "owner/flux"}, False)):
+        (folder / "diffkd.json").write_text(json.dumps({**card, **base}))
+        code, _, err = cli("push", folder, "owner/name")
+        assert code == 0 and ("by a path of this machine, runs/flux" in err) is said

@@ -306,6 +306,7 @@ def test_images_in_memory_measure_as_those_in_a_file(form, pixels, grey, measure
         (np.zeros((4, 3, 8, 8), int), "images of int64 are given; give uint8, or float"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "several shapes (8x8x3 and 8x9x3"),
         (np.zeros((1, 8, 8, 3), np.uint8), "1 image is given; a covariance needs at least 2"),
+        ([], "0 images are given; a covariance needs at least 2"),
         ([{}], "{} is no image; give arrays"),
         (3, "3 is no image"),
     ],
@@ -333,7 +334,7 @@ def test_a_model_that_is_open_measures_as_its_folder(tmp_path, make_pipeline, mo
     for more in ({"variant": "fp16"}, {"null_label": 3}, {"sampler": "stock"}, {"worse": "x"}):
         with pytest.raises(UserError, match="is for a model that is opened by its path"):
             diffkd.evaluate(opened, grey, **options, **more)
-    with pytest.raises(UserError, match="--steps is for models, and images in memory is a set of images"):
+    with pytest.raises(UserError, match="steps is for models, and images in memory is a set of images"):
         diffkd.evaluate(np.zeros((4, 8, 8, 1), np.uint8), "digits", steps=2)
     with pytest.raises(UserError, match="option 'sampels' is unknown; did you mean samples?"):
         diffkd.evaluate(opened, grey, sampels=3)

@@ -204,10 +204,10 @@ def check_labels(metrics: Sequence[Metric], images: Labelled | None, reference: 
     for metric in metrics:
         if not metric.with_labels:
             continue
-        for what, given in (("the images", images), ("the reference", reference)):
+        for what, given in (("the images have", images), ("the reference has", reference)):
             if given is None:
                 raise UserError(
-                    f"{metric.name} goes class by class, and {what} have no class labels; sort them into a "
+                    f"{metric.name} goes class by class, and {what} no class labels; sort them into a "
                     "subfolder for each class, or leave the metric out"
                 )
         assert images is not None and reference is not None

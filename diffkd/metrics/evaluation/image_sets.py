@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from diffkd.data.resized import LARGEST_SIDE
 from diffkd.data.shapes import HELD_OUT, Shapes
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
-from diffkd.io.naming import in_config
+from diffkd.io.naming import called, in_config
 from diffkd.io.npz import PICKLES, read_npz
 from diffkd.io.places import expanded
 from diffkd.metrics.evaluation.image_sources import ArraySource, DataSource, FolderSource, Source
@@ -76,6 +77,18 @@ def parse(
         remedy = f"give it as {{kind: datasets, path: {text}, size: ...}}" if in_config() else "add --resize"
         raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: {remedy}")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
+
+
+def check_used(given: Sequence[str], *, resize: int | None, split: str | None) -> None:
+    """Raises UserError for a size or a split that none of these sets, named as for `parse`, has a use for."""
+    specs = [parse(text, resize=resize) for text in given]
+    uses = (
+        ("resize", resize, (ImageFolder, HubDataset), "folders and data sets are brought to a size"),
+        ("split", split, (HubDataset,), "data sets have a split"),
+    )
+    for name, value, kinds, why in uses:
+        if value is not None and not any(isinstance(spec, kinds) for spec in specs):
+            raise UserError(f"{called(name)} {value} does nothing here: only {why}; leave it out")
 
 
 Spec = Annotated[

@@ -146,8 +146,9 @@ class FolderSource:
         elif len(sizes) > 1 and resize is None:
             (one, path), (two, other) = list(sizes.items())[:2]
             raise UserError(
-                f"{root} holds images of different sizes ({path.name} is {one[0]}x{one[1]}, {other.name} "
-                f"{two[0]}x{two[1]}); say {called('evaluation.reference.resize')} to bring them to one"
+                f"{root} holds images of different sizes ({path.relative_to(root)} is {one[0]}x{one[1]}, "
+                f"{other.relative_to(root)} {two[0]}x{two[1]}); say "
+                f"{called('evaluation.reference.resize')} to bring them to one"
             )
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
-from diffkd.io.text import quoted
+from diffkd.io.text import counted, quoted
 from diffkd.metrics.evaluation.image_sources import ArraySource
 
 Given = np.ndarray | torch.Tensor | Iterable[Any]  # an array of images, or what yields images or batches
@@ -46,7 +46,9 @@ def source_of(given: Any) -> ArraySource:
         )
     count = sum(map(len, parts))
     if count < 2:
-        raise UserError(f"{count} image is given; a covariance needs at least 2")
+        raise UserError(
+            f"{counted(count, 'image')} {'is' if count == 1 else 'are'} given; a covariance needs at least 2"
+        )
     return ArraySource(Path(NAME), {"arr_0": np.concatenate(parts)})
 
 
