@@ -37,7 +37,7 @@ EXAMPLES: dict[Callable[..., int | None], str] = {
     train.train: "diffkd train configs/digits/teacher.yaml",
     distill.distill: "diffkd distill configs/digits/best.yaml",
     cache.cache: "diffkd cache configs/sd15/progressive.yaml",
-    sample.sample: "diffkd sample runs/quickstart/students/4-steps --out images",
+    sample.sample: "diffkd sample runs/quickstart/students/4-steps-dmd2 --out images",
     evaluate.evaluate: "diffkd evaluate images --reference digits",
     fid.fid: "diffkd fid images digits",
     compare.compare: "diffkd compare one.json two.json",
@@ -45,7 +45,7 @@ EXAMPLES: dict[Callable[..., int | None], str] = {
     features.features: "diffkd features train images --out net.safetensors",
     fuse.fuse: "diffkd fuse runs/sd15-lora/students/4-steps --out sd15-4-steps",
     export.export: "diffkd export runs/sd15-lora/students/4-steps --to single-file",
-    push.push: "diffkd push runs/quickstart/students/4-steps owner/name",
+    push.push: "diffkd push runs/quickstart/students/4-steps-dmd2 owner/name",
     benchmark.benchmark: "diffkd benchmark configs/digits/benchmark.yaml",
     methods.methods: "diffkd methods progressive",
 }
