@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 EXAMPLES: dict[Callable[..., int | None], str] = {
     train.train: "diffkd train configs/digits/teacher.yaml",
-    distill.distill: "diffkd distill configs/digits/best.yaml",
+    distill.distill: "diffkd distill configs/digits/quickstart.yaml",
     cache.cache: "diffkd cache configs/sd15/progressive.yaml",
     sample.sample: "diffkd sample runs/quickstart/students/4-steps-dmd2 --out images",
     evaluate.evaluate: "diffkd evaluate images --reference digits",

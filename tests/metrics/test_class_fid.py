@@ -83,7 +83,7 @@ def test_images_of_a_model_by_the_labels_that_they_are_drawn_with(cli, here, mak
 def test_what_has_no_classes_or_too_few_images_is_refused(cli, here):
     args = ("--per-class", "--features", "digits")
     refuse(cli, here, "fid", "plain", "real", *args, says=["class_fid", "the images have no class labels"])
-    refuse(cli, here, "fid", "images", "plain", *args, says="the reference have no class labels")
+    refuse(cli, here, "fid", "images", "plain", *args, says="the reference has no class labels")
     for path in sorted((here / "images" / "cat").iterdir())[1:]:
         path.unlink()
     refuse(cli, here, "fid", "images", "real", *args, says=["'cat' has 1", "7 of the reference"])
