@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffkd
+from diffkd.core.denoiser import GUIDANCE
 from diffkd.errors import UserError
 from diffkd.models import exports, loading, saving
 from diffkd.models.exports import batched, fp16, onnx, program, single_file, torch_export
@@ -315,6 +316,8 @@ def test_the_loop_of_a_programs_card_draws_the_student(made, pixels, cli, kind, 
         key: (torch.ones if key == MASK else torch.zeros)(4, *value.shape[1:], dtype=value.dtype)
         for key, value in cond.items()
     }
+    if GUIDANCE in cond:
+        cond[GUIDANCE] = torch.full((4,), own.usual_guidance)
     if kind == "pixels":
         changes["torch.zeros(4, dtype=torch.int64)"] = "torch.tensor([0, 1, 2, 0])"
         cond["class_labels"] = torch.tensor([0, 1, 2, 0])
