@@ -33,7 +33,7 @@ COMMANDS = (  # what no config and no library call reaches: their messages may n
     "generation/labels.py", "metrics/evaluation/records.py", "io/environment.py", "io/naming.py",
 )  # fmt: skip
 ANOTHER = re.compile(  # of a command that the message names, or where there is no other surface
-    r"(diffkd|python|pip|git) [\w ]*(TEACHER )?--|--tiles|use --allow|\badd --resize"
+    r"(diffkd|python|pip|git) [\w ]*(TEACHER )?--|--tiles|use --allow"
 )
 
 

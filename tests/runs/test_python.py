@@ -365,3 +365,8 @@ def test_statistics_are_those_of_the_command(tmp_path, cli, pixels, grey):
         diffkd.evaluate(grey, found, "kid", features="digits")
     with pytest.raises(UserError, match="store_features keeps features in a file; name it as out"):
         diffkd.compute_statistics(pixels, store_features=True)
+
+
+def test_a_size_that_is_missing_is_called_what_it_is_in_python():
+    with pytest.raises(UserError, match="needs a size: add resize$"):
+        diffkd.evaluate(np.zeros((4, 8, 8, 1), np.uint8), "owner/images", features="digits")

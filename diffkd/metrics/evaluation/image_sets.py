@@ -74,7 +74,11 @@ def parse(
     if not saved and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
         raise UserError(f"{text} does not exist; give {NAMED} (owner/name)")
     if resize is None:
-        remedy = f"give it as {{kind: datasets, path: {text}, size: ...}}" if in_config() else "add --resize"
+        remedy = (
+            f"give it as {{kind: datasets, path: {text}, size: ...}}"
+            if in_config()
+            else f"add {called('resize')}"
+        )
         raise UserError(f"{text} is not a folder or file here; as a data set it needs a size: {remedy}")
     return HubDataset(kind="datasets", path=text, size=resize, split=split)
 
