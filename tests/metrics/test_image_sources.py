@@ -435,7 +435,7 @@ def test_other_files(tmp_path):
 
 def test_a_data_set_needs_a_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused("owner/name", "owner/name", "--resize")
+    refused("owner/name", "owner/name", "add resize")
 
 
 def test_nothing_named_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
