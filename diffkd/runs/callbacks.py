@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Callback:
     def on_checkpoint(self, folder: Path) -> None:
         """A checkpoint is whole, on the disk."""
 
+    def on_error(self, error: BaseException) -> None:
+        """What ends the run before it is finished, before on_end: Interrupted where it was stopped."""
+
     def on_end(self) -> None:
         """The run is over: finished, stopped or failed."""
 
@@ -66,12 +70,13 @@ class Callbacks:
             for one in self._given:
                 one.on_start(folder, config)
             yield
-        except BaseException:
+        except BaseException as ended:
             for one in self._given:
-                try:
-                    one.on_end()
-                except Exception as error:
-                    log.warning("callback %s failed at the end: %s", type(one).__name__, reason(error))
+                for call in (partial(one.on_error, ended), one.on_end):
+                    try:
+                        call()
+                    except Exception as error:
+                        log.warning("callback %s failed at the end: %s", type(one).__name__, reason(error))
             raise
         for one in self._given:
             one.on_end()

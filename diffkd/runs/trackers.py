@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import tracking
 from PIL import Image
 
-from diffkd.errors import Unfinished, UserError
+from diffkd.errors import Interrupted, Unfinished, UserError
 from diffkd.io.text import log, reason
 from diffkd.runs.callbacks import Callback
 from diffkd.runs.tracker_state import Entry, TrackerState
@@ -62,6 +62,7 @@ class Tracker(Callback):
         self._config: Mapping[str, Any] = {}
         self._state: Any = None
         self._failing = False
+        self._error: BaseException | None = None
 
     def on_start(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._config = folder, config
@@ -86,6 +87,9 @@ class Tracker(Callback):
         if self._failing:
             self._try()
 
+    def on_error(self, error: BaseException) -> None:
+        self._error = error
+
     def on_end(self) -> None:
         if self._tracker is None and not self._failing:
             return
@@ -97,7 +101,7 @@ class Tracker(Callback):
                 self._state.save()
                 tracker, self._tracker = self._tracker, None
                 if tracker is not None:
-                    tracker.finish()
+                    self._finish(tracker)
         self._state.closed()
         self._state.save()
 
@@ -187,6 +191,17 @@ class Tracker(Callback):
             self._state.identity = tracker.tracker.info.run_id if self.name == "mlflow" else identity
             self._state.save()
         return tracker
+
+    def _finish(self, tracker: Any) -> None:
+        """What was stopped or failed is no finished run, where the tracker tells these apart."""
+        if self._error is not None and self.name == "wandb":
+            tracker.tracker.finish(exit_code=1)
+            return
+        if self._error is not None and self.name == "mlflow":
+            import mlflow
+
+            mlflow.end_run("KILLED" if isinstance(self._error, Interrupted) else "FAILED")
+        tracker.finish()
 
     @contextmanager
     def _explained(self, kept: str) -> Iterator[None]:

@@ -42,6 +42,9 @@ class Recorder(diffkd.Callback):
     def on_checkpoint(self, folder):
         self.seen.append(("checkpoint", folder.name, (folder / "checkpoint.json").exists()))
 
+    def on_error(self, error):
+        self.seen.append(("error", error))
+
     def on_end(self):
         self.seen.append(("end",))
 
@@ -86,13 +89,15 @@ def test_a_callback_ends_a_run_and_the_same_call_resumes_it(tmp_path, unstopped,
 
     call = {"method": METHOD, "steps": [4, 1], "out": tmp_path / "run", "quiet": True, **REST}
     first, second = Recorder(), Recorder()
-    with pytest.raises(LookupError, match="of the user's own"):
+    with pytest.raises(LookupError, match="of the user's own") as failed:
         diffkd.distill(tiny_teacher, "digits", callbacks=[first, fails], **call)
     assert [update for update, *_ in first.of("log")] == [*range(1, 16)]
-    assert first.of("log")[-1] == (15, "1-steps", 7) and first.seen[-1] == ("end",)
+    assert first.of("log")[-1] == (15, "1-steps", 7)
+    assert first.seen[-2:] == [("error", failed.value), ("end",)]
     run = diffkd.distill(diffkd.load(tiny_teacher), "digits", callbacks=[second], **call)
     assert [update for update, *_ in second.of("log")] == [*range(14, 25)]
-    assert second.seen[0] == ("start", tmp_path / "run", 16)
+    assert second.seen[0] == ("start", tmp_path / "run", 16) and second.seen[-1] == ("end",)
+    assert second.of("error") == []
     told = [(name, whole) for recorder in (first, second) for name, whole in recorder.of("checkpoint")]
     names = [f"stage-{name}" for name in ("00-update-0000005", "01-update-0000010", "01-update-0000015")]
     # one more may have been written when the callback failed, two updates after it was begun

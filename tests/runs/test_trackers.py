@@ -16,8 +16,9 @@ import pytest
 from accelerate import tracking
 from PIL import Image
 
-from diffkd.errors import Unfinished
+from diffkd.errors import Interrupted, Unfinished
 from diffkd.runs import tracker_state, trackers
+from diffkd.runs.callbacks import Callbacks
 from diffkd.runs.trackers import Tracker
 from tests.edits import edits
 from tests.refusals import refuse
@@ -65,10 +66,13 @@ def test_a_run_that_broke_off_goes_on_in_its_log(name, here, cli, monkeypatch, u
     with monkeypatch.context() as patch:
         signal_at(patch, "1-steps", 7, call=breaks)  # update 15; the last checkpoint is of update 13
         assert cli("distill", "distill.yaml", "out=run", *more).code == 1
+    states = name in ("wandb", "mlflow")
+    assert getattr(tracked, name)(here / "run").finished == (False if states else None)
     code, _, err = cli("distill", "distill.yaml", "out=run", *more)
     assert code == 0 and (err == "" or name != "tensorboard") and "failed" not in err
     assert_same_runs(unstopped, here / "run")
     found = getattr(tracked, name)(here / "run")
+    assert found.finished == (True if states else None)
     losses = found.numbers["train/loss"]
     logged = [json.loads(line)["loss"] for line in (here / "run/log.jsonl").read_text().splitlines()]
     assert [step for step, _ in losses] == [*range(1, 25)]
@@ -205,6 +209,21 @@ def test_what_the_others_are_told(name, calls, tmp_path):
     if name == "mlflow":  # refuses a config that it has; the others would be without one
         opened = [("made", "diffkd", {"run_id": "given", "run_name": "digits"}), ("start", {})]
     assert calls == [*opened, ("log", {"train/loss": 0.25}, {"step": 9}), ("finish", {})]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Interrupted(), "KILLED"), (Unfinished("the disk is full"), "FAILED")]
+)
+def test_a_run_that_was_stopped_or_failed_is_not_finished_there(error, status, calls, tmp_path, monkeypatch):
+    ended: list[str] = []
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(end_run=ended.append))  # type: ignore[arg-type]
+    for name in OTHERS:
+        tracker = began(name, tmp_path / name)
+        tracker._tracker.tracker.finish = lambda exit_code: ended.append(f"exit status {exit_code}")
+        with pytest.raises(type(error)), Callbacks([tracker]).of_run(tmp_path / name, CONFIG):
+            raise error
+    assert ended == ["exit status 1", status]
+    assert [call[0] for call in calls].count("finish") == 2  # of accelerate, without wandb's
 
 
 @pytest.mark.parametrize("name", OTHERS)

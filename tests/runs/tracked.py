@@ -18,13 +18,15 @@ from PIL import Image
 @dataclass
 class Stored:
     """numbers: (update, value), in the order in which they were stored. pictures: (update, size), without the
-    update where the tracker keeps none. runs: the identities; titles: (project, run)."""
+    update where the tracker keeps none. runs: the identities; titles: (project, run). finished: whether the
+    last process of the run was, of trackers that say so."""
 
     numbers: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     pictures: dict[str, list[tuple[int | None, tuple[int, int]]]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
     titles: set[tuple[str, str]] = field(default_factory=set)
+    finished: bool | None = None
 
     def number(self, name: str, update: int, value: float) -> None:
         self.numbers.setdefault(name, []).append((update, value))
@@ -53,6 +55,7 @@ def mlflow(run: Path) -> Stored:
     client, stored = MlflowClient(), Stored()
     for known in client.search_runs([client.get_experiment_by_name("diffkd").experiment_id]):
         stored.runs.add(known.info.run_id)
+        stored.finished = known.info.status == "FINISHED"
         stored.titles.add(("diffkd", known.info.run_name))
         stored.config.update(known.data.params)
         for name in known.data.metrics:
@@ -94,6 +97,8 @@ def wandb(run: Path) -> Stored:
             if kind == "run":
                 stored.runs.add(record.run.run_id)
                 stored.titles.add((record.run.project, record.run.display_name))
+            elif kind == "exit":
+                stored.finished = record.exit.exit_code == 0
             elif kind == "config":
                 stored.config.update({item.key: json.loads(item.value_json) for item in record.config.update})
             elif kind == "history":
