@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ def new_file(path: Path) -> Iterator[Path]:
     _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = _create_locked(temporary)
+        descriptor = _created(temporary, _new_file)
     except OSError as error:
         _complete(error, path, temporary)
         raise
     try:
+        os.write(descriptor, UNWRITTEN)
         mode = os.fstat(descriptor).st_mode
         yield temporary
         with temporary.open("rb") as stream:
@@ -64,9 +65,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     `remove_leftovers` restores it if the process ends between them."""
     path = Path(os.path.realpath(path))  # a symbolic link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(temporary)
-    temporary.mkdir()
+    descriptor = _created(temporary, _new_folder)
     try:
         mode = _mode_of_new_files(temporary)
         yield temporary
@@ -88,6 +90,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _complete(error: Exception, path: Path, temporary: Path) -> None:
@@ -101,25 +104,39 @@ def _complete(error: Exception, path: Path, temporary: Path) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _create_locked(path: Path) -> int:
-    """A descriptor of a new file that this process alone has locked, where the file system has locks."""
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # never through a link
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _created(path: Path, create: Callable[[Path], int]) -> int:
+    """A descriptor of a new file or folder that this process alone has locked, where the file system has
+    locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # never through a link
         try:
-            os.write(descriptor, UNWRITTEN)
+            descriptor = create(path)
+        except FileNotFoundError:
+            if not path.parent.exists():
+                raise
+            continue  # a folder, taken away as below
+        try:
             _lock(descriptor, wait=True)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
         except BaseException:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            _remove(path)
             raise
         os.close(descriptor)  # before it was locked, another process took it for one that was left behind
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes temporary siblings of this file which no living process has locked."""
+    """Removes temporary siblings of this file or folder which no living process has locked."""
     for name in os.listdir(path.parent):
         left = LEFTOVER.fullmatch(name)
         if left is None or left[1] != path.name or left[2] != "tmp":
@@ -129,10 +146,10 @@ def _remove_abandoned(path: Path) -> None:
             if sibling.is_symlink():
                 sibling.unlink()
                 continue
-            descriptor = os.open(sibling, os.O_RDWR)
+            descriptor = os.open(sibling, os.O_RDONLY if sibling.is_dir() else os.O_RDWR)
             try:
                 if _lock(descriptor, wait=False):
-                    sibling.unlink()
+                    _remove(sibling)
             finally:
                 os.close(descriptor)
 

@@ -219,16 +219,16 @@ def test_a_folder_that_hands_its_group_on_keeps_doing_so(tmp_path, umask):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from diffkd.io.files import new_file
-with new_file(Path(sys.argv[1])) as temporary:
-    temporary.write_text("half")
+from diffkd.io.files import {kind}
+with {kind}(Path(sys.argv[1])) as temporary:
+    (temporary if temporary.is_file() else temporary / "weights").write_text("half")
     print(temporary.name, flush=True)
     {end}
 """
 
 
-def writing(path, end):
-    command = [sys.executable, "-c", KILLED.format(end=end), str(path)]
+def writing(path, end, kind="new_file"):
+    command = [sys.executable, "-c", KILLED.format(end=end, kind=kind), str(path)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -253,14 +253,56 @@ def test_the_next_process_removes_what_a_killed_one_left_and_no_other(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"ref.npz", *kept}
 
 
+def test_the_next_process_removes_a_folder_that_a_killed_one_left_and_no_other(tmp_path):
+    """Gigabytes, of an export that was killed."""
+    path = tmp_path / "student"
+    with writing(path, "os.kill(os.getpid(), signal.SIGKILL)", kind="new_folder") as killed:
+        left = killed.stdout.readline().strip()
+    assert tree(tmp_path) == {left: None, f"{left}/weights": b"half"}
+    with writing(path, "sys.stdin.readline()", kind="new_folder") as living:
+        alive = living.stdout.readline().strip()
+        for folder in (path, tmp_path / "other"):
+            with new_folder(folder) as temporary:
+                (temporary / "weights").write_text("ours")
+        names = {"student", "other", alive}
+        assert {p.name for p in tmp_path.iterdir()} == names
+        living.stdin.write("\n")
+        living.stdin.close()
+        assert living.wait(60) == 0
+    assert (path / "weights").read_text() == "half"  # the last one to finish
+    assert {p.name for p in tmp_path.iterdir()} == {"student", "other"}
+
+
+def test_a_folder_that_a_process_takes_away_before_it_is_locked(tmp_path, monkeypatch):
+    real, calls = os.open, []
+
+    def opened(path, flags, *rest, **more):
+        if str(path).endswith(".tmp") and len(calls) < 2:
+            calls.append(path)
+            descriptor = real(path, flags, *rest, **more) if len(calls) == 2 else None
+            os.rmdir(path)
+            if descriptor is not None:
+                return descriptor
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(files.os, "open", opened)
+    with new_folder(tmp_path / "a") as temporary:
+        (temporary / "b").write_bytes(b"1")
+    assert tree(tmp_path) == {"a": None, "a/b": b"1"} and len(calls) == 2
+
+
 def test_a_file_system_without_locks_removes_nothing_of_others(tmp_path, monkeypatch):
     def none(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
     (tmp_path / ".a.json.99.tmp").write_text("perhaps of a living process on another host")
+    (tmp_path / ".b.99.tmp").mkdir()
     write_json(tmp_path / "a.json", [1])
-    assert read_json(tmp_path / "a.json", None) == [1] and (tmp_path / ".a.json.99.tmp").exists()
+    with new_folder(tmp_path / "b"):
+        pass
+    assert read_json(tmp_path / "a.json", None) == [1] and (tmp_path / "b").is_dir()
+    assert (tmp_path / ".a.json.99.tmp").exists() and (tmp_path / ".b.99.tmp").exists()
 
 
 def test_one_that_a_process_takes_away_before_it_is_locked(tmp_path, monkeypatch):
