@@ -48,8 +48,8 @@ def read_metadata(root: Path, files: list[Path], names: Sequence[str]) -> dict[s
         lost, are = counted(len(absent), "image"), "is" if len(absent) == 1 else "are"
         if captioned:
             raise UserError(
-                f"{lost} that {absent[0][0]} has captions of {are} not there ({some}); bring what is missing, "
-                "or take it out of the file"
+                f"{lost} that {absent[0][0]} has captions of {are} not there ({some}); bring what is "
+                "missing, or take it out of the file"
             )
         log.warning("%s that %s names %s not there (%s)", lost, absent[0][0], are, some)
     if files and not about and not absent:
