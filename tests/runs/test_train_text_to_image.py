@@ -164,7 +164,7 @@ def test_the_tokenizer_knows_the_words_of_the_captions():
     ],
 )
 def test_the_tokenizer_reads_captions_of_any_script(captions):
-    """Nothing in them is unknown to it, and none is read as another; spelled back, they are what they were."""
+    """Nothing in them is unknown to it, and none is read as another; spelled back they are as they were."""
     tokenizer = learn_tokenizer(captions, NewTextEncoder(length=48))
     ids = Tokens(tokenizer, 48).embed(captions)["input_ids"].tolist()
     for text, row in zip(captions, ids, strict=True):
