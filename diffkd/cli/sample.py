@@ -30,7 +30,7 @@ def sample(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw, for text-to-image models.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file of prompts, one a line; -n images of each, in turn.")
+        Path | None, typer.Option(help="A file of prompts in UTF-8, one a line; -n images of each, in turn.")
     ] = None,
     negative: Annotated[
         str | None, typer.Option(help="What guidance leads away from, in place of the empty prompt.")
@@ -55,7 +55,12 @@ def sample(
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of the ancestral sampler.")] = None,
     guidance: Annotated[
         float | None,
-        typer.Option("-w", "--guidance", min=0, help="Guidance weight; default 1, which is none."),
+        typer.Option(
+            "-w",
+            "--guidance",
+            min=0,
+            help="Guidance weight; default 1, which is none, or the usual one of a model that takes it.",
+        ),
     ] = None,
     guidance_interval: GuidanceInterval = None,
     guidance_rescale: GuidanceRescale = None,
@@ -104,6 +109,7 @@ def sample(
     prepare_libraries()
     from diffkd.errors import UserError
     from diffkd.generation.sample import sample_to
+    from diffkd.io.places import expanded
     from diffkd.io.prompts import read_prompts
     from diffkd.models import guidance_kind
 
@@ -111,7 +117,7 @@ def sample(
         raise UserError("--prompt and --prompts are both given; leave out one")
     if (height is None) != (width is None):
         raise UserError("--height and --width go together; give both, or none for the model's own")
-    chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(prompts)
+    chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(expanded(prompts))
     size = None if height is None or width is None else (height, width)
     options = {key: value for key, value in (("eta", eta), ("guidance", guidance)) if value is not None}
     sample_to(

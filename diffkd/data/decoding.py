@@ -72,9 +72,10 @@ def _check_limit(opened: Image.Image) -> None:
 def upright_size(opened: Image.Image) -> tuple[int, int]:
     """Height and width of an image once it is turned upright, from its head alone: EXIF data behind the
     pixels of a PNG is not seen, and Pillow turns a TIFF itself."""
-    exif = Image.Exif()
-    exif.load(opened.info.get("exif", b""))
-    turned = exif.get(ExifTags.Base.Orientation) in SIDEWAYS
+    head = Image.new("1", (1, 1))  # reads what Pillow turns images by, EXIF data or XMP, and no pixels
+    head.info = opened.info
+    own = ExifTags.Base.Orientation in getattr(opened, "tag_v2", {})  # of a TIFF, which it goes by already
+    turned = not own and head.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 

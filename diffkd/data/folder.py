@@ -16,7 +16,7 @@ from diffkd.data.images import Images
 from diffkd.data.listing import ClassOrder, Listing, list_folder
 from diffkd.data.resized import ResizedDataset
 from diffkd.errors import UserError
-from diffkd.io.naming import called
+from diffkd.io.naming import called, option
 from diffkd.io.places import expanded
 from diffkd.io.text import log
 
@@ -65,11 +65,12 @@ class Folder(ResizedDataset):
         if not os.path.isdir(root):
             raise UserError(f"{called('data.path')} {root} is not a folder; give a folder of images")
         found = list_folder(root, self.class_order or "name", labelled=self.labelled)
-        if 0 < found.loose < len(found.paths) and found.labels is None:
+        told = bool(found.captions) or not self.labelled  # what is in them, or that classes do not matter
+        if 0 < found.loose < len(found.paths) and found.labels is None and not told:
             inside = next(name for name in found.paths.names if "/" in name).partition("/")[0]
             raise UserError(
                 f"{root} holds both images and class folders ({inside}, ...); keep one of the two, or give "
-                "labels in a metadata.jsonl"
+                f"labels in a metadata.jsonl{option(', or set {}: false', 'data.labelled')}"
             )
         if found.passed_over:
             log.warning("%s", passed_over(root, found.passed_over))

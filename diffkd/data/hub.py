@@ -15,14 +15,14 @@ from torch import Tensor
 
 from diffkd.data.decoding import open_image
 from diffkd.data.images import Images
-from diffkd.data.listing import CAPTIONS
+from diffkd.data.metadata import CAPTIONS, caption_of
 from diffkd.data.packed import PackedStrings
 from diffkd.data.resized import ResizedDataset
 from diffkd.data.streams import Listed, Streamed
 from diffkd.data.tables import open_rows, undecoded
 from diffkd.errors import UserError
 from diffkd.io.naming import called, option
-from diffkd.io.text import from_json, reason, without_surrogates
+from diffkd.io.text import from_json, reason
 
 TOGETHER = 1000  # rows of captions that are read at once
 
@@ -239,9 +239,6 @@ def _text(value: Any, key: str | None, *, in_json: bool) -> str:
     if in_json:
         value = from_json(value) if isinstance(value, str) else value
         keys = CAPTIONS if key is None else (key,)
-        value = next((value[key] for key in keys if key in value), None) if isinstance(value, dict) else None
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"it is {type(value).__name__}")
-    return without_surrogates(value or "")
+        given = [value[key] for key in keys if key in value] if isinstance(value, dict) else []
+        return next((text for each in given if (text := caption_of(each))), "")
+    return caption_of(value)

@@ -3,8 +3,6 @@ text files of the same names."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.decoding import SUFFIXES
+from diffkd.data.metadata import METADATA, read_metadata
 from diffkd.data.packed import PackedPaths, PackedStrings
 from diffkd.errors import UserError
-from diffkd.io.text import from_json, log, quoted, reason, without_surrogates
+from diffkd.io.text import quoted, reason
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # as Hugging Face's imagefolder names them
-CAPTIONS = ("text", "caption")  # their keys for a caption; the first that is there
 MAX_CLASSES = 100_000  # of labels that are numbers
 PARTED = "\0"  # in place of / while names are sorted: a folder comes before files that begin with its name
 ClassOrder = Literal["name", "number"]
@@ -60,7 +57,7 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
     images.sort()
     others.sort()
     paths = _packed(root, images)
-    about = _metadata(metadata, paths)
+    about = read_metadata(root, metadata, paths.names)
     loose = sum(PARTED not in name for name in images)
     labels: list[int] | None = None
     classes: list[str] = []
@@ -72,10 +69,8 @@ def list_folder(root: Path, class_order: ClassOrder = "name", *, labelled: bool 
         classes = sorted_classes({name.partition(PARTED)[0] for name in images}, class_order, root)
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.partition(PARTED)[0]] for name in images]
-    key = next((key for key in CAPTIONS if any(key in row for row in about.values())), None)
-    if key is not None:
-        said = (str(about.get(str(path), {}).get(key) or "") for path in paths)
-        captions = PackedStrings(without_surrogates(text) for text in said)
+    if any("caption" in row for row in about.values()):
+        captions = PackedStrings(about.get(name, {}).get("caption", "") for name in paths.names)
     else:
         captions, used = _texts(root, images, others)
         others = [name for name, is_text in zip(others, used, strict=True) if not is_text]
@@ -177,70 +172,11 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or entry.is_file()
 
 
-def _metadata(files: list[Path], paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """What metadata files say of each image: {path: row}. They name images relative to themselves."""
-    known = {str(path) for path in paths} if files else set[str]()
-    about, absent = dict[str, dict[str, Any]](), list[str]()
-    for file in sorted(files):
-        for line, row in _rows(file):
-            name = row.get("file_name")
-            if not isinstance(name, str) or not name:
-                raise UserError(f"{file}, line {line}: it has no file_name; every row names an image by it")
-            path = str(file.parent / name)
-            if path not in known:
-                absent.append(name)
-            elif path in about:
-                raise UserError(f"{file}, line {line}: {quoted(name)} is there twice; keep one of the two")
-            else:
-                about[path] = row
-    if absent and any(key in row for row in about.values() for key in CAPTIONS):
-        raise UserError(
-            f"{len(absent)} images that {files[0]} has captions of are not there "
-            f"({', '.join(absent[:3])}, ...); bring them, or take them out of it"
-        )
-    if absent:
-        log.warning("%d images that %s names are not there (%s, ...)", len(absent), files[0], absent[0])
-    if files and not about and not absent:
-        raise UserError(f"{files[0]} is empty; give a row for each image, or remove it")
-    return about
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a metadata file. Labels of a .csv that are digits are numbers."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}); repair it, or move it away") from error
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            for row in reader:
-                named: dict[str, Any] = {k: v for k, v in row.items() if isinstance(k, str) and v is not None}
-                label = named.get("label", "")
-                yield reader.line_num, named | ({"label": int(label)} if _is_number(label) else {})
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: it is not CSV ({reason(error)})") from error
-        return
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                row = from_json(content)
-            except ValueError as error:
-                raise UserError(f"{file}, line {line}: it is not JSON ({reason(error)})") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{file}, line {line}: it is not an object such as {{"file_name": ...}}')
-            yield line, row
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
 def _numbered(
-    paths: Sequence[Path], about: dict[str, dict[str, Any]], order: ClassOrder
+    paths: PackedPaths, about: dict[str, dict[str, Any]], order: ClassOrder
 ) -> tuple[list[int], list[str]]:
     """Labels and class names from metadata: numbers as they are, or names, which are numbered in order."""
-    given: list[Any] = [about.get(str(path), {}).get("label") for path in paths]
+    given: list[Any] = [about.get(name, {}).get("label") for name in paths.names]
     names = isinstance(given[0], str)
     for path, label in zip(paths, given, strict=True):
         fits = isinstance(label, str) and label if names else type(label) is int and 0 <= label < MAX_CLASSES

@@ -96,8 +96,8 @@ class OnDemand:
         """The pixels and the size that they had, or what is wrong with the file."""
 
         def decoded(opened: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-            size = upright_size(opened)
-            return self.to_pixels(opened, self.name_of(file)), size
+            pixels = self.to_pixels(opened, self.name_of(file))
+            return pixels, upright_size(opened)  # of what stands behind the pixels of a PNG too
 
         return self._used(file, decoded)
 

@@ -130,6 +130,11 @@ class Rows:
         file = self._open(self.shards.path(number))
         return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
 
+    def beside(self, name: str) -> dict[str, Tensor]:
+        """All tensors of a file beside the shards. Raises UserError where it is damaged or gone."""
+        file = self._open(self.shards.path(name))
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
     def _open(self, path: Path) -> Any:
         """A file, mapped."""
         with self._lock:  # batches are made ahead by a thread

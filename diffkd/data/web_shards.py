@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import IO, Any
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from diffkd.errors import UserError
-from diffkd.io.text import log
+from diffkd.io.text import log, reason
 
 UNPICKLED = (".pkl", ".pickle", ".pyd", ".pt", ".pth")  # by datasets, were they let through
+WRITTEN = (".txt", ".text", ".caption", ".json")
 
 
 def _text(content: bytes) -> str:
@@ -44,7 +46,7 @@ class WebShards(WebDataset):
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict[str, Any]]:
-        return super()._get_pipeline_from_tar(tar_path, _without_pickles(tar_path, tar_iterator))
+        return super()._get_pipeline_from_tar(tar_path, _checked(tar_path, tar_iterator))
 
 
 def _warn_if_cut(shard: str) -> None:
@@ -55,10 +57,21 @@ def _warn_if_cut(shard: str) -> None:
             log.warning("%s does not end as tar files do: it may be cut off, and hold more", shard)
 
 
-def _without_pickles(shard: str, files: Any) -> Iterator[tuple[str, IO[bytes]]]:
+def _checked(shard: str, files: Any) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files of a shard. Raises UserError for a pickle, and for text that is none."""
     for name, file in files:
         if any(suffix.lower() in UNPICKLED for suffix in PurePosixPath(name).suffixes):
             raise UserError(
                 f"{os.path.basename(shard)} holds {name}, and pickles can run code; write the shards without"
             )
+        if PurePosixPath(name).suffix.lower() in WRITTEN:
+            content = file.read()
+            try:
+                content.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{os.path.basename(shard)} holds {name}, which is not text in UTF-8 ({reason(error)}); "
+                    "repair it, or take the sample out"
+                ) from error
+            file = io.BytesIO(content)
         yield name, file

@@ -12,6 +12,7 @@ from diffkd.core.conditioning import Conditioner
 from diffkd.core.denoiser import Denoiser
 from diffkd.errors import UserError
 from diffkd.io.naming import called
+from diffkd.io.places import is_text
 from diffkd.io.text import quoted
 
 HELD = 1 << 30  # bytes of embeddings that are made at once, after which the encoders are freed
@@ -23,8 +24,8 @@ def check_prompts(
     negative: str | None = None,
     guidance: float | None = None,
 ) -> None:
-    """Raises UserError for prompts of a model that takes none, and the reverse; and for a negative prompt
-    where nothing leads away from it. guidance: None where it is not known yet."""
+    """Raises UserError for prompts of a model that takes none, and the reverse; for those that are no text;
+    and for a negative prompt where nothing leads away from it. guidance: None where it is not known yet."""
     if denoiser.conditioner is None:
         for what, given in (("prompts", prompts), ("a negative prompt", negative)):
             if given is not None:
@@ -33,6 +34,10 @@ def check_prompts(
                 )
     elif not prompts:
         raise UserError(f"{denoiser.name} draws from prompts, and there are none; give {called('prompts')}")
+    for what, given in (("prompt", prompts or ()), ("negative prompt", (negative or "",))):
+        wrong = next((one for one in given if not is_text(one)), None)
+        if wrong is not None:  # as a shell hands on what is typed or read in another encoding
+            raise UserError(f"{what} {quoted(wrong, 60)} is not text in UTF-8; write it in UTF-8")
     if negative is not None and denoiser.guidance_range is not None:
         raise UserError(
             f"{denoiser.name} takes its guidance as an input, without a negative prompt; leave it out"

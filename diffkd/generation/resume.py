@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffkd.io.files import read_json
 from diffkd.io.system_errors import explained
 from diffkd.io.text import differences
 
+DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}")  # of which the first digits tell two apart
 RECORD = "diffkd.json"  # beside the images: {"drawn": settings, "images": n, "complete": whether all n exist}
 
 
@@ -63,4 +65,5 @@ def as_record(content: Any) -> dict[str, Any] | None:
 def describe_difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """How the settings of a record differ from these, as the predicate of a message; None if they match."""
     changed = differences(record["drawn"], json.loads(json.dumps(settings)))
-    return f"holds images of other settings ({'; '.join(changed[:3])})" if changed else None
+    said = DIGEST.sub(r"\1...", "; ".join(changed[:3]))
+    return f"holds images of other settings ({said})" if changed else None

@@ -19,6 +19,10 @@ SHARD = "-of-"  # in the names of sharded weights
 MAX_NUMBER = 1 << 20  # in a config, other than T and the sides of an image
 ORIGINS = ("_name_or_path", "name_or_path")  # in a config: where its component was read from
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OF_ONE_FILE = "model.diffusion_model."  # begins the names of a network in a file of a whole model
+TEXT_IN_ONE_FILE = {  # and of its text encoders, by the pipeline that it is of
+    "conditioner.embedders.": "StableDiffusionXLPipeline", "cond_stage_model.": "StableDiffusionPipeline",
+}  # fmt: skip
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -109,6 +113,25 @@ def shards(index: Path) -> list[Path]:
         if tensor not in held[file]:
             raise UserError(f"{index} names {quoted(tensor)} in {file}, which lacks it; is it complete?")
     return [index.parent / file for file in held]
+
+
+def in_words(file: Path) -> str:
+    """What a safetensors file is that is no folder of a model, and what to give instead. Raises UserError for
+    one that cannot be read."""
+    names = [name for name, _ in tensor_sizes(file)]
+    if any(name.startswith(OF_ONE_FILE) for name in names):
+        kinds = (kind for start, kind in TEXT_IN_ONE_FILE.items() if any(n.startswith(start) for n in names))
+        call = f"{next(kinds, 'ITS_PIPELINE')}.from_single_file({str(file)!r}).save_pretrained(FOLDER)"
+        return (
+            f"{file} is a whole model in one file, as other programs have it; write it as a folder with "
+            f"diffusers.{call}, and give that"
+        )
+    if any("lora_" in name for name in names):
+        return (
+            f"{file} is an adapter (LoRA) without the model that it is of; fuse it into that with diffusers "
+            "(load_lora_weights, fuse_lora, save_pretrained), and give the folder"
+        )
+    return f"{file} is weights without their config; give the folder of the network or of the pipeline"
 
 
 def tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,7 @@ from diffkd.errors import UserError
 from diffkd.io.naming import called
 from diffkd.io.places import expanded
 from diffkd.io.text import log, quoted, reason
-from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, read_object
+from diffkd.models.pipeline_files import INDEX, MAX_NUMBER, PICKLE_SUFFIXES, STEM, in_words, read_object
 
 CARD = "diffkd.json"
 MERGED = "merged_lora"  # of a card: how a student learned that is no adapter any more
@@ -119,8 +119,10 @@ def find(path_or_hub_id: str | Path, variant: str | None = None, scheduler: str 
     network = _network_in(folder)
     if network is None:
         inner = sorted(p.name for p in folder.glob("checkpoint-*") if p.is_dir() and holds_model(p))
+        files = () if inner else sorted(folder.glob("*.safetensors"))
         remedy = f"one of its checkpoints ({', '.join(inner)})" if inner else "the folder that has it"
-        raise UserError(f"{name} is not a diffusers pipeline: it has no model_index.json; give {remedy}")
+        remedy = in_words(files[0]) if files else f"give {remedy}"
+        raise UserError(f"{name} is not a diffusers pipeline: it has no model_index.json; {remedy}")
     if network != folder:
         log.warning("%s: the network in %s is used", name, network.name)
     return Source(folder, name, {}, card(folder), network, variant, scheduler)
@@ -272,9 +274,7 @@ def folder_of(path_or_hub_id: str | Path) -> Path:
             "diffusers, save it with pipeline.save_pretrained(folder, safe_serialization=True), and give it"
         )
     if path.suffix.lower() == ".safetensors" and os.path.isfile(path):
-        raise UserError(
-            f"{path} is weights without their config; give the folder of the network or of the pipeline"
-        )
+        raise UserError(in_words(path))
     if (
         os.path.exists(path)
         or str(path_or_hub_id).count("/") != 1

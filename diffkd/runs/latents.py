@@ -24,7 +24,7 @@ from diffkd.data.images import Images
 from diffkd.data.latents import Conditions, LatentCache, UnseenLatents
 from diffkd.errors import UserError
 from diffkd.io import progress
-from diffkd.io.text import log
+from diffkd.io.text import counted, log
 from diffkd.metrics.evaluation.image_sources import subset as chosen
 from diffkd.runs import config_files
 from diffkd.runs.config import Distill
@@ -137,6 +137,12 @@ def fill(cache: Conditions | None, accelerator: Accelerator, items: Items) -> in
         for part in (cache.codec, cache.conditioner):
             if part is not None:
                 part.to(accelerator.device)
+        without = sum(not caption for caption in cache.images.captions)
+        if without and accelerator.is_main_process:
+            log.warning(
+                "%s: %d of %s have no caption, and the empty prompt in its place", cache.images.name, without,
+                counted(len(cache.images.captions), "image"),
+            )  # fmt: skip
         for kept in cache.kept():
             if kept.alone() and accelerator.is_main_process:
                 log.warning(

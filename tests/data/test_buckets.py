@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from diffkd.data.bucketed_latents import BucketedLatents
 from diffkd.data.buckets import BucketedImages, bucket_shapes, cropped, nearest
+from diffkd.data.decoding import open_image, upright
 from diffkd.data.folder import Folder
 from diffkd.data.on_demand import OnDemand
 from diffkd.errors import UserError
@@ -70,15 +73,44 @@ def test_the_crop_is_where_the_pixels_are(shape, size):
     assert cropped(torch.tensor([[height, width]]), shape)[0, :2].tolist() == [height, width]
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
-def test_a_turned_image_has_the_shape_that_it_is_seen_in(tmp_path, monkeypatch, kind):
+def turned(path: Path, by: str) -> None:
+    """An image of 80x40 that lies on its side, by EXIF data, by XMP, or by both."""
+    exif, more = Image.Exif(), dict[str, Any]()
+    if "exif" in by or by == "profile":
+        exif[0x0112] = 6
+        more = {"exif": exif}
+    xmp = f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{6}"/>'
+    if by == "profile":  # as ImageMagick writes it
+        text, more = PngInfo(), {}
+        text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}")
+        more = {"pnginfo": text}
+    elif "xmp" in by and path.suffix == ".png":
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+        more |= {"pnginfo": text}
+    elif "xmp" in by and path.suffix == ".tif":
+        more |= {"tiffinfo": {700: xmp.encode(), **({0x0112: 6} if "exif" in by else {})}}
+        more.pop("exif", None)
+    elif "xmp" in by:
+        more |= {"xmp": xmp.encode()}
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(path, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "by"),
+    [
+        *((kind, by) for kind in ("jpg", "png", "tif", "webp") for by in ("exif", "xmp", "exif and xmp")),
+        ("png", "profile"),
+    ],
+)
+def test_a_turned_image_has_the_shape_that_it_is_seen_in(tmp_path, monkeypatch, kind, by):
     """By the head of its file alone: no pixels are read to put it into its bucket."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / f"a.{kind}", exif=exif)
+    turned(tmp_path / f"a.{kind}", by)
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / f"b.{kind}")
+    with open_image(tmp_path / f"a.{kind}") as opened:
+        assert upright(opened, 3).size == (40, 80)
     with monkeypatch.context() as patch:
-        for one in (PngImageFile, JpegImageFile, TiffImageFile):
+        for one in (PngImageFile, JpegImageFile, TiffImageFile, WebPImageFile):
             patch.setattr(one, "load", lambda self: pytest.fail("pixels were read"))
         images = Folder(kind="folder", path=tmp_path, size=32, buckets=8).open()
     assert isinstance(images, BucketedImages)

@@ -48,8 +48,11 @@ def test_loose_images_are_in_the_order_of_their_names(tmp_path):
 def test_images_beside_class_folders_are_refused(tmp_path, image_folder):
     root = image_folder(tmp_path, classes=["a"])
     Image.fromarray(noise(8, 8)).save(root / "loose.png")
-    with pytest.raises(UserError, match=r"both images and class folders \(a"):
+    with pytest.raises(UserError, match=r"both images and class folders \(a.*labelled: false"):
         folder(root)
+    assert folder(root, labelled=False).labels is None and len(folder(root, labelled=False)) == 5
+    (root / "a" / "000.txt").write_text("what it shows")  # and captions say what is in them
+    assert [*folder(root).captions] == ["what it shows", "", "", "", ""] and folder(root).labels is None
 
 
 def test_labels_stay_with_their_images_after_a_broken_one(tmp_path, image_folder, caplog):

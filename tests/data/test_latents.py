@@ -13,6 +13,7 @@ import torch
 from diffkd.data import shards
 from diffkd.data.images import Images
 from diffkd.data.latents import LatentCache
+from diffkd.errors import UserError
 from diffkd.models import loading
 from diffkd.runs import latents as running
 from tests import text_to_image
@@ -67,6 +68,20 @@ def test_a_batch_is_drawn_of_the_latents_with_its_captions_embedding(model, tmp_
         assert torch.allclose(cond[key], value, atol=1e-5)
     for key, value in denoiser.conditioner.null().items():
         assert torch.allclose(made.null()[key], value, atol=1e-6)
+
+
+def test_a_damaged_file_is_named(model, tmp_path):
+    """Of rows, and what stands for no prompt."""
+    filled(tmp_path, model)
+    for name, read in (
+        ("embeddings/*/null", lambda made: made.null()),
+        ("embeddings/*/000000", lambda made: made.cond(torch.tensor([0]))),
+        ("latents/*/000000", lambda made: made.readable),
+    ):
+        (path,) = tmp_path.glob(f"{name}.safetensors")
+        path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(UserError, match=rf"{path.name} cannot be read \(.*delete it, and the same"):
+            read(cache(tmp_path, model))
 
 
 def test_mirror_images_have_latents_of_their_own(model, tmp_path):

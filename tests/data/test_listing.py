@@ -248,6 +248,39 @@ def test_captions_of_images_that_are_not_there(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"4 images .* are not there \(b.png, c.png, d.png, ...\)"):
         list_folder(tmp_path)
+    write(tmp_path, [{"file_name": f"{name}.jpg", "text": name} for name in "ab"])  # of none that is there
+    with pytest.raises(UserError, match=r"2 images .* are not there \(a.jpg, b.jpg\); bring"):
+        list_folder(tmp_path)
+    write(tmp_path, [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png"}])
+    with pytest.raises(UserError, match=r"1 image that .* is not there \(b.png\); bring"):
+        list_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(UserError, match="metadata.jsonl is empty"):
         list_folder(tmp_path)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_image_is_named_in_any_way(tmp_path, image_folder, monkeypatch, relative):
+    """As programs on other systems write it, whichever way the folder itself is named."""
+    root = image_folder(tmp_path, classes=["a", "b"], count=3)
+    names = ["./000.png", "../a/001.png", str(root / "a/002.png"), "../b/000.png", "..\\b\\001.png", "/x.png"]
+    write(root / "a", [{"file_name": name, "text": str(i)} for i, name in enumerate(names[:5])])
+    monkeypatch.chdir(tmp_path)
+    root = Path(root.name) if relative else root
+    assert [*list_folder(root).captions] == ["0", "1", "2", "3", "4", ""]
+    write(root / "a", [{"file_name": name, "text": "x"} for name in names[4:]])
+    with pytest.raises(UserError, match=r"1 image .* is not there \(/x.png\)"):
+        list_folder(root)
+
+
+def test_captions_of_several_kinds(tmp_path, image_folder):
+    """The first of several, by either key, row by row; what is no text is not made one."""
+    root = image_folder(tmp_path, count=5)
+    said = [{"text": ["a", "b"]}, {"caption": "c"}, {"text": None, "caption": ["d"]}, {"text": []}, {}]
+    rows = [{"file_name": f"{i:03d}.png", **more} for i, more in enumerate(said)]
+    write(root, rows)
+    assert [*list_folder(root).captions] == ["a", "c", "d", "", ""]
+    for value in (5, {"en": "a"}, [1], True):
+        write(root, [*rows[:4], {"file_name": "004.png", "text": value}])
+        with pytest.raises(UserError, match=r"metadata.jsonl, line 5: its caption is no text \(it is "):
+            list_folder(root)

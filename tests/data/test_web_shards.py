@@ -126,6 +126,14 @@ def test_shards_with_pickles_are_refused(tmp_path, suffix, first):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("suffix", ["txt", "json", "TXT"])
+def test_text_in_another_encoding_is_said_by_its_name(tmp_path, suffix):
+    texts = {7: "café".encode("latin-1")}
+    shard(tmp_path / "shards" / "0.tar", range(10), lambda i: {suffix: texts.get(i, b'"a"')})
+    with pytest.raises(UserError, match=rf"^0\.tar holds 000007\.{suffix}, which is not text in UTF-8"):
+        hub(tmp_path / "shards")
+
+
 def array_of_objects(attack: object) -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.array([attack], object), allow_pickle=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import diffusers
 import numpy as np
@@ -74,6 +75,7 @@ def test_the_command_draws_the_stock_pipelines_images(cli, model, tmp_path):
     assert cli(*out, *given).code == 0 and paths[4].read_bytes() == before
     other = cli(*out, "--prompt", "else", "-n", 6, "--seed", 7)
     assert other.code == 2 and "other settings" in other.stderr
+    assert re.search(r"prompts.sha256 was [0-9a-f]{8}\.\.\., now [0-9a-f]{8}\.\.\.\)", other.stderr)
 
 
 def test_guidance_and_a_negative_prompt(model, tmp_path):
@@ -133,6 +135,8 @@ def test_prompts_are_encoded_once_and_the_encoders_freed(model, monkeypatch):
         (("--prompt", "a", "--classes", "0-2"), ["labels", "draws from prompts"]),
         (("--prompt", "a", "--height", 16), ["--height and --width"]),
         (("--prompt", "a", "--negative", "b"), ["negative", "guidance"]),
+        (("--prompt", "caf\udce9"), ["prompt 'caf\\udce9' is not text in UTF-8"]),
+        (("--prompt", "a", "-w", 2, "--negative", "\udce9"), ["negative prompt '\\udce9' is not text"]),
         (("--prompts", "absent.txt"), ["absent.txt", "cannot be read"]),
         (("--prompts", "empty.txt"), ["empty.txt", "no prompts"]),
         (("--prompts", "nul.txt"), ["nul.txt", "NUL", "line 2"]),

@@ -202,6 +202,30 @@ def test_folders_that_are_no_model_say_what_to_give(output, tmp_path):
     assert holds_model(output / "checkpoint-500") and not holds_model(output)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            ["model.diffusion_model.x", "cond_stage_model.x"],
+            r"diffusers.StableDiffusionPipeline.from_single_",
+        ),
+        (["conditioner.embedders.0.x", "model.diffusion_model.x"], r"diffusers.StableDiffusionXLPipeline.fr"),
+        (
+            ["model.diffusion_model.joint_blocks.x"],
+            r"ITS_PIPELINE.from_single_file\('.*m.safetensors'\).save_",
+        ),
+        (["lora_unet_x.lora_down.weight"], r"is an adapter \(LoRA\) without the model"),
+        (["x"], "weights without their config"),
+    ],
+)
+def test_files_of_other_programs_are_said_by_what_they_are(tmp_path, names, says):
+    """The file itself, and a folder that has nothing else."""
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "m.safetensors")
+    for given in (tmp_path / "m.safetensors", tmp_path):
+        with pytest.raises(UserError, match=says):
+            loading.load(given)
+
+
 def test_another_network_alone(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "HunyuanDiT2DModel"}')
     (tmp_path / PLAIN).touch()

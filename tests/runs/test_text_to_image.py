@@ -186,10 +186,13 @@ def test_images_are_decoded_as_they_are_encoded(cli, here, monkeypatch):
     (here / "images").unlink()
     shutil.copytree((here / "teacher").resolve().parent / "images", here / "images")
     (here / "images" / "7.png").write_bytes(b"no image")
+    (here / "images" / "3.txt").unlink()
+    (here / "images" / "4.txt").write_text("\n")
     monkeypatch.setattr(ResizedDataset, "decode_all", lambda *args: pytest.fail("all were decoded"))
     outcome = cli("distill", "run.yaml", "method.steps=[2]")
     assert outcome.code == 0, outcome.stderr
     assert "unreadable image: images/7.png" in outcome.stderr
+    assert "images: 2 of 10 images have no caption, and the empty prompt in its place" in outcome.stderr
     (cached,) = (here / "run" / "cache").glob("latents/*/000000.safetensors")
     assert load_file(cached)["readable"].tolist() == [i != 7 for i in range(10)]
     assert cli("distill", "run.yaml", "method.steps=[2]").code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import unicodedata
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import diffkd
 from diffkd.core.autoencoder import ImageAutoencoder
 from diffkd.data.shapes import Shapes
+from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.models.new.prompts import NewTextEncoder, Tokens, learn_tokenizer
 from diffkd.runs.latent_teacher.autoencoding import Autoencoding
@@ -150,6 +152,29 @@ def test_the_tokenizer_knows_the_words_of_the_captions():
     assert ids.shape == (2, 24) and (ids[0] != ids[1]).any()
     assert one.decode(ids[0], skip_special_tokens=True).strip() == "a star"
     assert Tokens(one, 24).key != Tokens(one, 20).key
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ["красное кольцо над синим квадратом", "звезда"],
+        ["赤い輪 🔥", "青い四角 ❤"],
+        ["a café , near : the sea !", "l ' e\u0301té , été"],
+        ["A_B (x) 32", "\u00a0ÅÉ\u2028straße ﬁn"],
+    ],
+)
+def test_the_tokenizer_reads_captions_of_any_script(captions):
+    """Nothing in them is unknown to it, and none is read as another; spelled back they are as they were."""
+    tokenizer = learn_tokenizer(captions, NewTextEncoder(length=48))
+    ids = Tokens(tokenizer, 48).embed(captions)["input_ids"].tolist()
+    for text, row in zip(captions, ids, strict=True):
+        end = row.index(tokenizer.eos_token_id)
+        assert end > 1 and {*row[end:]} == {tokenizer.eos_token_id}  # which stands for the unknown too
+        spelled = "".join(tokenizer.decode(row, skip_special_tokens=True).split())
+        assert spelled == "".join(unicodedata.normalize("NFC", text).lower().split())
+    assert ids[0] != ids[1]
+    with pytest.raises(UserError, match=r"vocabulary 100 has no room for the \d+ letters .* use \d+ or more"):
+        learn_tokenizer(["".join(map(chr, range(0x400, 0x480)))], NewTextEncoder(vocabulary=100))
 
 
 def test_the_autoencoders_loss_by_hand():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -27,6 +28,11 @@ from diffkd.models import transformers_models
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 WORD_END = "</w>"
+PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves in CLIP
+UNPRINTED = [byte for byte in range(256) if byte not in PRINTED]  # and those that stand from 256 on
+SYMBOLS = {
+    byte: chr(byte if byte in PRINTED else 256 + UNPRINTED.index(byte)) for byte in range(256)
+}  # fmt: skip
 
 
 class NewTextEncoder(Strict):
@@ -55,9 +61,21 @@ class NewTextEncoder(Strict):
 
 def learn_tokenizer(captions: Sequence[str], config: NewTextEncoder) -> Any:
     """A CLIPTokenizer that has a token for every word of these captions, the most frequent first, as far as
-    the vocabulary goes, and spells others; the same for the same captions."""
-    counts = Counter(word for text in captions for word in re.findall("[a-z0-9]+", text.lower()))
-    tokens = [*LETTERS, *(f"{letter}{WORD_END}" for letter in LETTERS)]
+    the vocabulary goes, and spells others, in letters of the captions and of English; the same for the same
+    captions. Raises UserError for captions of more letters than the vocabulary has room for.
+
+    Letters are bytes of UTF-8, as CLIP has them (Radford et al. 2019, 2.2), so that any script has some.
+    """
+    texts = [unicodedata.normalize("NFC", text).lower() for text in captions]
+    counts = Counter(_symbols(word) for text in texts for word in re.findall(r"[^\W_]+", text))
+    letters = {symbol for text in texts for word in text.split() for symbol in _symbols(word)}
+    alphabet = [*LETTERS, *sorted(letters.difference(LETTERS))]
+    tokens = [*alphabet, *(f"{letter}{WORD_END}" for letter in alphabet)]
+    if len(tokens) + 2 > config.vocabulary:
+        raise UserError(
+            f"model.text.vocabulary {config.vocabulary} has no room for the {len(alphabet)} letters of the "
+            f"captions; use {len(tokens) + 2} or more"
+        )
     ranks: dict[tuple[str, str], int] = {}
     for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(tokens) + 2 >= config.vocabulary:
@@ -75,6 +93,11 @@ def learn_tokenizer(captions: Sequence[str], config: NewTextEncoder) -> Any:
         return transformers_models.library("a tokenizer").CLIPTokenizer(
             str(vocab), str(table), model_max_length=config.length, unk_token=END, pad_token=END
         )
+
+
+def _symbols(text: str) -> str:
+    """A text as CLIP's byte pair encoding writes it, a symbol for each byte."""
+    return "".join(SYMBOLS[byte] for byte in text.encode())
 
 
 def _spelled(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
