@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def read_metadata(root: Path, files: list[Path], names: Sequence[str]) -> dict[s
 
 def _from_root(base: str, folder: str, name: str, known: Collection[str]) -> str | None:
     """The path from the root, base, of an image that a metadata file in a folder names, in whichever way:
-    with ./ or .., absolute, or with the separators of Windows. None for one that is not there."""
-    for written in (name, name.replace("\\", "/")):
+    with ./ or .., absolute, with the separators of Windows, or with accents composed otherwise, as macOS has
+    them. None for one that is not there."""
+    composed = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    for written in (name, name.replace("\\", "/"), *composed):
         path = os.path.normpath(os.path.join(folder, written)).removeprefix(f"{base.rstrip(os.sep)}{os.sep}")
         if path in known:
             return path

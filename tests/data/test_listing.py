@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,15 @@ def test_an_image_is_named_in_any_way(tmp_path, image_folder, monkeypatch, relat
     write(root / "a", [{"file_name": name, "text": "x"} for name in names[4:]])
     with pytest.raises(UserError, match=r"1 image .* is not there \(/x.png\)"):
         list_folder(root)
+
+
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_accents_may_be_composed_otherwise(tmp_path, image_folder, named, stored):
+    root = image_folder(tmp_path, count=1)
+    (root / "000.png").rename(root / unicodedata.normalize(stored, "\u00e9t\u00e9.png"))
+    write(root, [{"file_name": unicodedata.normalize(named, "\u00e9t\u00e9.png"), "text": "summer"}])
+    assert [*list_folder(root).captions] == ["summer"]
 
 
 def test_captions_of_several_kinds(tmp_path, image_folder):
