@@ -49,10 +49,7 @@ class Adversarial(Method):
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
     drawn: settings.Drawn = "renoise"
-    teacher: str = Field(
-        "original",
-        description="whose features the heads see: the run's teacher's, or previous, or a student's",
-    )
+    teacher: settings.Seen = "original"
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(1e-4, gt=0, description="the student's; falls linearly to zero")
     warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
