@@ -237,7 +237,7 @@ def _check_teacher(stage: Stage, teacher: Denoiser, *, run: bool) -> None:
     if stage.sampler and wanted and teacher.sampler == "ddim" and wanted != teacher.steps:
         raise UserError(
             f"stage {stage.name} learns from {who}, which knows its own {teacher.steps} steps and no others; "
-            f"let {stage.substeps} x {stage.steps} be these (method.substeps), or {instead}"
+            f"let {stage.substeps} x {stage.steps} be these (method.substeps, method.steps), or {instead}"
         )
 
 
