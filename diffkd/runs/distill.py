@@ -75,8 +75,8 @@ def distill(
         train(teacher_run, console, options)
         teacher = latents.fit(source.load(), cached)
     for index, (_, stage) in enumerate(plan):
-        if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
-            _pairs_of(config, stage, teacher, images, plans.TEACHER, cached)  # or refuses, now
+        if stage.pairs is not None and plans.maker(plan, index) == pairs.TEACHER:
+            _pairs_of(config, stage, teacher, images, pairs.TEACHER, cached)  # or refuses, now
     guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
     drawn = _draws(config, teacher, images, guidance, cached)
     inputs = {"teacher": identity(teacher)}
@@ -112,7 +112,7 @@ def distill(
             else:
                 student = students.copy_of(current) if index else _first_student(config, current, examples)
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
-                    own = made_by == plans.TEACHER
+                    own = made_by == pairs.TEACHER
                     current = opened.teacher() if own else opened.student(place / made_by)
                 artifacts.announce_size(current, student, stage)
                 artifacts.forecast([stage for _, stage in plan[index:]])
@@ -174,7 +174,9 @@ def _draws(
     elif guidance != 1.0:
         teacher.check_guidance()
     asked.say_what_it_was_made_for(teacher, wanted.steps, wanted.sampler, guidance)
-    return DrawnImages(pairs.cache(config, wanted, guidance, teacher, images.class_counts, "data", cached))
+    return DrawnImages(
+        pairs.cache(config, wanted, guidance, teacher, images.class_counts, pairs.DATA, cached)
+    )
 
 
 def _check_exported(folders: Sequence[Path]) -> None:

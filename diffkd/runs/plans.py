@@ -23,7 +23,6 @@ from diffkd.runs import pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.method_config import method_name
 
-TEACHER = "teacher"  # what the run's own is called where pairs are kept
 Plan = list[tuple[Method, Stage]]
 
 
@@ -99,7 +98,7 @@ def maker(plan: Plan, index: int) -> str:
     name = plan[index][1].teacher
     if name == "previous" and index:
         return plan[index - 1][1].name
-    return TEACHER if name in ("original", "previous") else name
+    return pairs.TEACHER if name in ("original", "previous") else name
 
 
 def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
