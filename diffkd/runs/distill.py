@@ -20,7 +20,7 @@ from diffkd.data.pairs import DrawnImages, PairCache
 from diffkd.generation import asked
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
-from diffkd.models import guidance_input, loading, students
+from diffkd.models import loading, students
 from diffkd.models.students import lora
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
@@ -174,9 +174,8 @@ def _draws(
     elif guidance != 1.0:
         teacher.check_guidance()
     asked.say_what_it_was_made_for(teacher, wanted.steps, wanted.sampler, guidance)
-    return DrawnImages(
-        pairs.cache(config, wanted, guidance, teacher, images.class_counts, pairs.DATA, cached)
-    )
+    counts = images.class_counts
+    return DrawnImages(pairs.cache(config, wanted, guidance, teacher, counts, pairs.DATA, cached))
 
 
 def _check_exported(folders: Sequence[Path]) -> None:
@@ -249,10 +248,7 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
     if stage.interval:
         interval.attach(student.network)
     if plans.adds_guidance(stage, student):
-        if student.adapter is None:
-            guidance_input.attach(student.network)
-        else:
-            lora.take_guidance(student.network, student.adapter)
+        lora.take_guidance(student.network, student.adapter)
         student.guidance_range = stage.guidance_range
     return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
 

@@ -19,6 +19,7 @@ from diffkd.methods.base import Method, Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation.image_stream import guided_by
 from diffkd.models import guidance_input, loading, students
+from diffkd.models.students import lora
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.method_config import method_name
@@ -46,6 +47,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if number == 0:
                 method.networks(own, student)
                 _check_derivative(method, student)
+            adding = adds_guidance(stage, student)
             for one in stage.students:
                 start = student = students.with_network(student, student.network, stage.prediction)
                 start.steps, start.sampler = one.steps, one.drawn
@@ -58,6 +60,8 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if stage.interval:
                 interval.check(student.network)
             _check_guidance(stage, method, student)
+            if adding:  # so that what follows can ask it
+                lora.take_guidance(student.network, student.adapter)
             if own is not teacher:
                 _check_plainly(stage, teacher)
     _check_pairs(plan)
