@@ -59,7 +59,7 @@ class Adversarial(Method):
         (0.0, 0.99), description="of AdamW, the student's and the heads'; null is what training says"
     )
     blocks: list[str] | None = Field(
-        None, min_length=1, description="the teacher's modules that have a head; default every block"
+        None, min_length=1, description="the teacher's modules with a head; default all that see the image"
     )
     noise_mean: float = Field(
         1.0,
