@@ -46,11 +46,11 @@ def block_shapes(denoiser: Denoiser, names: Sequence[str] | None = None) -> dict
             raise UserError(
                 f"method.blocks names {name!r}, which the network does not call; name a module inside it"
             )
-    seeing = [name for name in found if not torch.equal(found[name], of_another[name])]
+    blind = [name for name in chosen if torch.equal(found[name], of_another[name])]
     for name in chosen:
-        if found[name].ndim not in (3, 4) or (names and name not in seeing):
+        if found[name].ndim not in (3, 4) or (names and name in blind):
             raise UserError(f"method.blocks names {name!r}, which outputs no features of an image")
-    return {name: tuple(found[name].shape[1:]) for name in seeing}
+    return {name: tuple(value.shape[1:]) for name, value in found.items() if name not in blind}
 
 
 @torch.no_grad()
