@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffkd import methods
+from diffkd.errors import UserError
 from diffkd.methods.base import Method, Step
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
+from diffkd.runs.method_config import parse_method
 from tests.methods.conformance import check_losses, check_resumes, losses_of, nets_of, train
 from tests.methods.variants import VARIANTS
 from tests.parallel import method_of
@@ -59,6 +61,16 @@ def test_a_method_is_one_final_class_with_a_reference_a_config_a_row_and_a_page(
     assert re.search(rf"\b{name}\b", (ROOT / "docs/methods" / row[1]).read_text())
     config = (ROOT / row[2]).read_text()
     assert f"name: {name}" in config or f"\n{name}:" in config
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_no_setting_is_a_number_that_is_none(name):
+    """As `.nan` and `.inf` of a config are, which would end in the middle of a run."""
+    for key in methods.find(name).model_fields:
+        for number in (float("nan"), float("inf"), -float("inf")):
+            for given in (number, [number], [number, 1.0], [1.0, number]):
+                with pytest.raises(UserError, match=key):
+                    parse_method({"name": name, key: given}, methods.find(name).kind)
 
 
 @pytest.mark.parametrize(
