@@ -112,6 +112,13 @@ def scm(m: Bare) -> None:
     m.learn("weight", m.nets["weight"](m.t).mean())
 
 
+def tcm(m: Bare) -> None:
+    output, share = m("student"), m.settings.boundary
+    m.frozen("teacher", share)
+    m.frozen("student", 1 - share)
+    m.learn("student", error(output, m.x))
+
+
 def lcm(m: Bare) -> None:
     m.frozen("teacher")
     m.learn("student", error(m("student"), m.frozen("target")))
@@ -187,7 +194,7 @@ def regression(m: Bare) -> None:
 
 
 MINIMUMS: dict[str, Callable[[Bare], None]] = {
-    "Progressive": progressive, "Consistency": consistency, "SCM": scm, "TCM": consistency, "LCM": lcm,
+    "Progressive": progressive, "Consistency": consistency, "SCM": scm, "TCM": tcm, "LCM": lcm,
     "MeanFlow": meanflow, "Shortcut": shortcut, "IMM": consistency, "DMD2": dmd2, "FDistill": f_distill,
     "SiD": sid, "Adversarial": adversarial, "Reflow": regression, "Regression": regression,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from diffkd.errors import UserError
 from diffkd.io.prefetch import to_device
 
 NEAREST = 1e-3  # to the data, in t, that a difference goes
+PARTS = 8  # of a batch, by which some of it are asked for
 
 
 def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) -> None:
@@ -37,10 +38,18 @@ def check_start(start: Denoiser, steps: Sequence[int], guidance: float = 1.0) ->
     start.check_from_noise()
 
 
-def check_mode(mode: str, guidance: float, teacher: str = "original") -> None:
+def check_mode(
+    mode: str, guidance: float, teacher: str = "original", sampler: str = "ddim", substeps: int = 1
+) -> None:
     """Raises ValueError for settings of the teacher where none is asked."""
     if mode != "training":
         return
+    if sampler != "ddim" or substeps != 1:
+        name, value = ("sampler", sampler) if sampler != "ddim" else ("substeps", substeps)
+        raise ValueError(
+            f"{name}: {value} is of the teacher's step, which mode: training does not take; leave it out, or "
+            "set mode: distillation"
+        )
     if guidance != 1.0:
         raise ValueError(
             f"guidance {guidance:g} is the teacher's, whom mode: training does not ask; leave it out, or set "
@@ -101,6 +110,19 @@ def start_of(denoiser: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, **cond: Tens
     inside = s > 0
     found = denoiser(x_s, torch.where(inside, s, t), **cond)
     return torch.where(inside.reshape(-1, *[1] * (x_s.ndim - 1)), found, x_s)
+
+
+def starts_of(denoiser: Denoiser, rows: Tensor, x_s: Tensor, s: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+    """`start_of` of some of a batch, which alone is asked for; x_s of all others: (B, ...).
+
+    rows: (B,) booleans on the host, which ones. They are made up to a whole number of eighths of the batch,
+    of one at least: a network is compiled for few sizes, and all processes call a sharded one together.
+    """
+    part = -(-len(rows) // PARTS)
+    count = part * max(-(-int(rows.sum()) // part), 1)
+    chosen = to_device(rows.argsort(descending=True, stable=True)[:count], x_s.device)
+    asked = {key: value[chosen] for key, value in cond.items()}
+    return x_s.index_copy(0, chosen, start_of(denoiser, x_s[chosen], s[chosen], t[chosen], **asked))
 
 
 def tangent(

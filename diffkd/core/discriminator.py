@@ -24,8 +24,9 @@ SMALLEST = 4  # a head halves a feature map while it is larger
 def block_shapes(denoiser: Denoiser, names: Sequence[str] | None = None) -> dict[str, tuple[int, ...]]:
     """Shapes, without the batch, of what these modules of the network output, in the order of their calls.
 
-    names: by default every block: the modules of its lists, and one called mid_block. Raises UserError for
-    names that are not there or that are not called, and for outputs that are no features of an image.
+    names: by default every block that sees the image: of the modules of its lists, and one called mid_block.
+    Raises UserError for names that are not there or that are not called, and for outputs that are no features
+    of an image, such as those of blocks that see the prompt alone.
     """
     network = getattr(denoiser.network, "module", denoiser.network)
     blocks = _blocks(network)
@@ -39,17 +40,31 @@ def block_shapes(denoiser: Denoiser, names: Sequence[str] | None = None) -> dict
     chosen = list(names or blocks)
     if not chosen:
         raise UserError("this network has no lists of blocks; name its modules in method.blocks")
-    x_t, t, cond = denoiser.example_inputs()
-    with torch.no_grad(), torch.random.fork_rng(), capture_activations(network, chosen) as found:
-        denoiser(x_t, t, **cond)
+    found, of_another = _outputs(denoiser, chosen)
     for name in chosen:
         if name not in found:
             raise UserError(
                 f"method.blocks names {name!r}, which the network does not call; name a module inside it"
             )
-        if found[name].ndim not in (3, 4):
+    blind = [name for name in chosen if torch.equal(found[name], of_another[name])]
+    for name in chosen:
+        if found[name].ndim not in (3, 4) or (names and name in blind):
             raise UserError(f"method.blocks names {name!r}, which outputs no features of an image")
-    return {name: tuple(value.shape[1:]) for name, value in found.items()}
+    return {name: tuple(value.shape[1:]) for name, value in found.items() if name not in blind}
+
+
+@torch.no_grad()
+def _outputs(denoiser: Denoiser, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """What these modules output of an image, in the order of their calls, and what of another."""
+    x_t, t, cond = denoiser.example_inputs()
+    another = torch.linspace(-1, 1, x_t.numel(), device=x_t.device).reshape(x_t.shape)
+    outputs = []
+    with torch.random.fork_rng():
+        for x in (x_t, another):
+            with capture_activations(denoiser.network, names) as found:
+                denoiser(x, t, **cond)
+            outputs.append(found)
+    return outputs
 
 
 def middle(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,10 @@ from diffkd.io.text import quoted
 
 
 class Strict(BaseModel):
-    """Base of every config object: unknown keys are errors, and values are frozen once read."""
+    """Base of every config object: unknown keys are errors, numbers are finite, and values are frozen once
+    read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

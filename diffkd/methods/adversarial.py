@@ -49,10 +49,7 @@ class Adversarial(Method):
 
     steps: int = Field(1, ge=1, description="sampling steps of the student")
     drawn: settings.Drawn = "renoise"
-    teacher: str = Field(
-        "original",
-        description="whose features the heads see: the run's teacher's, or previous, or a student's",
-    )
+    teacher: settings.Seen = "original"
     updates: int = Field(500, ge=1, description="updates of the student")
     learning_rate: float = Field(1e-4, gt=0, description="the student's; falls linearly to zero")
     warmup: int = Field(20, ge=0, description="updates over which the learning rates rise")
@@ -62,7 +59,7 @@ class Adversarial(Method):
         (0.0, 0.99), description="of AdamW, the student's and the heads'; null is what training says"
     )
     blocks: list[str] | None = Field(
-        None, min_length=1, description="the teacher's modules that have a head; default every block"
+        None, min_length=1, description="the teacher's modules with a head; default all that see the image"
     )
     noise_mean: float = Field(
         1.0,

@@ -31,9 +31,7 @@ class Consistency(Method):
         "distillation",
         description="where x_s comes from: a step of the teacher, or the data and x_t's own noise",
     )
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
@@ -60,7 +58,7 @@ class Consistency(Method):
 
     @model_validator(mode="after")
     def _guided_by_a_teacher(self) -> Consistency:
-        check_mode(self.mode, self.guidance, self.teacher)
+        check_mode(self.mode, self.guidance, self.teacher, self.sampler, self.substeps)
         return self
 
     def learns_what_data_is(self) -> bool:

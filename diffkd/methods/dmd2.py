@@ -61,12 +61,17 @@ class DMD2(Method):
         check_drawn(self.drawn, self.simulate)
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}; exchange them")
-        if self.r1 and not self.gan:
-            raise ValueError(
-                f"r1 {self.r1:g} is a penalty on the discriminator, which gan: 0 does not have; leave it "
-                "out, or give gan a weight"
-            )
+        if not self.gan:
+            self._check_no_discriminator()
         return self
+
+    def _check_no_discriminator(self) -> None:
+        for name in ("gan_fake", "gan_learning_rate", "blocks", "r1", "r1_noise"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {value} is of the discriminator, which gan: 0 does not have; leave it out, or "
+                    "give gan a weight"
+                )
 
     def learns_from_data(self) -> bool:
         """By its discriminator, and where later steps start from noised data."""

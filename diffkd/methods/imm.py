@@ -17,6 +17,7 @@ from diffkd.core.noise import steps_of_grids
 from diffkd.core.schedules import Schedule
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 
@@ -52,9 +53,7 @@ class IMM(Method):
         "training",
         description="how x_r is made of x_t: by a step of the teacher, or of the data with its noise",
     )
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, all of one training"
     )

@@ -35,9 +35,7 @@ class LCM(Method):
         passes={"student": 1, "teacher": 1, "target": 1},
     )
 
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )
@@ -71,9 +69,9 @@ class LCM(Method):
                 f"method.skip {self.skip} is more than the teacher's {total} time steps; use a smaller one"
             )
         for steps in self.steps:
-            if self.times == "strides" and total // steps % self.skip:
+            if self.times == "strides" and steps > 1 and total % (steps * self.skip):
                 raise UserError(
-                    f"a student of {steps} steps is asked at every {total // steps}th time step of {total}, "
+                    f"a student of {steps} steps is asked at every {total / steps:g}th time step of {total}, "
                     f"which method.skip {self.skip} does not divide, and with times: strides it learns at no "
                     "other; use a skip that does, or times: table"
                 )

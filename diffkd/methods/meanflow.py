@@ -18,6 +18,7 @@ from diffkd.core.noise import steps_of_grids
 from diffkd.core.times import draw_times
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 SMALL = 1e-3  # mean squared error below which the adaptive weight is constant
@@ -40,9 +41,7 @@ class MeanFlow(Method):
         "distillation",
         description="whose velocity is averaged: the teacher's, or that of each noised image",
     )
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, all of one training"
     )

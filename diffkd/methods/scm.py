@@ -18,6 +18,7 @@ from diffkd.core.times import TimeLaw, draw_times
 from diffkd.errors import UserError
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 
 WAVES = 8
@@ -55,9 +56,7 @@ class SCM(Method):
         "distillation",
         description="whose velocity the tangent follows: the teacher's, or that of each noised image",
     )
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for"
     )

@@ -21,6 +21,9 @@ Range = Annotated[
 ]
 
 # students that are led along their teacher's trajectories
+Teacher = Annotated[
+    str, Field(description="the run's teacher, or previous for the last student, or a student's name")
+]
 Solver = Annotated[
     Literal["ddim", "heun", "dpmpp_2m"], Field(description="of the teacher's step from t to s")
 ]
@@ -40,6 +43,10 @@ Matched = Annotated[
 ]
 
 # a fake network, and a discriminator's heads on it or on the teacher
+Seen = Annotated[
+    str,
+    Field(description="whose features the heads see: the run's teacher's, or previous, or a student's"),
+]
 FakeRate = Annotated[float | None, Field(gt=0, description="of the fake network; default the student's")]
 FakeGan = Annotated[
     float, Field(ge=0, description="weight of the discriminator's loss in the fake network's")

@@ -17,6 +17,7 @@ from diffkd.core.losses import squared_error
 from diffkd.core.noise import grid_times, steps_of_grids
 from diffkd.io.config import Positive
 from diffkd.io.prefetch import to_device
+from diffkd.methods import settings
 from diffkd.methods.base import Batch, Loss, Method, Needs, Stage, Step
 from diffkd.models.students.copies import copy_of
 
@@ -51,9 +52,7 @@ class Shortcut(Method):
     mode: Literal["distillation", "training"] = Field(
         "distillation", description="whose velocity is learned: the teacher's, or that of each noised image"
     )
-    teacher: str = Field(
-        "original", description="the run's teacher, or previous for the last student, or a student's name"
-    )
+    teacher: settings.Teacher = "original"
     steps: list[Positive] = Field(
         [4, 2, 1], min_length=1, description="step counts that a student is saved for, powers of two"
     )

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from diffkd.core.consistency import check_mode, check_start, earlier, pair, start_of
+from diffkd.core.consistency import check_mode, check_start, earlier, pair, starts_of
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.flow import flow_time
 from diffkd.core.losses import pseudo_huber, squared_error
@@ -33,8 +33,9 @@ class TCM(Method):
         networks=("first with distillation",),
         memory="weights of first, with distillation",
         in_short="(weights)",
-        calls="2 student, 1 first-stage student; substeps of the teacher (distillation)",
-        passes={"student": 2, "teacher": 1},
+        calls="1 student, 1 of it or of the first-stage student, by where x_s is; substeps of the teacher "
+        "(distillation)",
+        passes={"student": 1.75, "teacher": 0.25},
     )
 
     mode: Literal["distillation", "training"] = Field(
@@ -65,7 +66,7 @@ class TCM(Method):
 
     @model_validator(mode="after")
     def _guided_by_a_teacher(self) -> TCM:
-        check_mode(self.mode, self.guidance)
+        check_mode(self.mode, self.guidance, sampler=self.sampler, substeps=self.substeps)
         return self
 
     def learns_what_data_is(self) -> bool:
@@ -106,11 +107,13 @@ class TCM(Method):
         x0, cond = batch.x0, dict(batch.cond)
         schedule = student.schedule
         # 1. t above t', or for some examples t' itself; s a little before it
-        t = times_above(schedule, len(x0), self.truncation, self.scale, rng, x0.device)
+        t = times_above(schedule, len(x0), self.truncation, self.scale, rng, torch.device("cpu"))
         least = schedule.time_of(torch.full_like(t, -math.log(self.truncation)))
-        at_boundary = to_device(torch.rand(len(x0), generator=rng) < self.boundary, x0.device)
+        at_boundary = torch.rand(len(x0), generator=rng) < self.boundary
         t = torch.where(at_boundary, least, t)
         s = earlier(schedule, t, 1 - self.closest)
+        above, below = s >= least, (s > 0) & (s < least)  # at 0 the trajectory begins: none is asked
+        t, s, at_boundary = (to_device(values, x0.device) for values in (t, s, at_boundary))
         # 2. noised data, and x_s on the same trajectory: by the teacher, or with the same noise
         teacher = nets["teacher"] if self.mode == "distillation" else None
         x_t, x_s = pair(
@@ -118,8 +121,10 @@ class TCM(Method):
         )
         # 3. the target, without gradients: the student's own above t', the first stage's below
         with torch.no_grad():
-            own, before = (start_of(net, x_s, s, t, **cond) for net in (student, first))
-            target = torch.where((s < least).reshape(-1, *[1] * (x0.ndim - 1)), before, own)
+            own = starts_of(student, above, x_s, s, t, **cond)
+            before = starts_of(first, below, x_s, s, t, **cond)
+            chosen = to_device(above, x0.device).reshape(-1, *[1] * (x0.ndim - 1))
+            target = torch.where(chosen, own, before)
         # 4. L = w_b L_boundary + L_consistency, each a mean over its own examples
         denoised = student(x_t, t, **cond)
         distance = pseudo_huber(denoised, target, self.huber * math.sqrt(x0[0].numel()))

@@ -13,7 +13,7 @@ from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.models.quantization import Quantize
 from diffkd.runs.config import Opened, teacher_metric
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class BenchmarkEntry(Opened):

@@ -20,7 +20,7 @@ from diffkd.data.pairs import DrawnImages, PairCache
 from diffkd.generation import asked
 from diffkd.generation.generator import generate
 from diffkd.methods.base import Method, Stage
-from diffkd.models import guidance_input, loading, students
+from diffkd.models import loading, students
 from diffkd.models.students import lora
 from diffkd.runs import announcement, config_files, latents, pairs, plans
 from diffkd.runs.artifacts import RunArtifacts
@@ -75,8 +75,8 @@ def distill(
         train(teacher_run, console, options)
         teacher = latents.fit(source.load(), cached)
     for index, (_, stage) in enumerate(plan):
-        if stage.pairs is not None and plans.maker(plan, index) == plans.TEACHER:
-            _pairs_of(config, stage, teacher, images, plans.TEACHER, cached)  # or refuses, now
+        if stage.pairs is not None and plans.maker(plan, index) == pairs.TEACHER:
+            _pairs_of(config, stage, teacher, images, pairs.TEACHER, cached)  # or refuses, now
     guidance = max((plans.weight(stage, teacher) for _, stage in plan), key=lambda w: abs(w - 1))
     drawn = _draws(config, teacher, images, guidance, cached)
     inputs = {"teacher": identity(teacher)}
@@ -112,7 +112,7 @@ def distill(
             else:
                 student = students.copy_of(current) if index else _first_student(config, current, examples)
                 if index and (made_by := plans.maker(plan, index)) != plan[index - 1][1].name:
-                    own = made_by == plans.TEACHER
+                    own = made_by == pairs.TEACHER
                     current = opened.teacher() if own else opened.student(place / made_by)
                 artifacts.announce_size(current, student, stage)
                 artifacts.forecast([stage for _, stage in plan[index:]])
@@ -174,7 +174,8 @@ def _draws(
     elif guidance != 1.0:
         teacher.check_guidance()
     asked.say_what_it_was_made_for(teacher, wanted.steps, wanted.sampler, guidance)
-    return DrawnImages(pairs.cache(config, wanted, guidance, teacher, images.class_counts, "data", cached))
+    counts = images.class_counts
+    return DrawnImages(pairs.cache(config, wanted, guidance, teacher, counts, pairs.DATA, cached))
 
 
 def _check_exported(folders: Sequence[Path]) -> None:
@@ -247,10 +248,7 @@ def networks_of(method: Method, stage: Stage, teacher: Denoiser, student: Denois
     if stage.interval:
         interval.attach(student.network)
     if plans.adds_guidance(stage, student):
-        if student.adapter is None:
-            guidance_input.attach(student.network)
-        else:
-            lora.take_guidance(student.network, student.adapter)
+        lora.take_guidance(student.network, student.adapter)
         student.guidance_range = stage.guidance_range
     return {"teacher": teacher, "student": student, **method.networks(teacher, student)}
 

@@ -21,6 +21,8 @@ from diffkd.methods.base import Pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.session import Session, identity
 
+TEACHER, DATA = "teacher", "data"  # whose pairs they are: the run's own teacher's, or what stands for images
+
 
 def of_data(data: TeacherDraws) -> Pairs:
     """What the teacher draws in place of a dataset."""
@@ -66,8 +68,9 @@ def cache(
 
     guidance: that they are drawn with. class_counts: in whose proportion the classes are drawn. latents: of a
     model of prompts, pair i is of the prompt of example i, modulo their number. name: of their folder, which
-    with the run's seed decides their noise: never that of images which are measured. Raises UserError where
-    the folder holds others.
+    with the run's seed decides their noise: never that of images which are measured. What the run's teacher
+    draws may be shared with other runs, what a student does is the run's own. Raises UserError where the
+    folder holds others.
     """
     assert teacher.shape is not None
     recipe = Recipe(
@@ -76,7 +79,8 @@ def cache(
         classes=[] if teacher.num_classes is None else [*class_counts], shape=teacher.shape,
         prompts="" if latents is None else latents.prompts,
     )  # fmt: skip
-    folder = (config.pairs or config.out / "pairs") / name
+    shared = config.pairs if name in (TEACHER, DATA) else None
+    folder = (shared or config.out / "pairs") / name
     if latents is None or latents.embeddings is None:
         return PairCache(folder, recipe, pairs.count)
     return PairCache(folder, recipe, pairs.count, latents.asked)

@@ -19,11 +19,11 @@ from diffkd.methods.base import Method, Stage
 from diffkd.methods.denoising import Denoising
 from diffkd.metrics.evaluation.image_stream import guided_by
 from diffkd.models import guidance_input, loading, students
+from diffkd.models.students import lora
 from diffkd.runs import pairs
 from diffkd.runs.config import Distill
 from diffkd.runs.method_config import method_name
 
-TEACHER = "teacher"  # what the run's own is called where pairs are kept
 Plan = list[tuple[Method, Stage]]
 
 
@@ -47,6 +47,7 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if number == 0:
                 method.networks(own, student)
                 _check_derivative(method, student)
+            adding = adds_guidance(stage, student)
             for one in stage.students:
                 start = student = students.with_network(student, student.network, stage.prediction)
                 start.steps, start.sampler = one.steps, one.drawn
@@ -59,6 +60,8 @@ def plan(config: Distill, teacher: Denoiser) -> Plan:
             if stage.interval:
                 interval.check(student.network)
             _check_guidance(stage, method, student)
+            if adding:  # so that what follows can ask it
+                lora.take_guidance(student.network, student.adapter)
             if own is not teacher:
                 _check_plainly(stage, teacher)
     _check_pairs(plan)
@@ -99,7 +102,7 @@ def maker(plan: Plan, index: int) -> str:
     name = plan[index][1].teacher
     if name == "previous" and index:
         return plan[index - 1][1].name
-    return TEACHER if name in ("original", "previous") else name
+    return pairs.TEACHER if name in ("original", "previous") else name
 
 
 def taught(plan: Plan, index: int, teacher: Denoiser) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def _check_teacher(stage: Stage, teacher: Denoiser, *, run: bool) -> None:
     if stage.sampler and wanted and teacher.sampler == "ddim" and wanted != teacher.steps:
         raise UserError(
             f"stage {stage.name} learns from {who}, which knows its own {teacher.steps} steps and no others; "
-            f"let {stage.substeps} x {stage.steps} be these (method.substeps), or {instead}"
+            f"let {stage.substeps} x {stage.steps} be these (method.substeps, method.steps), or {instead}"
         )
 
 

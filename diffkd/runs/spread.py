@@ -40,7 +40,7 @@ FEW_STEPS = 4  # at most, of students that are watched: drawing with more would 
 DRAWN = 128  # images at a time, two of each label
 LOOKED_AT = 2048  # images of the data
 FALLEN, FLOOR = 0.5, 0.15  # low is below half the best of the stage, or this share of the data's
-RISING = 1.05  # times the last look's: a student that gains spread is on its way, however low it is
+RISING = 1.05  # times its best since it was low: a student that gains spread is on its way, however low
 PATIENCE, STUCK = 2, 4  # looks in a row at a low spread until it is said: of a fallen one, of any
 
 
@@ -61,14 +61,16 @@ class Watch:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.last, self.best, self.low, self.warned = math.inf, 0.0, 0, False
+        self.best, self.peak, self.low, self.warned = 0.0, 0.0, 0, False  # peak: the best since it was low
 
     def see(self, ratio: float, update: int, *, warn: bool = True) -> None:
         """ratio: the student's spread, of the data's. warn: False where it was seen, and said, before."""
         fallen = ratio < FALLEN * self.best
-        low = (fallen or ratio < FLOOR) and ratio <= RISING * self.last
-        self.low = self.low + 1 if low and update else 0
-        self.last, self.best = ratio, max(self.best, ratio)
+        low = fallen or ratio < FLOOR
+        rising = 0 < self.peak < ratio / RISING  # chance takes a collapsed student up and down
+        self.low = self.low + 1 if low and not rising and update else 0
+        self.peak = max(self.peak, ratio) if low else 0.0
+        self.best = max(self.best, ratio)
         if self.low >= (PATIENCE if fallen else STUCK) and not self.warned:
             self.warned = True
             if warn:

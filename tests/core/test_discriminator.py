@@ -19,17 +19,20 @@ TEACHER, STUDENT = (0.3, 0.5), (-0.2, 0.8)  # mean and std of one pixel
 
 
 class Tokens(nn.Module):
-    """A network of blocks on tokens, (B, L, C), one of which is not called and one of which makes numbers."""
+    """A network of blocks on tokens, (B, L, C), one of which is not called, one of which makes numbers, and
+    one of which sees a prompt alone."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Conv2d(1, 12, 2, stride=2)
         self.transformer_blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.context_refiner = nn.ModuleList([nn.Linear(12, 12)])
         self.pooled = nn.Linear(12, 5)
         self.idle = nn.Linear(12, 12)
 
     def forward(self, x, time, **cond):
         tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.context_refiner[0](torch.ones(len(x), 4, 12)).mean(1, keepdim=True)
         for block in self.transformer_blocks:
             tokens = tokens + block(tokens)
         self.pooled(tokens.mean(1))
@@ -54,7 +57,7 @@ def test_by_default_every_block_of_a_unet_in_the_order_of_calls():
     assert block_shapes(student(3, "v_prediction", COSINE), ["conv_in"]) == {"conv_in": (8, 8, 8)}
 
 
-def test_by_default_every_block_of_a_transformer():
+def test_by_default_every_block_of_a_transformer_that_sees_the_image():
     assert block_shapes(tokens()) == {f"transformer_blocks.{i}": (9, 12) for i in range(3)}
 
 
@@ -67,6 +70,7 @@ def test_by_default_every_block_of_a_transformer():
         ),
         (["transformer_blocks.0", "idle"], "names 'idle', which the network does not call; name a module"),
         (["pooled"], "names 'pooled', which outputs no features of an image"),
+        (["context_refiner.0"], "names 'context_refiner.0', which outputs no features of an image"),
     ],
 )
 def test_blocks_that_cannot_have_a_head_are_refused(names, message):

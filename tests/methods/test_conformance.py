@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffkd import methods
+from diffkd.errors import UserError
 from diffkd.methods.base import Method, Step
 from diffkd.methods.progressive import Progressive
 from diffkd.models import students
+from diffkd.runs.method_config import parse_method
 from tests.methods.conformance import check_losses, check_resumes, losses_of, nets_of, train
 from tests.methods.variants import VARIANTS
 from tests.parallel import method_of
@@ -61,6 +63,16 @@ def test_a_method_is_one_final_class_with_a_reference_a_config_a_row_and_a_page(
     assert f"name: {name}" in config or f"\n{name}:" in config
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_no_setting_is_a_number_that_is_none(name):
+    """As `.nan` and `.inf` of a config are, which would end in the middle of a run."""
+    for key in methods.find(name).model_fields:
+        for number in (float("nan"), float("inf"), -float("inf")):
+            for given in (number, [number], [number, 1.0], [1.0, number]):
+                with pytest.raises(UserError, match=key):
+                    parse_method({"name": name, key: given}, methods.find(name).kind)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "calls"),
     [
@@ -71,13 +83,14 @@ def test_a_method_is_one_final_class_with_a_reference_a_config_a_row_and_a_page(
         ("adversarial", {"critic_updates": 2, "r1": 1}, {"student": 2, "teacher": 7}),
         ("sid", {"fake_updates": 3}, {"student": 3, "teacher": 1, "fake": 4}),
         ("scm", {"mode": "training"}, {"student": 3}),
-        ("tcm", {"mode": "distillation"}, {"student": 2, "first": 1, "teacher": 1}),
+        ("tcm", {"mode": "distillation"}, {"student": 1.75, "first": 0.25, "teacher": 1}),
         ("imm", {"mode": "distillation"}, {"student": 2, "teacher": 1}),
         ("shortcut", {"target_decay": 0.9}, {"student": 1, "target": 0.5, "teacher": 0.75}),
     ],
 )
 def test_an_update_passes_its_batch_through_as_many_networks_as_it_says(name, settings, calls):
-    """By the examples that each network's forward passes see; a batch of eight has whole shares."""
+    """By the examples that each network's forward passes see; a batch of eight has whole shares, and of this
+    seed two examples at the boundary of tcm."""
     method = methods.find(name)(**settings)
     nets, seen = nets_of(method), Counter()
     for key, net in nets.items():
@@ -87,7 +100,7 @@ def test_an_update_passes_its_batch_through_as_many_networks_as_it_says(name, se
                 seen[key] += len(args[0]) / 8
 
             net.network.register_forward_pre_hook(count, with_kwargs=True)
-    for _ in losses_of(method, nets, method.stages(nets["teacher"])[0], 11, count=8):
+    for _ in losses_of(method, nets, method.stages(nets["teacher"])[0], 12, count=8):
         pass
     assert dict(seen) == (calls or method.needs.passes)
 

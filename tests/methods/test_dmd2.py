@@ -269,7 +269,12 @@ def test_what_does_not_fit_is_refused():
         DMD2(guidance=2).stages(gaussian(COSINE))
     with pytest.raises(ValidationError, match=r"t_min 0\.9 is above t_max 0\.5; exchange them"):
         DMD2(t_min=0.9, t_max=0.5)
-    with pytest.raises(ValidationError, match="r1 10 is a penalty .* gan: 0 does not have; leave it out"):
+    without = {"gan_fake": 0.1, "gan_learning_rate": 1e-3, "blocks": ["mid_block"], "r1_noise": 0.2}
+    for name, value in without.items():
+        with pytest.raises(ValidationError, match=f"{name} .* is of the discriminator, which gan: 0 does no"):
+            DMD2(**{name: value})
+        assert DMD2(**{name: value}, gan=0.1)
+    with pytest.raises(ValidationError, match="r1 10.* is of the discriminator, which .* have; leave it out"):
         DMD2(r1=10)
     for method in (DMD2, FDistill, Adversarial):
         with pytest.raises(ValidationError, match="simulate: false starts .* leave one of the two out"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffkd.core.denoiser import Denoiser
-from diffkd.core.schedules import Schedule
+from diffkd.core.schedules import FlowSchedule, Schedule, Shift
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
 from diffkd.methods.lcm import LCM
@@ -117,6 +117,10 @@ def test_strides_from_pure_noise():
     assert only(LCM(skip=64, times="strides", substeps=2, sampler="dpmpp_2m")).substeps == 2
     with pytest.raises(UserError, match="4 steps is asked at every 256th time step of 1024"):
         only(LCM(skip=96, times="strides"))
+    flow = gaussian(FlowSchedule(Shift(1.0)), "flow")  # where step counts need not divide the table
+    assert only(LCM(skip=50, times="strides"), flow) and only(LCM(skip=83, times="strides", steps=[1]), flow)
+    with pytest.raises(UserError, match="3 steps is asked at every 333.333th time step of 1000"):
+        only(LCM(skip=3, times="strides", steps=[3]), flow)
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from diffkd.core.consistency import earlier
 from diffkd.core.denoiser import Denoiser
 from diffkd.core.schedules import Schedule
 from diffkd.errors import UserError
 from diffkd.methods.base import Batch, Step
+from diffkd.methods.consistency import Consistency
 from diffkd.methods.tcm import TCM
 from tests.gaussian import gaussian
 from tests.trajectories import at_noise, data, exact, family, gradients, train
@@ -36,7 +38,7 @@ def first():
 def test_one_loss_by_hand(mode):
     method = TCM(
         mode=mode, truncation=1.5, boundary=0.4, boundary_weight=0.3, scale=0.8, closest=0.9, huber=0.01,
-        steps=[1], substeps=2,
+        steps=[1], substeps=2 if mode == "distillation" else 1,
     )  # fmt: skip
     student = Denoiser(Rough(), COSINE, "v_prediction", shape=(1, 4, 4))
     x0 = data(12, torch.Generator().manual_seed(1))
@@ -82,7 +84,8 @@ def test_one_loss_by_hand(mode):
 def test_the_exact_student_has_no_gradient_in_the_mean(mode):
     """With the exact first stage below; another student has one, and so has another first stage: in what
     moves it with x, and in what moves it everywhere."""
-    method = TCM(mode=mode, sampler="heun", closest=0.999, huber=1.0, boundary_weight=1.0, steps=[1])
+    exactly = {"sampler": "heun"} if mode == "distillation" else {}
+    method = TCM(mode=mode, closest=0.999, huber=1.0, boundary_weight=1.0, steps=[1], **exactly)
 
     def found(student, before):
         nets = {"student": student, "teacher": before}
@@ -140,3 +143,30 @@ def test_a_teacher_beside_the_first_stage():
     assert TCM().networks(start, start) == {} and not method.learns_what_data_is()
     with pytest.raises(ValueError, match="guidance 2 is the teacher's, whom mode: training does not ask"):
         TCM(guidance=2.0)
+    for method in (TCM, Consistency):
+        for given, says in (({"substeps": 2}, "substeps: 2"), ({"sampler": "heun"}, "sampler: heun")):
+            with pytest.raises(ValueError, match=f"{says} is of the teacher's step, which mode: training d"):
+                method(mode="training", **given)
+
+
+@pytest.mark.parametrize("closest", [0.9, 0.5])
+def test_a_network_is_asked_for_its_own_targets_alone(closest):
+    """The student where x_s is above the boundary, the first stage where it is below, neither where the
+    trajectory has begun; by eighths of a batch, and one at least."""
+    student, before, asked = family(COSINE), first(), {"student": [], "first": []}
+    for name, net in (("student", student), ("first", before)):
+        net.network.register_forward_pre_hook(
+            lambda module, args, own=asked[name]: (
+                None if torch.is_grad_enabled() else own.append(len(args[0]))
+            )
+        )
+    method = TCM(closest=closest, steps=[1])
+    batch = Batch(data(160, torch.Generator().manual_seed(1)), {})
+    nets = {"student": student, "teacher": before}
+    loss = next(method.losses(nets, batch, Step(only(method), 0), torch.Generator().manual_seed(4)))
+    s = earlier(COSINE, loss.metrics["t"], 1 - closest)
+    least = at_noise(COSINE, torch.zeros(1, dtype=torch.float64))
+    shares = ((s >= least).sum() / 20, ((s > 0) & (s < least)).sum() / 20)
+    wanted = [20 * math.ceil(max(share.item(), 1e-9)) for share in shares]
+    assert [asked["student"], asked["first"]] == [[count] for count in wanted]
+    assert sum(wanted) <= 180 and (closest == 0.9 or wanted[0] == 20)

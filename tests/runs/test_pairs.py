@@ -229,6 +229,9 @@ def test_reflow_from_images_to_students(here, cli, tiny_teacher, teachers):
     assert {p.name for p in (run / "pairs").iterdir()} == {"teacher", "4-steps"}
     four, two = (network(run / "students" / name) for name in ("4-steps", "2-steps"))
     assert same(four, two) and same(teachers[1]["teacher"], four) and same(teachers[1]["student"], four)
+    shared = ("distill", "distill.yaml", "out=again", "pairs=run/pairs", "method.learning_rate=1e-4")
+    assert cli(*shared).code == 0  # the teacher's pairs are shared, a student's are its own run's
+    assert [p.name for p in (here / "again/pairs").iterdir()] == ["4-steps"]
 
 
 # without images

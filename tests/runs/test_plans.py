@@ -9,12 +9,15 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffkd import methods
+from diffkd.core.denoiser import Denoiser
 from diffkd.core.digest import digest
 from diffkd.core.guidance_kinds import set_kind
 from diffkd.core.schedules import Schedule, from_diffusers
 from diffkd.errors import UserError
+from diffkd.models.families import sd
 from diffkd.runs import plans
 from diffkd.runs.config import Distill
+from tests import text_to_image
 from tests.refusals import refuse
 from tests.runs.tiny import CONFIG, UNMEASURED, write
 from tests.tiny import student
@@ -140,6 +143,30 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+def test_what_follows_a_student_that_takes_its_weight_can_ask_it():
+    """Features and a derivative are of the student before a stage, heads of a teacher: as it will be."""
+    network, given = text_to_image.network(), text_to_image.conditions(1)
+    model = Denoiser(
+        network, Schedule.cosine(64), "v_prediction", shape=(4, 8, 8), call=sd.call, example=given
+    )
+    model.set_null(given)
+    first = {"name": "guidance", "range": [1, 8]}
+
+    def names(*chain: Any) -> list[str]:
+        config = Distill.model_validate({
+            "out": "run", "teacher": {"path": "teacher"}, "data": {"kind": "digits"}, "evaluation": None,
+            "method": [first, *chain],
+        })  # fmt: skip
+        return [stage.name for _, stage in plans.plan(config, model)]
+
+    assert names({"name": "feature"}) == ["guidance", "feature"]
+    assert names({"name": "scm", "derivative": "jvp", "steps": [1]}) == ["guidance", "1-steps"]
+    for name in ("adversarial", "f_distill"):
+        with pytest.raises(UserError, match="compares with networks that do not know the weight"):
+            names({"name": name, "teacher": "previous"})
+    assert network.config.time_cond_proj_dim is None, "the run's teacher is as it was"
 
 
 NO_DERIVATIVE = ["a part without a forward-mode derivative", "set method.derivative to difference"]

@@ -432,6 +432,24 @@ def test_loss_by_noise_is_the_mean_of_the_last_ten_records(run: Path) -> None:
     assert tables[1] == [bins, ["2-steps", "–", "5.5", "5.5", "–", "7"]]
 
 
+def test_a_negative_loss_is_plotted_and_tabled_as_any_other(run: Path) -> None:
+    """As that of `sid` and `adversarial` is, beside a stage whose loss is positive. A gap of 0, as of a fake
+    network that begins as the teacher, leaves the others their logarithm."""
+    log = logged("2-steps", 0, [4.0, 2.0], 20) + logged("1-steps", 1, [1.0, 1.0], 20)
+    for line, loss in zip(log[2:], (-2.0, -4.0), strict=True):
+        line |= {"loss": loss, "loss_by_noise": [None, loss, 6 + loss, None, loss]}
+    log[0]["gap"] = 0.0
+    put_log(run, log)
+    result = page(run)
+    heights = [y for line in result.curves("Loss", "student") for _, y in line]
+    assert [(y - heights[0]) / (heights[1] - heights[0]) for y in heights] == pytest.approx(
+        [0, 1, 3, 4], abs=1e-3
+    )
+    assert [len(line) for line in result.curves("Gap", "student")][:2] == [1, 2]
+    (table, *_) = [table for table in result.tables if table[0] and table[0][0] == "stage"]
+    assert table[1:] == [["2-steps", "–", "3", "6", "–", "3"], ["1-steps", "–", "-3", "3", "–", "-3"]]
+
+
 def test_a_torn_last_line_events_and_blank_lines_change_nothing(run: Path) -> None:
     whole = page(run).source
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -444,7 +462,7 @@ def test_a_torn_last_line_events_and_blank_lines_change_nothing(run: Path) -> No
 
 def test_values_that_are_no_numbers_leave_the_rest(run: Path) -> None:
     log = logged("8-steps", 0, [0.5, 1.0, 0.1, 0.2], 40)
-    log[1]["loss"], log[2]["loss"] = float("nan"), -1.0  # neither has a logarithm
+    log[1]["loss"], log[2]["loss"] = float("nan"), None
     del log[0]["gap"], log[0]["gap_by_noise"]
     put_log(run, log)
     put_metrics(run, [record("teacher", 8, 2.5), record("student", 4, float("inf")), {"model": "2-steps"}])

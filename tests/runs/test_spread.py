@@ -55,6 +55,8 @@ def said(ratios: list[float], caplog: pytest.LogCaptureFixture) -> list[int]:
         ([0.9, 0.3, 0.4, 0.6, 0.9], []),  # on its way up
         ([0.02, 0.03, 0.05, 0.1, 0.2, 0.4, 0.6], []),  # blurred in the beginning, as by one step of a teacher
         ([0.02] * 9, [200]),  # and never more than that
+        ([1.0, *[0.02, 0.03] * 5], [200]),  # collapsed, to a few images now and to others then
+        ([0.02, 0.03] * 5, [250]),
         ([0.4, 0.38, 0.41, 0.4, 0.39], []),  # guided: a smaller spread than the data's, which stays
         ([1.5, 1.2, 1.0, 0.9], []),
     ],

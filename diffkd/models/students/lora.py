@@ -137,10 +137,13 @@ def with_weights(base: nn.Module, adapter: Adapter, weights: Mapping[str, Tensor
     return made
 
 
-def take_guidance(network: nn.Module, adapter: Adapter) -> None:
-    """Gives a network with an adapter an embedding of the guidance weight, which its base has not, in place:
-    a layer of zeros with an adapter of its own. Raises UserError as `guidance_input.attach` does."""
+def take_guidance(network: nn.Module, adapter: Adapter | None) -> None:
+    """Gives a network an embedding of the guidance weight, in place. Where it has an adapter, whose base has
+    no such layer, that is one of zeros with an adapter of its own. Raises UserError as
+    `guidance_input.attach` does."""
     guidance_input.attach(network)
+    if adapter is None:
+        return
     embedding: Any = network.get_submodule(guidance_input.EMBEDDING)
     _inject(network, [guidance_input.EMBEDDING], min(adapter.rank, *embedding.weight.shape), seed=0)
 

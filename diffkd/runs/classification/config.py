@@ -19,7 +19,7 @@ from diffkd.runs.schedule_config import NoiseSchedule
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,40}$")]  # part of a folder's name
 Share = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0)]
 
 
 class ClassifierTeacher(Strict):

@@ -76,7 +76,6 @@ class NewFlow(Strict):
     shift: float = Field(
         1.0,
         gt=0,
-        allow_inf_nan=False,
         description="of the times of its steps; above 1 more of them near noise",
     )
     num_train_timesteps: int = Field(1000, ge=2, le=100_000, description="T; its network is given T sigma")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +90,3 @@ def _parsed(text: str) -> Any:
 
 def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def positive(values: Iterable[Any]) -> list[float]:
-    """Those that have a logarithm."""
-    return [value for value in values if is_finite(value) and value > 0]

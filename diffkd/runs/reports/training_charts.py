@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from diffkd.errors import printable
 from diffkd.runs.reports import page, plots
-from diffkd.runs.reports.run_files import Record, Stages, is_finite, positive
+from diffkd.runs.reports.run_files import Record, Stages, is_finite
 
 LAST = 10  # records of a stage whose mean is its value by noise level
 LINES = ("-", "--", ":", "-.")
@@ -20,10 +21,11 @@ def section(stages: Stages, spread: Stages | None = None) -> str:
         ("loss", "Loss", "What the optimizer minimises."),
         ("gap", "Gap", "Root mean squared distance of the predicted x0 from its target."),
     ):
-        curves = [_curve(records, key) for records in stages.values()]
+        scale = _scale(stages, [key])
+        curves = [_shares(records, key, _updates(records), scale) for records in stages.values()]
         if any(curves):
-            chart, heat = _chart(stages, {"": curves}, f"{title} by stage"), _heat(stages, f"{key}_by_noise")
-            cards.append(_card(title, what, chart + heat))
+            chart = _chart(stages, {"": curves}, f"{title} by stage", scale)
+            cards.append(_card(title, what, chart + _heat(stages, f"{key}_by_noise")))
     cards += _of_networks(stages)
     if spread:
         totals = {name: _updates(records) for name, records in stages.items()}
@@ -51,30 +53,28 @@ def _of_networks(stages: Stages) -> list[str]:
     if not names:
         return []
     cards = []
-    for title, what, wanted, scale in (
-        ("Losses of the other networks", "Each of its own kind.", {n: f"{n}_loss" for n in names}, "log"),
+    for title, what, wanted, linear in (
+        ("Losses of the other networks", "Each of its own kind.", {n: f"{n}_loss" for n in names}, False),
         (
             "Gradient norms",
             "Before they are clipped.",
             {"student": "grad_norm", **dict(zip(names, norms, strict=True))},
-            "log",
+            False,
         ),
         (
             "Ratios of gradient norms",
             "Each over the student’s. Where one leaves its level, that network runs ahead or falls behind.",
             {n: f"{n}_grad_ratio" for n in names},
-            "log",
+            False,
         ),
         (
             "Accuracy of the discriminator",
             "Share of images that it tells right, real and drawn: at 1 it has won, at 0.5 it guesses.",
             {key.removesuffix("_accuracy"): key for key in keys if key.endswith("_accuracy")},
-            "linear",
+            True,
         ),
     ):
-        values = [r[key] for key in wanted.values() for rs in stages.values() for r in rs if key in r]
-        if not all(is_finite(v) and v > 0 for v in values):
-            scale = "linear"
+        scale = "linear" if linear else _scale(stages, wanted.values())
         curves = {
             name: [_shares(rs, key, _updates(rs), scale) for rs in stages.values()]
             for name, key in wanted.items()
@@ -89,11 +89,13 @@ def _updates(records: list[Record]) -> int:
     return updates
 
 
-def _curve(records: list[Record], key: str) -> Curve:
-    return _shares(records, key, _updates(records))
+def _scale(stages: Stages, keys: Collection[str]) -> str:
+    """Linear where any value is negative, as losses of discriminators and of two scores may be."""
+    values = [r[key] for key in keys for records in stages.values() for r in records if key in r]
+    return "linear" if any(is_finite(value) and value < 0 for value in values) else "log"
 
 
-def _shares(records: list[Record], key: str, updates: int, scale: str = "log") -> Curve:
+def _shares(records: list[Record], key: str, updates: int, scale: str) -> Curve:
     """The values that a scale can show."""
     shown = [r for r in records if is_finite(r.get(key)) and (scale != "log" or r[key] > 0)]
     return [(r["update"] / (updates or 1), r[key]) for r in shown]
@@ -136,21 +138,24 @@ def _label(stage: str, updates: int) -> str:
 
 
 def _heat(stages: Stages, key: str) -> str:
-    """A table of stages by bins of t, shaded by the logarithm."""
+    """A table of stages by bins of t, shaded by the logarithm, or by the values where any is negative."""
     means: dict[str, list[float | None]] = {}
     for name, records in stages.items():
         last = [r[key] for r in records[-LAST:] if r.get(key)]
-        means[name] = [_mean(positive(column)) for column in zip(*last, strict=False)]
-    logs = [math.log(value) for row in means.values() for value in row if value]
-    if not logs:
+        means[name] = [_mean([v for v in column if is_finite(v)]) for column in zip(*last, strict=False)]
+    values = [value for row in means.values() for value in row if value is not None]
+    if not values:
         return ""
-    bins, low, span = max(map(len, means.values())), min(logs), max(logs) - min(logs) or 1
+    shaded = math.log if min(values) >= 0 else float
+    depths = [shaded(value) for value in values if value]
+    low, span = (min(depths), max(depths) - min(depths) or 1) if depths else (0.0, 1)
+    bins = max(map(len, means.values()))
     body = ""
     for name, row in means.items():
         body += f"<tr><td>{page.escaped(name)}</td>"
         for value in row:
-            shade = 0.04 + 0.5 * (math.log(value) - low) / span if value else 0
-            text = f"{value:.2g}" if value else "–"
+            shade = 0.04 + 0.5 * (shaded(value) - low) / span if value else 0
+            text = "–" if value is None else f"{value:.2g}"
             body += f'<td style="background:rgb(15 130 120/{shade:.2f})">{text}</td>'
         body += "</tr>"
     head = "".join(f"<th>{b / bins:g}–{(b + 1) / bins:g}</th>" for b in range(bins))
