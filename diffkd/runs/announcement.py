@@ -100,11 +100,11 @@ def _kinds(path: str) -> tuple[str, str]:
 
 def students(stages: Sequence[tuple[str, Stage]]) -> str:
     """stages: of all methods in order, with the method's name."""
-    updates = sum(stage.updates for _, stage in stages)
-    named = [
-        f"{' and '.join(printable(one.name) for one in stage.students)} ({method}, {stage.updates:,})"
-        for method, stage in stages
-    ]
+    updates, named = sum(stage.updates for _, stage in stages), []
+    for method, stage in stages:
+        most_first = sorted(stage.students, key=lambda one: one.steps or 0, reverse=True)
+        names = " and ".join(printable(one.name) for one in most_first)
+        named.append(f"{names} ({method}, {stage.updates:,})")
     return f"students: {', '.join(named)}; {updates:,} updates in all"
 
 

@@ -45,7 +45,7 @@ class Comparison:
     features: tuple[Features, ...]
     guidance: float
     make: tuple[str, ...] = ()
-    teacher_steps: tuple[int, ...] = (64, 4, 2, 1)
+    teacher_steps: tuple[int, ...] = (64, 32, 16, 8, 4, 2, 1)
     overrides: tuple[str, ...] = ()
 
     @cached_property
@@ -164,7 +164,12 @@ def opened(comparison: Comparison) -> Denoiser:
 
 
 def students_of(plan: plans.Plan) -> list[Stage]:
-    return [one for _, stage in plan for one in stage.students]
+    """Stage by stage, those of most steps first."""
+    return [
+        one
+        for _, stage in plan
+        for one in sorted(stage.students, key=lambda one: one.steps or 0, reverse=True)
+    ]
 
 
 def shortened(method: Any) -> Any:
