@@ -46,7 +46,7 @@ def block_shapes(denoiser: Denoiser, names: Sequence[str] | None = None) -> dict
             raise UserError(
                 f"method.blocks names {name!r}, which the network does not call; name a module inside it"
             )
-    blind = [name for name in chosen if torch.equal(found[name], of_another[name])]
+    blind = [name for name in chosen if _equal(found[name], of_another[name])]
     for name in chosen:
         if found[name].ndim not in (3, 4) or (names and name in blind):
             raise UserError(f"method.blocks names {name!r}, which outputs no features of an image")
@@ -65,6 +65,11 @@ def _outputs(denoiser: Denoiser, names: Sequence[str]) -> list[dict[str, Tensor]
                 denoiser(x, t, **cond)
             outputs.append(found)
     return outputs
+
+
+def _equal(one: Tensor, another: Tensor) -> bool:
+    """Not on the meta device, where no network is told what it sees."""
+    return not one.is_meta and torch.equal(one, another)
 
 
 def middle(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -67,7 +67,7 @@ def test_the_files_of_a_new_method_pass_at_once(extended):
     tests = ["tests/methods/test_conformance.py", "tests/methods/test_own_idea.py", "-k", "own_idea"]
     done = run(folder, "pytest", "-q", "-p", "no:cacheprovider", *tests, "-m", "not slow")
     assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"^6 passed", done.stdout.splitlines()[-1]), done.stdout
+    assert re.search(r"^7 passed", done.stdout.splitlines()[-1]), done.stdout
 
 
 @pytest.mark.slow
