@@ -79,7 +79,7 @@ def turned(path: Path, by: str) -> None:
     if "exif" in by or by == "profile":
         exif[0x0112] = 6
         more = {"exif": exif}
-    xmp = f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{6}"/>'
+    xmp = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
     if by == "profile":  # as ImageMagick writes it
         text, more = PngInfo(), {}
         text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}")
