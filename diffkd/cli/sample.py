@@ -109,7 +109,6 @@ def sample(
     prepare_libraries()
     from diffkd.errors import UserError
     from diffkd.generation.sample import sample_to
-    from diffkd.io.places import expanded
     from diffkd.io.prompts import read_prompts
     from diffkd.models import guidance_kind
 
@@ -117,7 +116,7 @@ def sample(
         raise UserError("--prompt and --prompts are both given; leave out one")
     if (height is None) != (width is None):
         raise UserError("--height and --width go together; give both, or none for the model's own")
-    chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(expanded(prompts))
+    chosen = [prompt] if prompt is not None else None if prompts is None else read_prompts(prompts)
     size = None if height is None or width is None else (height, width)
     options = {key: value for key, value in (("eta", eta), ("guidance", guidance)) if value is not None}
     sample_to(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.io.config import Strict
-from diffkd.io.places import expanded
 from diffkd.io.prompts import read_prompts
 
 
@@ -122,7 +121,7 @@ class Prompts(TeacherDraws):
         return self.draws or len(self.prompts())
 
     def prompts(self) -> list[str]:
-        return read_prompts(expanded(self.path))
+        return read_prompts(self.path)
 
     def load(self) -> NoReturn:
         """Raises UserError: see `NoData.load`."""

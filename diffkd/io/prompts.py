@@ -6,15 +6,17 @@ import re
 from pathlib import Path
 
 from diffkd.errors import UserError
+from diffkd.io.places import expanded
 from diffkd.io.text import read_text, reason
 
 LINE_END = re.compile(r"\r\n|\r|\n")  # and no other: a prompt may hold what Unicode calls a line separator
 MAX_LINE = 100_000  # characters: no encoder takes so many, and a file of one line may be of another kind
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a text file, one a line; empty lines are left out, and the mark that editors put at the
     beginning of UTF-8. Raises UserError."""
+    path = expanded(path)
     try:
         lines = [line.strip() for line in LINE_END.split(read_text(path).removeprefix("\ufeff"))]
     except UnicodeDecodeError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from diffkd.errors import UserError
@@ -26,6 +28,12 @@ def test_a_line_is_a_prompt_whatever_else_is_in_it(tmp_path, end, mark):
     lines = [prompts[0], "", " \t", *prompts[1:-1], f"  {prompts[-1]} "]
     (tmp_path / "prompts.txt").write_bytes((mark + end.join(lines)).encode())
     assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a red ring")
+    assert read_prompts(Path("~/prompts.txt")) == ["a red ring"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])

@@ -125,7 +125,7 @@ def _images(target: Target, config: Evaluation) -> OpenedTarget:
             f"{called('prompts')} {target.prompts} is for metrics that compare images with their prompts; "
             "add one, such as clip_score, or leave it out"
         )
-    prompts = None if target.prompts is None else read_prompts(expanded(target.prompts))
+    prompts = None if target.prompts is None else read_prompts(target.prompts)
     stream = stored_images(source, config, prompts)
     if target.prompts is not None:
         where["prompts"] = _absolute(target.prompts)
@@ -204,7 +204,7 @@ def _prompts(
     if target.prompts is None:
         prompts = prompts_for(denoiser, reference.captions, default_count(config, reference))
     else:
-        prompts = read_prompts(expanded(target.prompts))
+        prompts = read_prompts(target.prompts)
     check_prompts(denoiser, prompts)
     return prompts
 
