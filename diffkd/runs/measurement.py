@@ -16,7 +16,7 @@ from diffkd.io.processes import Processes
 from diffkd.metrics.evaluation import presets
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.evaluator import Evaluator, check_labels, check_prompts
-from diffkd.metrics.evaluation.image_stream import ImageStream
+from diffkd.metrics.evaluation.image_stream import ImageStream, shared
 from diffkd.metrics.evaluation.records import Record
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.metrics.evaluation.targets import Target, opened, teacher_of
@@ -60,6 +60,7 @@ class Measurement:
             check_sha256(expected, where.get("sha256"), target.path)
             teacher = self._teacher(*place)
             self._check(stream, teacher)
+            stream = shared(stream, where, teacher)
             evaluator = self.evaluator
             with progress.bar(self.console, printable(title), stream.count, shown=processes.main) as advance:
                 try:

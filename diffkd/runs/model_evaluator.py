@@ -23,6 +23,7 @@ from diffkd.metrics.evaluation.image_stream import (
     identity,
     prompts_for,
     sampled_images,
+    shared,
 )
 from diffkd.metrics.evaluation.reference import Reference
 from diffkd.runs.config import Settings, Teacher, teacher_metric
@@ -66,14 +67,14 @@ class ModelEvaluator:
 
         path, null_label: where the model is saved, and its null label where the config had to name it.
         """
-        stream = self._sampled(denoiser, steps, guidance)
-        teacher = self._teacher_images
+        where, teacher = identity(denoiser, path, null_label), self._teacher_images
+        stream = shared(self._sampled(denoiser, steps, guidance), where, teacher)
         started = time.monotonic()
         with self.session.image_bar(f"measuring {name} at {steps} steps", stream.count) as on_images:
             record = self._evaluator(stream, teacher=teacher, on_images=on_images)
         rest = time.monotonic() - started - record["seconds"]
         self._cost = record["seconds"] / record["nfe"], max(0.0, rest)
-        record["protocol"]["target"] = identity(denoiser, path, null_label)
+        record["protocol"]["target"] = where
         return record
 
     def seconds(self, stages: Sequence[Stage]) -> float | None:

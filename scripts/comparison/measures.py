@@ -32,7 +32,7 @@ ROLE = "evaluated"
 @dataclass(frozen=True)
 class Model:
     """The teacher, or a student. run: the folder of its run. follows: whether one noise determines its image,
-    so that it can be compared with the teacher's of that noise."""
+    so that it is compared with the teacher's of that noise."""
 
     run: Path
     path: Path
@@ -46,9 +46,10 @@ class Model:
 
 
 def teachers(comparison: Comparison) -> list[Model]:
-    place = comparison.training.out, comparison.teacher
+    """At its step counts, guided and not. What students are compared with comes first, and is drawn once."""
+    place, own = (comparison.training.out, comparison.teacher), (AGREEMENT_STEPS, comparison.guidance)
     weights = dict.fromkeys([comparison.guidance, 1.0])
-    return [Model(*place, steps, w) for w in weights for steps in comparison.teacher_steps]
+    return [Model(*place, n, w, (n, w) == own) for w in weights for n in comparison.teacher_steps]
 
 
 def student(run: Run, name: str, steps: int, drawn: str) -> Model:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import diffkd
+from diffkd.core import samplers
 from diffkd.runs import session
 from tests.runs.conftest import STOPPED
 from tests.runs.tiny import (
@@ -78,6 +79,27 @@ def test_images_to_students_in_one_command(here, cli):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "report.html"}
     assert cli("distill", "distill.yaml").code == 0
     assert before == {p: p.read_bytes() for p in before}
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_the_teacher_that_is_measured_is_drawn_once(here, cli, monkeypatch, from_teacher, guidance):
+    """For its own numbers and for the students that are compared with it."""
+    drawn, real = [], samplers.sample
+
+    def counted(denoiser, noise, steps, *args, **options):
+        drawn.extend([steps] * len(noise))
+        return real(denoiser, noise, steps, *args, **options)
+
+    monkeypatch.setattr(samplers, "sample", counted)
+    overrides = [
+        "evaluation={samples: 20, batch_size: 8, teacher_steps: [9, 7], metrics: [fid, agreement]}",
+        from_teacher, "method.steps=[4,1]", f"method.guidance={guidance}",
+    ]  # fmt: skip
+    code, _, err = cli("distill", "distill.yaml", *overrides)
+    assert (code, err) == (0, "")
+    assert [drawn.count(n) for n in (9, 7, 4, 1)] == [20 + 64, 20, 20 + 64, 20 + 64]  # and of the pictures
+    found = records(here / "runs/students")
+    assert [r["psnr"] is None for r in found] == [True, False, False, False]
 
 
 def test_mistake_the_first_teacher_in_every_stage(here, cli, monkeypatch, tiny_teacher, from_teacher):

@@ -28,7 +28,7 @@ from diffkd.data.digits import Digits
 from diffkd.errors import UserError
 from diffkd.io.environment import versions
 from diffkd.metrics import features, frechet
-from diffkd.metrics.evaluation import config
+from diffkd.metrics.evaluation import config, image_stream
 from diffkd.metrics.features.inception import InceptionV3
 from diffkd.metrics.score import inception_score
 from diffkd.models import loading
@@ -371,18 +371,55 @@ def test_a_model_agrees_with_itself(measure):
     assert found["psnr"] is None and found["feature_distance"] == 0
 
 
-def test_the_teacher_is_drawn_once(measure, monkeypatch):
-    drawn, real = [], samplers.sample
+@pytest.fixture
+def drawn(monkeypatch):
+    """The steps of each image that is drawn."""
+    counts, real = [], samplers.sample
 
     def counted(denoiser: Any, noise: Any, steps: int, *args: Any, **options: Any) -> Any:
-        drawn.extend([steps] * len(noise))
+        counts.extend([steps] * len(noise))
         return real(denoiser, noise, steps, *args, **options)
 
     monkeypatch.setattr(samplers, "sample", counted)
+    return counts
+
+
+def test_the_teacher_is_drawn_once(measure, drawn):
     options = ["--samples", 70, "--metrics", "agreement", "--teacher", "plain", "--teacher-steps", 7]
     found = measure("plain", "--reference", "digits.npz", "--steps", "1,2,3", *options)
     assert drawn.count(7) == 70 == drawn.count(1)
     assert found[0]["psnr"] < found[1]["psnr"] < found[2]["psnr"]
+
+
+# (the steps that it is measured at, how often it is drawn in 7): first, it keeps what students are compared
+# with; later it is drawn again, for its time
+@pytest.mark.parametrize(("steps", "times"), [("7,1,3", 1), ("1,7,3", 2)])
+@pytest.mark.parametrize("room", [1 << 30, 1])  # for the images of a teacher
+def test_a_teacher_that_is_measured_too(measure, drawn, monkeypatch, steps, times, room):
+    args = ["plain", "--reference", "digits.npz", "--samples", 70, "--batch-size", 16, "--metrics"]
+    alone = measure(*args, "fid", "--steps", steps)
+    separate = [
+        measure(*args, "fid,agreement", "--steps", n, "--teacher", "plain", "--teacher-steps", 7)
+        for n in (1, 3)
+    ]
+    monkeypatch.setattr(image_stream, "CACHE_BYTES", room)
+    drawn.clear()
+    found = measure(*args, "fid,agreement", "--steps", steps, "--teacher", "plain", "--teacher-steps", 7)
+    assert drawn.count(7) == 70 * (times if room > 1 else 3)
+    assert [r["fid"] for r in found] == [r["fid"] for r in alone]
+    of = {r["steps"]: r for r in found}
+    assert of[7]["psnr"] is None and of[7]["feature_distance"] == 0
+    for one in separate:
+        assert of[one["steps"]]["psnr"] == one["psnr"]
+        assert of[one["steps"]]["feature_distance"] == one["feature_distance"]
+    assert {key: of[7]["protocol"][key] for key in ("steps", "seed")} == {"steps": 7, "seed": 0}
+    assert of[7]["protocol"]["teacher"] == of[1]["protocol"]["teacher"]
+
+
+def test_another_model_is_not_the_teacher(measure, drawn):
+    args = ["student", "--reference", "digits.npz", "--samples", 20, "--metrics", "agreement"]
+    assert measure(*args, "--teacher", "plain", "--teacher-steps", 4)["psnr"] is not None
+    assert drawn.count(4) == 40
 
 
 # by the pipeline's own code -------------------------------------------------------------------------------

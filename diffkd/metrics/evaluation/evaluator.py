@@ -20,7 +20,7 @@ from diffkd.metrics.evaluation import networks, presets
 from diffkd.metrics.evaluation.collector import Collection, Pixels
 from diffkd.metrics.evaluation.config import Evaluation
 from diffkd.metrics.evaluation.feature_cache import Keeper
-from diffkd.metrics.evaluation.image_stream import ImageStream
+from diffkd.metrics.evaluation.image_stream import ImageStream, is_shared
 from diffkd.metrics.evaluation.notes import notes
 from diffkd.metrics.evaluation.reference import Reference
 
@@ -137,6 +137,9 @@ class Evaluator:
         if teacher is None:
             for first, images in drawn:
                 yield first, images, None
+        elif is_shared(stream, teacher):
+            for first, images in drawn:
+                yield first, images, images
         else:
             for (first, images), (_, by_teacher) in zip(drawn, teacher.batches(*place), strict=True):
                 yield first, images, by_teacher

@@ -167,25 +167,50 @@ def class_names(card: Mapping[str, Any]) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def cached(stream: ImageStream) -> ImageStream:
-    """The same, drawn once and kept unless it is more than CACHE_BYTES: a teacher that many students are
-    compared with."""
-    kept: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+class Kept:
+    """Batches of a teacher, with whom many students are compared: drawn once and kept, unless all of them are
+    more than CACHE_BYTES. kept: by (rank, world); others of the same images may share it."""
 
-    def replayed(rank: int, world: int) -> Numbered:
-        if (rank, world) in kept:
-            yield from kept[rank, world]
+    def __init__(self, batches: Batches, kept: dict[tuple[int, int], list[tuple[int, Tensor]]]) -> None:
+        self.batches, self.kept = batches, kept
+
+    def __call__(self, rank: int, world: int) -> Numbered:
+        if (rank, world) in self.kept:
+            yield from self.kept[rank, world]
             return
         drawn: list[tuple[int, Tensor]] | None = []
-        for first, images in stream.batches(rank, world):
+        for first, images in self.batches(rank, world):
             if drawn is not None:
                 drawn.append((first, images))
                 drawn = None if sum(len(x) for _, x in drawn) * images[0].numel() > CACHE_BYTES else drawn
             yield first, images
         if drawn is not None:
-            kept[rank, world] = drawn
+            self.kept[rank, world] = drawn
 
-    return replace(stream, batches=replayed)
+
+def cached(stream: ImageStream) -> ImageStream:
+    """The same, kept as they are drawn."""
+    return replace(stream, batches=Kept(stream.batches, {}))
+
+
+def is_shared(stream: ImageStream, teacher: ImageStream) -> bool:
+    """Whether the images are the teacher's own, by `shared`."""
+    ours, theirs = stream.batches, teacher.batches
+    return isinstance(ours, Kept) and isinstance(theirs, Kept) and ours.kept is theirs.kept
+
+
+def shared(stream: ImageStream, where: Mapping[str, Any], teacher: ImageStream | None) -> ImageStream:
+    """A model's images; where that is the teacher itself, drawn as it is, they are kept for the students that
+    follow, unless the teacher's are there already: what they take would not be measured then.
+
+    where: the model's `identity`.
+    """
+    if teacher is None or not isinstance(teacher.batches, Kept) or teacher.batches.kept:
+        return stream
+    named = {key: value for key, value in where.items() if key != "prompts"}  # their file; they are compared
+    if teacher.protocol != {**stream.protocol, **named}:
+        return stream
+    return replace(stream, batches=Kept(stream.batches, teacher.batches.kept))
 
 
 def identity(denoiser: Denoiser, path: str, null_label: int | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ class Kind(NamedTuple):
     files: tuple[str, ...] = ()  # that are read beside config and weights
 
 
-class VisionFeatures(nn.Module):
-    """Abstract: all that DINOv2 and CLIP share. They say the input's size and which output is the feature."""
+class VisionFeatures(nn.Module, ABC):
+    """All that DINOv2 and CLIP share. They say the input's size and which output is the feature."""
 
     num_features: int
     size: int
@@ -64,13 +65,13 @@ class VisionFeatures(nn.Module):
         x = self.resized(images.to(self.mean.device)).expand(-1, 3, -1, -1)
         return self.features((x / 255 - self.mean) / self.std)
 
+    @abstractmethod
     def resized(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> (B, C, size, size) in 0..255, as the metric's authors do it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, size, size), normalised -> (B, num_features)."""
-        raise NotImplementedError
 
     @property
     def weights_sha256(self) -> str:
