@@ -7,6 +7,7 @@ diffkd say in `describe()` all that their features depend on.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from diffkd.metrics.features.trained import PREFIX, SUFFIX, TrainedFeatures
 
 NAMES = ("digits", "shapes", "inception", "dinov2", "clip")
 OF_METRICS = ("clip_score",)  # what a metric alone brings along
-TRANSFORMERS = {"dinov2": DINOv2, "clip": CLIP, "clip_score": CLIPTextImage}
+TRANSFORMERS: dict[str, Callable[[str | None], nn.Module]] = {
+    "dinov2": DINOv2, "clip": CLIP, "clip_score": CLIPTextImage
+}  # fmt: skip
 STANDARD_SAMPLES = 50_000  # images that FID by such features is usually reported with
 
 
