@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import Tensor
 
+from diffkd.core import samplers
+from diffkd.core.denoiser import Denoiser
 from diffkd.runs import config_files
 from diffkd.runs.config import Distill, Train
 from diffkd.runs.distill import distill
@@ -55,3 +58,17 @@ def unstopped(built_once: BuiltOnce, tiny_teacher: Path) -> Path:
         distill(config_files.load(path, Distill), QUIET)
 
     return built_once("unstopped", build) / "run"
+
+
+@pytest.fixture
+def drawn_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sampling steps of each image that is drawn from now on."""
+    counts: list[int] = []
+    real = samplers.sample
+
+    def counted(denoiser: Denoiser, noise: Tensor, steps: int, *args: Any, **options: Any) -> Tensor:
+        counts.extend([steps] * len(noise))
+        return real(denoiser, noise, steps, *args, **options)
+
+    monkeypatch.setattr(samplers, "sample", counted)
+    return counts

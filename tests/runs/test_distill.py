@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 import diffkd
-from diffkd.core import samplers
 from diffkd.runs import session
 from tests.runs.conftest import STOPPED
 from tests.runs.tiny import (
@@ -82,22 +81,17 @@ def test_images_to_students_in_one_command(here, cli):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_the_teacher_that_is_measured_is_drawn_once(here, cli, monkeypatch, from_teacher, guidance):
+def test_the_teacher_that_is_measured_is_drawn_once(here, cli, drawn_steps, from_teacher, guidance):
     """For its own numbers and for the students that are compared with it."""
-    drawn, real = [], samplers.sample
-
-    def counted(denoiser, noise, steps, *args, **options):
-        drawn.extend([steps] * len(noise))
-        return real(denoiser, noise, steps, *args, **options)
-
-    monkeypatch.setattr(samplers, "sample", counted)
     overrides = [
         "evaluation={samples: 20, batch_size: 8, teacher_steps: [9, 7], metrics: [fid, agreement]}",
         from_teacher, "method.steps=[4,1]", f"method.guidance={guidance}",
     ]  # fmt: skip
     code, _, err = cli("distill", "distill.yaml", *overrides)
     assert (code, err) == (0, "")
-    assert [drawn.count(n) for n in (9, 7, 4, 1)] == [20 + 64, 20, 20 + 64, 20 + 64]  # and of the pictures
+    pictures = 64
+    expected = {9: 20 + pictures, 7: 20, 4: 20 + pictures, 1: 20 + pictures}
+    assert {n: drawn_steps.count(n) for n in expected} == expected
     found = records(here / "runs/students")
     assert [r["psnr"] is None for r in found] == [True, False, False, False]
 

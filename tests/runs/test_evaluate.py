@@ -371,23 +371,10 @@ def test_a_model_agrees_with_itself(measure):
     assert found["psnr"] is None and found["feature_distance"] == 0
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The steps of each image that is drawn."""
-    counts, real = [], samplers.sample
-
-    def counted(denoiser: Any, noise: Any, steps: int, *args: Any, **options: Any) -> Any:
-        counts.extend([steps] * len(noise))
-        return real(denoiser, noise, steps, *args, **options)
-
-    monkeypatch.setattr(samplers, "sample", counted)
-    return counts
-
-
-def test_the_teacher_is_drawn_once(measure, drawn):
+def test_the_teacher_is_drawn_once(measure, drawn_steps):
     options = ["--samples", 70, "--metrics", "agreement", "--teacher", "plain", "--teacher-steps", 7]
     found = measure("plain", "--reference", "digits.npz", "--steps", "1,2,3", *options)
-    assert drawn.count(7) == 70 == drawn.count(1)
+    assert drawn_steps.count(7) == 70 == drawn_steps.count(1)
     assert found[0]["psnr"] < found[1]["psnr"] < found[2]["psnr"]
 
 
@@ -395,7 +382,7 @@ def test_the_teacher_is_drawn_once(measure, drawn):
 # with; later it is drawn again, for its time
 @pytest.mark.parametrize(("steps", "times"), [("7,1,3", 1), ("1,7,3", 2)])
 @pytest.mark.parametrize("room", [1 << 30, 1])  # for the images of a teacher
-def test_a_teacher_that_is_measured_too(measure, drawn, monkeypatch, steps, times, room):
+def test_a_teacher_that_is_measured_too(measure, drawn_steps, monkeypatch, steps, times, room):
     args = ["plain", "--reference", "digits.npz", "--samples", 70, "--batch-size", 16, "--metrics"]
     alone = measure(*args, "fid", "--steps", steps)
     separate = [
@@ -403,9 +390,9 @@ def test_a_teacher_that_is_measured_too(measure, drawn, monkeypatch, steps, time
         for n in (1, 3)
     ]
     monkeypatch.setattr(image_stream, "CACHE_BYTES", room)
-    drawn.clear()
+    drawn_steps.clear()
     found = measure(*args, "fid,agreement", "--steps", steps, "--teacher", "plain", "--teacher-steps", 7)
-    assert drawn.count(7) == 70 * (times if room > 1 else 3)
+    assert drawn_steps.count(7) == 70 * (times if room > 1 else 3)
     assert [r["fid"] for r in found] == [r["fid"] for r in alone]
     of = {r["steps"]: r for r in found}
     assert of[7]["psnr"] is None and of[7]["feature_distance"] == 0
@@ -416,10 +403,10 @@ def test_a_teacher_that_is_measured_too(measure, drawn, monkeypatch, steps, time
     assert of[7]["protocol"]["teacher"] == of[1]["protocol"]["teacher"]
 
 
-def test_another_model_is_not_the_teacher(measure, drawn):
+def test_another_model_is_not_the_teacher(measure, drawn_steps):
     args = ["student", "--reference", "digits.npz", "--samples", 20, "--metrics", "agreement"]
     assert measure(*args, "--teacher", "plain", "--teacher-steps", 4)["psnr"] is not None
-    assert drawn.count(4) == 40
+    assert drawn_steps.count(4) == 40
 
 
 # by the pipeline's own code -------------------------------------------------------------------------------
